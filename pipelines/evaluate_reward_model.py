@@ -1,0 +1,8 @@
+"""The four-scenario table of the reward model: one stage of full_rlhf.py, in the run directory of the stages before it."""
+
+import sys
+
+from rm_robust.stages import main, evaluation_stage
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, [evaluation_stage]))

@@ -1,0 +1,8 @@
+"""Reward-model training: one stage of full_rlhf.py, in the run directory of the stages before it."""
+
+import sys
+
+from rm_robust.stages import main, reward_model_stage
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, [reward_model_stage]))

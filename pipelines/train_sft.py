@@ -1,0 +1,8 @@
+"""Supervised fine-tuning of the policy: one stage of full_rlhf.py, in the run directory of the stages before it."""
+
+import sys
+
+from rm_robust.stages import main, world_stage, sft_stage
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, [world_stage, sft_stage]))

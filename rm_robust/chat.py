@@ -1,0 +1,143 @@
+"""The only file that applies a chat template: training, evaluation, serving and RLOO all get their token ids here.
+
+A conversation becomes `prompt_ids` (every turn before the completion, plus the assistant header) and `completion_ids` (the completion's
+text plus the template's end-of-turn token). The end-of-turn token is the scored position; what a template writes after it (ChatML: a
+newline) is not part of the completion. No begin-of-sequence token is ever added beyond the one that the template writes itself, and the
+text of a special token inside a message is encoded as plain text.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rm_robust.errors import ChatTemplateError, DataError
+from rm_robust.records import Message
+
+ROLES = ("system", "user", "assistant")
+_PROBE = "rm robust probe"
+
+
+class ChatFormat:
+    """Turns conversations into token ids and sampled ids into text, with one tokenizer and one template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, source: str) -> None:
+        """Raises ChatTemplateError when the tokenizer would make scores wrong (no template, no pad token, pad == end of turn, …)."""
+        self.tokenizer = tokenizer
+        self.source = source
+        if not tokenizer.chat_template:
+            raise ChatTemplateError(
+                f"The tokenizer in {source} has no chat template. Save the template it was trained with (tokenizer.chat_template = …) there."
+            )
+        if not isinstance(tokenizer.chat_template, str):
+            raise ChatTemplateError(
+                f"The tokenizer in {source} has several named chat templates: {sorted(tokenizer.chat_template)}. Save the one to use as its only template."
+            )
+        if tokenizer.pad_token_id is None:
+            raise ChatTemplateError(
+                f"The tokenizer in {source} has no pad token. Set tokenizer.pad_token to a token that never occurs in text, and save it."
+            )
+        self.template_sha256 = "sha256:" + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+        self._special_texts = sorted(str(token) for token in tokenizer.all_special_tokens)
+        self.pad_id: int = tokenizer.pad_token_id
+        self.end_of_turn_id = self._find_end_of_turn()
+        if self.pad_id == self.end_of_turn_id:
+            raise ChatTemplateError(
+                f"In {source} the pad token {tokenizer.pad_token!r} is also the end-of-turn token, so every end of turn would be read as padding. "
+                "Set tokenizer.pad_token to another token, and save it."
+            )
+
+    @classmethod
+    def load(cls, model_dir: Path | str) -> "ChatFormat":
+        """The chat format saved beside a model. `model_dir`: a local folder or a hub name."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
+        except (OSError, ValueError) as error:
+            raise ChatTemplateError(f"No tokenizer can be loaded from {model_dir}: {error}") from error
+        return cls(tokenizer, source=str(model_dir))
+
+    def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
+        """Token ids up to and including the assistant header. A text is one user turn. Raises DataError for a malformed conversation."""
+        messages = as_messages(prompt)
+        rendered = self._render(messages, add_generation_prompt=True)
+        if not any(special in message["content"] for message in messages for special in self._special_texts):
+            return self._encode(rendered, control_tokens=True)
+        return self._encode_with_inert_contents(messages, rendered)
+
+    def completion_ids(self, completion: str) -> list[int]:
+        """Token ids of one completion, its end-of-turn token last (the scored position)."""
+        return [*self._encode(completion, control_tokens=False), self.end_of_turn_id]
+
+    def completion_text(self, token_ids: list[int]) -> str:
+        """The text of sampled token ids, without the end-of-turn token that closed them (a truncated completion has none)."""
+        if token_ids and token_ids[-1] == self.end_of_turn_id:
+            token_ids = token_ids[:-1]
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _encode(self, text: str, *, control_tokens: bool) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control_tokens)
+        return list(encoded["input_ids"])
+
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **arguments))
+        except Exception as error:  # jinja raises what the template tells it to
+            raise DataError(f"The chat template of {self.source} refuses these turns ({[m['role'] for m in messages]}): {error}") from error
+
+    def _encode_with_inert_contents(self, messages: list[Message], rendered: str) -> list[int]:
+        """As prompt_ids, with the template's own pieces and the messages' contents encoded apart, so that contents hold no control token."""
+        marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+        marked = self._render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], add_generation_prompt=True)
+        contents = [m["content"] for m in messages]
+        for candidate in (contents, [content.strip() for content in contents]):
+            ids, text, rest = [], "", marked
+            for mark, content in zip(marks, candidate, strict=True):
+                piece, _, rest = rest.partition(mark)
+                ids += self._encode(piece, control_tokens=True) + self._encode(content, control_tokens=False)
+                text += piece + content
+            if text + rest == rendered:
+                return ids + self._encode(rest, control_tokens=True)
+        raise DataError(
+            f"The chat template of {self.source} rewrites or drops messages, so the special-token text in them cannot be made inert; "
+            "remove it from the prompt."
+        )
+
+    def _find_end_of_turn(self) -> int:
+        """The special token that the template writes right after an assistant turn's content."""
+        turns: list[Message] = [{"role": "user", "content": _PROBE}]
+        prompt = self._render(turns, add_generation_prompt=True)
+        whole = self._render([*turns, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
+        if not whole.startswith(prompt + _PROBE):
+            raise ChatTemplateError(
+                f"The chat template of {self.source} does not continue its own generation prompt: an answer is rendered as "
+                f"{whole[-60:]!r} after a prompt that ends in {prompt[-30:]!r}. Use a template whose training and generation forms agree."
+            )
+        tail = self._encode(whole[len(prompt + _PROBE) :], control_tokens=True)
+        if not tail or tail[0] not in self.tokenizer.all_special_ids:
+            raise ChatTemplateError(
+                f"The chat template of {self.source} does not end an assistant turn with a special token (it writes {whole[len(prompt + _PROBE) :]!r}). "
+                "The score is read there: end the turn with the model's end-of-turn token."
+            )
+        return tail[0]
+
+
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A text as one user turn; a list of turns checked. Raises DataError naming the turn."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt:
+        raise DataError("A prompt needs at least one message, got an empty list.")
+    for index, message in enumerate(prompt):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise DataError(f'Message {index} must be {{"role": …, "content": …}}, got {message!r}.')
+        if message["role"] not in ROLES:
+            raise DataError(f"Message {index} has role {message['role']!r}; roles are {', '.join(ROLES)}.")
+        if not isinstance(message["content"], str):
+            raise DataError(f"Message {index} has a {type(message['content']).__name__} as content; it must be text.")
+    if prompt[-1]["role"] != "user":
+        raise DataError(f"A prompt must end with a user message, got {prompt[-1]['role']!r} last.")
+    if not prompt[-1]["content"].strip():
+        raise DataError("The last user message of a prompt is empty.")
+    return prompt

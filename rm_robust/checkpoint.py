@@ -1,0 +1,111 @@
+"""A checkpoint is a plain Hugging Face directory plus one manifest, committed atomically: written beside, synced, renamed.
+
+    checkpoints/reward_model/            what transformers, vLLM and reward-bench load unchanged
+        config.json  model.safetensors  tokenizer.json  …
+        rm_robust_manifest.json          kind, content hash, template hash, how it was trained
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rm_robust.errors import CheckpointError
+
+MANIFEST_NAME = "rm_robust_manifest.json"
+CheckpointKind = Literal["reward_model", "policy"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed checkpoint says of itself. `content_sha256` covers every other file of the directory."""
+
+    kind: CheckpointKind
+    content_sha256: str
+    template_sha256: str
+    training: dict[str, str | int | float]
+
+
+def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills an empty folder beside `target`; it becomes `target` in one rename, or nothing does. An older `target` is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(stale)
+    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    write(partial)
+    for path in partial.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(partial)
+    if target.exists():
+        replaced = target.parent / f".{target.name}.partial-replaced"
+        target.rename(replaced)
+        partial.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(target)
+    _sync(target.parent)
+
+
+def commit_checkpoint(
+    target: Path, write: Callable[[Path], None], *, kind: CheckpointKind, template_sha256: str, training: dict[str, str | int | float]
+) -> Manifest:
+    """Commit what `write` saves (a Hugging Face directory) together with its manifest."""
+    manifests: list[Manifest] = []
+
+    def write_with_manifest(folder: Path) -> None:
+        write(folder)
+        manifest = Manifest(kind=kind, content_sha256=content_sha256(folder), template_sha256=template_sha256, training=training)
+        (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        manifests.append(manifest)
+
+    commit_directory(target, write_with_manifest)
+    return manifests[0]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a committed checkpoint. Raises CheckpointError when the folder or its manifest is missing or malformed."""
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint directory at {folder}.")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half copied.")
+    try:
+        return Manifest(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not a manifest of this version: {error}") from error
+
+
+def verify_checkpoint(folder: Path, kind: CheckpointKind) -> Manifest:
+    """The manifest, after checking the kind and that no file changed since the commit."""
+    manifest = read_manifest(folder)
+    if manifest.kind != kind:
+        raise CheckpointError(f"{folder} is a {manifest.kind} checkpoint, and a {kind} is needed here.")
+    found = content_sha256(folder)
+    if found != manifest.content_sha256:
+        raise CheckpointError(f"{folder} was altered after its commit: content is {found}, the manifest says {manifest.content_sha256}.")
+    return manifest
+
+
+def content_sha256(folder: Path) -> str:
+    """sha256 over names and bytes of every file below `folder` except the manifest, in sorted order."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return "sha256:" + digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,304 @@
+"""Every setting of a run, its default, its bound and its unit, one class per stage. Files and overrides: config_loading.py.
+
+Frozen, and unknown keys are refused; combinations that cannot work are refused here, before Ray starts.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from rm_robust.reward_model.losses import BsrScale, Objective
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _partial_section_keeps_its_defaults(cls, values: Any) -> Any:
+        """`[rloo.trainers] num_workers = 2` changes that one key of RlooConfig's own default, not of WorkersConfig's."""
+        if not isinstance(values, dict):
+            return values
+        given = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, Section) and isinstance(given.get(name), dict):
+                given[name] = {**field.default.model_dump(), **given[name]}
+        return given
+
+
+class WorldConfig(Section):
+    """The embedded world: the default's own text, made from the seed (used when data.source = "embedded")."""
+
+    num_sft_examples: int = Field(default=12000, ge=16)
+    """Demonstrations that the policy imitates."""
+    num_training_prompts: int = Field(default=3000, ge=8)
+    """Prompts of the preference pairs (one training pair and one in-domain pair each)."""
+    num_validation_prompts: int = Field(default=400, ge=4)
+    """Prompts of the prompt-disjoint and mutual-disjoint sets."""
+    num_rloo_prompts: int = Field(default=2000, ge=4)
+    """Prompts that RLOO samples from; disjoint from all others."""
+
+
+class DataConfig(Section):
+    """Where text comes from. Paths are jsonl or parquet files, folders of them, or hub names as "hub:owner/name[:split]"."""
+
+    source: Literal["embedded", "responses", "scenarios"] = "embedded"
+    """`embedded`: the world above. `responses`: named models' responses with gold scores, from which the four scenarios are built.
+    `scenarios`: ready-made train / in_domain / … files (pairs, or K completions with gold scores)."""
+    responses: list[str] = []
+    """source = "responses": rows with prompt, model, completion, gold_score."""
+    unseen_models: list[str] = []
+    """source = "responses": response models held out for the response-disjoint and mutual-disjoint sets."""
+    validation_prompt_fraction: float = Field(default=0.18, gt=0, lt=1)
+    """source = "responses": share of prompts held out (paper: 11,082 of 62,282)."""
+    train: list[str] = []
+    in_domain: list[str] = []
+    prompt_disjoint: list[str] = []
+    response_disjoint: list[str] = []
+    mutual_disjoint: list[str] = []
+    sft: list[str] = []
+    """Demonstrations: prompt and completion, or messages. Needed unless sft.enabled = false or the source is embedded."""
+    rloo_prompts: list[str] = []
+    """Rows with a prompt (text or messages). Needed unless the source is embedded."""
+    max_dropped_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The run fails when a larger share of a source's rows is malformed. Over-long and identical pairs are counted apart and do not fail it."""
+    max_prompt_tokens: int = Field(default=96, ge=4)
+    max_completion_tokens: int = Field(default=96, ge=2)
+    """Longer completions (end-of-turn token included) are dropped and counted."""
+
+    @model_validator(mode="after")
+    def _sources_are_named(self) -> Self:
+        needed = {"embedded": [], "responses": ["responses", "unseen_models"], "scenarios": ["train", "in_domain"]}[self.source]
+        for name in needed:
+            if not getattr(self, name):
+                raise ValueError(f"data.source = {self.source!r} needs data.{name}, which is empty")
+        return self
+
+
+class ModelConfig(Section):
+    """The language model under the policy and the reward model."""
+
+    path: str | None = None
+    """Hugging Face directory or hub name. None: a small Qwen2 and its byte-level BPE tokenizer are made from scratch in the SFT stage."""
+    vocab_size: int = Field(default=800, ge=300, le=200000)
+    """From-scratch model only, as the next five."""
+    hidden_size: int = Field(default=160, ge=32)
+    intermediate_size: int = Field(default=480, ge=32)
+    num_layers: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=5, ge=1)
+    num_kv_heads: int = Field(default=5, ge=1)
+    max_position_embeddings: int = Field(default=256, ge=32)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 32:
+            raise ValueError(f"model.hidden_size = {self.hidden_size} over num_heads = {self.num_heads} must be a multiple of 32 per head (vLLM's CPU kernels)")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}")
+        return self
+
+
+class WorkersConfig(Section):
+    """What a group of workers asks of the cluster."""
+
+    num_workers: int = Field(default=2, ge=1)
+    num_cpus_per_worker: float = Field(default=1, ge=0)
+    num_gpus_per_worker: float = Field(default=0, ge=0)
+    num_threads_per_worker: int = Field(default=1, ge=1)
+    """torch threads of one worker on CPU."""
+    resources_per_worker: dict[str, float] = {}
+    """Custom Ray resources, as named in cluster.yaml."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up; one clip value for every strategy."""
+
+    learning_rate: float = Field(default=1e-3, gt=0, lt=1)
+    """Peak, reached after `warmup_fraction` of the steps."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What follows warm-up; linear and cosine end at zero."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_gradient_norm: float = Field(default=1.0, gt=0)
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` exists for parity tests: AdamW hides errors of gradient scale."""
+
+
+class StrategyConfig(Section):
+    """How parameters, gradients and optimiser state lie over the workers."""
+
+    kind: Literal["ddp", "deepspeed"] = "ddp"
+    zero_stage: Literal[1, 2, 3] = 2
+    """DeepSpeed only."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning: the policy before RLOO and the reward model's backbone."""
+
+    enabled: bool = True
+    """False: model.path is already fine-tuned and is used as it is."""
+    batch_size: int = Field(default=64, ge=1)
+    """Examples per optimiser step, all workers."""
+    num_epochs: float = Field(default=1.0, gt=0)
+    max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, schedule="cosine")
+    strategy: StrategyConfig = StrategyConfig()
+    workers: WorkersConfig = WorkersConfig()
+    checkpoint_every_steps: int = Field(default=100, ge=1)
+
+
+class RewardModelConfig(Section):
+    """Reward-model training on preference pairs."""
+
+    base_path: str | None = None
+    """Language model to start from; None: the SFT stage's output."""
+    objective: Objective = Objective.BATCH_SUM_TO_ZERO
+    bsr_coefficient: float = Field(default=1e-3, ge=0)
+    """lambda of paper Eq. 24."""
+    bsr_scale: BsrScale = BsrScale.PAIRS
+    batch_size: int = Field(default=64, ge=1)
+    """Preference pairs per optimiser step, all workers."""
+    num_epochs: float = Field(default=1.0, gt=0)
+    max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
+    strategy: StrategyConfig = StrategyConfig()
+    workers: WorkersConfig = WorkersConfig()
+    evaluate_every_steps: int = Field(default=25, ge=1)
+    num_evaluation_pairs: int = Field(default=256, ge=1)
+    """In-domain pairs scored during training."""
+    checkpoint_every_steps: int = Field(default=25, ge=1)
+
+
+class EvaluationConfig(Section):
+    """The four scenarios."""
+
+    max_prompts_per_scenario: int | None = Field(default=None, ge=1)
+    """None: all. Otherwise the first so many, in file order, and the report says so."""
+    max_tokens_per_batch: int = Field(default=8192, ge=64)
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    resources: dict[str, float] = {}
+
+
+class ReplicaConfig(Section):
+    """One served scorer."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_threads: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.5, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    resources: dict[str, float] = {}
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length_tokens: int = Field(default=256, ge=2)
+    """Prompt + completion; longer inputs are refused with 413."""
+    max_batch_size: int = Field(default=16, ge=1)
+    """Requests per forward."""
+    batch_wait_s: float = Field(default=0.004, ge=0)
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    max_queued_requests: int = Field(default=512, ge=1)
+
+
+class ServeConfig(Section):
+    """The scoring service: the proxy reward model and the gold judge."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0: a free port."""
+    gold: str = "embedded"
+    """`embedded`: the world's own judge; otherwise a committed reward-model checkpoint directory."""
+    proxy_replica: ReplicaConfig = ReplicaConfig()
+    gold_replica: ReplicaConfig = ReplicaConfig()
+    request_timeout_s: float = Field(default=60, gt=0)
+
+
+class RlooConfig(Section):
+    """REINFORCE leave-one-out against the served reward model."""
+
+    num_steps: int = Field(default=60, ge=1)
+    num_prompts_per_step: int = Field(default=32, ge=1)
+    num_completions_per_prompt: int = Field(default=4)
+    """K; at least 2, or there is no baseline."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(default=64, ge=1)
+    kl_coefficient: float = Field(default=0.05, ge=0)
+    """Reward = proxy score - kl_coefficient * sequence KL (nats); paper: beta = 0.05."""
+    clip_range: float = Field(default=0.2, gt=0)
+    """The sequence ratio is clipped to [1 - clip_range, 1 + clip_range]."""
+    truncated_penalty: float = Field(default=1.0, ge=0)
+    """Subtracted from the reward of a completion cut at max_new_tokens. 0 keeps its score as it is."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.05, schedule="constant")
+    strategy: StrategyConfig = StrategyConfig()
+    trainers: WorkersConfig = WorkersConfig(num_workers=1, num_threads_per_worker=2)
+    max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    num_engines: int = Field(default=1, ge=1)
+    engine_num_cpus: float = Field(default=0.5, ge=0)
+    engine_num_gpus: float = Field(default=0, ge=0)
+    engine_num_threads: int = Field(default=2, ge=1)
+    engine_resources: dict[str, float] = {}
+    engine_dtype: Literal["float32", "bfloat16"] = "float32"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    kv_cache_memory_bytes: int = Field(default=64 * 2**20, ge=2**20)
+    """CPU engines only."""
+    max_num_sequences: int = Field(default=128, ge=1)
+    weight_transfer_backend: Literal["gloo", "nccl"] = "gloo"
+    checkpoint_every_steps: int = Field(default=10, ge=1)
+    num_sample_prompts: int = Field(default=4, ge=0)
+    """Prompts whose completions are kept for the report at every checkpoint."""
+
+    @field_validator("num_completions_per_prompt")
+    @classmethod
+    def _baseline_exists(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(f"RLOO needs at least 2 completions per prompt to form a baseline, got {value}. Set rloo.num_completions_per_prompt >= 2")
+        return value
+
+    @model_validator(mode="after")
+    def _devices_match(self) -> Self:
+        if self.weight_transfer_backend == "nccl" and not (self.engine_num_gpus and self.trainers.num_gpus_per_worker):
+            raise ValueError('rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and trainers.num_gpus_per_worker, or use "gloo"')
+        if self.strategy.kind == "deepspeed":
+            raise ValueError('rloo.strategy.kind = "deepspeed" is not supported for the policy yet; use "ddp"')
+        if self.num_prompts_per_step % self.trainers.num_workers:
+            raise ValueError(f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of rloo.trainers.num_workers = {self.trainers.num_workers}")
+        return self
+
+
+class PipelineConfig(Section):
+    """A whole run. `name` is the run directory's name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    world: WorldConfig = WorldConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    sft: SftConfig = SftConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serve: ServeConfig = ServeConfig()
+    rloo: RlooConfig = RlooConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        longest = self.data.max_prompt_tokens + self.data.max_completion_tokens
+        if self.model.path is None and longest > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.max_prompt_tokens + data.max_completion_tokens = {longest} exceeds model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+        served = min(self.serve.proxy_replica.max_length_tokens, self.serve.gold_replica.max_length_tokens)
+        if self.data.max_prompt_tokens + self.rloo.max_new_tokens + 1 > served:
+            raise ValueError(
+                f"data.max_prompt_tokens + rloo.max_new_tokens + 1 = {self.data.max_prompt_tokens + self.rloo.max_new_tokens + 1} exceeds the served "
+                f"max_length_tokens = {served}: RLOO could sample completions that the scorers refuse"
+            )
+        if not self.sft.enabled and self.model.path is None:
+            raise ValueError("sft.enabled = false needs model.path: there is no model to start from")
+        if self.data.source != "embedded":
+            if self.serve.gold == "embedded":
+                raise ValueError('serve.gold = "embedded" judges only the embedded world; set serve.gold to a reward-model checkpoint directory')
+            if self.sft.enabled and not self.data.sft:
+                raise ValueError("sft.enabled = true needs data.sft, which is empty")
+            if not self.data.rloo_prompts:
+                raise ValueError("data.rloo_prompts is empty; name the prompts that RLOO samples from")
+        return self

@@ -1,0 +1,137 @@
+"""TOML file + `--set` overrides -> a validated PipelineConfig and a run directory. Nothing here starts Ray."""
+
+import argparse
+import json
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rm_robust.config import PipelineConfig
+from rm_robust.errors import ConfigError
+from rm_robust.tracking import write_json_atomic
+
+DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
+RUN_ROOT_VARIABLE = "RM_ROBUST_RUN_ROOT"
+RESOLVED_NAME = "config.resolved.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A validated config and the absolute directory that its stages share."""
+
+    config: PipelineConfig
+    run_dir: Path
+
+
+def parse_run(description: str, default_config: Path, arguments: list[str] | None = None) -> Run:
+    """Command line of every pipeline -> Run; creates the run directory. Raises ConfigError with the path, the value and the fix."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", type=Path, default=default_config, help="TOML file (default: the embedded default, pipelines/configs/tiny_cpu.toml)")
+    parser.add_argument("--run-dir", type=Path, help="where this run's files go; the same directory again resumes the run")
+    parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help='e.g. --set rloo.num_steps=10')
+    parsed = parser.parse_args(arguments)
+    config = load_config(parsed.config, parsed.overrides)
+    run_dir = choose_run_dir(config.name, parsed.run_dir)
+    claim_run_dir(run_dir, config)
+    return Run(config, run_dir)
+
+
+def load_config(path: Path, overrides: list[str]) -> PipelineConfig:
+    """Read and validate; ConfigError lists every wrong key as `dotted.name = value: what is wrong`."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no config file at {path.absolute()}.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return PipelineConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        raise ConfigError(f"{path} is not a valid config:\n  " + "\n  ".join(problems)) from error
+
+
+def choose_run_dir(name: str, run_dir: Path | None) -> Path:
+    """The absolute run directory. Inside a Ray job the working directory vanishes with the job, so a relative one is refused there."""
+    if in_ray_job():
+        if run_dir is not None and not run_dir.is_absolute():
+            raise ConfigError(
+                f"--run-dir {run_dir} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. "
+                f"Give an absolute path on storage that every node sees, or set {RUN_ROOT_VARIABLE}."
+            )
+        root = Path(os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs")).expanduser()
+    else:
+        root = Path(os.environ.get(RUN_ROOT_VARIABLE, "runs")).expanduser()
+    chosen = (run_dir.expanduser() if run_dir is not None else root / name).absolute()
+    if in_ray_job() and not root.is_absolute():
+        raise ConfigError(f"{RUN_ROOT_VARIABLE}={root} is relative; inside a Ray job it must be absolute.")
+    return chosen
+
+
+def in_ray_job() -> bool:
+    """True in a driver that `ray job submit` started."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def claim_run_dir(run_dir: Path, config: PipelineConfig) -> None:
+    """Write the resolved config into the run directory, or check that it is the one already there."""
+    resolved = json.loads(config.model_dump_json())
+    path = run_dir / RESOLVED_NAME
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_json_atomic(path, resolved)
+            return
+        probe = run_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        earlier = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"The run directory {run_dir} cannot be used: {error}. Choose another with --run-dir.") from error
+    changes = _differences(earlier, resolved)
+    if changes:
+        raise ConfigError(
+            f"{run_dir} holds a run of another config:\n  " + "\n  ".join(changes) + "\nGive this config its own --run-dir, or remove that directory to start again."
+        )
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted.strip():
+        raise ConfigError(f"--set {override!r} must look like dotted.name=value, e.g. --set rloo.num_steps=10.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = dotted.strip().split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section.")
+    target[last] = value
+
+
+def _describe(problem: Any) -> str:
+    dotted = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{dotted}: unknown key (value {problem['input']!r}); check the spelling against rm_robust/config.py"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        return f"{dotted}: {message}" if dotted else message
+    return f"{dotted} = {problem['input']!r}: {message}"
+
+
+def _differences(earlier: Any, now: Any, at: str = "") -> list[str]:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        keys = sorted(set(earlier) | set(now))
+        return [line for key in keys for line in _differences(earlier.get(key), now.get(key), f"{at}.{key}" if at else key)]
+    return [] if earlier == now else [f"{at}: {earlier!r} there, {now!r} now"]
+
+

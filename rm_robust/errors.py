@@ -1,0 +1,29 @@
+"""What a user can cause, one class per place. Every message says what was wrong, the value, and the fix."""
+
+
+class RmRobustError(ValueError):
+    """Base of every error that a user's input, file, config or environment can cause."""
+
+
+class ConfigError(RmRobustError):
+    """A config file, `--set` override or run directory cannot be used."""
+
+
+class DataError(RmRobustError):
+    """A data source is missing, malformed or empty, or too many of its rows had to be dropped."""
+
+
+class ChatTemplateError(RmRobustError):
+    """A tokenizer's chat template or special tokens would make scores wrong."""
+
+
+class CheckpointError(RmRobustError):
+    """A checkpoint directory is missing, incomplete, altered or of the wrong kind."""
+
+
+class ScoringError(RmRobustError):
+    """A scoring request failed for good; never turned into a score."""
+
+
+class RolloutError(RmRobustError):
+    """A generator returned stale, incomplete or impossible completions."""

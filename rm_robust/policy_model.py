@@ -1,0 +1,34 @@
+"""The causal language model of SFT and RLOO over packed batches. Shapes: M completion tokens, T columns."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rm_robust.errors import CheckpointError
+from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbone, token_logprobs
+
+
+class PackedPolicy(nn.Module):
+    """Wraps a transformers causal language model: packed batch -> log-probabilities and entropies of its completion tokens, [M] float32 nats."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, *, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.layout = layout
+        self.temperature = temperature
+        prepare_backbone(model.base_model, layout)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        hidden_TH = hidden_states(self.model.base_model, batch)
+        return token_logprobs(self.model.get_output_embeddings(), hidden_TH, batch, temperature=self.temperature)
+
+
+def load_policy(model_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model as transformers loads it. Raises CheckpointError unless every weight came from the files."""
+    model, info = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{model_dir} lacks weights for {missing}; they would be random. Save the whole model.")
+    return model  # type: ignore[no-any-return]

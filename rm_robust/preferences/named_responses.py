@@ -1,0 +1,55 @@
+"""Reads named models' responses with gold scores: jsonl or parquet rows with prompt, model, completion, gold_score."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rm_robust.chat import as_messages
+from rm_robust.data_pipeline import list_files
+from rm_robust.errors import DataError
+from rm_robust.records import NamedResponse
+
+
+def read_named_responses(paths: list[str]) -> list[NamedResponse]:
+    """Every row of every file. Raises DataError naming file and row for the first one that cannot be read: a lost response would bias the split."""
+    responses = [_parse(row, where) for path in paths for file in list_files(path) for where, row in _rows(file)]
+    if not responses:
+        raise DataError(f"{', '.join(paths)} hold no response.")
+    return responses
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    if file.suffix == ".parquet":
+        for number, row in enumerate(pq.read_table(file).to_pylist(), 1):
+            yield f"{file}, row {number}", row
+        return
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        where = f"{file}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON: {error}. Mend or remove the line.") from error
+
+
+def _parse(row: Any, where: str) -> NamedResponse:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} must be an object, got {row!r}.")
+    missing = [name for name in ("prompt", "model", "completion", "gold_score") if row.get(name) is None]
+    if missing:
+        raise DataError(f"{where} lacks {missing} (columns: {sorted(row)}).")
+    gold = row["gold_score"]
+    if isinstance(gold, bool) or not isinstance(gold, (int, float)) or not math.isfinite(gold):
+        raise DataError(f"{where} has gold_score {gold!r}; it must be a finite number.")
+    if not isinstance(row["completion"], str):
+        raise DataError(f"{where} has a {type(row['completion']).__name__} as completion; it must be text.")
+    try:
+        prompt = as_messages(row["prompt"])
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    prompt_id = row.get("prompt_id") or hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
+    return NamedResponse(str(prompt_id), prompt, str(row["model"]), row["completion"], float(gold))

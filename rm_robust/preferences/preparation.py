@@ -1,0 +1,86 @@
+"""The preferences stage: scenarios from responses (or ready-made files), tokenised through Ray Data, with a manifest and a report of drops."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rm_robust.checkpoint import commit_directory
+from rm_robust.config import PipelineConfig
+from rm_robust.data_pipeline import Source, TokenLimits, check_sources, tokenise_sources
+from rm_robust.preferences.named_responses import read_named_responses
+from rm_robust.preferences.scenarios import Scenarios, build_scenarios, choose_validation_prompts, manifest
+from rm_robust.rows import RowKind
+from rm_robust.run_layout import RunLayout
+
+SCENARIO_FILES = ("train", "in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
+
+
+def prepare_preferences(config: PipelineConfig, run_dir: Path) -> dict[str, Any]:
+    """Build (if needed) and tokenise every scenario for the reward model, and the RLOO prompts for the policy. Returns the counts."""
+    layout, data = RunLayout(run_dir), config.data
+    limits = token_limits(config)
+    if data.source != "scenarios":
+        scenarios = _build(config, layout)
+        commit_directory(layout.scenarios, lambda folder: _write_scenarios(folder, scenarios))
+    report = tokenise_sources(
+        preference_sources(config, layout), chat_dir=Path(reward_model_base_dir(config, layout)), out_dir=layout.preference_tokens, limits=limits
+    )
+    prompts = tokenise_sources([rloo_prompt_source(config, layout)], chat_dir=Path(layout.sft_model_dir(config)), out_dir=layout.rloo_prompts, limits=limits)
+    return {"preferences": asdict(report), "rloo_prompts": asdict(prompts)}
+
+
+def check_preference_sources(config: PipelineConfig, run_dir: Path) -> None:
+    """Raise DataError for a missing or empty file of the config, before any cluster work."""
+    layout, data = RunLayout(run_dir), config.data
+    if data.source == "scenarios":
+        check_sources(preference_sources(config, layout))
+    if data.source == "responses":
+        check_sources([Source("responses", tuple(data.responses), None)])
+    if data.source != "embedded":
+        check_sources([rloo_prompt_source(config, layout)])
+        if config.sft.enabled:
+            check_sources([Source("sft", tuple(data.sft), RowKind.DEMONSTRATION)])
+
+
+def token_limits(config: PipelineConfig) -> TokenLimits:
+    return TokenLimits(config.data.max_prompt_tokens, config.data.max_completion_tokens, config.data.max_dropped_fraction)
+
+
+def preference_sources(config: PipelineConfig, layout: RunLayout) -> list[Source]:
+    """One source a scenario: the files built from responses, or the user's own."""
+    if config.data.source != "scenarios":
+        return [Source(name, (str(layout.scenarios / f"{name}.jsonl"),), RowKind.RANKED) for name in SCENARIO_FILES]
+    named = {name: tuple(getattr(config.data, name)) for name in SCENARIO_FILES}
+    return [Source(name, paths, RowKind.PAIR if name == "train" else None) for name, paths in named.items() if paths]
+
+
+def rloo_prompt_source(config: PipelineConfig, layout: RunLayout) -> Source:
+    paths = (str(layout.world / "rloo_prompts.jsonl"),) if config.data.source == "embedded" else tuple(config.data.rloo_prompts)
+    return Source("rloo_prompts", paths, RowKind.PROMPT)
+
+
+def reward_model_base_dir(config: PipelineConfig, layout: RunLayout) -> str:
+    """The model that the reward model grows from; its tokenizer tokenises the preferences."""
+    return config.reward_model.base_path or layout.sft_model_dir(config)
+
+
+def _build(config: PipelineConfig, layout: RunLayout) -> Scenarios:
+    if config.data.source == "embedded":
+        responses = read_named_responses([str(layout.world / "responses.jsonl")])
+        split = json.loads((layout.world / "split.json").read_text())
+        unseen_models, validation = set(split["unseen_models"]), set(split["validation_prompt_ids"])
+    else:
+        responses = read_named_responses(config.data.responses)
+        unseen_models = set(config.data.unseen_models)
+        validation = choose_validation_prompts(responses, fraction=config.data.validation_prompt_fraction, seed=config.seed)
+    return build_scenarios(responses, unseen_models=unseen_models, validation_prompt_ids=validation, seed=config.seed)
+
+
+def _write_scenarios(folder: Path, scenarios: Scenarios) -> None:
+    for name, groups in scenarios.sets.items():
+        rows = [
+            {"prompt_id": g.group_id, "prompt": g.prompt, "completions": g.completions, "gold_scores": g.gold_scores, "models": g.models} for g in groups
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (folder / "manifest.json").write_text(json.dumps(manifest(scenarios), indent=2) + "\n")

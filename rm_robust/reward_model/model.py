@@ -1,0 +1,89 @@
+"""The reward model: a decoder plus a float32 score head without bias, read at the end-of-turn token. Paper Eq. 2.
+
+Shapes: N completions, H hidden, T columns of a packed batch.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from rm_robust.errors import CheckpointError
+from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbone
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """`scores_N` (float32, raw); norms of the hidden state at the scored token, before and after the decoder's final norm (no gradient)."""
+
+    scores_N: Tensor
+    norm_before_final_norm_N: Tensor
+    norm_after_final_norm_N: Tensor
+
+
+def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrainedModel:
+    """A sequence-classification model on top of a causal language model; head drawn from N(0, 1/(H+1)) per weight (paper, after Eq. 2)."""
+    config = AutoConfig.from_pretrained(str(base_dir))
+    config.num_labels = 1
+    config.pad_token_id = pad_id
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(str(base_dir), config=config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    weight_1H = score_head(model).weight
+    with torch.no_grad():
+        weight_1H.copy_(torch.randn(weight_1H.shape, generator=generator) / math.sqrt(weight_1H.shape[1] + 1))
+    return model
+
+
+def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A trained reward model as transformers loads it. Raises CheckpointError unless every weight, the head above all, came from the files."""
+    config = AutoConfig.from_pretrained(str(checkpoint_dir))
+    if config.num_labels != 1:
+        raise CheckpointError(f"{checkpoint_dir} has num_labels={config.num_labels}; a reward model has one score (num_labels=1).")
+    model, info = AutoModelForSequenceClassification.from_pretrained(str(checkpoint_dir), dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{checkpoint_dir} lacks trained weights for {missing}: a score from them would be random. Save the whole model.")
+    return model
+
+
+def score_head(model: PreTrainedModel) -> nn.Linear:
+    """The H -> 1 linear layer. Raises CheckpointError for a head of another shape."""
+    head = model.score
+    if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
+        raise CheckpointError(f"{type(model).__name__} has the head {head}; only one bias-free linear layer to a single score is known.")
+    return head
+
+
+class PackedRewardModel(nn.Module):
+    """Wraps a transformers reward model so that DDP, DeepSpeed and plain inference all call the same packed forward."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout) -> None:
+        super().__init__()
+        self.model = model
+        self.layout = layout
+        prepare_backbone(self.backbone, layout)
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        backbone = self.model.base_model
+        assert isinstance(backbone, PreTrainedModel)
+        return backbone
+
+    def forward(self, batch: PackedBatch) -> ScoredBatch:
+        before: list[Tensor] = []
+        final_norm = self.backbone.norm
+        handle = final_norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+        try:
+            hidden_TH = hidden_states(self.backbone, batch)
+        finally:
+            handle.remove()
+        scored_NH = hidden_TH[batch.scored_index_N]
+        head = score_head(self.model)
+        scores_N = nn.functional.linear(scored_NH.float(), head.weight.float()).squeeze(1)
+        with torch.no_grad():
+            norm_before_N = before[0].flatten(0, 1)[batch.scored_index_N].float().norm(dim=1)
+            norm_after_N = scored_NH.float().norm(dim=1)
+        return ScoredBatch(scores_N, norm_before_N, norm_after_N)

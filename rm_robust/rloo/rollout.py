@@ -1,0 +1,73 @@
+"""What a step asks of the samplers, and what came back with its scores. Pure. Shapes: P prompts, K completions per prompt, prompt-major."""
+
+import hashlib
+from dataclasses import dataclass
+
+from rm_robust.config import RlooConfig
+from rm_robust.errors import RolloutError
+from rm_robust.records import GenerationRequest, PromptCompletions
+from rm_robust.token_files import TokenisedGroup
+from rm_robust.training_loop import batch_indices
+
+
+@dataclass(frozen=True)
+class RolloutScores:
+    """Raw scores of every completion, [P][K], from the proxy reward model and the gold judge."""
+
+    proxy: list[list[float]]
+    gold: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one trainer's completions, in order: KL to the reference (nats, whole sequence); and means over their tokens."""
+
+    kl: list[float]
+    entropy_mean: float
+    sampler_gap_mean: float
+    """Mean |log pi_trainer - log pi_sampler| a token: how far the vLLM engines are from the trainer."""
+    sampler_gap_max: float
+
+
+def prompts_of_step(prompts: list[TokenisedGroup], step: int, *, num_prompts: int, seed: int) -> list[TokenisedGroup]:
+    """The prompts of update `step` (0-based): a function of (seed, step) alone, so that a resumed run goes on where it stopped."""
+    return [prompts[i] for i in batch_indices(step, num_rows=len(prompts), batch_size=num_prompts, seed=seed)]
+
+
+def generation_requests(prompts: list[TokenisedGroup], settings: RlooConfig, *, step: int, seed: int, stop_token_id: int) -> list[GenerationRequest]:
+    """One request a prompt for its K completions; seeds differ by run, step and prompt."""
+    return [
+        GenerationRequest(
+            prompt_id=prompt.group_id,
+            prompt_ids=prompt.tokens.prompt_ids,
+            num_completions=settings.num_completions_per_prompt,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=1.0,
+            stop_token_ids=[stop_token_id],
+            seed=_request_seed(seed, step, position),
+        )
+        for position, prompt in enumerate(prompts)
+    ]
+
+
+def check_completions(completions: list[PromptCompletions], requests: list[GenerationRequest], *, policy_version: int) -> None:
+    """Raise RolloutError unless every request has its K completions, in order, all sampled by `policy_version`."""
+    if [c.prompt_id for c in completions] != [r.prompt_id for r in requests]:
+        raise RolloutError(f"The engines answered {len(completions)} prompts in another order than the {len(requests)} asked.")
+    for answer, request in zip(completions, requests, strict=True):
+        if len(answer.completions) != request.num_completions:
+            raise RolloutError(f"Prompt {answer.prompt_id} has {len(answer.completions)} completions, {request.num_completions} were asked.")
+        stale = {c.policy_version for c in answer.completions} - {policy_version}
+        if stale:
+            raise RolloutError(f"Prompt {answer.prompt_id} has completions of policy version {sorted(stale)}, the policy is at {policy_version}.")
+
+
+def split_evenly(num_items: int, num_parts: int) -> list[slice]:
+    """Consecutive slices whose lengths differ by at most one."""
+    bounds = [num_items * part // num_parts for part in range(num_parts + 1)]
+    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _request_seed(seed: int, step: int, position: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{position}".encode()).digest()[:4], "big") >> 1

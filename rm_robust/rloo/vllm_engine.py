@@ -1,0 +1,249 @@
+"""One vLLM engine (0.32), made a Ray actor by the caller: samples completions, token ids in and out, under one confirmed policy version.
+
+    no weights ─update─► updating ─finished─► confirm_version(v) ─► generates as version v ─next update─► updating …
+                            └─ failed: refuses to generate until an update succeeds
+
+An engine refuses to generate until its first confirmed update, also after a restart: what it loaded from `model_dir` has the right shapes,
+but nobody vouches for its version. vllm is imported when the engine is built, so that drivers and trainers can import this file.
+"""
+
+import math
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rm_robust.errors import ConfigError, RolloutError
+from rm_robust.records import Completion, GenerationRequest, PromptCompletions
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+
+def cpu_environment(num_threads: int) -> dict[str, str]:
+    """`runtime_env={"env_vars": ...}` of a CPU engine actor. vLLM reads these at import, so the actor must be born with them.
+
+    The engine runs inside the actor's own process (no child processes), its operators are not compiled (the first compilation takes 13 s
+    and a C++ compiler), and it computes with `num_threads` threads that are bound to no core.
+    """
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": str(num_threads),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+class _Update(Enum):
+    """How far the latest weight update of this engine came."""
+
+    NONE = "no update yet"
+    STARTED = "started"
+    RECEIVED = "received"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+class RolloutEngine:
+    """Samples from the policy. All methods block; weight updates and generation never overlap (a Ray actor runs one call at a time)."""
+
+    def __init__(
+        self,
+        *,
+        model_dir: str,
+        dtype: Literal["float32", "bfloat16"],
+        max_model_len: int,
+        seed: int,
+        device: Literal["cpu", "cuda"],
+        kv_cache_memory_bytes: int,
+        max_num_seqs: int,
+        weight_transfer_backend: Literal["gloo", "nccl"],
+        tensor_parallel_size: int,
+    ) -> None:
+        """`model_dir` is a Hugging Face causal LM; its tokenizer is not read. `max_model_len` bounds prompt + completion, in tokens.
+
+        `kv_cache_memory_bytes` is used on CPU only; on a GPU vLLM takes its usual share of the memory.
+        Raises ConfigError for a combination that vLLM cannot run, or a CPU actor without `cpu_environment`.
+        """
+        _check_settings(model_dir, device, tensor_parallel_size, weight_transfer_backend)
+        from vllm import LLM
+
+        cpu_settings: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_memory_bytes} if device == "cpu" else {}
+        self._llm = LLM(
+            model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            seed=seed,
+            max_num_seqs=max_num_seqs,
+            tensor_parallel_size=tensor_parallel_size,
+            weight_transfer_config={"backend": weight_transfer_backend},
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # not the checkpoint's sampling defaults
+            logprobs_mode="raw_logprobs",
+            enable_prefix_caching=True,
+            **cpu_settings,
+        )
+        self._max_model_len = max_model_len
+        self._update = _Update.NONE
+        self._policy_version: int | None = None
+
+    def generate(self, requests: list[GenerationRequest]) -> list[PromptCompletions]:
+        """Sample `num_completions` completions of each prompt, in the order of `requests`.
+
+        `sampler_logprobs` are log-softmax of the raw logits, before temperature and top_p. A completion ends with one of the request's
+        stop tokens, which is part of it, or is truncated; no other token ends it.
+        Raises RolloutError when the engine holds no confirmed weights, a request does not fit into the context, or an answer is incomplete.
+        """
+        version = self._require_version()
+        if not requests:
+            return []
+        self._check_fit([(request.prompt_ids, request.max_new_tokens) for request in requests])
+        outputs = self._run([request.prompt_ids for request in requests], [_sampling_params(request) for request in requests])
+        return [_prompt_completions(request, output, version) for request, output in zip(requests, outputs, strict=True)]
+
+    def greedy(self, prompt_ids_list: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The most likely continuation of each prompt, exactly `max_new_tokens` tokens: no token stops it."""
+        from vllm import SamplingParams
+
+        self._require_version()
+        self._check_fit([(prompt_ids, max_new_tokens) for prompt_ids in prompt_ids_list])
+        params = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, ignore_eos=True, detokenize=False)
+        outputs = self._run(prompt_ids_list, [params] * len(prompt_ids_list))
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def score_tokens(self, prompt_ids: list[int], completion_ids: list[int]) -> list[float]:
+        """Log-probability (nats) of each token of a given completion; does not read the prefix cache."""
+        from vllm import SamplingParams
+
+        self._require_version()
+        token_ids = prompt_ids + completion_ids
+        self._check_fit([(token_ids, 1)])
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        positions = self._run([token_ids], [params])[0].prompt_logprobs
+        if positions is None or len(positions) != len(token_ids):
+            raise RolloutError(f"vLLM returned {positions and len(positions)} log-probabilities for {len(token_ids)} tokens.")
+        return [positions[index][token_ids[index]].logprob for index in range(len(prompt_ids), len(token_ids))]
+
+    def policy_version(self) -> int | None:
+        """The version that completions are sampled with; None while the engine refuses to generate."""
+        return self._policy_version
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join the trainer's group; blocks until all its members have."""
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """From here on the engine refuses to generate, until `confirm_version`."""
+        self._policy_version = None
+        if self._update is _Update.STARTED:
+            return  # the trainer failed before it sent anything: vLLM's update is still open, and refuses to be opened twice
+        self._update = _Update.FAILED
+        self._llm.start_weight_update()
+        self._update = _Update.STARTED
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive and load the weights that the trainer is sending. After a failure the trainer must connect again."""
+        self._update = _Update.FAILED
+        try:
+            self._llm.update_weights({"update_info": update_info})
+        except BaseException:
+            self._llm.shutdown_weight_transfer_engine()  # leaving the group is what tells the trainer, which may be waiting in a broadcast
+            raise
+        self._update = _Update.RECEIVED
+
+    def finish_weight_update(self) -> None:
+        """Put the received weights to use. When this fails, the engine cannot be updated again: recreate the actor."""
+        self._update = _Update.FAILED
+        self._llm.finish_weight_update()
+        self._update = _Update.FINISHED
+
+    def confirm_version(self, version: int) -> int:
+        """Name the weights of the update that just finished, forget what the prefix cache holds of older ones, and generate again."""
+        if self._update is not _Update.FINISHED:
+            raise RolloutError(f"Cannot confirm policy version {version}: the latest weight update of this engine is '{self._update.value}', not finished.")
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError(f"Cannot confirm policy version {version}: vLLM did not reset its prefix cache, a request must still be running.")
+        self._llm.update_weight_version(str(version))
+        self._policy_version = version
+        return version
+
+    def shutdown(self) -> None:
+        """Stop vLLM cleanly; call it before `ray.kill`."""
+        self._policy_version = None
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _require_version(self) -> int:
+        if self._policy_version is None:
+            raise RolloutError(
+                f"This engine has no confirmed weights (latest weight update: {self._update.value}) and refuses to generate. "
+                "Publish the policy's weights to it first."
+            )
+        return self._policy_version
+
+    def _check_fit(self, lengths: list[tuple[list[int], int]]) -> None:
+        for prompt_ids, max_new_tokens in lengths:
+            if not prompt_ids or max_new_tokens < 1 or len(prompt_ids) + max_new_tokens > self._max_model_len:
+                raise RolloutError(
+                    f"A prompt of {len(prompt_ids)} tokens with {max_new_tokens} new tokens does not fit the engine's {self._max_model_len} tokens "
+                    "(at least 1 of each). Shorten the prompt or raise the context length."
+                )
+
+    def _run(self, prompts: list[list[int]], params: list["SamplingParams"]) -> list["RequestOutput"]:
+        outputs = self._llm.generate([{"prompt_token_ids": prompt_ids} for prompt_ids in prompts], params, use_tqdm=False)
+        if [output.prompt_token_ids for output in outputs] != prompts:
+            raise RolloutError(f"vLLM answered {len(outputs)} requests, not the {len(prompts)} prompts it was given in their order.")
+        return outputs
+
+
+def _check_settings(model_dir: str, device: str, tensor_parallel_size: int, weight_transfer_backend: str) -> None:
+    if not (Path(model_dir) / "config.json").is_file():
+        raise ConfigError(f"{model_dir} holds no config.json. Give the directory of a Hugging Face causal language model.")
+    if device == "cuda":
+        return
+    if tensor_parallel_size != 1 or weight_transfer_backend != "gloo":
+        raise ConfigError(
+            f"On CPU an engine needs tensor_parallel_size = 1 and weight_transfer_backend = 'gloo', got {tensor_parallel_size} and '{weight_transfer_backend}'."
+        )
+    missing = [name for name in cpu_environment(1) if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} not set. Create CPU engine actors with runtime_env={{'env_vars': cpu_environment(num_threads)}}.")
+
+
+def _sampling_params(request: GenerationRequest) -> "SamplingParams":
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=request.num_completions,
+        max_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        stop_token_ids=request.stop_token_ids,
+        seed=request.seed,
+        logprobs=0,  # of the sampled token only
+        detokenize=False,
+    )
+
+
+def _prompt_completions(request: GenerationRequest, output: "RequestOutput", version: int) -> PromptCompletions:
+    samples = sorted(output.outputs, key=lambda sample: sample.index)
+    if not output.finished or [sample.index for sample in samples] != list(range(request.num_completions)):
+        raise RolloutError(f"vLLM returned {len(samples)} completions of prompt {request.prompt_id}, asked for {request.num_completions}.")
+    return PromptCompletions(request.prompt_id, request.prompt_ids, [_completion(request, sample, version) for sample in samples])
+
+
+def _completion(request: GenerationRequest, sample: "CompletionOutput", version: int) -> Completion:
+    """Check and convert one sample; RolloutError unless every token has a finite log-probability and comes from `version`."""
+    where = f"completion {sample.index} of prompt {request.prompt_id}"
+    token_ids = list(sample.token_ids)
+    if sample.finish_reason not in ("stop", "length"):
+        raise RolloutError(f"vLLM ended {where} with '{sample.finish_reason}' after {len(token_ids)} tokens.")
+    spans = [(span.version, span.start, span.end) for span in sample.weight_versions or []]
+    if spans != [(str(version), 0, len(token_ids))]:
+        raise RolloutError(f"{where} was sampled by weight versions {spans}, expected only {version} for all {len(token_ids)} tokens.")
+    positions = sample.logprobs or []
+    logprobs = [position[token_id].logprob for position, token_id in zip(positions, token_ids, strict=False)]
+    if not token_ids or len(positions) != len(token_ids) or not all(map(math.isfinite, logprobs)):
+        raise RolloutError(f"{where} has {len(token_ids)} tokens but {sum(map(math.isfinite, logprobs))} finite log-probabilities.")
+    return Completion(token_ids, logprobs, is_truncated=sample.finish_reason == "length", policy_version=version)

@@ -1,0 +1,236 @@
+"""The trainer's end of weight updates: send the policy's weights to every vLLM engine and have each confirm the version.
+
+    policy ─WeightPublisher.publish(v)─► start on every engine ─► broadcast ─► finish ─► confirm version v, prefix cache reset
+                                          (any failure: connections closed, one retry over new ones, then RolloutError)
+
+`gloo` (CPU) is ours and imports nothing of vLLM here: importing vLLM's trainer factory would cost a trainer 2.4 s and 120 MB.
+`nccl` (GPUs) is vLLM's own sender; it was never run by us (no GPU was at hand).
+"""
+
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from torch import nn
+
+from rm_robust.errors import RolloutError
+from rm_robust.rloo.weight_broadcast import ModuleWeights, WeightSource, host_store, open_group, send_weights
+
+logger = logging.getLogger(__name__)
+
+_CONNECTION_ERRORS = (RayError, RuntimeError, RolloutError)
+"""What a lost engine or connection looks like: Ray's and gloo's errors (gloo raises RuntimeError), and an engine's own refusal."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One successful publication, acknowledged by `num_engines` engines."""
+
+    version: int
+    num_bytes: int
+    """Bytes of one copy of the weights as sent."""
+    seconds: float
+    num_engines: int
+
+
+def register_gloo_backend() -> None:
+    """Make `weight_transfer_config={"backend": "gloo"}` known to vLLM; vLLM calls it in each of its processes (entry point)."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    with contextlib.suppress(ValueError):  # already registered: vLLM may load its plugins more than once in a process
+        WeightTransferEngineFactory.register_engine("gloo", "rm_robust.rloo.gloo_weight_transfer", "GlooWeightTransferEngine")
+
+
+class WeightPublisher:
+    """Lives in the trainer process that holds the whole policy (DDP: rank 0; a sharded policy needs a gathering `WeightSource`).
+
+    It must not share a process with an engine: both ends of a broadcast block.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[ActorHandle],
+        source: nn.Module | WeightSource,
+        *,
+        backend: Literal["gloo", "nccl"],
+        tensor_parallel_size: int,
+        timeout_s: float,
+    ) -> None:
+        """`engines` are handles of RolloutEngine actors. `timeout_s` bounds each wait for them (connecting, one call, one broadcast)."""
+        self._client = EngineClient(engines, tensor_parallel_size=tensor_parallel_size, timeout_s=timeout_s)
+        self._source = ModuleWeights(source) if isinstance(source, nn.Module) else source
+        self._backend = backend
+        self._sender: WeightSender | None = None
+
+    def publish(self, version: int) -> SyncReport:
+        """Bring every engine to the current weights and have it confirm `version`.
+
+        Raises RolloutError when a second attempt over new connections failed too: some engine is gone or broken, and must be replaced.
+        Engines that were reached are left refusing to generate.
+        """
+        try:
+            return self._publish_once(version)
+        except _CONNECTION_ERRORS as error:
+            logger.warning("Publishing policy version %d failed, trying once more over new connections: %s", version, error)
+        try:
+            return self._publish_once(version)
+        except _CONNECTION_ERRORS as error:
+            raise RolloutError(
+                f"Policy version {version} did not reach all {self._client.num_engines} engines, twice; the last error: {error}. "
+                "Recreate the engines that failed and publish through a new WeightPublisher."
+            ) from error
+
+    def close(self) -> None:
+        """Leave the engines' group. The next publication connects again."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def _publish_once(self, version: int) -> SyncReport:
+        start_s = time.perf_counter()
+        try:
+            if self._sender is None:
+                self._client.require_alive()
+                self._sender = _connect(self._backend, self._client, self._source)
+            num_bytes = self._sender.send()
+            self._client.confirm_version(version)
+        except BaseException:
+            self.close()  # an engine that still waits for the rest of this update gets an error at once
+            raise
+        report = SyncReport(version, num_bytes, time.perf_counter() - start_s, self._client.num_engines)
+        logger.debug("Policy version %d: %d bytes to %d engines in %.3f s", version, num_bytes, report.num_engines, report.seconds)
+        return report
+
+
+class EngineClient:
+    """Calls all engines at once. The method names without `begin_` are those of vLLM's `VLLMWeightSyncClient` protocol."""
+
+    def __init__(self, engines: Sequence[ActorHandle], *, tensor_parallel_size: int, timeout_s: float) -> None:
+        assert engines, "a publisher needs at least one engine"
+        self._engines = list(engines)
+        self._tensor_parallel_size = tensor_parallel_size
+        self.timeout_s = timeout_s
+
+    @property
+    def num_engines(self) -> int:
+        return len(self._engines)
+
+    @property
+    def world_size(self) -> int:
+        """The trainer and every worker of every engine."""
+        return 1 + self.num_engines * self._tensor_parallel_size
+
+    def wait(self, calls: list[ObjectRef]) -> list[Any]:
+        return ray.get(calls, timeout=self.timeout_s)
+
+    def require_alive(self) -> None:
+        """Raises RayError at once when an engine is dead, where joining a group with it would wait out the timeout."""
+        self.wait([engine.policy_version.remote() for engine in self._engines])
+
+    def begin_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> list[ObjectRef]:
+        """Give each engine its own ranks: vLLM's own Ray client sends one `rank_offset` to all, and several engines then wait for each other."""
+        return [
+            engine.init_weight_transfer_engine.remote({**init_info, "rank_offset": 1 + index * self._tensor_parallel_size})
+            for index, engine in enumerate(self._engines)
+        ]
+
+    def begin_update_weights(self, update_info: dict[str, Any]) -> list[ObjectRef]:
+        return [engine.update_weights.remote(update_info) for engine in self._engines]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.wait(self.begin_init_weight_transfer_engine(init_info))
+
+    def start_weight_update(self) -> None:
+        self.wait([engine.start_weight_update.remote() for engine in self._engines])
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.wait(self.begin_update_weights(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        assert weight_version is None, "versions are confirmed by confirm_version"
+        self.wait([engine.finish_weight_update.remote() for engine in self._engines])
+
+    def confirm_version(self, version: int) -> None:
+        """Raises RolloutError unless every engine answers with `version`."""
+        versions = self.wait([engine.confirm_version.remote(version) for engine in self._engines])
+        if versions != [version] * self.num_engines:
+            raise RolloutError(f"Engines confirmed policy versions {versions}, expected {version} from all {self.num_engines}.")
+
+
+class WeightSender(Protocol):
+    """A connection to all engines that can send the weights again and again."""
+
+    def send(self) -> int:
+        """Send the weights to every engine and return the bytes of one copy."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class GlooSender:
+    """Broadcasts from this process, rank 0 of a gloo group that exists beside any default process group."""
+
+    def __init__(self, client: EngineClient, source: WeightSource) -> None:
+        self._client = client
+        self._source = source
+        address = ray.util.get_node_ip_address()
+        store = host_store(address, client.world_size, client.timeout_s)
+        init_info = {"master_address": address, "master_port": store.port, "world_size": client.world_size, "timeout_s": client.timeout_s}
+        joining = client.begin_init_weight_transfer_engine(init_info)
+        self._group = open_group(store, 0, client.world_size, client.timeout_s)
+        client.wait(joining)
+
+    def send(self) -> int:
+        specs = self._source.metadata()
+        update_info = {
+            "names": [spec.name for spec in specs],
+            "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],
+            "shapes": [list(spec.shape) for spec in specs],
+        }
+        self._client.start_weight_update()
+        receiving = self._client.begin_update_weights(update_info)
+        num_bytes = send_weights(self._group, self._source)
+        self._client.wait(receiving)
+        self._client.finish_weight_update()
+        return num_bytes
+
+    def close(self) -> None:
+        del self._group
+
+
+class NcclSender:
+    """vLLM's own NCCL sender, by the same interface. Not run by us. NCCL itself knows no timeout and vLLM's sender sets none."""
+
+    def __init__(self, client: EngineClient, source: WeightSource) -> None:
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        address = ray.util.get_node_ip_address()
+        info = NCCLTrainerInitInfo(master_address=address, master_port=_free_port(), world_size=client.world_size, rank=0)
+        self._source = source
+        self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+
+    def send(self) -> int:
+        self._trainer.send_weights()
+        return sum(spec.num_bytes for spec in self._source.metadata())
+
+    def close(self) -> None:
+        self._trainer.shutdown()
+
+
+def _connect(backend: Literal["gloo", "nccl"], client: EngineClient, source: WeightSource) -> WeightSender:
+    return NcclSender(client, source) if backend == "nccl" else GlooSender(client, source)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

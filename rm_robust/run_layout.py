@@ -1,0 +1,114 @@
+"""Where everything of a run lies, and which stages are done. The one place that knows the run directory's names."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rm_robust.config import PipelineConfig
+from rm_robust.errors import DataError
+from rm_robust.tracking import write_json_atomic
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Paths below a run directory."""
+
+    run_dir: Path
+
+    @property
+    def world(self) -> Path:
+        return self.run_dir / "world"
+
+    @property
+    def base_model(self) -> Path:
+        return self.run_dir / "sft" / "base"
+
+    @property
+    def sft_tokens(self) -> Path:
+        return self.run_dir / "sft" / "tokens"
+
+    @property
+    def sft_state(self) -> Path:
+        return self.run_dir / "sft" / "state"
+
+    @property
+    def scenarios(self) -> Path:
+        return self.run_dir / "preferences" / "scenarios"
+
+    @property
+    def preference_tokens(self) -> Path:
+        return self.run_dir / "preferences" / "tokens"
+
+    @property
+    def reward_model_state(self) -> Path:
+        return self.run_dir / "reward_model" / "state"
+
+    @property
+    def rloo_prompts(self) -> Path:
+        return self.run_dir / "rloo" / "prompts"
+
+    @property
+    def rloo_state(self) -> Path:
+        return self.run_dir / "rloo" / "state"
+
+    @property
+    def rloo_samples(self) -> Path:
+        return self.run_dir / "rloo" / "samples.jsonl"
+
+    @property
+    def sft_checkpoint(self) -> Path:
+        return self.run_dir / "checkpoints" / "sft"
+
+    @property
+    def reward_model_checkpoint(self) -> Path:
+        return self.run_dir / "checkpoints" / "reward_model"
+
+    @property
+    def policy_checkpoint(self) -> Path:
+        return self.run_dir / "checkpoints" / "policy"
+
+    @property
+    def evaluation_scores(self) -> Path:
+        return self.run_dir / "evaluation" / "scores.parquet"
+
+    @property
+    def evaluation_table(self) -> Path:
+        return self.run_dir / "evaluation.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.run_dir / "summary.json"
+
+    def base_model_dir(self, config: PipelineConfig) -> str:
+        """What SFT starts from: the user's model, or the one made from scratch."""
+        return config.model.path or str(self.base_model)
+
+    def sft_model_dir(self, config: PipelineConfig) -> str:
+        """The policy before RLOO: the SFT stage's output, or the user's model when that stage is off."""
+        if config.sft.enabled:
+            return str(self.sft_checkpoint)
+        assert config.model.path is not None
+        return config.model.path
+
+    def is_done(self, stage: str) -> bool:
+        return (self.run_dir / "stages" / f"{stage}.json").exists()
+
+    def run_stage(self, stage: str, work: Callable[[], dict[str, Any]]) -> bool:
+        """Do `work` unless this run has committed the stage before; its result (plain JSON) is recorded with the seconds it took."""
+        if self.is_done(stage):
+            return False
+        started = time.time()
+        result = work()
+        write_json_atomic(self.run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": time.time() - started, "finished_at": time.time(), **result})
+        return True
+
+    def stage_result(self, stage: str) -> dict[str, Any]:
+        """What a finished stage recorded. Raises DataError when it has not run."""
+        path = self.run_dir / "stages" / f"{stage}.json"
+        if not path.exists():
+            raise DataError(f"Stage {stage!r} has not run in {self.run_dir}; run it first (pipelines/full_rlhf.py runs all in order).")
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result

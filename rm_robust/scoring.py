@@ -1,0 +1,252 @@
+"""The scoring contract over HTTP, and the client that other teams import (neither torch nor ray is needed).
+
+    POST {base_url}/v1/score   {"inputs": [{"prompt": text or messages, "completions": [text, ...]}, ...]}
+    200                        {"model": "...", "checkpoint": "sha256:...", "results": [{"scores": [float, ...]}, ...]}
+    any other status           {"error": {"type": "...", "message": "..."}}
+
+Scores are raw (no sigmoid), one per completion, in the order of the request. A text prompt is one user turn. No inputs, or an input
+without completions, is a caller's mistake (422). An empty completion text is what a policy that stops at once writes, and is scored.
+
+    with RewardClient("http://127.0.0.1:8000/proxy") as client:
+        client.score([ScoreInput(prompt="Name a colour.", completions=["Blue.", "Seven."])]).scores  # [[1.3, -0.2]]
+"""
+
+import asyncio
+import logging
+import random
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Annotated, Self, TypedDict, TypeVar, Unpack
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rm_robust.errors import ConfigError, ScoringError
+from rm_robust.records import Message
+
+logger = logging.getLogger(__name__)
+
+SCORE_PATH = "/v1/score"
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 10.0
+CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+"""Failures of the connection, not of the request: scoring has no side effects, so sending it again is safe."""
+NO_PROXY_FOR_LOOPBACK: dict[str, httpx.AsyncBaseTransport | None] = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
+
+Score = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+T = TypeVar("T")
+
+
+class ScoreInput(BaseModel):
+    """One prompt and the K >= 1 completions of it to score."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str | list[Message]
+    completions: list[str] = Field(min_length=1)
+
+
+class ScoreRequest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: list[ScoreInput] = Field(min_length=1)
+
+
+class ScoreResult(BaseModel):
+    """Raw scores of one input's completions, in their order."""
+
+    scores: list[Score]
+
+
+class ScoreReply(BaseModel):
+    """`results[i]` belongs to `inputs[i]`; all of them come from the one `checkpoint`. Fields that a newer server adds are ignored."""
+
+    model: str
+    checkpoint: str
+    results: list[ScoreResult]
+
+    @property
+    def scores(self) -> list[list[float]]:
+        return [result.scores for result in self.results]
+
+
+class ErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class ErrorReply(BaseModel):
+    error: ErrorDetail
+
+
+class ClientOptions(TypedDict, total=False):
+    """Keyword arguments of both clients. Defaults: DEFAULT_OPTIONS."""
+
+    timeout_s: float  # of one attempt
+    max_retries: int  # after connection errors, 429 and 5xx; no other failure is tried again
+    max_completions_per_request: int  # longer lists are sent as several requests; one input is never split
+    max_concurrent_requests: int
+    expected_checkpoint: str | None  # "sha256:…" that every score must come from; None: any, but one for all requests of a call
+
+
+DEFAULT_OPTIONS = ClientOptions(timeout_s=60.0, max_retries=8, max_completions_per_request=64, max_concurrent_requests=8, expected_checkpoint=None)
+
+
+class AsyncRewardClient:
+    """Scores lists of any length; a call returns every score or raises ScoringError. Use it within one event loop, and close it."""
+
+    def __init__(self, base_url: str, **options: Unpack[ClientOptions]) -> None:
+        """Raises ConfigError for a URL that is not HTTP."""
+        settings = DEFAULT_OPTIONS | options
+        if not base_url.startswith(("http://", "https://")):
+            raise ConfigError(f"A scoring URL starts with http:// or https://, got {base_url!r}.")
+        self._url = base_url.rstrip("/") + SCORE_PATH
+        self._timeout_s = settings["timeout_s"]
+        self._max_retries = settings["max_retries"]
+        self._max_completions = settings["max_completions_per_request"]
+        self._expected_checkpoint = settings["expected_checkpoint"]
+        self._slots = asyncio.Semaphore(settings["max_concurrent_requests"])
+        self._http = httpx.AsyncClient(
+            timeout=self._timeout_s, limits=httpx.Limits(max_connections=settings["max_concurrent_requests"]), mounts=NO_PROXY_FOR_LOOPBACK
+        )
+
+    async def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
+        """Scores of all inputs in order. Raises ScoringError naming the inputs and the reason; nothing partial is returned."""
+        if not inputs:
+            raise ScoringError("There is nothing to score: the list of inputs is empty.")
+        spans = split_inputs(inputs, self._max_completions)
+        tasks = [asyncio.create_task(self._score_span(inputs, span)) for span in spans]
+        try:
+            replies = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return merge_replies(replies, spans, expected_checkpoint=self._expected_checkpoint)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _score_span(self, inputs: Sequence[ScoreInput], span: range) -> ScoreReply:
+        part = [inputs[i] for i in span]
+        async with self._slots:
+            try:
+                return check_reply(await self._post(ScoreRequest(inputs=part).model_dump_json()), part)
+            except ScoringError as error:
+                note = f" (an index in this message counts from input {span.start})" if span.start else ""
+                raise ScoringError(f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} at {self._url} failed: {error}{note}") from error
+
+    async def _post(self, body: str) -> bytes:
+        """The body of a 200 reply. Raises ScoringError with the reason of the last attempt."""
+        num_attempts = self._max_retries + 1
+        for attempt in range(num_attempts):
+            retry_after_s = 0.0
+            try:
+                response = await self._http.post(self._url, content=body, headers={"content-type": "application/json"})
+            except CONNECTION_ERRORS as error:
+                reason = f"{type(error).__name__} {error}".strip()
+            except httpx.HTTPError as error:
+                raise ScoringError(f"{type(error).__name__} {error} (a timeout is {self._timeout_s} s)") from error
+            else:
+                if response.status_code == 200:
+                    return response.content
+                reason = describe_failure(response)
+                if response.status_code != 429 and response.status_code < 500:
+                    raise ScoringError(reason)
+                retry_after_s = float(seconds) if (seconds := response.headers.get("retry-after", "")).isdecimal() else 0.0
+            if attempt + 1 < num_attempts:
+                delay_s = backoff_s(attempt, retry_after_s=retry_after_s)
+                logger.info("scoring attempt %d of %d: %s; again in %.2f s", attempt + 1, num_attempts, reason, delay_s)
+                await asyncio.sleep(delay_s)
+        raise ScoringError(f"{num_attempts} attempts, the last one: {reason}")
+
+
+class RewardClient:
+    """AsyncRewardClient for synchronous code, on an event loop of its own; safe to share between threads. Close it, or use `with`."""
+
+    def __init__(self, base_url: str, **options: Unpack[ClientOptions]) -> None:
+        self._client = AsyncRewardClient(base_url, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="RewardClient", daemon=True)
+        self._thread.start()
+
+    def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
+        """As AsyncRewardClient.score."""
+        return self._run(self._client.score(inputs))
+
+    def close(self) -> None:
+        self._run(self._client.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, coroutine: Coroutine[None, None, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+
+def split_inputs(inputs: Sequence[ScoreInput], max_completions: int) -> list[range]:
+    """Consecutive spans of inputs with at most `max_completions` completions each, or one input that alone has more."""
+    starts, held = [0], 0
+    for index, item in enumerate(inputs):
+        if held and held + len(item.completions) > max_completions:
+            starts.append(index)
+            held = 0
+        held += len(item.completions)
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(inputs)], strict=True)]
+
+
+def backoff_s(attempt: int, *, retry_after_s: float) -> float:
+    """Seconds to wait after failed attempt number `attempt` (from 0): doubling with jitter, at least what the server asks, bounded."""
+    doubling_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0**attempt)
+    return min(MAX_BACKOFF_S, retry_after_s) + doubling_s * random.uniform(0.5, 1.0)
+
+
+def check_reply(body: bytes, inputs: Sequence[ScoreInput]) -> ScoreReply:
+    """Parse a 200 body. Raises ScoringError unless there is exactly one finite number per completion, input by input."""
+    try:
+        reply = ScoreReply.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ScoringError(f"the reply is malformed at {'.'.join(map(str, first['loc'])) or 'its start'}: {first['msg']}") from error
+    if len(reply.results) != len(inputs):
+        raise ScoringError(f"the reply has {len(reply.results)} results for {len(inputs)} inputs")
+    for index, (result, item) in enumerate(zip(reply.results, inputs, strict=True)):
+        if len(result.scores) != len(item.completions):
+            raise ScoringError(f"results[{index}] has {len(result.scores)} scores for {len(item.completions)} completions: lost, added or out of order")
+    return reply
+
+
+def merge_replies(replies: Sequence[ScoreReply], spans: Sequence[range], *, expected_checkpoint: str | None) -> ScoreReply:
+    """One reply for all spans. Raises ScoringError when they do not all come from one model and checkpoint (the expected one, if given)."""
+    first = replies[0]
+    wanted = expected_checkpoint or first.checkpoint
+    for reply, span in zip(replies, spans, strict=True):
+        if (reply.model, reply.checkpoint) != (first.model, wanted):
+            raise ScoringError(
+                f"Inputs {span.start} to {span.stop - 1} were scored by {reply.model} {reply.checkpoint}, not by {first.model} {wanted}: "
+                "the checkpoint changed, and scores of two checkpoints cannot be compared. Score everything again."
+            )
+    return ScoreReply(model=first.model, checkpoint=wanted, results=[result for reply in replies for result in reply.results])
+
+
+def describe_failure(response: httpx.Response) -> str:
+    """Status and the server's message, or the start of a body that is not ours (a proxy's page)."""
+    try:
+        return f"HTTP {response.status_code}: {ErrorReply.model_validate_json(response.content).error.message}"
+    except ValidationError:
+        return f"HTTP {response.status_code}: {response.text[:200]}"

@@ -1,0 +1,189 @@
+"""The stages of a run in their order, each skipped when this run has committed it. The only place where stages, Ray and serving meet.
+
+    world ─► sft ─► preferences ─► reward_model ─► evaluation ─► rloo (with proxy and gold served) ─► summary and report
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import TrainingFailedError
+
+from rm_robust.chat import ChatFormat
+from rm_robust.checkpoint import verify_checkpoint
+from rm_robust.config import ReplicaConfig
+from rm_robust.config_loading import DEFAULT_CONFIG, Run, parse_run
+from rm_robust.embedded_world.world_files import write_world
+from rm_robust.errors import RmRobustError
+from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
+from rm_robust.reward_model.evaluation import evaluate_scenarios
+from rm_robust.reward_model.training import train_reward_model
+from rm_robust.rloo.controller import run_rloo
+from rm_robust.run_layout import RunLayout
+from rm_robust.sft.preparation import prepare_sft
+from rm_robust.sft.training import train_sft
+from rm_robust.summary import summary_lines, write_summary
+from rm_robust.worker_group import run_on_workers
+
+logger = logging.getLogger(__name__)
+
+Stage = Callable[[Run], None]
+
+
+def main(description: str, stages: list[Stage]) -> int:
+    """What every pipeline script does: parse, check everything that can be checked without a cluster, run its stages. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        run = parse_run(description, repository_root() / DEFAULT_CONFIG)
+        logger.info("run directory %s", run.run_dir)
+        check_inputs(run)
+        for stage in stages:
+            stage(run)
+    except RmRobustError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RmRobustError):
+            print(f"error: {error.cause}", file=sys.stderr)
+            return 2
+        raise
+    except TrainingFailedError as error:
+        print(f"error: {error}\nThe same command again resumes from the last committed state.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def repository_root() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+def check_inputs(run: Run) -> None:
+    """Raise an RmRobustError for missing or empty files and for models that would make scores wrong, before any cluster work."""
+    config = run.config
+    check_preference_sources(config, run.run_dir)
+    for path in {config.model.path, config.reward_model.base_path} - {None}:
+        ChatFormat.load(str(path))
+    if config.serve.gold != "embedded":
+        verify_checkpoint(Path(config.serve.gold), "reward_model")
+
+
+def world_stage(run: Run) -> None:
+    layout = RunLayout(run.run_dir)
+    if run.config.data.source == "embedded":
+        layout.run_stage("world", lambda: write_world(layout.world, run.config.world, seed=run.config.seed))
+
+
+def sft_stage(run: Run) -> None:
+    config, layout = run.config, RunLayout(run.run_dir)
+    if not config.sft.enabled:
+        return
+
+    def work() -> dict[str, Any]:
+        connect_to_ray()
+        counts = prepare_sft(config, run.run_dir, token_limits(config))
+        return counts | run_on_workers(train_sft, stage="sft", config=config, run_dir=run.run_dir, workers=config.sft.workers)
+
+    _announce(layout, "sft", work)
+
+
+def preferences_stage(run: Run) -> None:
+    def work() -> dict[str, Any]:
+        connect_to_ray()
+        return prepare_preferences(run.config, run.run_dir)
+
+    _announce(RunLayout(run.run_dir), "preferences", work)
+
+
+def reward_model_stage(run: Run) -> None:
+    config = run.config
+
+    def work() -> dict[str, Any]:
+        connect_to_ray()
+        return run_on_workers(train_reward_model, stage="reward_model", config=config, run_dir=run.run_dir, workers=config.reward_model.workers)
+
+    _announce(RunLayout(run.run_dir), "reward_model", work)
+
+
+def evaluation_stage(run: Run) -> None:
+    settings = run.config.evaluation
+
+    def work() -> dict[str, Any]:
+        connect_to_ray()
+        task = ray.remote(evaluate_scenarios).options(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, resources=settings.resources)
+        return {"evaluation": ray.get(task.remote(run.config, run.run_dir, device="cuda" if settings.num_gpus else "cpu"))}
+
+    _announce(RunLayout(run.run_dir), "evaluation", work)
+
+
+def rloo_stage(run: Run) -> None:
+    def work() -> dict[str, Any]:
+        connect_to_ray()
+        with served_scorers(run) as (proxy_url, gold_url):
+            return run_rloo(run.config, run.run_dir, proxy_url=proxy_url, gold_url=gold_url)
+
+    _announce(RunLayout(run.run_dir), "rloo", work)
+
+
+def report_stage(run: Run) -> None:
+    """Always done: it only reads the run's own files."""
+    summary = write_summary(run.run_dir)
+    print("\n".join(summary_lines(summary)))
+
+
+@contextlib.contextmanager
+def served_scorers(run: Run) -> Iterator[tuple[str, str]]:
+    """Serve the proxy reward model and the gold judge; both applications are deleted afterwards."""
+    from serve.launch import delete_scorer, deploy_scorer, start_serve
+
+    config = run.config
+    start_serve(config.serve.host, config.serve.port)
+    names = (f"{config.name}-proxy", f"{config.name}-gold")
+    try:
+        proxy_url = deploy_scorer(
+            _scorer(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint), app_name=names[0], route_prefix=f"/{names[0]}"
+        )
+        gold = None if config.serve.gold == "embedded" else Path(config.serve.gold).absolute()
+        gold_url = deploy_scorer(_scorer(config.serve.gold_replica, "gold", gold), app_name=names[1], route_prefix=f"/{names[1]}")
+        yield proxy_url, gold_url
+    finally:
+        for name in names:
+            delete_scorer(name)
+
+
+def connect_to_ray() -> None:
+    """The job's or RAY_ADDRESS's cluster; otherwise a local one of this process's own, on loopback."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    on_cluster = "RAY_ADDRESS" in os.environ
+    ray.init(
+        address=None if on_cluster else "local",
+        include_dashboard=None if on_cluster else False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+    )
+
+
+def _scorer(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None) -> Any:
+    from serve.settings import ScoringAppSettings
+
+    return ScoringAppSettings(
+        **replica.model_dump(),
+        model_name=model_name,
+        checkpoint_dir=checkpoint_dir,
+        embedded_judge=checkpoint_dir is None,
+        device="cuda" if replica.num_gpus else "cpu",
+    )
+
+
+def _announce(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]]) -> None:
+    logger.info("stage %s", stage if not layout.is_done(stage) else f"{stage}: already committed, skipped")
+    layout.run_stage(stage, work)
+
+
+ALL_STAGES: list[Stage] = [world_stage, sft_stage, preferences_stage, reward_model_stage, evaluation_stage, rloo_stage, report_stage]

@@ -1,0 +1,50 @@
+"""The end of a run in one small JSON file and on the terminal: scenario table, first and last proxy and gold score, where the report is."""
+
+from pathlib import Path
+from typing import Any
+
+from rm_robust.report import write_report
+from rm_robust.run_layout import RunLayout
+from rm_robust.run_record import RunRecord, first_and_last_tenth, gold_gain, metric_series, read_run
+from rm_robust.tracking import write_json_atomic
+
+
+def write_summary(run_dir: Path) -> dict[str, Any]:
+    """Write report.html and summary.json from the run's own files; returns the summary."""
+    run = read_run(run_dir)
+    report_path = write_report(run_dir)
+    summary = {
+        "name": run.name,
+        "scenarios": {name: {"metric": r.metric, "value": r.value, "num_prompts": r.num_prompts} for name, r in run.evaluation.items()},
+        "rloo": _rloo_summary(run),
+        "response_models": None if run.response_models is None else {"training": run.response_models.training, "unseen": run.response_models.unseen},
+        "stage_seconds": run.stage_seconds,
+        "report": str(report_path),
+    }
+    write_json_atomic(RunLayout(run_dir).summary, summary)
+    return summary
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """What a pipeline prints last."""
+    lines = ["scenario            metric          value   prompts"]
+    lines += [f"{name:19} {row['metric']:14} {row['value']:7.4f}  {row['num_prompts']:7d}" for name, row in summary["scenarios"].items()]
+    rloo = summary["rloo"]
+    for key in ("proxy_score", "gold_score"):
+        if key in rloo:
+            lines.append(f"{key}: first tenth of steps {rloo[key]['first_tenth']:.3f}, last tenth {rloo[key]['last_tenth']:.3f}")
+    if rloo.get("gold_gain") is not None:
+        lines.append(f"gold gain: {rloo['gold_gain']:.2f} standard deviations of the first tenth's completions")
+    lines.append(f"stages: {sum(summary['stage_seconds'].values()):.0f} s in all")
+    return [*lines, f"report: {summary['report']}"]
+
+
+def _rloo_summary(run: RunRecord) -> dict[str, Any]:
+    lines = run.metrics["rloo"]
+    summary: dict[str, Any] = {"num_steps": len(lines), "gold_gain": gold_gain(lines)}
+    for key in ("proxy_score", "gold_score"):
+        values = metric_series(lines, f"rloo/{key}_mean").values
+        if len(values):
+            first, last = first_and_last_tenth(values)
+            summary[key] = {"first_step": float(values[0]), "first_tenth": float(first.mean()), "last_tenth": float(last.mean()), "last_step": float(values[-1])}
+    return summary

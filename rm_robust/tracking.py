@@ -1,0 +1,152 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard beside it, and one INFO line per step.
+
+`metrics.jsonl` is the record; everything else can be made again from it. One JSON object a line, all stages in one file:
+
+    {"stage": "rloo", "step": 3, "time": 1767225600.123, "rloo/gold_score_mean": 0.1, "time/generate_s": 1.4}
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rm_robust.errors import DataError, RmRobustError
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+MetricsLine = dict[str, str | int | float]
+"""One line of `metrics.jsonl`: `stage`, `step` (from 1), `time` (Unix seconds) and "area/name" metrics."""
+
+
+class MetricsWriter:
+    """Appends one stage's metrics to `run_dir/metrics.jsonl` and to TensorBoard events in `run_dir/tensorboard/<stage>`.
+
+    `resume_step` is the last step whose checkpoint is committed, 0 for a fresh stage. Lines of this stage beyond it, which a killed
+    process wrote after its last checkpoint, are dropped (and counted in the log), and so is a torn last line: the steps that are now
+    done again appear once. One writer at a time per run directory.
+    """
+
+    def __init__(self, run_dir: Path, stage: str, resume_step: int) -> None:
+        assert resume_step >= 0, f"resume_step is the number of committed steps, got {resume_step}"
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and the report only reads metrics
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._stage = stage
+        self._resume_step = resume_step
+        path = run_dir / METRICS_NAME
+        _drop_uncommitted(path, stage, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=resume_step + 1, flush_secs=10)
+
+    def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
+        """Append the metrics of one step (from 1). Raises RmRobustError, naming the key, when a value is NaN or infinite."""
+        assert step >= max(1, self._resume_step), f"{self._stage}: step {step} was already committed (resumed at {self._resume_step})"
+        for key, value in metrics.items():
+            _check_metric(self._stage, step, key, value)
+        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **metrics}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in metrics.items():
+            self._tensorboard.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Close both files; nothing can be written afterwards."""
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: Path, stage: str) -> list[MetricsLine]:
+    """The lines of one stage, in the order written; empty when the stage logged nothing. A torn last line is left out.
+
+    Raises DataError when any other line is not a JSON object with a stage and a step.
+    """
+    return [line for line in _parse_lines(run_dir / METRICS_NAME) if line["stage"] == stage]
+
+
+def write_json_atomic(path: Path, obj: object) -> None:
+    """Write `obj` as indented JSON so that a reader sees the old file or the new one, never a part. ValueError on NaN or infinity."""
+    write_text_atomic(path, json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write beside, sync, rename: a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def log_step(
+    logger: logging.Logger, stage: str, step: int, num_steps: int, metrics: Mapping[str, int | float], keys: Sequence[str]
+) -> None:
+    """One INFO line: `keys` in their order, every step the same fields; "-" for one that this step did not measure."""
+    fields = []
+    for key in keys:
+        value = f"{metrics[key]:.4g}" if key in metrics else "-"
+        fields.append(f"{key.removeprefix(stage + '/')}={value}")
+    logger.info("%s step %d/%d %s", stage, step, num_steps, " ".join(fields))
+
+
+def _check_metric(stage: str, step: int, key: str, value: int | float) -> None:
+    area, _, name = key.partition("/")
+    assert area and name and "/" not in name, f'metric keys are "area/name", got {key!r}'
+    assert isinstance(value, int | float) and not isinstance(value, bool), f"{key} must be an int or a float, got {type(value).__name__}"
+    if not math.isfinite(value):
+        raise RmRobustError(
+            f"{stage} step {step}: metric {key!r} is {value}. Training has diverged or a score is not finite: "
+            "resume from the last checkpoint with a lower learning rate, or look for the batch that causes it."
+        )
+
+
+def _drop_uncommitted(path: Path, stage: str, resume_step: int) -> None:
+    """Rewrite the file without the stage's lines beyond `resume_step` and without a torn last line; leave a clean file alone."""
+    if not path.exists():
+        return
+    lines = _parse_lines(path)
+    kept = [line for line in lines if line["stage"] != stage or int(line["step"]) <= resume_step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    if text.encode() == path.read_bytes():
+        return
+    if len(kept) < len(lines):
+        logger.info("%s: dropped %d lines of stage %s beyond step %d", path, len(lines) - len(kept), stage, resume_step)
+    write_text_atomic(path, text)
+
+
+def _parse_lines(path: Path) -> list[MetricsLine]:
+    """All complete lines. Only the last may be torn: every line is flushed before the next is begun."""
+    if not path.exists():
+        return []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines: list[MetricsLine] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            is_valid = isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)
+        except json.JSONDecodeError:
+            is_valid = False
+        if is_valid:
+            lines.append(line)
+        elif number < len(texts):
+            raise DataError(f"{path}, line {number} is not a metrics line: {text[:80]!r}. Restore the file or delete that line.")
+        else:
+            logger.warning("%s: the last line is torn (a process was killed while writing it) and is left out", path)
+    return lines

@@ -1,0 +1,124 @@
+"""One place that knows how a module is trained over ranks (shared by SFT, reward model and RLOO).
+
+Losses are written for the whole optimiser-step batch: each rank passes its own terms of one global sum, and the gradient that reaches the
+optimiser is that of the sum over ranks and micro-batches, whatever their number. Clipping, schedule and AdamW are the same for every strategy.
+"""
+
+import contextlib
+import io
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rm_robust.config import OptimizerConfig, StrategyConfig
+
+
+class TrainEngine(Protocol):
+    """A module under training. Every rank makes the same calls in the same order."""
+
+    rank: int
+    world_size: int
+
+    def forward(self, *inputs: Any) -> Any:
+        """The module's forward, ready for `backward`."""
+
+    def micro_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Encloses forward and backward of one micro-batch; ranks meet on the step's last one."""
+
+    def backward(self, global_sum_term: Tensor) -> None:
+        """Add the gradient of this rank's term of a sum over all ranks (a scalar)."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update and clear; returns the global gradient norm before clipping."""
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimiser state of every rank into a shared folder."""
+
+    def load(self, folder: Path) -> None:
+        """Undo `save` exactly."""
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Whole weights on CPU on rank 0 (empty elsewhere), under the inner module's own names."""
+
+
+def create_engine(module: nn.Module, *, strategy: StrategyConfig, optimizer: OptimizerConfig, device: torch.device) -> TrainEngine:
+    """The engine that the config names. torch.distributed must be initialised when there is more than one rank."""
+    if strategy.kind == "deepspeed":
+        from rm_robust.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, zero_stage=strategy.zero_stage, optimizer=optimizer, device=device)
+    return DdpEngine(module, optimizer=optimizer, device=device)
+
+
+def new_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (or SGD) over the trainable parameters; weight decay spares norms and biases, as is usual."""
+    decayed = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
+    spared = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+
+
+def learning_rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of step `step` (0-based) of `num_steps`: linear warm-up to the peak, then constant, linear or cosine to zero."""
+    num_warmup = math.ceil(config.warmup_fraction * num_steps)
+    if step < num_warmup:
+        return config.learning_rate * (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - progress)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate
+
+
+class DdpEngine:
+    """Replicated weights; gradients meet once a step (torch DistributedDataParallel). One rank runs the bare module."""
+
+    def __init__(self, module: nn.Module, *, optimizer: OptimizerConfig, device: torch.device) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.module = module.to(device)
+        self.max_gradient_norm = optimizer.max_gradient_norm
+        self.optimizer = new_optimizer(self.module, optimizer)
+        self.replicated = DistributedDataParallel(self.module, broadcast_buffers=False) if self.world_size > 1 else None
+
+    def forward(self, *inputs: Any) -> Any:
+        return (self.replicated or self.module)(*inputs)
+
+    def micro_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        if self.replicated is None or is_last:
+            return contextlib.nullcontext()
+        return self.replicated.no_sync()
+
+    def backward(self, global_sum_term: Tensor) -> None:
+        (global_sum_term * self.world_size).backward()  # DistributedDataParallel averages over ranks; the sum is wanted
+
+    def step(self, learning_rate: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_gradient_norm, error_if_nonfinite=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def save(self, folder: Path) -> None:
+        if self.rank == 0:
+            torch.save({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(io.BytesIO((folder / "engine.pt").read_bytes()), map_location="cpu", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        if self.rank:
+            return {}
+        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}

@@ -1,0 +1,59 @@
+"""Ray Train shell: run one plain function on every worker of a group, with torch.distributed ready. No formula lives here."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rm_robust.config import PipelineConfig, WorkersConfig
+
+WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
+
+MAX_WORKER_FAILURES = 2
+"""Restarts of a worker group before a stage fails; a restart continues from the last committed state."""
+
+
+def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig) -> dict[str, float]:
+    """Run `function(config, run_dir)` on `workers` through Ray Train V2; returns what rank 0 returned. Raises ray.train.TrainingFailedError."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"function": function, "config": config, "run_dir": run_dir, "num_threads": workers.num_threads_per_worker},
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.num_gpus_per_worker > 0,
+            resources_per_worker={"CPU": workers.num_cpus_per_worker, **gpu_request(workers.num_gpus_per_worker), **workers.resources_per_worker},
+        ),
+        run_config=RunConfig(name=stage, storage_path=str(run_dir / "ray_train"), failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES)),
+    )
+    returned = trainer.fit().return_value
+    assert isinstance(returned, dict), f"rank 0 of {stage} returned {returned!r}"
+    return returned
+
+
+def gpu_request(num_gpus: float) -> dict[str, float]:
+    """The GPU part of a resource request; none on CPU."""
+    return {"GPU": num_gpus} if num_gpus else {}
+
+
+def worker_device() -> torch.device:
+    """This worker's device: its GPU when it was given one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def prepare_process(num_threads: int) -> None:
+    """Threads and logging of a worker process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(num_threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def _work(settings: dict[str, Any]) -> dict[str, float]:
+    prepare_process(settings["num_threads"])
+    result: dict[str, float] = settings["function"](settings["config"], settings["run_dir"])
+    return result

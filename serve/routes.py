@@ -1,0 +1,92 @@
+"""The HTTP side: checks bodies, passes requests to the scorer's handle, and gives every failure the same JSON shape.
+
+POST /v1/score   200 scores · 413 too long · 422 wrong body · 429 queue full (Retry-After) · 500 scoring failed · 503 no replica
+GET  /healthz    200: this process answers
+"""
+
+import logging
+import math
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from rm_robust.scoring import SCORE_PATH, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest, ScoreResult
+from serve.scorer import Refusal
+
+logger = logging.getLogger(__name__)
+app = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None)
+"""Without the documentation pages: they load scripts from the internet."""
+
+_OPENAPI: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}}}
+
+
+@serve.ingress(app)
+class ScoringRoutes:
+    """Holds no model: it answers while the scorer works."""
+
+    def __init__(self, scorer: "DeploymentHandle[Any]") -> None:
+        self._scorer = scorer
+
+    @app.post(SCORE_PATH, response_model=ScoreReply, openapi_extra=_OPENAPI)
+    async def score(self, request: Request) -> Response:
+        # The body is parsed here, not by FastAPI: one parser, which also refuses what is not UTF-8 or nests without end, with one error shape.
+        try:
+            body = ScoreRequest.model_validate_json(await request.body())
+        except ValidationError as error:
+            return error_response(422, "invalid_request", describe_invalid_body(error))
+        try:
+            outcome = await self._scorer.score.remote(body)
+        except BackPressureError as error:
+            return overloaded_response(error)
+        except (DeploymentUnavailableError, RayActorError) as error:
+            logger.warning("no replica: %s", error)
+            return error_response(503, "unavailable", "The scorer has no replica that can answer now; try again.")
+        except RayTaskError:
+            logger.exception("the scorer failed")
+            return error_response(500, "internal_error", "The scorer failed; the reason is in the server's log.")
+        if isinstance(outcome, Refusal):
+            return error_response(outcome.status, outcome.type, outcome.message)
+        results = [ScoreResult(scores=scores) for scores in outcome.scores]
+        reply = ScoreReply(model=outcome.model, checkpoint=outcome.checkpoint, results=results)
+        return Response(reply.model_dump_json(), media_type="application/json")
+
+    @app.get("/healthz")
+    async def healthz(self) -> dict[str, str]:
+        return {"status": "alive"}
+
+
+@app.exception_handler(HTTPException)
+async def unknown_route(_: Request, error: HTTPException) -> Response:
+    """404 and 405 of paths below the route prefix."""
+    return error_response(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), str(error.detail))
+
+
+def error_response(status: int, error_type: str, message: str) -> Response:
+    body = ErrorReply(error=ErrorDetail(type=error_type, message=message))
+    return Response(body.model_dump_json(), status_code=status, media_type="application/json")
+
+
+def overloaded_response(error: BackPressureError) -> Response:
+    """Status and Retry-After come from the scorer deployment's BackpressureConfig."""
+    response = error_response(error.status_code, "overloaded", "The queue of this scorer is full; try again after Retry-After seconds.")
+    response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
+    return response
+
+
+def describe_invalid_body(error: ValidationError) -> str:
+    """The first three problems as `inputs[0].completions: …`. The body's own text is not repeated."""
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = []
+    for problem in problems[:3]:
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        lines.append(f"{field or 'body'}: {problem['msg']}")
+    if len(problems) > 3:
+        lines.append(f"and {len(problems) - 3} more problems")
+    return "; ".join(lines)

@@ -1,0 +1,43 @@
+"""What a scorer behind the HTTP contract must do. checkpoint_scorer.py and judge_scorer.py do it; deployment.py calls it.
+
+requests of one batch ──score_requests──► one Scored or one Refusal per request, in order
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rm_robust.scoring import ScoreRequest
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Raw scores of one request, input by input, and the model they come from: it travels with them, so it is never another's."""
+
+    model: str
+    checkpoint: str
+    scores: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why one request got no scores: the HTTP status and error body of its reply."""
+
+    status: int
+    type: str
+    message: str
+
+
+Outcome = Scored | Refusal
+
+
+class Scorer(Protocol):
+    """Loaded once per replica; called by one thread at a time."""
+
+    def score_requests(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
+        """One outcome per request, in order. A request that cannot be scored is refused alone: its batch mates get their scores."""
+
+
+def invalid_request(where: str, reason: object) -> Refusal:
+    """The request itself is wrong: 422, naming the field."""
+    return Refusal(422, "invalid_request", f"{where}: {reason}")
