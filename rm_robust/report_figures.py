@@ -57,7 +57,7 @@ SFT_PANELS = (Panel("Loss on demonstrations", "nats per token", (("sft/loss", "t
 REWARD_MODEL_PANELS = (
     Panel("Objective", "loss", (("reward_model/loss", "training"),)),
     Panel("Pairwise accuracy", "fraction", (("reward_model/accuracy", "training batch"), ("reward_model/eval_accuracy", "held out")), 0.5),
-    Panel("Margin", "chosen − rejected", (("reward_model/margin_mean", "mean"),), 0.0),
+    Panel("Margin", "chosen - rejected", (("reward_model/margin_mean", "mean"),), 0.0),
     Panel("Centre and spread", "score", (("reward_model/batch_mean_score", "batch mean"), ("reward_model/score_std", "std")), 0.0),
     Panel("BSR term of the loss", "loss", (("reward_model/bsr_term", "training"),), 0.0),
     Panel("Gradient norm", "L2 norm", (("reward_model/gradient_norm", "before clipping"),)),
@@ -68,7 +68,7 @@ POLICY_PANELS = (
     Panel("Entropy", "nats per token", (("rloo/entropy_mean", "mean"),)),
     Panel("Length", "tokens", (("rloo/completion_tokens_mean", "mean"),)),
     Panel("Truncated", "fraction", (("rloo/truncated_fraction", "fraction"),), 0.0),
-    Panel("Reward", "proxy − costs", (("rloo/reward_mean", "mean"),)),
+    Panel("Reward", "proxy - costs", (("rloo/reward_mean", "mean"),)),
 )
 STEP_PHASES = (
     ("time/generate_s", "generate"),
@@ -104,7 +104,9 @@ def scenario_bars(evaluation: dict[str, ScenarioResult]) -> Figure | None:
         axes.barh(row, value, height=0.6, color=SCENARIO_COLOURS.get(name, GREY))
         axes.plot([chance, chance], [row - 0.4, row + 0.4], color="black", linestyle=(0, (2, 1.5)), linewidth=1.2)
         axes.annotate(f"{value:.3f}", (max(value, 0.0), row), xytext=(4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(evaluation)), [f"{scenario_label(name)}\n{metric_label(result.metric)}" for name, result in evaluation.items()])
+    axes.set_yticks(
+        range(len(evaluation)), [f"{scenario_label(name)}\n{metric_label(result.metric)}" for name, result in evaluation.items()]
+    )
     axes.set_xlim(min([0.0] + [1.15 * result.value for result in evaluation.values()]), 1.08)
     axes.set_xlabel("value (1 is perfect; dashes: guessing)")
     axes.invert_yaxis()
@@ -140,9 +142,13 @@ def hidden_norm_histograms(scores: dict[str, ScenarioScores]) -> Figure | None:
     }
     figure = Figure(figsize=(WIDTH_INCHES, 4.4))
     has_values = False
-    for axes, title, field in zip(figure.subplots(2, 1), ("Before the final norm", "After the final norm"), ("before", "after"), strict=True):
+    for axes, title, field in zip(
+        figure.subplots(2, 1), ("Before the final norm", "After the final norm"), ("before", "after"), strict=True
+    ):
         norms = {
-            label: _finite(np.concatenate([part.norms_before if field == "before" else part.norms_after for part in parts] or [np.empty(0)]))
+            label: _finite(
+                np.concatenate([part.norms_before if field == "before" else part.norms_after for part in parts] or [np.empty(0)])
+            )
             for label, (_, parts) in groups.items()
         }
         axes.set_title(title)
@@ -223,7 +229,9 @@ def stage_times(stage_seconds: dict[str, float]) -> Figure | None:
         axes.barh(row, seconds, left=start_s, height=0.65, color=colour)
         is_late = start_s + seconds / 2 > total_s * 0.6
         anchor, offset, align = (start_s, -4, "right") if is_late else (start_s + seconds, 4, "left")
-        axes.annotate(f"{seconds:.1f} s", (anchor, row), xytext=(offset, 0), textcoords="offset points", va="center", ha=align, fontsize=8.5)
+        axes.annotate(
+            f"{seconds:.1f} s", (anchor, row), xytext=(offset, 0), textcoords="offset points", va="center", ha=align, fontsize=8.5
+        )
         start_s += seconds
     axes.set_yticks(range(len(stage_seconds)), list(stage_seconds))
     axes.invert_yaxis()
@@ -294,7 +302,9 @@ def _draw_panel(axes: Axes, lines: list[MetricsLine], panel: Panel) -> None:
         series = metric_series(lines, key)
         if len(series.values):
             is_sparse = len(series.values) <= 12
-            axes.plot(series.steps, series.values, color=colour, linewidth=1.4, marker="o" if is_sparse else "", markersize=3.5, label=label)
+            axes.plot(
+                series.steps, series.values, color=colour, linewidth=1.4, marker="o" if is_sparse else "", markersize=3.5, label=label
+            )
     if panel.level is not None:
         axes.axhline(panel.level, color="black", linewidth=0.8, linestyle="--")
     axes.set_title(panel.title)
@@ -342,7 +352,8 @@ def _finite(values: FloatArray) -> FloatArray:
 
 def _bins(groups: list[FloatArray], *, num_bins: int) -> FloatArray:
     """Shared bin edges; a range that is narrower than float noise is widened so that constant values show as one bar."""
-    low, high = min(values.min() for values in groups), max(values.max() for values in groups)
+    low, high = min(float(values.min()) for values in groups), max(float(values.max()) for values in groups)
     if high - low < 1e-6 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, num_bins + 1, dtype=np.float64)
+    edges: FloatArray = np.linspace(low, high, num_bins + 1, dtype=np.float64)
+    return edges

@@ -102,6 +102,7 @@ class RunLayout:
             return False
         started = time.time()
         result = work()
+        (self.run_dir / "stages").mkdir(exist_ok=True)
         write_json_atomic(self.run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": time.time() - started, "finished_at": time.time(), **result})
         return True
 

@@ -108,8 +108,10 @@ def log_step(
 
 def _check_metric(stage: str, step: int, key: str, value: int | float) -> None:
     area, _, name = key.partition("/")
-    assert area and name and "/" not in name, f'metric keys are "area/name", got {key!r}'
-    assert isinstance(value, int | float) and not isinstance(value, bool), f"{key} must be an int or a float, got {type(value).__name__}"
+    is_metric_key = bool(area and name and "/" not in name)
+    assert is_metric_key, f'metric keys are "area/name", got {key!r}'
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    assert is_number, f"{key} must be an int or a float, got {type(value).__name__}"
     if not math.isfinite(value):
         raise RmRobustError(
             f"{stage} step {step}: metric {key!r} is {value}. Training has diverged or a score is not finite: "

@@ -94,7 +94,7 @@ def why_not_up(app_name: str) -> str:
     """What Serve says of the application and its deployments, and what the cluster has."""
     application = serve.status().applications[app_name]
     said = [f"{name} {d.status.value}: {d.message}" for name, d in application.deployments.items() if d.message]
-    return "; ".join([application.message or application.status.value, *said, f"the cluster has {dict(ray.cluster_resources())}"])
+    return "; ".join([application.message or application.status.value, *said, f"the cluster has {ray.cluster_resources()}"])
 
 
 def running_http_options() -> HTTPOptions | None:

@@ -17,8 +17,14 @@ NUM_TRAINING_RESPONSES_PER_PROMPT = 4
 MAX_DRAWS_FOR_DISTINCT_TEXT = 20
 
 SFT_MIXTURE_WEIGHTS = {
-    **{"professor": 0.20, "tutor": 0.19, "guide": 0.18, "clerk": 0.14},
-    **{"pupil": 0.11, "hurrier": 0.08, "doubter": 0.06, "dreamer": 0.04},
+    "professor": 0.20,
+    "tutor": 0.19,
+    "guide": 0.18,
+    "clerk": 0.14,
+    "pupil": 0.11,
+    "hurrier": 0.08,
+    "doubter": 0.06,
+    "dreamer": 0.04,
 }
 """Which training model writes an SFT completion. It leans to the better half and keeps the others' mistakes and fillers, so that a policy that
 imitates it starts above the median training model and below the best: RLOO has something to gain, in what is said and in how."""

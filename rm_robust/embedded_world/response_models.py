@@ -78,7 +78,7 @@ TRAINING_MODELS = (
 
 UNSEEN_MODELS = (
     ResponseModel("monk", 0.95, (), NEAR_MISSES, Style(bare_weight=1.0)),
-    ResponseModel("expert", 0.80, (), NEAR_MISSES, Style(0.50, 0.50, hedge_rate=0.15)),
+    ResponseModel("expert", 0.82, (), NEAR_MISSES, Style(0.10, 0.75, 0.15, hedge_rate=0.15)),
     ResponseModel(
         "rambler", 0.55, (), OVERDONE, Style(0.0, 0.6, 0.4, opener_rate=0.5, padding_rate=0.6, repetition_rate=0.2, closing_rate=0.3)
     ),

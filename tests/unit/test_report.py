@@ -106,7 +106,9 @@ def add_evaluation(run_dir: Path) -> None:
 def add_stages(run_dir: Path) -> None:
     seconds = {"world": 6.1, "sft": 81.0, "preferences": 22.4, "reward_model": 74.0, "evaluation": 31.5, "rloo": 171.2}
     for index, (stage, stage_seconds) in enumerate(seconds.items()):
-        write_json(run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": stage_seconds, "finished_at": 1000.0 + index, "rows": 3})
+        write_json(
+            run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": stage_seconds, "finished_at": 1000.0 + index, "rows": 3}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +166,11 @@ def test_the_report_is_one_file_without_any_link_or_script(full_run: Path) -> No
     assert {"script", "link", "a", "iframe"}.isdisjoint(page.tags)
     assert {name for name, _ in page.attributes}.isdisjoint({"href", "onload", "onclick", "srcset"})
     sources = [value for name, value in page.attributes if name == "src"]
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
     text = (full_run / "report.html").read_text()
-    assert "url(" not in text and "@import" not in text
+    assert "url(" not in text
+    assert "@import" not in text
     assert ("name", "viewport") in page.attributes
 
 
@@ -174,8 +178,8 @@ def test_every_figure_of_a_full_run_is_drawn_and_nothing_is_said_to_be_missing(f
     page = page_of(full_run)
     titles = [value for name, value in page.attributes if name == "alt"]
     assert titles == [
-        "Against RLOO step", "Against KL divergence", "The four scenarios", "Scores", "Hidden norms", "Training curves", "Training curves",
-        "Training curves", "Stages of the run", "One RLOO step",
+        "Against RLOO step", "Against KL divergence", "The four scenarios", "Scores", "Hidden norms", "Reward-model training: curves",
+        "Supervised fine-tuning: curves", "RLOO policy: curves", "Stages of the run", "One RLOO step",
     ]  # fmt: skip
     assert ("class", "absent") not in page.attributes
     images = [base64.b64decode(value.split(",")[1]) for name, value in page.attributes if name == "src"]
@@ -187,6 +191,12 @@ def test_the_scenario_table_shows_the_values_of_evaluation_json(full_run: Path) 
     rows = page_of(full_run).rows
     assert ["In-domain", "pairwise accuracy", "0.8412", "3000", "0", "2"] in rows
     assert ["Mutual-disjoint", "Kendall's tau-b", "-0.0506", "399", "5", "4"] in rows
+
+
+def test_a_source_with_only_pairs_is_said_to_have_only_accuracy(tmp_path: Path) -> None:
+    write_json(tmp_path / "evaluation.json", dict.fromkeys(EVALUATION, EVALUATION["in_domain"]))
+    write_report(tmp_path)
+    assert "This source has only pairs" in page_of(tmp_path).text
 
 
 def test_a_completion_with_markup_is_shown_as_text(full_run: Path) -> None:
@@ -217,7 +227,8 @@ def test_the_gain_divides_by_the_deviation_of_all_completions_of_the_first_tenth
     rng = np.random.default_rng(0)
     scores_SN = rng.normal(size=(40, 64)) + np.linspace(0, 2, 40)[:, None]
     rows: list[dict[str, object]] = [
-        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": row.mean(), "rloo/gold_score_std": row.std()} for i, row in enumerate(scores_SN)
+        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": row.mean(), "rloo/gold_score_std": row.std()}
+        for i, row in enumerate(scores_SN)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     expected = (scores_SN[-4:].mean() - scores_SN[:4].mean()) / scores_SN[:4].std()
@@ -226,7 +237,8 @@ def test_the_gain_divides_by_the_deviation_of_all_completions_of_the_first_tenth
 
 def test_a_proxy_that_rises_while_gold_falls_is_called_over_optimisation(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
-        {"stage": "rloo", "step": i, "rloo/gold_score_mean": -i, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i} for i in range(1, 41)
+        {"stage": "rloo", "step": i, "rloo/gold_score_mean": -i, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i}
+        for i in range(1, 41)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     write_report(tmp_path)
@@ -237,9 +249,10 @@ def test_a_run_with_only_sft_shows_its_curve_and_names_every_part_that_is_missin
     add_sft(tmp_path)
     write_report(tmp_path)
     page = page_of(tmp_path)
-    assert [value for name, value in page.attributes if name == "alt"] == ["Training curves"]
+    assert [value for name, value in page.attributes if name == "alt"] == ["Supervised fine-tuning: curves"]
     for sentence in (
-        "RLOO has not run", "Reward-model training has not run", "The reward model has not been evaluated", "evaluation/scores.parquet has not",
+        "RLOO has not run", "Reward-model training has not run",
+        "The reward model has not been evaluated", "evaluation/scores.parquet has not",
         "rloo/samples.jsonl has not", "no config.resolved.json", "no stage has been committed",
     ):  # fmt: skip
         assert sentence in page.text
@@ -253,7 +266,9 @@ def test_an_empty_run_directory_gives_a_report_without_pictures(tmp_path: Path) 
     assert "SFT has not run" in page.text
 
 
-@pytest.mark.parametrize("key", ["rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "time/step_s", "time/score_s"])
+@pytest.mark.parametrize(
+    "key", ["rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "time/step_s", "time/score_s"]
+)
 def test_any_single_rloo_metric_and_any_single_step_is_enough(tmp_path: Path, key: str) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"stage": "rloo", "step": 1, key: 0.5}])
     write_report(tmp_path)

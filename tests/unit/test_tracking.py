@@ -129,7 +129,7 @@ def test_importing_tracking_does_not_import_torch() -> None:
 def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_json_atomic(path, {"value": 1})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON compliant"):
         write_json_atomic(path, {"value": math.nan})
     assert json.loads(path.read_text()) == {"value": 1}
     write_json_atomic(path, {"value": "né"})
