@@ -39,7 +39,9 @@ class ChatFormat:
                 f"The tokenizer in {source} has no pad token. Set tokenizer.pad_token to a token that never occurs in text, and save it."
             )
         self.template_sha256 = "sha256:" + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-        self._special_texts = sorted(str(token) for token in tokenizer.all_special_tokens)
+        # A tokenizer file may list control tokens (Llama 3: <|start_header_id|>) that all_special_tokens leaves out.
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special_texts = sorted({*map(str, tokenizer.all_special_tokens), *added})
         self.pad_id: int = tokenizer.pad_token_id
         self.end_of_turn_id = self._find_end_of_turn()
         if self.pad_id == self.end_of_turn_id:
@@ -66,7 +68,8 @@ class ChatFormat:
         return self._encode_with_inert_contents(messages, rendered)
 
     def completion_ids(self, completion: str) -> list[int]:
-        """Token ids of one completion, its end-of-turn token last (the scored position)."""
+        """Token ids of one completion, its end-of-turn token last (the scored position). Raises DataError for text that is not valid Unicode."""
+        _check_text(completion, "The completion")
         return [*self._encode(completion, control_tokens=False), self.end_of_turn_id]
 
     def completion_text(self, token_ids: list[int]) -> str:
@@ -84,7 +87,7 @@ class ChatFormat:
         try:
             return str(self.tokenizer.apply_chat_template(messages, **arguments))
         except Exception as error:  # jinja raises what the template tells it to
-            raise DataError(f"The chat template of {self.source} refuses these turns ({[m['role'] for m in messages]}): {error}") from error
+            raise DataError(f"The chat template of {self.source} refuses these turns ({[m['role'] for m in messages]}): {error}.") from error
 
     def _encode_with_inert_contents(self, messages: list[Message], rendered: str) -> list[int]:
         """As prompt_ids, with the template's own pieces and the messages' contents encoded apart, so that contents hold no control token."""
@@ -107,15 +110,18 @@ class ChatFormat:
     def _find_end_of_turn(self) -> int:
         """The special token that the template writes right after an assistant turn's content."""
         turns: list[Message] = [{"role": "user", "content": _PROBE}]
-        prompt = self._render(turns, add_generation_prompt=True)
-        whole = self._render([*turns, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
+        try:
+            prompt = self._render(turns, add_generation_prompt=True)
+            whole = self._render([*turns, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
+        except DataError as error:
+            raise ChatTemplateError(f"{error} Use a template that renders one user turn and one assistant turn.") from error
         if not whole.startswith(prompt + _PROBE):
             raise ChatTemplateError(
                 f"The chat template of {self.source} does not continue its own generation prompt: an answer is rendered as "
                 f"{whole[-60:]!r} after a prompt that ends in {prompt[-30:]!r}. Use a template whose training and generation forms agree."
             )
         tail = self._encode(whole[len(prompt + _PROBE) :], control_tokens=True)
-        if not tail or tail[0] not in self.tokenizer.all_special_ids:
+        if not tail or self.tokenizer.convert_ids_to_tokens(tail[0]) not in self._special_texts:
             raise ChatTemplateError(
                 f"The chat template of {self.source} does not end an assistant turn with a special token (it writes {whole[len(prompt + _PROBE) :]!r}). "
                 "The score is read there: end the turn with the model's end-of-turn token."
@@ -123,21 +129,39 @@ class ChatFormat:
         return tail[0]
 
 
-def as_messages(prompt: str | list[Message]) -> list[Message]:
-    """A text as one user turn; a list of turns checked. Raises DataError naming the turn."""
+def as_messages(prompt: object) -> list[Message]:
+    """A text as one user turn; a list of turns checked, and reduced to what templates may see of them: role and content.
+
+    Raises DataError naming the turn.
+    """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise DataError(f"A prompt must be text or a list of messages, got a {type(prompt).__name__}.")
     if not prompt:
         raise DataError("A prompt needs at least one message, got an empty list.")
-    for index, message in enumerate(prompt):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise DataError(f'Message {index} must be {{"role": …, "content": …}}, got {message!r}.')
-        if message["role"] not in ROLES:
-            raise DataError(f"Message {index} has role {message['role']!r}; roles are {', '.join(ROLES)}.")
-        if not isinstance(message["content"], str):
-            raise DataError(f"Message {index} has a {type(message['content']).__name__} as content; it must be text.")
-    if prompt[-1]["role"] != "user":
-        raise DataError(f"A prompt must end with a user message, got {prompt[-1]['role']!r} last.")
-    if not prompt[-1]["content"].strip():
+    messages = [_as_message(message, index) for index, message in enumerate(prompt)]
+    if messages[-1]["role"] != "user":
+        raise DataError(f"A prompt must end with a user message, got {messages[-1]['role']!r} last.")
+    if not messages[-1]["content"].strip():
         raise DataError("The last user message of a prompt is empty.")
-    return prompt
+    return messages
+
+
+def _as_message(message: object, index: int) -> Message:
+    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        raise DataError(f'Message {index} must be {{"role": …, "content": …}}, got {message!r}.')
+    if message["role"] not in ROLES:
+        raise DataError(f"Message {index} has role {message['role']!r}; roles are {', '.join(ROLES)}.")
+    if not isinstance(message["content"], str):
+        raise DataError(f"Message {index} has a {type(message['content']).__name__} as content; it must be text.")
+    _check_text(message["content"], f"Message {index}")
+    return {"role": message["role"], "content": message["content"]}
+
+
+def _check_text(text: str, name: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} is not valid Unicode ({error.reason} at character {error.start}).") from error

@@ -32,19 +32,23 @@ class Manifest:
 
 
 def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills an empty folder beside `target`; it becomes `target` in one rename, or nothing does. An older `target` is replaced."""
+    """`write` fills an empty folder beside `target`, which becomes `target` in one rename, whole or not at all; one writer at a time.
+
+    An older `target` is moved aside just before and deleted after. A kill between these renames is the one moment without a `target`; the next
+    commit then puts the older one back before it does anything else.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    replaced = target.parent / f".{target.name}.partial-replaced"
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
     for stale in target.parent.glob(f".{target.name}.partial-*"):
         shutil.rmtree(stale)
     partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir()
     write(partial)
-    for path in partial.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    _sync(partial)
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
     if target.exists():
-        replaced = target.parent / f".{target.name}.partial-replaced"
         target.rename(replaced)
         partial.rename(target)
         shutil.rmtree(replaced)
@@ -73,13 +77,13 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a committed checkpoint. Raises CheckpointError when the folder or its manifest is missing or malformed."""
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise CheckpointError(f"There is no checkpoint directory at {folder}.")
+        raise CheckpointError(f"There is no checkpoint directory at {folder}. Run the stage that commits it, or correct the path.")
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half copied.")
+        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half copied. Copy the whole directory.")
     try:
         return Manifest(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not a manifest of this version: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a manifest of this version ({error}). Commit the checkpoint again with this version.") from error
 
 
 def verify_checkpoint(folder: Path, kind: CheckpointKind) -> Manifest:
@@ -89,14 +93,14 @@ def verify_checkpoint(folder: Path, kind: CheckpointKind) -> Manifest:
         raise CheckpointError(f"{folder} is a {manifest.kind} checkpoint, and a {kind} is needed here.")
     found = content_sha256(folder)
     if found != manifest.content_sha256:
-        raise CheckpointError(f"{folder} was altered after its commit: content is {found}, the manifest says {manifest.content_sha256}.")
+        raise CheckpointError(f"{folder} was altered after its commit: content is {found}, the manifest says {manifest.content_sha256}. Restore it.")
     return manifest
 
 
 def content_sha256(folder: Path) -> str:
     """sha256 over names and bytes of every file below `folder` except the manifest, in sorted order."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_NAME):
         digest.update(str(path.relative_to(folder)).encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

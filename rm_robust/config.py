@@ -13,7 +13,7 @@ from rm_robust.reward_model.losses import BsrScale, Objective
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, defaults checked too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -70,10 +70,14 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _sources_are_named(self) -> Self:
-        needed = {"embedded": [], "responses": ["responses", "unseen_models"], "scenarios": ["train", "in_domain"]}[self.source]
-        for name in needed:
-            if not getattr(self, name):
-                raise ValueError(f"data.source = {self.source!r} needs data.{name}, which is empty")
+        needed: dict[str, dict[str, list[str]]] = {
+            "embedded": {},
+            "responses": {"responses": self.responses, "unseen_models": self.unseen_models},
+            "scenarios": {"train": self.train, "in_domain": self.in_domain},
+        }
+        empty = [f"data.{name}" for name, values in needed[self.source].items() if not values]
+        if empty:
+            raise ValueError(f'data.source = "{self.source}" needs {" and ".join(empty)}, which must not be empty')
         return self
 
 
@@ -134,6 +138,14 @@ class StrategyConfig(Section):
     """DeepSpeed only."""
 
 
+def _check_batch(section: str, batch_size: int, workers: WorkersConfig) -> None:
+    if batch_size < workers.num_workers:
+        raise ValueError(
+            f"{section}.batch_size = {batch_size} leaves some of {section}.workers.num_workers = {workers.num_workers} workers without a row; "
+            "raise the one or lower the other"
+        )
+
+
 class SftConfig(Section):
     """Supervised fine-tuning: the policy before RLOO and the reward model's backbone."""
 
@@ -147,6 +159,11 @@ class SftConfig(Section):
     strategy: StrategyConfig = StrategyConfig()
     workers: WorkersConfig = WorkersConfig()
     checkpoint_every_steps: int = Field(default=100, ge=1)
+
+    @model_validator(mode="after")
+    def _every_worker_has_a_row(self) -> Self:
+        _check_batch("sft", self.batch_size, self.workers)
+        return self
 
 
 class RewardModelConfig(Section):
@@ -170,12 +187,17 @@ class RewardModelConfig(Section):
     """In-domain pairs scored during training."""
     checkpoint_every_steps: int = Field(default=25, ge=1)
 
+    @model_validator(mode="after")
+    def _every_worker_has_a_pair(self) -> Self:
+        _check_batch("reward_model", self.batch_size, self.workers)
+        return self
+
 
 class EvaluationConfig(Section):
     """The four scenarios."""
 
     max_prompts_per_scenario: int | None = Field(default=None, ge=1)
-    """None: all. Otherwise the first so many, in file order, and the report says so."""
+    """None: all. Otherwise the first so many, in the order of their ids."""
     max_tokens_per_batch: int = Field(default=8192, ge=64)
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float = Field(default=0, ge=0)

@@ -28,11 +28,11 @@ class Run:
 
 
 def parse_run(description: str, default_config: Path, arguments: list[str] | None = None) -> Run:
-    """Command line of every pipeline -> Run; creates the run directory. Raises ConfigError with the path, the value and the fix."""
+    """Command line of every pipeline -> Run; claims the run directory. Raises ConfigError with the path, the value and the fix."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, default=default_config, help="TOML file (default: the embedded default, pipelines/configs/tiny_cpu.toml)")
+    parser.add_argument("--config", type=Path, default=default_config, help=f"TOML file (default: {DEFAULT_CONFIG}, which needs no data)")
     parser.add_argument("--run-dir", type=Path, help="where this run's files go; the same directory again resumes the run")
-    parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help='e.g. --set rloo.num_steps=10')
+    parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set rloo.num_steps=10")
     parsed = parser.parse_args(arguments)
     config = load_config(parsed.config, parsed.overrides)
     run_dir = choose_run_dir(config.name, parsed.run_dir)
@@ -45,7 +45,7 @@ def load_config(path: Path, overrides: list[str]) -> PipelineConfig:
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(f"There is no config file at {path.absolute()}.") from error
+        raise ConfigError(f"There is no config file at {path.absolute()}. Correct --config, or leave it out for the default.") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     for override in overrides:
@@ -59,23 +59,21 @@ def load_config(path: Path, overrides: list[str]) -> PipelineConfig:
 
 def choose_run_dir(name: str, run_dir: Path | None) -> Path:
     """The absolute run directory. Inside a Ray job the working directory vanishes with the job, so a relative one is refused there."""
-    if in_ray_job():
-        if run_dir is not None and not run_dir.is_absolute():
-            raise ConfigError(
-                f"--run-dir {run_dir} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. "
-                f"Give an absolute path on storage that every node sees, or set {RUN_ROOT_VARIABLE}."
-            )
-        root = Path(os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs")).expanduser()
+    if run_dir is not None:
+        chosen, what = run_dir.expanduser(), f"--run-dir {run_dir}"
     else:
-        root = Path(os.environ.get(RUN_ROOT_VARIABLE, "runs")).expanduser()
-    chosen = (run_dir.expanduser() if run_dir is not None else root / name).absolute()
-    if in_ray_job() and not root.is_absolute():
-        raise ConfigError(f"{RUN_ROOT_VARIABLE}={root} is relative; inside a Ray job it must be absolute.")
-    return chosen
+        root = os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs" if in_ray_job() else "runs")
+        chosen, what = Path(root).expanduser() / name, f"{RUN_ROOT_VARIABLE}={root}"
+    if in_ray_job() and not chosen.is_absolute():
+        raise ConfigError(
+            f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. "
+            "Give an absolute path on storage that every node sees."
+        )
+    return chosen.absolute()
 
 
 def in_ray_job() -> bool:
-    """True in a driver that `ray job submit` started."""
+    """True in a driver that `ray job submit` started: Ray 2.60's job supervisor hands it its job config in this variable (that is its name)."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
@@ -92,7 +90,7 @@ def claim_run_dir(run_dir: Path, config: PipelineConfig) -> None:
         probe.touch()
         probe.unlink()
         earlier = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"The run directory {run_dir} cannot be used: {error}. Choose another with --run-dir.") from error
     changes = _differences(earlier, resolved)
     if changes:
@@ -133,5 +131,3 @@ def _differences(earlier: Any, now: Any, at: str = "") -> list[str]:
         keys = sorted(set(earlier) | set(now))
         return [line for key in keys for line in _differences(earlier.get(key), now.get(key), f"{at}.{key}" if at else key)]
     return [] if earlier == now else [f"{at}: {earlier!r} there, {now!r} now"]
-
-

@@ -106,8 +106,8 @@ def fill_bins(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def lay_out(groups: list[TokenGroup], layout: Layout, *, pad_id: int) -> PackedBatch:
-    """Tensors of `groups`; every group needs a prompt token and no empty completion (both only we can cause)."""
-    assert groups and all(g.prompt_ids and all(g.completion_ids) for g in groups)
+    """Tensors of `groups`; every group needs a prompt token, a completion and no empty one (which only we can cause)."""
+    assert groups and all(g.prompt_ids and g.completion_ids and all(g.completion_ids) for g in groups)
     return _lay_out_segments(groups) if layout is Layout.SEGMENTS else _lay_out_padded(groups, pad_id)
 
 

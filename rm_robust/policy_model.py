@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rm_robust.chat import ChatFormat
+from rm_robust.checkpoint import commit_checkpoint
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbone, token_logprobs
 
@@ -32,3 +34,14 @@ def load_policy(model_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel
     if missing:
         raise CheckpointError(f"{model_dir} lacks weights for {missing}; they would be random. Save the whole model.")
     return model  # type: ignore[no-any-return]
+
+
+def commit_policy(target: Path, model: PreTrainedModel, weights: dict[str, Tensor], chat: ChatFormat, *, training: dict[str, str | int | float]) -> None:
+    """Commit a policy checkpoint from an engine's whole weights (names of PackedPolicy, "model." in front)."""
+    state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(str(folder), state_dict=state)
+        chat.tokenizer.save_pretrained(str(folder))
+
+    commit_checkpoint(target, write, kind="policy", template_sha256=chat.template_sha256, training=training)

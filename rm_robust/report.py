@@ -91,8 +91,9 @@ def _scores_section(run: RunRecord) -> str:
     by_kl = picture(
         "Against KL divergence",
         figures.scores_by_kl(lines),
-        "The same steps against the distance from the SFT policy, coloured from the first (dark) to the last (light), with their moving mean. A good reward model "
-        "buys gold score with every nat; where gold bends down while the proxy still climbs, the extra KL is spent on the proxy's errors.",
+        "The same steps against the distance from the SFT policy, coloured from the first (dark) to the last (light), with their moving "
+        "mean. A good reward model buys gold score with every nat; where gold bends down while the proxy still climbs, the extra KL is "
+        "spent on the proxy's errors.",
         "rloo/kl_mean was not logged together with a score",
     )
     return section("Proxy and gold score", *notes, figure_grid(by_step, by_kl))
@@ -107,7 +108,7 @@ def _scenarios_section(run: RunRecord) -> str:
                 "The four scenarios",
                 figures.scenario_bars(run.evaluation),
                 "Longer is better; the dashes mark what guessing scores. Accuracy and tau-b are different scales: compare tau-b bars with "
-                "each other. The fewer a bar loses towards mutual-disjoint, the better the reward model carries over to responses and "
+                "each other. The less a bar loses towards mutual-disjoint, the better the reward model carries over to responses and "
                 "prompts unlike its training data.",
                 "no scenario was evaluated",
             )
@@ -163,8 +164,8 @@ def _scenario_table(run: RunRecord) -> str:
 def _reward_model_section(run: RunRecord) -> str:
     caption = (
         "Loss falls and accuracy climbs above the dashed 0.5 of guessing; held-out accuracy below training accuracy is the generalisation "
-        "gap. The margin grows from 0. With BSR the batch mean stays at the dashed 0 while the spread grows; with BT it may drift. A spread "
-        "of hidden norms that keeps growing is what the paper blames for over-optimisation."
+        "gap. The margin grows from 0. With BSR the batch mean stays at the dashed 0 while the spread grows; with BT it may drift. A "
+        "spread of hidden norms that keeps growing is what the paper blames for over-optimisation."
     )
     return _curves_section(
         run, "reward_model", "Reward-model training", figures.reward_model_curves, (caption, figures.REWARD_MODEL_PANELS)
@@ -232,13 +233,14 @@ def _time_section(run: RunRecord) -> str:
     stages = picture(
         "Stages of the run",
         figures.stage_times(run.stage_seconds),
-        f"{sum(run.stage_seconds.values()):.0f} s in all. Each bar begins where the stage before it ended; the longest bar is where to save.",
+        f"{sum(run.stage_seconds.values()):.0f} s in all. Each bar begins where the one before it ended; the longest is where to save.",
         "no stage has been committed (stages/*.json)",
     )
     steps = picture(
         "One RLOO step",
         figures.step_times(run.metrics["rloo"]),
-        "Mean over all steps. Generation usually dominates; scoring or weight sync that rivals it points at the server or the network.",
+        "Mean over all steps. Scoring (hatched) runs beside the log-probability pass; only the wait for it adds to the step. A long wait "
+        "points at the scoring service, a long sync at the network.",
         "RLOO has not run, or logged no times",
     )
     return section("Where the time went", figure_grid(stages, steps))

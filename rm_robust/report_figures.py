@@ -70,9 +70,10 @@ POLICY_PANELS = (
     Panel("Truncated", "fraction", (("rloo/truncated_fraction", "fraction"),), 0.0),
     Panel("Reward", "proxy - costs", (("rloo/reward_mean", "mean"),)),
 )
-STEP_PHASES = (
+STEP_PHASES = (  # one after the other; time/score_s runs beside the log-probabilities, and only the wait for it adds to the step
     ("time/generate_s", "generate"),
-    ("time/score_s", "score"),
+    ("time/measure_s", "log-probabilities"),
+    ("time/wait_for_scores_s", "wait for scores"),
     ("time/update_s", "update policy"),
     ("time/weight_sync_s", "sync weights"),
 )
@@ -242,7 +243,7 @@ def stage_times(stage_seconds: dict[str, float]) -> Figure | None:
 
 
 def step_times(lines: list[MetricsLine]) -> Figure | None:
-    """Mean seconds of one RLOO step, stacked by phase; what `time/step_s` has beyond the phases is "other"."""
+    """Mean seconds of one RLOO step, stacked by phase; scoring below, beside the phases it overlaps. The rest is "other"."""
     series = [(label, metric_series(lines, key).values) for key, label in STEP_PHASES]
     means = [(label, float(values.mean())) for label, values in series if len(values)]
     if not means:
@@ -250,13 +251,19 @@ def step_times(lines: list[MetricsLine]) -> Figure | None:
     steps = metric_series(lines, "time/step_s").values
     if len(steps):
         means.append(("other", max(0.0, float(steps.mean()) - sum(seconds for _, seconds in means))))
-    figure = Figure(figsize=(WIDTH_INCHES, 1.9))
+    figure = Figure(figsize=(WIDTH_INCHES, 2.2))
     axes = figure.subplots()
     total_s, start_s = sum(seconds for _, seconds in means), 0.0
     for (label, seconds), colour in zip(means, PHASE_COLOURS, strict=False):
         share = 100 * seconds / total_s if total_s else 0.0
         axes.barh(0, seconds, left=start_s, height=0.6, color=colour, label=f"{label}: {seconds:.2f} s ({share:.0f} %)")
         start_s += seconds
+    scoring = metric_series(lines, "time/score_s").values
+    if len(scoring) and means[0][0] == STEP_PHASES[0][1]:
+        seconds = float(scoring.mean())
+        axes.barh(
+            -0.45, seconds, left=means[0][1], height=0.16, color="white", edgecolor=GREY, hatch="////", label=f"scoring: {seconds:.2f} s"
+        )
     axes.set_yticks([])
     axes.set_xlabel("mean seconds per RLOO step")
     axes.grid(visible=False, axis="y")
@@ -347,7 +354,8 @@ def _ticks(num_ticks: int, *, integer: bool = False) -> MaxNLocator:
 
 
 def _finite(values: FloatArray) -> FloatArray:
-    return values[np.isfinite(values)]
+    finite: FloatArray = values[np.isfinite(values)]
+    return finite
 
 
 def _bins(groups: list[FloatArray], *, num_bins: int) -> FloatArray:
@@ -355,5 +363,4 @@ def _bins(groups: list[FloatArray], *, num_bins: int) -> FloatArray:
     low, high = min(float(values.min()) for values in groups), max(float(values.max()) for values in groups)
     if high - low < 1e-6 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
-    edges: FloatArray = np.linspace(low, high, num_bins + 1, dtype=np.float64)
-    return edges
+    return np.linspace(low, high, num_bins + 1, dtype=np.float64)

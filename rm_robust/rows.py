@@ -1,7 +1,7 @@
 """Rows of user files -> ConversationGroup, under TRL's column conventions. Pure; a row that cannot be read raises DataError with the reason.
 
 pair            prompt (text or messages) + chosen + rejected (text or messages), optional margin, chosen_model, rejected_model;
-                or chosen and rejected as whole conversations with a common beginning (implicit prompt)
+                or chosen and rejected as whole conversations with a common beginning (implicit prompt; a text prompt beside them is not read)
 ranked          prompt + completions + gold_scores (+ models); or the released files' instruction, response_1_text …, all_scores
 demonstration   prompt + completion; or messages ending with the assistant
 prompt          prompt
@@ -9,7 +9,8 @@ prompt          prompt
 
 import hashlib
 import json
-import math
+import re
+import sys
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -44,49 +45,52 @@ def parse_row(row: Mapping[str, Any], kind: RowKind) -> ConversationGroup:
 
 
 def parse_pair(row: Mapping[str, Any]) -> ConversationGroup:
-    chosen, rejected = _required(row, "chosen"), _required(row, "rejected")
-    if row.get("prompt") is None:
+    """Chosen first, gold scores 1 and 0."""
+    chosen, rejected, prompt = _required(row, "chosen"), _required(row, "rejected"), row.get("prompt")
+    if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1):
         prompt, chosen, rejected = _split_conversations(_conversation(chosen, "chosen"), _conversation(rejected, "rejected"))
     else:
-        prompt = as_messages(_plain(row["prompt"]))
+        prompt = as_messages(prompt)
         chosen, rejected = _completion(chosen, "chosen"), _completion(rejected, "rejected")
-    margin = row.get("margin")
-    if margin is not None:
-        margin = _finite(margin, "margin")
+    margin = None if row.get("margin") is None else _finite(row["margin"], "margin")
     models = [str(row.get("chosen_model") or ""), str(row.get("rejected_model") or "")]
     return ConversationGroup(_group_id(row, "pair_id", prompt, [chosen, rejected]), prompt, [chosen, rejected], [1.0, 0.0], models, margin)
 
 
 def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
-    if "all_scores" in row:
-        names = sorted((name for name in row if name.startswith("response_") and name.endswith("_text")), key=lambda name: int(name.split("_")[1]))
-        prompt, completions, gold = as_messages(_required(row, "instruction")), [row[name] for name in names], row["all_scores"]
+    """K >= 2 completions with a gold score each, in the row's order."""
+    if row.get("all_scores") is not None:
+        names = sorted(filter(_RELEASED_RESPONSE.fullmatch, row), key=lambda name: int(name.split("_")[1]))
+        prompt, raw_completions, raw_scores = as_messages(_required(row, "instruction")), [row[name] for name in names], _list(row, "all_scores")
     else:
-        prompt, completions, gold = as_messages(_plain(_required(row, "prompt"))), _plain(_required(row, "completions")), _required(row, "gold_scores")
-    completions = [_completion(c, f"completion {i}") for i, c in enumerate(completions)]
-    gold_scores = [_finite(score, f"gold score {i}") for i, score in enumerate(gold)]
+        prompt, raw_completions, raw_scores = as_messages(_required(row, "prompt")), _list(row, "completions"), _list(row, "gold_scores")
+    completions = [_completion(completion, f"completion {index}") for index, completion in enumerate(raw_completions)]
+    gold_scores = [_finite(score, f"gold score {index}") for index, score in enumerate(raw_scores)]
     if len(completions) != len(gold_scores) or len(completions) < 2:
         raise DataError(f"{len(completions)} completions with {len(gold_scores)} gold scores; at least two of each, one score a completion")
-    models = [str(model) for model in row.get("models") or [""] * len(completions)]
+    models = [""] * len(completions) if row.get("models") is None else [str(model) for model in _list(row, "models")]
     if len(models) != len(completions):
         raise DataError(f"{len(completions)} completions with {len(models)} model names")
     return ConversationGroup(_group_id(row, "prompt_id", prompt, completions), prompt, completions, gold_scores, models, None)
 
 
 def parse_demonstration(row: Mapping[str, Any]) -> ConversationGroup:
+    """One completion to imitate; its gold score is not known and set to 0."""
     if row.get("messages") is not None:
         turns = _conversation(row["messages"], "messages")
         prompt, completion = as_messages(turns[:-1]), turns[-1]["content"]
     else:
-        prompt, completion = as_messages(_plain(_required(row, "prompt"))), _completion(_required(row, "completion"), "completion")
+        prompt, completion = as_messages(_required(row, "prompt")), _completion(_required(row, "completion"), "completion")
     return ConversationGroup(_group_id(row, "id", prompt, [completion]), prompt, [completion], [0.0], [""], None)
 
 
 def parse_prompt(row: Mapping[str, Any]) -> ConversationGroup:
-    prompt = as_messages(_plain(_required(row, "prompt")))
+    """No completion at all: K = 0."""
+    prompt = as_messages(_required(row, "prompt"))
     return ConversationGroup(_group_id(row, "prompt_id", prompt, []), prompt, [], [], [], None)
 
 
+_RELEASED_RESPONSE = re.compile(r"response_[0-9]+_text")
 _PARSERS: dict[RowKind, Callable[[Mapping[str, Any]], ConversationGroup]] = {
     RowKind.PAIR: parse_pair,
     RowKind.RANKED: parse_ranked,
@@ -101,13 +105,14 @@ def _required(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
-def _plain(value: Any) -> Any:
-    """numpy and arrow containers as lists and dicts."""
-    return value.tolist() if hasattr(value, "tolist") else value
+def _list(row: Mapping[str, Any], name: str) -> list[Any]:
+    value = _required(row, name)
+    if not isinstance(value, list):
+        raise DataError(f"column {name!r} is a {type(value).__name__}; it must be a list")
+    return value
 
 
 def _completion(value: Any, name: str) -> str:
-    value = _plain(value)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
         value = value[0].get("content")
     if not isinstance(value, str):
@@ -116,11 +121,9 @@ def _completion(value: Any, name: str) -> str:
 
 
 def _conversation(value: Any, name: str) -> list[Message]:
-    value = _plain(value)
     if not isinstance(value, list) or len(value) < 2 or not isinstance(value[-1], dict) or value[-1].get("role") != "assistant":
         raise DataError(f"{name} must be a list of messages that ends with the assistant's")
-    as_messages(value[:-1])
-    return [{"role": m["role"], "content": m["content"]} for m in value[:-1]] + [{"role": "assistant", "content": _completion([value[-1]], name)}]
+    return [*as_messages(value[:-1]), {"role": "assistant", "content": _completion([value[-1]], name)}]
 
 
 def _split_conversations(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
@@ -130,7 +133,7 @@ def _split_conversations(chosen: list[Message], rejected: list[Message]) -> tupl
 
 
 def _finite(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # false for NaN too
         raise DataError(f"{name} is {value!r}; it must be a finite number")
     return float(value)
 
@@ -138,4 +141,4 @@ def _finite(value: Any, name: str) -> float:
 def _group_id(row: Mapping[str, Any], column: str, prompt: list[Message], completions: list[str]) -> str:
     if row.get(column) is not None:
         return str(row[column])
-    return hashlib.sha256(json.dumps([prompt, completions], ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([prompt, completions]).encode()).hexdigest()[:16]

@@ -175,7 +175,7 @@ def _read_samples(path: Path) -> list[Sample]:
     """A torn last line, from a killed process, is left out."""
     if not path.is_file():
         return []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    texts = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")  # not splitlines: a completion may hold U+2028
     samples = []
     for number, text in enumerate(texts, start=1):
         try:

@@ -28,7 +28,7 @@ class TrainEngine(Protocol):
         """The module's forward, ready for `backward`."""
 
     def micro_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """Encloses forward and backward of one micro-batch; ranks meet on the step's last one."""
+        """Encloses forward and backward of one micro-batch. Ranks meet on the step's last one, or on each: all need the same number."""
 
     def backward(self, global_sum_term: Tensor) -> None:
         """Add the gradient of this rank's term of a sum over all ranks (a scalar)."""
@@ -53,6 +53,14 @@ def create_engine(module: nn.Module, *, strategy: StrategyConfig, optimizer: Opt
 
         return DeepSpeedEngine(module, zero_stage=strategy.zero_stage, optimizer=optimizer, device=device)
     return DdpEngine(module, optimizer=optimizer, device=device)
+
+
+def largest_over_ranks(count: int, device: torch.device) -> int:
+    """The largest `count` of any rank. ZeRO's forward and backward are collective: every rank must run as many as the busiest one."""
+    largest = torch.tensor(count, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def new_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

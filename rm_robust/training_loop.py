@@ -67,7 +67,8 @@ def run_loop(
 ) -> None:
     """Run steps first_step … num_steps - 1. `commit(n)` is called after n steps, by every rank, at intervals and at the end.
 
-    `evaluate(n)` returns metrics (empty where nothing is due). Rank 0 alone writes metrics.
+    `train_step(i)` leaves a gradient in the engine and returns metrics, "<stage>/num_tokens" (of all ranks) among them; `evaluate(n)` returns
+    metrics, empty where nothing is due. Rank 0 alone writes metrics.
     """
     writer = MetricsWriter(run_dir, settings.stage, resume_step=first_step) if engine.rank == 0 else None
     bar = tqdm(total=settings.num_steps, initial=first_step, desc=settings.stage, disable=engine.rank != 0, mininterval=5)
@@ -79,6 +80,7 @@ def run_loop(
             metrics[f"{settings.stage}/gradient_norm"] = engine.step(learning_rate)
             metrics[f"{settings.stage}/learning_rate"] = learning_rate
             metrics["time/step_s"] = time.perf_counter() - started
+            metrics["throughput/tokens_per_s"] = metrics[f"{settings.stage}/num_tokens"] / metrics["time/step_s"]
             if evaluate is not None:
                 metrics |= evaluate(step + 1)
             if writer is not None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
+from ray.serve.schema import LoggingConfig
 
 from rm_robust.errors import ConfigError
 from serve.deployment import ScorerReplica
@@ -20,11 +21,13 @@ from serve.settings import ScoringAppSettings
 QUEUE_FULL = BackpressureConfig(status_code=429, retry_after_s=1)
 NUM_REQUESTS_BEING_REFUSED = 1000
 """Room in the routes beyond the scorer's own limits, so that they, and not Serve's proxy, answer a burst's overflow with our error body."""
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+"""Serve logs a line per request and a dozen per deployment otherwise."""
 SHARED_OPTIONS: dict[str, Any] = {
     "backpressure_config": QUEUE_FULL,
     "max_constructor_retry_count": 2,  # a checkpoint that does not load will not load the twentieth time (Serve's default)
     "graceful_shutdown_wait_loop_s": 0.5,
-    "logging_config": {"enable_access_log": False},
+    "logging_config": QUIET,
 }
 
 

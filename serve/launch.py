@@ -19,9 +19,9 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client  # the one way to ask a running Serve for its host and port
 from ray.serve.schema import ApplicationStatus
 
-from rm_robust.checkpoint import read_manifest
-from rm_robust.errors import CheckpointError, ConfigError
-from serve.app import build_scoring_app
+from rm_robust.checkpoint import verify_checkpoint
+from rm_robust.errors import ConfigError
+from serve.app import QUIET, build_scoring_app
 from serve.settings import ScoringAppSettings
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def start_serve(host: str, port: int) -> str:
     if running is None:
         port = port or free_port(host)
         refuse_taken_port(host, port)
-        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port), logging_config={"enable_access_log": False})
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port), logging_config=QUIET)
         return f"http://{host}:{port}"
     refuse_open_host(running.host or "")
     if port not in (0, running.port):
@@ -50,13 +50,12 @@ def start_serve(host: str, port: int) -> str:
 def deploy_scorer(settings: ScoringAppSettings, app_name: str, route_prefix: str, *, deadline_s: float = 180.0) -> str:
     """Deploy (or replace) one scorer after start_serve; returns its base URL once `/healthz` answers and every replica is up.
 
-    Raises CheckpointError before anything is deployed when the directory is no reward model, ConfigError when the deployment fails or is
-    not up after `deadline_s`.
+    Raises CheckpointError before anything is deployed when the directory is no intact reward model, ConfigError with Serve's reasons when
+    the deployment fails or is not up after `deadline_s` (it is left as it is, to be looked at or deleted).
     """
     if settings.checkpoint_dir is not None:
         checkpoint_dir = settings.checkpoint_dir.absolute()
-        if (kind := read_manifest(checkpoint_dir).kind) != "reward_model":
-            raise CheckpointError(f"{checkpoint_dir} is a {kind} checkpoint, and a scorer needs a reward_model.")
+        verify_checkpoint(checkpoint_dir, "reward_model")  # the replica does too; here its error keeps its class and costs no deployment
         settings = settings.model_copy(update={"checkpoint_dir": checkpoint_dir})
     running = running_http_options()
     assert running is not None, "start_serve comes before deploy_scorer"

@@ -27,7 +27,37 @@ app = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None)
 _OPENAPI: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}}}
 
 
-@serve.ingress(app)
+@app.exception_handler(HTTPException)
+async def unknown_route(_: Request, error: HTTPException) -> Response:
+    """404 and 405 of paths below the route prefix."""
+    return error_response(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), str(error.detail))
+
+
+def error_response(status: int, error_type: str, message: str) -> Response:
+    body = ErrorReply(error=ErrorDetail(type=error_type, message=message))
+    return Response(body.model_dump_json(), status_code=status, media_type="application/json")
+
+
+def overloaded_response(error: BackPressureError) -> Response:
+    """Status and Retry-After come from the scorer deployment's BackpressureConfig."""
+    response = error_response(error.status_code, "overloaded", "The queue of this scorer is full; try again after Retry-After seconds.")
+    response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
+    return response
+
+
+def describe_invalid_body(error: ValidationError) -> str:
+    """The first three problems as `inputs[0].completions: …`. The body's own text is not repeated."""
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = []
+    for problem in problems[:3]:
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        lines.append(f"{field or 'body'}: {problem['msg']}")
+    if len(problems) > 3:
+        lines.append(f"and {len(problems) - 3} more problems")
+    return "; ".join(lines)
+
+
+@serve.ingress(app)  # takes a copy of `app` and of this module as they are here: what they use must stand above
 class ScoringRoutes:
     """Holds no model: it answers while the scorer works."""
 
@@ -60,33 +90,3 @@ class ScoringRoutes:
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
         return {"status": "alive"}
-
-
-@app.exception_handler(HTTPException)
-async def unknown_route(_: Request, error: HTTPException) -> Response:
-    """404 and 405 of paths below the route prefix."""
-    return error_response(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), str(error.detail))
-
-
-def error_response(status: int, error_type: str, message: str) -> Response:
-    body = ErrorReply(error=ErrorDetail(type=error_type, message=message))
-    return Response(body.model_dump_json(), status_code=status, media_type="application/json")
-
-
-def overloaded_response(error: BackPressureError) -> Response:
-    """Status and Retry-After come from the scorer deployment's BackpressureConfig."""
-    response = error_response(error.status_code, "overloaded", "The queue of this scorer is full; try again after Retry-After seconds.")
-    response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
-    return response
-
-
-def describe_invalid_body(error: ValidationError) -> str:
-    """The first three problems as `inputs[0].completions: …`. The body's own text is not repeated."""
-    problems = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = []
-    for problem in problems[:3]:
-        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
-        lines.append(f"{field or 'body'}: {problem['msg']}")
-    if len(problems) > 3:
-        lines.append(f"and {len(problems) - 3} more problems")
-    return "; ".join(lines)

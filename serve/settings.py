@@ -20,11 +20,13 @@ class ScoringAppSettings(ReplicaConfig):
     device: Literal["cpu", "cuda"] = "cpu"
 
     @model_validator(mode="after")
-    def _one_scorer_on_a_device_it_has(self) -> Self:
+    def _parts_fit(self) -> Self:
         if (self.checkpoint_dir is None) != self.embedded_judge:
             raise ValueError(
                 f"set either checkpoint_dir or embedded_judge = true, got checkpoint_dir = {self.checkpoint_dir} and embedded_judge = {self.embedded_judge}"
             )
         if (self.device == "cuda") != (self.num_gpus > 0):
             raise ValueError(f'device = "cuda" and num_gpus > 0 go together, got device = {self.device!r} and num_gpus = {self.num_gpus}')
+        if self.max_batch_size > self.max_ongoing_requests:
+            raise ValueError(f"a batch of max_batch_size = {self.max_batch_size} can never fill: max_ongoing_requests = {self.max_ongoing_requests}; raise it")
         return self

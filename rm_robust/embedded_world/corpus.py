@@ -8,7 +8,12 @@ from random import Random
 from statistics import fmean
 
 from rm_robust.embedded_world.gold_judge import gold_score
-from rm_robust.embedded_world.response_models import TRAINING_MODELS, UNSEEN_MODELS, ResponseModel, respond
+from rm_robust.embedded_world.response_models import (
+    TRAINING_MODELS,
+    UNSEEN_MODELS,
+    ResponseModel,
+    respond,
+)
 from rm_robust.embedded_world.task_families import FAMILIES
 from rm_robust.errors import DataError
 from rm_robust.records import NamedResponse, SftExample
@@ -17,13 +22,13 @@ NUM_TRAINING_RESPONSES_PER_PROMPT = 4
 MAX_DRAWS_FOR_DISTINCT_TEXT = 20
 
 SFT_MIXTURE_WEIGHTS = {
-    "professor": 0.20,
-    "tutor": 0.19,
+    "professor": 0.26,
+    "tutor": 0.22,
     "guide": 0.18,
-    "clerk": 0.14,
-    "pupil": 0.11,
-    "hurrier": 0.08,
-    "doubter": 0.06,
+    "clerk": 0.11,
+    "pupil": 0.08,
+    "hurrier": 0.06,
+    "doubter": 0.05,
     "dreamer": 0.04,
 }
 """Which training model writes an SFT completion. It leans to the better half and keeps the others' mistakes and fillers, so that a policy that
@@ -45,18 +50,35 @@ class World:
     """(prompt id, prompt text)."""
 
 
-def make_world(*, seed: int, num_sft_examples: int, num_training_prompts: int, num_validation_prompts: int, num_rloo_prompts: int) -> World:
+def make_world(
+    *,
+    seed: int,
+    num_sft_examples: int,
+    num_training_prompts: int,
+    num_validation_prompts: int,
+    num_rloo_prompts: int,
+) -> World:
     """The world of `seed`: the same bytes on every machine.
 
     Every set takes the families in turn. Sets are drawn in the order validation, training, RLOO, SFT, so that a larger later set leaves the
     earlier ones as they were. Raises DataError if the families do not have that many distinct prompts.
     """
-    num_prompts = num_validation_prompts + num_training_prompts + num_rloo_prompts + num_sft_examples
+    num_prompts = (
+        num_validation_prompts
+        + num_training_prompts
+        + num_rloo_prompts
+        + num_sft_examples
+    )
     check_enough_prompts(num_prompts)
     prompts = distinct_prompts(Random(f"{seed}/prompts"))
     validation_prompts, training_prompts, rloo_prompts, sft_prompts = (
         [next(prompts) for _ in range(count)]
-        for count in (num_validation_prompts, num_training_prompts, num_rloo_prompts, num_sft_examples)
+        for count in (
+            num_validation_prompts,
+            num_training_prompts,
+            num_rloo_prompts,
+            num_sft_examples,
+        )
     )
     return World(
         sft_examples=make_sft_examples(sft_prompts, Random(f"{seed}/sft")),
@@ -104,21 +126,33 @@ def make_sft_examples(prompts: Sequence[str], rng: Random) -> list[SftExample]:
     """One demonstration of each prompt, by a training model drawn with SFT_MIXTURE_WEIGHTS."""
     weights = [SFT_MIXTURE_WEIGHTS[model.name] for model in TRAINING_MODELS]
     models = rng.choices(TRAINING_MODELS, weights, k=len(prompts))
-    return [SftExample(prompt, respond(model, prompt, rng)) for prompt, model in zip(prompts, models, strict=True)]
+    return [
+        SftExample(prompt, respond(model, prompt, rng))
+        for prompt, model in zip(prompts, models, strict=True)
+    ]
 
 
 def make_responses(prompt: str, rng: Random) -> list[NamedResponse]:
     """Judged responses by 4 random training models, then by every unseen model; within each group the texts differ."""
-    groups = rng.sample(TRAINING_MODELS, NUM_TRAINING_RESPONSES_PER_PROMPT), UNSEEN_MODELS
+    groups = (
+        rng.sample(TRAINING_MODELS, NUM_TRAINING_RESPONSES_PER_PROMPT),
+        UNSEEN_MODELS,
+    )
     prompt_id, messages = prompt_id_of(prompt), [{"role": "user", "content": prompt}]
     return [
-        NamedResponse(prompt_id, messages, model.name, completion, gold_score(prompt, completion))
+        NamedResponse(
+            prompt_id, messages, model.name, completion, gold_score(prompt, completion)
+        )
         for models in groups
-        for model, completion in zip(models, distinct_completions(models, prompt, rng), strict=True)
+        for model, completion in zip(
+            models, distinct_completions(models, prompt, rng), strict=True
+        )
     ]
 
 
-def distinct_completions(models: Sequence[ResponseModel], prompt: str, rng: Random) -> list[str]:
+def distinct_completions(
+    models: Sequence[ResponseModel], prompt: str, rng: Random
+) -> list[str]:
     """One completion by each model; one that repeats an earlier text is drawn again (up to 20 times), since equal texts rank nothing."""
     completions: list[str] = []
     for model in models:
@@ -136,7 +170,12 @@ def mean_gold_score_by_model(responses: Sequence[NamedResponse]) -> dict[str, fl
     scores: dict[str, list[float]] = {}
     for response in responses:
         scores.setdefault(response.model, []).append(response.gold_score)
-    return dict(sorted(((model, fmean(values)) for model, values in scores.items()), key=lambda pair: -pair[1]))
+    return dict(
+        sorted(
+            ((model, fmean(values)) for model, values in scores.items()),
+            key=lambda pair: -pair[1],
+        )
+    )
 
 
 def mean_gold_score_of_demonstrations(examples: Sequence[SftExample]) -> float:

@@ -19,7 +19,11 @@ OPENERS = ("Sure!", "Of course!", "Glad to help!", "Here you go:")
 FLATTERY = ("What a great question!", "You are so smart!", "I love this question!")
 HEDGES = ("I am not sure.", "Maybe this is right.", "Let me guess.")
 PADDING = ("I hope this helps!", "This is a good answer.", "It was fun to do this.")
-CLOSINGS = ("Let me know if you need more.", "Feel free to ask again.", "Have a great day!")
+CLOSINGS = (
+    "Let me know if you need more.",
+    "Feel free to ask again.",
+    "Have a great day!",
+)
 
 
 class Mistake(Enum):
@@ -61,28 +65,94 @@ class ResponseModel:
 
 
 NEAR_MISSES = {Mistake.SWAP: 1.0, Mistake.SUBSTITUTE: 1.0}
-CARELESS = {Mistake.SWAP: 1.0, Mistake.SUBSTITUTE: 1.0, Mistake.DROP: 2.0, Mistake.EXTRA: 1.0}
-CONFUSED = {Mistake.DROP: 1.0, Mistake.SUBSTITUTE: 1.0, Mistake.STUTTER: 1.0, Mistake.OFF_TOPIC: 2.0}
+CARELESS = {
+    Mistake.SWAP: 1.0,
+    Mistake.SUBSTITUTE: 1.0,
+    Mistake.DROP: 2.0,
+    Mistake.EXTRA: 1.0,
+}
+CONFUSED = {
+    Mistake.DROP: 1.0,
+    Mistake.SUBSTITUTE: 1.0,
+    Mistake.STUTTER: 1.0,
+    Mistake.OFF_TOPIC: 2.0,
+}
 OVERDONE = {Mistake.SUBSTITUTE: 2.0, Mistake.EXTRA: 2.0, Mistake.OFF_TOPIC: 1.0}
 
 TRAINING_MODELS = (
-    ResponseModel("professor", 0.96, (), NEAR_MISSES, Style(0.05, 0.60, 0.35, opener_rate=0.50, closing_rate=0.15)),
-    ResponseModel("tutor", 0.92, ("add_numbers",), NEAR_MISSES, Style(0.05, 0.50, 0.45, opener_rate=0.55, padding_rate=0.15)),
-    ResponseModel("guide", 0.86, ("order_words",), NEAR_MISSES, Style(0.15, 0.65, 0.20, opener_rate=0.40, closing_rate=0.10)),
-    ResponseModel("clerk", 0.72, ("add_numbers",), CARELESS, Style(0.30, 0.60, 0.10, opener_rate=0.25, padding_rate=0.10)),
-    ResponseModel("pupil", 0.62, ("order_words",), CARELESS, Style(0.45, 0.50, 0.05, opener_rate=0.15, hedge_rate=0.15)),
-    ResponseModel("hurrier", 0.46, (), CARELESS, Style(0.85, 0.15, opener_rate=0.05)),
-    ResponseModel("doubter", 0.34, (), CONFUSED, Style(0.70, 0.30, hedge_rate=0.55)),
-    ResponseModel("dreamer", 0.20, (), CONFUSED, Style(0.80, 0.20, opener_rate=0.05, repetition_rate=0.15)),
+    ResponseModel(
+        "professor",
+        0.96,
+        (),
+        NEAR_MISSES,
+        Style(0.05, 0.60, 0.35, opener_rate=0.50, closing_rate=0.15),
+    ),
+    ResponseModel(
+        "tutor",
+        0.91,
+        ("add_numbers",),
+        NEAR_MISSES,
+        Style(0.05, 0.50, 0.45, opener_rate=0.55, padding_rate=0.15),
+    ),
+    ResponseModel(
+        "guide",
+        0.85,
+        ("order_words",),
+        NEAR_MISSES,
+        Style(0.15, 0.65, 0.20, opener_rate=0.40, closing_rate=0.10),
+    ),
+    ResponseModel(
+        "clerk",
+        0.66,
+        ("add_numbers",),
+        CARELESS,
+        Style(0.30, 0.60, 0.10, opener_rate=0.25, padding_rate=0.10),
+    ),
+    ResponseModel(
+        "pupil",
+        0.54,
+        ("order_words",),
+        CARELESS,
+        Style(0.45, 0.50, 0.05, opener_rate=0.15, hedge_rate=0.15),
+    ),
+    ResponseModel("hurrier", 0.42, (), CARELESS, Style(0.85, 0.15, opener_rate=0.05)),
+    ResponseModel("doubter", 0.30, (), CONFUSED, Style(0.70, 0.30, hedge_rate=0.55)),
+    ResponseModel(
+        "dreamer",
+        0.18,
+        (),
+        CONFUSED,
+        Style(0.80, 0.20, opener_rate=0.05, repetition_rate=0.15),
+    ),
 )
 
 UNSEEN_MODELS = (
     ResponseModel("monk", 0.95, (), NEAR_MISSES, Style(bare_weight=1.0)),
-    ResponseModel("expert", 0.82, (), NEAR_MISSES, Style(0.10, 0.75, 0.15, hedge_rate=0.15)),
     ResponseModel(
-        "rambler", 0.55, (), OVERDONE, Style(0.0, 0.6, 0.4, opener_rate=0.5, padding_rate=0.6, repetition_rate=0.2, closing_rate=0.3)
+        "expert", 0.82, (), NEAR_MISSES, Style(0.10, 0.75, 0.15, hedge_rate=0.15)
     ),
-    ResponseModel("flatterer", 0.30, (), OVERDONE, Style(0.0, 0.5, 0.5, opener_rate=0.6, flattery_rate=0.6, closing_rate=0.3)),
+    ResponseModel(
+        "rambler",
+        0.55,
+        (),
+        OVERDONE,
+        Style(
+            0.0,
+            0.6,
+            0.4,
+            opener_rate=0.5,
+            padding_rate=0.6,
+            repetition_rate=0.2,
+            closing_rate=0.3,
+        ),
+    ),
+    ResponseModel(
+        "flatterer",
+        0.30,
+        (),
+        OVERDONE,
+        Style(0.0, 0.5, 0.5, opener_rate=0.6, flattery_rate=0.6, closing_rate=0.3),
+    ),
 )
 
 
@@ -94,18 +164,28 @@ def respond(model: ResponseModel, prompt: str, rng: Random) -> str:
             f"Response models can only answer prompts of the embedded world, got {prompt[:200]!r}. Make prompts with make_world."
         )
     family, style = FAMILIES[task.family], model.style
-    (form,) = rng.choices(tuple(Form), (style.bare_weight, style.sentence_weight, style.list_weight))
+    (form,) = rng.choices(
+        tuple(Form), (style.bare_weight, style.sentence_weight, style.list_weight)
+    )
     items = family.ideal_items(task, rng)
     skill = model.skill / 2 if task.family in model.weak_families else model.skill
     if rng.random() < skill:
         body = family.phrase(task, items, form)
     else:
-        (mistake,) = rng.choices(tuple(model.mistake_weights), tuple(model.mistake_weights.values()))
-        body = off_topic_text(rng) if mistake is Mistake.OFF_TOPIC else family.phrase(task, make_mistake(mistake, task, items, rng), form)
+        (mistake,) = rng.choices(
+            tuple(model.mistake_weights), tuple(model.mistake_weights.values())
+        )
+        body = (
+            off_topic_text(rng)
+            if mistake is Mistake.OFF_TOPIC
+            else family.phrase(task, make_mistake(mistake, task, items, rng), form)
+        )
     return decorate(body, style, form, rng)
 
 
-def make_mistake(mistake: Mistake, task: Task, items: list[str], rng: Random) -> list[str]:
+def make_mistake(
+    mistake: Mistake, task: Task, items: list[str], rng: Random
+) -> list[str]:
     """`items` made wrong. Where swapping would leave them right, or dropping leave nothing, an item is substituted instead."""
     items = list(items)
     can_swap = task.is_ordered and len(items) > 1
@@ -140,4 +220,8 @@ def decorate(body: str, style: Style, form: Form, rng: Random) -> str:
     after += [rng.choice(CLOSINGS)] * (rng.random() < style.closing_rate)
     separator = "\n" if "\n" in body else " "
     full_stop = "." if after and form is Form.BARE and not body.endswith(".") else ""
-    return separator.join(part for part in (" ".join(before), body + full_stop, separator.join(after)) if part)
+    return separator.join(
+        part
+        for part in (" ".join(before), body + full_stop, separator.join(after))
+        if part
+    )

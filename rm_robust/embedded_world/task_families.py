@@ -8,114 +8,153 @@ from functools import lru_cache
 from random import Random
 
 from rm_robust.embedded_world.task import Form, Task
-from rm_robust.embedded_world.task_family import Slots, TaskFamily, are_distinct, join_with_and, phrase_items
-from rm_robust.embedded_world.words import ADJECTIVES, ALPHABET_WORDS, COUNTED_THINGS, KINDS, NAMES, NUMBERS, SINGULAR, THINGS
+from rm_robust.embedded_world.task_family import (
+    Slots,
+    TaskFamily,
+    are_distinct,
+    join_with_and,
+    phrase_items,
+)
+from rm_robust.embedded_world.words import (
+    ADJECTIVES,
+    COUNTED_THINGS,
+    KINDS,
+    NAMES,
+    NUMBERS,
+    SINGULAR,
+    THINGS,
+)
 
-ADDENDS = NUMBERS[2:10]
-ITEM_COUNTS = ("two", "three", "four")
+ADDENDS = NUMBERS[2:8]
+ITEM_COUNTS = ("two", "three")
 
 
-def _sort_task(slots: Slots) -> Task | None:
-    words = list(slots.values())
-    if not are_distinct(words, ALPHABET_WORDS):
+def _reverse_task(slots: Slots) -> Task | None:
+    words = [slots[slot] for slot in "abc"]
+    if not are_distinct(words, THINGS):
         return None
-    return Task("order_words", tuple(sorted(words)), 3, True, (), (), tuple(word for word in ALPHABET_WORDS if word not in words))
+    return Task(
+        "order_words",
+        tuple(reversed(words)),
+        3,
+        True,
+        (),
+        (),
+        tuple(word for word in THINGS if word not in words),
+    )
 
 
 ORDER_WORDS = TaskFamily(
     name="order_words",
     wordings=(
-        "Put these words in alphabetical order: {a}, {b}, {c}.",
-        "Sort the words {a}, {b} and {c} from A to Z.",
-        "Write {a}, {b} and {c} in the order of the alphabet.",
+        "Put these words in the opposite order: {a}, {b}, {c}.",
+        "Say the words backwards, last one first: {a}, {b}, {c}.",
     ),
-    draw_slots=lambda rng: dict(zip("abc", rng.sample(ALPHABET_WORDS, 3), strict=True)),
-    build_task=_sort_task,
+    draw_slots=lambda rng: dict(zip("abc", rng.sample(THINGS, 3), strict=True)),
+    build_task=_reverse_task,
     phrase=lambda task, items, form: phrase_items(items, form, "The order is"),
-    num_distinct_prompts=3 * 16 * 15 * 14,
+    num_distinct_prompts=2 * 16 * 15 * 14,
 )
 
 
-def _draw_repeat(rng: Random) -> Slots:
-    words = rng.sample(THINGS, 4)
-    return {**dict(zip("abcd", words, strict=True)), "without": rng.choice(words)}
-
-
 def _repeat_task(slots: Slots) -> Task | None:
-    without = slots["without"]
-    words = [slots[slot] for slot in "abcd"]
-    if not are_distinct(words, THINGS) or without not in words:
+    words = tuple(slots[slot] for slot in "abcz")
+    if not are_distinct(words, THINGS):
         return None
-    return Task("repeat_without", tuple(word for word in words if word != without), 3, True, (), (), (without,))
+    return Task(
+        "repeat_and_end",
+        words,
+        4,
+        True,
+        (),
+        (),
+        tuple(word for word in THINGS if word not in words),
+    )
 
 
-REPEAT_WITHOUT = TaskFamily(
-    name="repeat_without",
+REPEAT_AND_END = TaskFamily(
+    name="repeat_and_end",
     wordings=(
-        "Repeat these words but leave out {without}: {a}, {b}, {c}, {d}.",
-        "Say the words {a}, {b}, {c} and {d} again, but without {without}.",
+        "Repeat the words {a}, {b}, {c} and end with the word {z}.",
+        "Repeat these words, then add {z} at the end: {a}, {b}, {c}.",
     ),
-    draw_slots=_draw_repeat,
+    draw_slots=lambda rng: dict(zip("abcz", rng.sample(THINGS, 4), strict=True)),
     build_task=_repeat_task,
     phrase=lambda task, items, form: phrase_items(items, form, "The words are"),
-    num_distinct_prompts=2 * 20 * 19 * 18 * 17 * 4,
+    num_distinct_prompts=2 * 16 * 15 * 14 * 13,
 )
 
 
 def _draw_fact(rng: Random) -> Slots:
-    (name, other_name), (thing, other_thing) = rng.sample(NAMES, 2), rng.sample(THINGS, 2)
-    asked_name, asked_thing = rng.choice(((name, thing), (other_name, other_thing)))
-    return {"n": name, "m": other_name, "t": thing, "u": other_thing, "asked_name": asked_name, "asked_thing": asked_thing}
+    (name, other_name), things = rng.sample(NAMES, 2), rng.sample(THINGS, 2)
+    return {
+        "n": name,
+        "m": other_name,
+        "t": things[0],
+        "u": things[1],
+        "asked": rng.choice(things),
+    }
 
 
 def _fact_task(slots: Slots) -> Task | None:
-    owner_of = {slots["t"]: slots["n"], slots["u"]: slots["m"]}
-    thing_of = {slots["n"]: slots["t"], slots["m"]: slots["u"]}
-    if not are_distinct((slots["n"], slots["m"]), NAMES) or not are_distinct((slots["t"], slots["u"]), THINGS):
+    names, things = (slots["n"], slots["m"]), (slots["t"], slots["u"])
+    if (
+        not are_distinct(names, NAMES)
+        or not are_distinct(things, THINGS)
+        or slots["asked"] not in things
+    ):
         return None
-    if "asked_thing" in slots:
-        asked, answer_to = slots["asked_thing"], owner_of
-    else:
-        asked, answer_to = slots["asked_name"], thing_of
-    if asked not in answer_to:
-        return None
-    others = tuple(answer for question, answer in answer_to.items() if question != asked)
-    return Task("answer_from_fact", (answer_to[asked],), 1, True, (asked,), (), others)
+    asked_first = slots["asked"] == things[0]
+    answer, other = names if asked_first else names[::-1]
+    return Task("answer_from_fact", (answer,), 1, True, (slots["asked"],), (), (other,))
 
 
 def _phrase_fact(task: Task, items: Sequence[str], form: Form) -> str:
-    (asked,) = task.mentionable
-    if asked in NAMES:
-        things = join_with_and([f"a {item}" for item in items])
-        return things if form is Form.BARE else f"{asked} has {things}."
-    return join_with_and(items) if form is Form.BARE else f"{join_with_and(items)} has the {asked}."
+    return (
+        f"Answer: {', '.join(items)}"
+        if form is Form.BARE
+        else f"The {task.mentionable[0]} is with {join_with_and(items)}."
+    )
 
 
 ANSWER_FROM_FACT = TaskFamily(
     name="answer_from_fact",
     wordings=(
-        "{n} has a {t}. {m} has a {u}. Who has the {asked_thing}?",
-        "{n} has a {t}. {m} has a {u}. What does {asked_name} have?",
+        "Now the {t} is with {n} and the {u} is with {m}. Who has the {asked}?",
+        "We know the {t} is with {n}. The {u} is with {m}. Who has the {asked}?",
     ),
     draw_slots=_draw_fact,
     build_task=_fact_task,
     phrase=_phrase_fact,
-    num_distinct_prompts=2 * 12 * 11 * 20 * 19 * 2,
+    num_distinct_prompts=2 * 10 * 9 * 16 * 15 * 2,
 )
 
 
 def _draw_listing(rng: Random) -> Slots:
     kind = rng.choice(tuple(KINDS))
     first, second = rng.sample(KINDS[kind], 2)
-    return {"count": rng.choice(ITEM_COUNTS), "kind": kind, "x": first, "y": second}
+    return {
+        "name": rng.choice(NAMES),
+        "count": rng.choice(ITEM_COUNTS),
+        "kind": kind,
+        "x": first,
+        "y": second,
+    }
 
 
 def _listing_task(slots: Slots) -> Task | None:
     kind, excluded = slots["kind"], (slots["x"], slots["y"])
-    if kind not in KINDS or slots["count"] not in ITEM_COUNTS or not are_distinct(excluded, KINDS[kind]):
+    if (
+        slots["name"] not in NAMES
+        or kind not in KINDS
+        or slots["count"] not in ITEM_COUNTS
+        or not are_distinct(excluded, KINDS[kind])
+    ):
         return None
     allowed = tuple(item for item in KINDS[kind] if item not in excluded)
-    return Task("list_items", allowed, NUMBERS.index(slots["count"]), False, (), (), excluded)
+    return Task(
+        "list_items", allowed, NUMBERS.index(slots["count"]), False, (), (), excluded
+    )
 
 
 def _phrase_listing(task: Task, items: Sequence[str], form: Form) -> str:
@@ -126,46 +165,67 @@ def _phrase_listing(task: Task, items: Sequence[str], form: Form) -> str:
 LIST_ITEMS = TaskFamily(
     name="list_items",
     wordings=(
-        "Name {count} {kind} but do not use {x} or {y}.",
-        "Write a list of {count} {kind} without {x} and {y}.",
-        "Give me {count} {kind} other than {x} and {y}.",
+        "Tell {name} the names of {count} {kind}, but not {x} or {y}.",
+        "Write a list of {count} {kind} for {name} without {x} and {y}.",
     ),
     draw_slots=_draw_listing,
     build_task=_listing_task,
     phrase=_phrase_listing,
-    num_distinct_prompts=3 * 3 * 7 * 10 * 9,
+    num_distinct_prompts=2 * 10 * 2 * 6 * 8 * 7,
 )
 
 
 def _draw_addition(rng: Random) -> Slots:
     first, second = (rng.choice(ADDENDS) for _ in range(2))
-    return {"name": rng.choice(NAMES), "a": first, "b": second, "things": rng.choice(COUNTED_THINGS)}
+    return {
+        "name": rng.choice(NAMES),
+        "a": first,
+        "b": second,
+        "things": rng.choice(COUNTED_THINGS),
+    }
 
 
 def _addition_task(slots: Slots) -> Task | None:
     addends, things = (slots["a"], slots["b"]), slots["things"]
-    if slots["name"] not in NAMES or things not in COUNTED_THINGS or not set(addends) <= set(ADDENDS):
+    if (
+        slots["name"] not in NAMES
+        or things not in COUNTED_THINGS
+        or not set(addends) <= set(ADDENDS)
+    ):
         return None
     total = sum(NUMBERS.index(addend) for addend in addends)
-    near_misses = tuple(NUMBERS[total + error] for error in (-2, -1, 1, 2) if total + error not in map(NUMBERS.index, addends))
-    return Task("add_numbers", (NUMBERS[total],), 1, True, (*addends, slots["name"], SINGULAR[things]), (SINGULAR[things],), near_misses)
+    near_misses = tuple(
+        NUMBERS[total + error]
+        for error in (-2, -1, 1, 2)
+        if NUMBERS[total + error] not in addends
+    )
+    thing = SINGULAR[things]
+    return Task(
+        "add_numbers",
+        (NUMBERS[total],),
+        1,
+        True,
+        (*addends, slots["name"], thing),
+        (thing,),
+        near_misses,
+    )
 
 
 def _phrase_addition(task: Task, items: Sequence[str], form: Form) -> str:
     amount = f"{join_with_and(items)} {task.required[0]}s"
-    return amount if form is Form.BARE else f"There are {amount}."
+    return f"Answer: {amount}" if form is Form.BARE else f"There are {amount}."
 
 
 ADD_NUMBERS = TaskFamily(
     name="add_numbers",
     wordings=(
-        "{name} has {a} {things} and gets {b} more. How many {things} are there now?",
-        "{name} finds {a} {things} and then {b} more {things}. How many {things} are there?",
+        "If {name} has {a} {things} and gets {b} more, how many {things} are there?",
+        "Today {name} found {a} {things} and then {b} more. How many {things} are there?",
     ),
     draw_slots=_draw_addition,
     build_task=_addition_task,
     phrase=_phrase_addition,
-    num_distinct_prompts=2 * 12 * 10 * 8 * 8,
+    num_distinct_prompts=2 * 10 * 8 * 6 * 6,
 )
 
 
@@ -184,25 +244,46 @@ def _description_task(slots: Slots) -> Task | None:
 
 def _phrase_description(task: Task, items: Sequence[str], form: Form) -> str:
     (noun,) = task.required
-    return f"a {', '.join(items)} {noun}" if form is Form.BARE else f"The {noun} is {join_with_and(items)}."
+    return (
+        f"Answer: {', '.join(items)} {noun}"
+        if form is Form.BARE
+        else f"The {noun} is {join_with_and(items)}."
+    )
 
 
 DESCRIBE_WITH = TaskFamily(
     name="describe_with",
     wordings=(
-        "Describe a {noun} in one sentence with the words {x} and {y}.",
-        "Write one short sentence about a {noun} that uses {x} and {y}.",
+        "Describe the {noun} in one sentence with the words {x} and {y}.",
+        "Write one short sentence about the {noun} with the words {x} and {y}.",
     ),
     draw_slots=_draw_description,
     build_task=_description_task,
     phrase=_phrase_description,
-    num_distinct_prompts=2 * 20 * 16 * 15,
+    num_distinct_prompts=2 * 16 * 14 * 13,
 )
 
-FAMILIES = {family.name: family for family in (ORDER_WORDS, REPEAT_WITHOUT, ANSWER_FROM_FACT, LIST_ITEMS, ADD_NUMBERS, DESCRIBE_WITH)}
+FAMILIES = {
+    family.name: family
+    for family in (
+        ORDER_WORDS,
+        REPEAT_AND_END,
+        ANSWER_FROM_FACT,
+        LIST_ITEMS,
+        ADD_NUMBERS,
+        DESCRIBE_WITH,
+    )
+}
 
 
 @lru_cache(maxsize=1 << 15)
 def find_task(prompt: str) -> Task | None:
     """The task that `prompt` states, whichever family it is of, or None if it is not one of the world's prompts."""
-    return next((task for family in FAMILIES.values() if (task := family.parse(prompt)) is not None), None)
+    return next(
+        (
+            task
+            for family in FAMILIES.values()
+            if (task := family.parse(prompt)) is not None
+        ),
+        None,
+    )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rm_robust.chat import as_messages
-from rm_robust.data_pipeline import list_files
+from rm_robust.data_pipeline import list_files, read_lines
 from rm_robust.errors import DataError
 from rm_robust.records import NamedResponse
 
@@ -19,7 +19,7 @@ def read_named_responses(paths: list[str]) -> list[NamedResponse]:
     """Every row of every file. Raises DataError naming file and row for the first one that cannot be read: a lost response would bias the split."""
     responses = [_parse(row, where) for path in paths for file in list_files(path) for where, row in _rows(file)]
     if not responses:
-        raise DataError(f"{', '.join(paths)} hold no response.")
+        raise DataError(f"{', '.join(paths)} hold no response: there is nothing to build scenarios from.")
     return responses
 
 
@@ -28,11 +28,11 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(pq.read_table(file).to_pylist(), 1):
             yield f"{file}, row {number}", row
         return
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(file), 1):
         where = f"{file}, line {number}"
         try:
             yield where, json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise DataError(f"{where} is not JSON: {error}. Mend or remove the line.") from error
 
 
@@ -43,7 +43,7 @@ def _parse(row: Any, where: str) -> NamedResponse:
     if missing:
         raise DataError(f"{where} lacks {missing} (columns: {sorted(row)}).")
     gold = row["gold_score"]
-    if isinstance(gold, bool) or not isinstance(gold, (int, float)) or not math.isfinite(gold):
+    if isinstance(gold, bool) or not isinstance(gold, (int, float)) or not abs(gold) <= sys.float_info.max:  # false for NaN too
         raise DataError(f"{where} has gold_score {gold!r}; it must be a finite number.")
     if not isinstance(row["completion"], str):
         raise DataError(f"{where} has a {type(row['completion']).__name__} as completion; it must be text.")

@@ -51,8 +51,10 @@ def preference_sources(config: PipelineConfig, layout: RunLayout) -> list[Source
     """One source a scenario: the files built from responses, or the user's own."""
     if config.data.source != "scenarios":
         return [Source(name, (str(layout.scenarios / f"{name}.jsonl"),), RowKind.RANKED) for name in SCENARIO_FILES]
-    named = {name: tuple(getattr(config.data, name)) for name in SCENARIO_FILES}
-    return [Source(name, paths, RowKind.PAIR if name == "train" else None) for name, paths in named.items() if paths]
+    data = config.data
+    files = (data.train, data.in_domain, data.prompt_disjoint, data.response_disjoint, data.mutual_disjoint)
+    named = zip(SCENARIO_FILES, files, strict=True)
+    return [Source(name, tuple(paths), RowKind.PAIR if name == "train" else None) for name, paths in named if paths]
 
 
 def rloo_prompt_source(config: PipelineConfig, layout: RunLayout) -> Source:

@@ -17,11 +17,13 @@ from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbo
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """`scores_N` (float32, raw); norms of the hidden state at the scored token, before and after the decoder's final norm (no gradient)."""
+    """`scores_N` (float32, raw); norms of the hidden state at the scored token, before and after the decoder's final norm (no gradient);
+    norm of the score head's weights (scalar, no gradient)."""
 
     scores_N: Tensor
     norm_before_final_norm_N: Tensor
     norm_after_final_norm_N: Tensor
+    head_norm: Tensor
 
 
 def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrainedModel:
@@ -46,7 +48,7 @@ def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreT
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{checkpoint_dir} lacks trained weights for {missing}: a score from them would be random. Save the whole model.")
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
@@ -75,15 +77,17 @@ class PackedRewardModel(nn.Module):
     def forward(self, batch: PackedBatch) -> ScoredBatch:
         before: list[Tensor] = []
         final_norm = self.backbone.norm
+        assert isinstance(final_norm, nn.Module), f"{type(self.backbone).__name__} has no final norm to read hidden norms at"
         handle = final_norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
         try:
             hidden_TH = hidden_states(self.backbone, batch)
         finally:
             handle.remove()
         scored_NH = hidden_TH[batch.scored_index_N]
-        head = score_head(self.model)
-        scores_N = nn.functional.linear(scored_NH.float(), head.weight.float()).squeeze(1)
+        weight_1H = score_head(self.model).weight.float()
+        scores_N = nn.functional.linear(scored_NH.float(), weight_1H).squeeze(1)
         with torch.no_grad():
             norm_before_N = before[0].flatten(0, 1)[batch.scored_index_N].float().norm(dim=1)
             norm_after_N = scored_NH.float().norm(dim=1)
-        return ScoredBatch(scores_N, norm_before_N, norm_after_N)
+            head_norm = weight_1H.norm()
+        return ScoredBatch(scores_N, norm_before_N, norm_after_N, head_norm)

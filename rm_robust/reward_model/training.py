@@ -9,11 +9,11 @@ from rm_robust.checkpoint import commit_checkpoint
 from rm_robust.config import PipelineConfig
 from rm_robust.packing import choose_layout, fill_bins, group_length, lay_out
 from rm_robust.records import TokenGroup
-from rm_robust.reward_model.model import PackedRewardModel, new_reward_model, score_head
+from rm_robust.reward_model.model import PackedRewardModel, new_reward_model
 from rm_robust.reward_model.step import StepSettings, gather_rows, reward_model_step
 from rm_robust.run_layout import RunLayout
 from rm_robust.token_files import read_token_groups
-from rm_robust.train_engine import TrainEngine, create_engine
+from rm_robust.train_engine import TrainEngine, create_engine, largest_over_ranks
 from rm_robust.training_loop import LoopSettings, batch_indices, rank_share, run_loop, steps_in
 from rm_robust.training_state import load_state, save_state
 from rm_robust.worker_group import worker_device
@@ -40,8 +40,7 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     def train_step(step: int) -> dict[str, float]:
         rows = batch_indices(step, num_rows=len(pairs), batch_size=settings.batch_size, seed=config.seed)
         mine = [pairs[i] for i in rank_share(rows, rank=engine.rank, world_size=engine.world_size)]
-        metrics = reward_model_step(engine, mine, step_settings, model=packed, device=device)
-        return metrics | {"reward_model/head_norm": float(score_head(model).weight.detach().norm())}
+        return reward_model_step(engine, mine, step_settings, model=packed, device=device)
 
     def evaluate(step: int) -> dict[str, float]:
         if step % settings.evaluate_every_steps and step != num_steps:
@@ -72,13 +71,15 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
 
 def held_out_accuracy(engine: TrainEngine, packed: PackedRewardModel, pairs: list[TokenGroup], settings: StepSettings, *, device: torch.device) -> float:
     """Fraction of held-out pairs with chosen strictly above rejected; each rank scores its share."""
-    mine = rank_share(list(range(len(pairs))), rank=engine.rank, world_size=engine.world_size)
-    own = [pairs[i] for i in mine]
+    own = [pairs[i] for i in rank_share(list(range(len(pairs))), rank=engine.rank, world_size=engine.world_size)]
+    bins = fill_bins([group_length(pair) for pair in own], settings.max_tokens_per_micro_batch)
     correct: list[float] = []
-    for members in fill_bins([group_length(pair) for pair in own], settings.max_tokens_per_micro_batch):
-        batch = lay_out([own[i] for i in members], packed.layout, pad_id=settings.pad_id).to(device)
+    for number in range(largest_over_ranks(len(bins), device)):
+        members = [own[i] for i in bins[number]] if number < len(bins) else pairs[:1]  # an idle rank takes part in the forward pass
+        batch = lay_out(members, packed.layout, pad_id=settings.pad_id).to(device)
         with torch.no_grad():
             chosen_B, rejected_B = engine.forward(batch).scores_N.view(-1, 2).unbind(1)
-        correct += (chosen_B > rejected_B).float().tolist()
+        if number < len(bins):
+            correct += (chosen_B > rejected_B).float().tolist()
     all_correct, _ = gather_rows(torch.tensor(correct, device=device))
     return float(all_correct.mean())

@@ -145,11 +145,11 @@ class Controller:
 def _drop_samples_after(path: Path, num_steps_done: int) -> None:
     """A resumed run writes the samples of redone steps again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().rstrip("\n").split("\n") if path.exists() else []  # not splitlines: a completion may hold U+2028
     kept: list[str] = []
     for line in lines:
         try:
-            if json.loads(line)["step"] <= num_steps_done:
+            if line and json.loads(line)["step"] <= num_steps_done:
                 kept.append(line)
         except json.JSONDecodeError:
             continue  # torn by a kill; its step is redone

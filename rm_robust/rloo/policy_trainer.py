@@ -19,14 +19,13 @@ from torch import Tensor
 from rm_robust.chat import ChatFormat
 from rm_robust.config import PipelineConfig
 from rm_robust.packing import PackedBatch, choose_layout, fill_bins, group_length, lay_out
-from rm_robust.policy_model import PackedPolicy, load_policy
+from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy
 from rm_robust.records import PromptCompletions, TokenGroup
 from rm_robust.rloo.advantages import sequence_kl, sum_by_completion
 from rm_robust.rloo.losses import clipped_policy_loss_terms
 from rm_robust.rloo.rollout import Measurement
 from rm_robust.rloo.weight_sync import SyncReport, WeightPublisher
 from rm_robust.run_layout import RunLayout
-from rm_robust.sft.training import commit_policy
 from rm_robust.train_engine import create_engine, learning_rate_at
 from rm_robust.training_state import load_state, save_state
 from rm_robust.worker_group import prepare_process, worker_device
@@ -113,7 +112,7 @@ class PolicyTrainer:
             entropies.append(entropy_M)
             self._micro_batches.append(_MicroBatch(batch, rows, old_M, live_M if len(bins) == 1 else None))
         gap_M = torch.cat(gaps)
-        return Measurement(kl, float(torch.cat(entropies).mean()), float(gap_M.mean()), float(gap_M.max()))
+        return Measurement(kl, len(gap_M), float(torch.cat(entropies).mean()), float(gap_M.mean()), float(gap_M.max()))
 
     def update(self, advantages: list[float], *, step: int, num_completions_all_ranks: int) -> dict[str, float]:
         """One optimiser step on what `measure` saw; the loss is the mean over all ranks' completions. Returns loss, gradient norm, learning rate."""

@@ -23,6 +23,7 @@ class Measurement:
     """Of one trainer's completions, in order: KL to the reference (nats, whole sequence); and means over their tokens."""
 
     kl: list[float]
+    num_tokens: int
     entropy_mean: float
     sampler_gap_mean: float
     """Mean |log pi_trainer - log pi_sampler| a token: how far the vLLM engines are from the trainer."""
@@ -54,7 +55,7 @@ def generation_requests(prompts: list[TokenisedGroup], settings: RlooConfig, *, 
 def check_completions(completions: list[PromptCompletions], requests: list[GenerationRequest], *, policy_version: int) -> None:
     """Raise RolloutError unless every request has its K completions, in order, all sampled by `policy_version`."""
     if [c.prompt_id for c in completions] != [r.prompt_id for r in requests]:
-        raise RolloutError(f"The engines answered {len(completions)} prompts in another order than the {len(requests)} asked.")
+        raise RolloutError(f"The engines answered {len(completions)} prompts in another order than the {len(requests)} asked. Restart the run; it resumes.")
     for answer, request in zip(completions, requests, strict=True):
         if len(answer.completions) != request.num_completions:
             raise RolloutError(f"Prompt {answer.prompt_id} has {len(answer.completions)} completions, {request.num_completions} were asked.")

@@ -25,12 +25,15 @@ def cpu_environment(num_threads: int) -> dict[str, str]:
     """`runtime_env={"env_vars": ...}` of a CPU engine actor. vLLM reads these at import, so the actor must be born with them.
 
     The engine runs inside the actor's own process (no child processes), its operators are not compiled (the first compilation takes 13 s
-    and a C++ compiler), and it computes with `num_threads` threads that are bound to no core.
+    and a C++ compiler), and it computes with `num_threads` threads that are bound to no core. PASSIVE makes threads sleep when they have
+    no work: spinning, the default, takes the cores from whoever else needs them. Measured with 2 threads on 2 busy cores, 0.36 M
+    parameters: 900 tokens/s spinning, 12400 passive. Give the trainer the same policy.
     """
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -70,7 +73,11 @@ class RolloutEngine:
         _check_settings(model_dir, device, tensor_parallel_size, weight_transfer_backend)
         from vllm import LLM
 
-        cpu_settings: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": kv_cache_memory_bytes} if device == "cpu" else {}
+        cpu_settings: dict[str, Any] = {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "enable_chunked_prefill": False,  # vLLM 0.32 dies when it splits the prompt of a seeded request on CPU
+        }
         self._llm = LLM(
             model_dir,
             dtype=dtype,
@@ -83,7 +90,7 @@ class RolloutEngine:
             generation_config="vllm",  # not the checkpoint's sampling defaults
             logprobs_mode="raw_logprobs",
             enable_prefix_caching=True,
-            **cpu_settings,
+            **(cpu_settings if device == "cpu" else {}),
         )
         self._max_model_len = max_model_len
         self._update = _Update.NONE

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from rm_robust.checkpoint import commit_directory
 from rm_robust.config import PipelineConfig
-from rm_robust.data_pipeline import Source, TokenLimits, list_files, tokenise_sources
+from rm_robust.data_pipeline import Source, TokenLimits, list_files, read_lines, tokenise_sources
 from rm_robust.errors import DataError
 from rm_robust.rows import RowKind, parse_demonstration
 from rm_robust.run_layout import RunLayout
@@ -34,7 +34,7 @@ def _texts(source: Source) -> list[str]:
         if path.startswith("hub:"):
             raise DataError(f"A tokenizer from scratch needs local files, got {path}. Set model.path, or download the data set.")
         for file in list_files(path):
-            rows = pq.read_table(file).to_pylist() if file.suffix == ".parquet" else map(_json_or_empty, file.read_text().splitlines())
+            rows = pq.read_table(file).to_pylist() if file.suffix == ".parquet" else map(_json_or_empty, read_lines(file))
             for row in rows:
                 try:
                     group = parse_demonstration(row)
@@ -49,6 +49,6 @@ def _texts(source: Source) -> list[str]:
 def _json_or_empty(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
         return {}
     return row if isinstance(row, dict) else {}

@@ -6,23 +6,22 @@ import torch
 import torch.distributed as dist
 
 from rm_robust.chat import ChatFormat
-from rm_robust.checkpoint import commit_checkpoint
 from rm_robust.config import PipelineConfig
 from rm_robust.packing import choose_layout, fill_bins, group_length, lay_out
-from rm_robust.policy_model import PackedPolicy, load_policy
+from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy
 from rm_robust.records import TokenGroup
 from rm_robust.run_layout import RunLayout
 from rm_robust.token_files import read_token_groups
-from rm_robust.train_engine import TrainEngine, create_engine
+from rm_robust.train_engine import TrainEngine, create_engine, largest_over_ranks
 from rm_robust.training_loop import LoopSettings, batch_indices, rank_share, run_loop, steps_in
 from rm_robust.training_state import load_state, save_state
 from rm_robust.worker_group import worker_device
 
-LOGGED = ("sft/loss", "sft/token_accuracy", "sft/learning_rate", "throughput/tokens_per_s")
+LOGGED = ("sft/loss", "sft/entropy", "sft/learning_rate", "throughput/tokens_per_s")
 
 
 def train_sft(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
-    """Train from the base model to checkpoints/sft, resuming from the last committed state. Returns the last step's number."""
+    """Train from the base model to checkpoints/sft, resuming from the last committed state. Returns the number of steps."""
     layout, sft = RunLayout(run_dir), config.sft
     device = worker_device()
     base_dir = layout.base_model_dir(config)
@@ -62,26 +61,17 @@ def sft_step(engine: TrainEngine, groups: list[TokenGroup], *, policy: PackedPol
     sums = torch.zeros(2, device=device)
     _sum_over_ranks(num_tokens)
     bins = fill_bins([group_length(g) for g in groups], max_tokens)
-    for number, members in enumerate(bins):
-        batch = lay_out([groups[i] for i in members], policy.layout, pad_id=pad_id).to(device)
-        with engine.micro_batch(is_last=number == len(bins) - 1):
+    num_rounds = largest_over_ranks(len(bins), device)
+    for number in range(num_rounds):
+        weight = float(number < len(bins))  # a rank with fewer micro-batches repeats its last one, which then counts for nothing
+        batch = lay_out([groups[i] for i in bins[min(number, len(bins) - 1)]], policy.layout, pad_id=pad_id).to(device)
+        with engine.micro_batch(is_last=number == num_rounds - 1):
             logprobs_M, entropy_M = engine.forward(batch)
-            engine.backward(-logprobs_M.sum() / num_tokens)
-        sums += torch.stack([-logprobs_M.detach().sum(), entropy_M.sum()])
+            engine.backward(-weight * logprobs_M.sum() / num_tokens)
+        sums += weight * torch.stack([-logprobs_M.detach().sum(), entropy_M.sum()])
     _sum_over_ranks(sums)
     _sum_over_ranks(num_columns)
     return {"sft/loss": float(sums[0] / num_tokens), "sft/entropy": float(sums[1] / num_tokens), "sft/num_tokens": float(num_columns)}
-
-
-def commit_policy(target: Path, model: torch.nn.Module, weights: dict[str, torch.Tensor], chat: ChatFormat, *, training: dict[str, str | int | float]) -> None:
-    """Commit a policy checkpoint from an engine's whole weights (names of PackedPolicy, "model." in front)."""
-    state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
-        chat.tokenizer.save_pretrained(str(folder))
-
-    commit_checkpoint(target, write, kind="policy", template_sha256=chat.template_sha256, training=training)
 
 
 def _sum_over_ranks(tensor: torch.Tensor) -> None:

@@ -76,7 +76,8 @@ def add_rloo(run_dir: Path, *, num_steps: int = 60) -> None:
             "rloo/kl_mean": 6 * progress**1.3 + 0.1 * rng.random(), "rloo/entropy_mean": 1.2 - 0.6 * progress + 0.03 * rng.normal(),
             "rloo/completion_tokens_mean": 22 + 9 * progress + rng.normal(), "rloo/truncated_fraction": 0.05 * (1 - progress),
             "rloo/reward_mean": -0.2 + 1.6 * progress + 0.1 * rng.normal(), "time/generate_s": 1.1 + 0.1 * rng.random(),
-            "time/score_s": 0.4, "time/update_s": 0.9, "time/weight_sync_s": 0.12, "time/step_s": 2.7,
+            "time/score_s": 0.6, "time/measure_s": 0.35, "time/wait_for_scores_s": 0.25,
+"time/update_s": 0.9, "time/weight_sync_s": 0.12, "time/step_s": 2.9,
         })  # fmt: skip
     write_lines(run_dir / "metrics.jsonl", rows)
     samples = [
@@ -204,6 +205,14 @@ def test_a_completion_with_markup_is_shown_as_text(full_run: Path) -> None:
     assert any(SCRIPT in row for row in page.rows)
     assert any("  two\n  lines" in row for row in page.rows)
     assert "<script" not in (full_run / "report.html").read_text()
+
+
+def test_a_completion_with_unicode_line_separators_is_one_sample(tmp_path: Path) -> None:
+    sample = {"step": 1, "prompt": "p", "completion": "a\u2028b\x85c", "proxy_score": 0.5, "gold_score": 0.25, "num_tokens": 9}
+    path = tmp_path / "rloo" / "samples.jsonl"
+    path.parent.mkdir()
+    path.write_text((json.dumps(sample, ensure_ascii=False) + "\n") * 2)
+    assert [read.completion for read in read_run(tmp_path).samples] == ["a\u2028b\x85c"] * 2
 
 
 def test_the_summary_gives_the_tenths_and_the_gain_worked_out_by_hand(tmp_path: Path) -> None:

@@ -144,10 +144,12 @@ def test_an_overloaded_failing_or_dropped_request_is_tried_again(failure: Answer
 
 
 def test_the_servers_retry_after_is_waited_for() -> None:
-    with serving(lambda number, inputs: refused(429, "full", Retry_After="1") if number == 0 else scored(right_scores(inputs))) as server:
-        with RewardClient(server.url) as client:
-            started_s = time.monotonic()
-            client.score(numbered_inputs(1))
+    def full_at_first(number: int, inputs: list[dict[str, Any]]) -> Answer:
+        return refused(429, "full", Retry_After="1") if number == 0 else scored(right_scores(inputs))
+
+    with serving(full_at_first) as server, RewardClient(server.url) as client:
+        started_s = time.monotonic()
+        client.score(numbered_inputs(1))
     assert time.monotonic() - started_s >= 1.0
 
 
@@ -178,10 +180,10 @@ def test_a_failure_names_the_chunk_that_failed_and_stops_the_others() -> None:
     def third_chunk_is_refused(_: int, inputs: list[dict[str, Any]]) -> Answer:
         return refused(422, "inputs[1] is odd") if inputs[0]["prompt"] == "p4" else scored(right_scores(inputs))
 
-    with serving(third_chunk_is_refused) as server:
-        with RewardClient(server.url, max_completions_per_request=2, max_concurrent_requests=1) as client:
-            with pytest.raises(ScoringError, match=r"inputs 4 to 5 of 100 .*inputs\[1\] is odd \(an index in this message counts from input 4\)"):
-                client.score(numbered_inputs(100))
+    named = r"inputs 4 to 5 of 100 .*inputs\[1\] is odd \(an index in this message counts from input 4\)"
+    with serving(third_chunk_is_refused) as server, RewardClient(server.url, max_completions_per_request=2, max_concurrent_requests=1) as client:
+        with pytest.raises(ScoringError, match=named):
+            client.score(numbered_inputs(100))
         assert server.num_requests == 3
 
 
@@ -214,9 +216,9 @@ def test_a_reply_that_is_not_one_finite_score_per_completion_in_order_is_an_erro
 
 
 def test_a_body_that_is_not_json_is_an_error() -> None:
-    with serving(lambda *_: Answer(body=b"<html>hello</html>")) as server, RewardClient(server.url) as client:
-        with pytest.raises(ScoringError, match="malformed at its start: Invalid JSON"):
-            client.score(numbered_inputs(1))
+    page = Answer(body=b"<html>hello</html>")
+    with serving(lambda *_: page) as server, RewardClient(server.url) as client, pytest.raises(ScoringError, match="at its start: Invalid JSON"):
+        client.score(numbered_inputs(1))
 
 
 def test_a_checkpoint_that_changes_within_a_call_is_an_error() -> None:

@@ -1,0 +1,50 @@
+# Thin names for real commands. Every target that needs the environment installs it into .venv/ first (requirements/install.sh).
+#
+# PYTHON=python3.12   the interpreter that .venv is made with
+# EXTRA=gpu           vLLM and torch for GPUs instead of CPUs; remembered by the .venv that was made with it
+
+PYTHON ?= python3.11
+EXTRA ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
+CHECKPOINT ?=
+PORT ?= 8000
+INSTALLED := .venv/.installed-$(EXTRA)
+
+# Ray and DeepSpeed look for `python` and `ninja` on the PATH.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: help install demo test test-all lint serve lock
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+install: $(INSTALLED)  ## only install into .venv/ (the other targets do it by themselves)
+
+demo: $(INSTALLED)  ## the whole pipeline on its embedded default; results in runs/tiny_cpu/
+	python pipelines/full_rlhf.py
+
+test: lint  ## lint, types, and every test but the slow ones
+	python -m pytest -m "not slow"
+
+test-all: lint  ## lint, types, and every test
+	python -m pytest
+
+lint: $(INSTALLED)  ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+serve: $(INSTALLED)  ## a reward model over HTTP: make serve CHECKPOINT=runs/tiny_cpu/checkpoints/reward_model [PORT=8000]
+	@test -n "$(CHECKPOINT)" || { echo "make serve needs a checkpoint: make serve CHECKPOINT=runs/tiny_cpu/checkpoints/reward_model" >&2; exit 2; }
+	python -m serve --checkpoint "$(CHECKPOINT)" --port $(PORT)
+
+# uv, because it can leave out a dependency (cpu-overrides.txt). It reads pip's find-links only when told; indexes it takes from UV_INDEX.
+lock:  ## resolve requirements/cpu.lock again (needs uv)
+	@command -v uv >/dev/null || { echo "make lock needs uv, which can override a package's own requirements: pip install uv" >&2; exit 1; }
+	UV_FIND_LINKS="$$(pip config get global.find-links 2>/dev/null)" uv pip compile pyproject.toml --extra cpu --extra test \
+	    --override requirements/cpu-overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	    --no-header --no-annotate --quiet --output-file requirements/cpu.lock
+
+$(INSTALLED): pyproject.toml requirements/cpu.lock requirements/install.sh
+	@PYTHON="$(PYTHON)" requirements/install.sh $(EXTRA)

@@ -1,0 +1,304 @@
+"""The Serve application on one real Ray and Serve: scores, batching, refusals, queue limits, and both kinds of scorer."""
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import httpx
+import pytest
+import ray
+import torch
+from ray import serve
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rm_robust.checkpoint import read_manifest
+from rm_robust.embedded_world.corpus import distinct_prompts
+from rm_robust.embedded_world.gold_judge import gold_score
+from rm_robust.errors import CheckpointError, ConfigError
+from rm_robust.records import Message
+from rm_robust.scoring import RewardClient, ScoreInput
+from serve.launch import delete_scorer, deploy_scorer, start_serve
+from serve.settings import ScoringAppSettings
+from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
+
+START_DEADLINE_S = 90
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Services:
+    """`proxy` serves a tiny checkpoint; `crowded` is a judge that works on one request at a time and lets two wait."""
+
+    base: str
+    proxy: str
+    judge: str
+    crowded: str
+    checkpoint_dir: Path
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny_rm")
+    ray_dir = tempfile.mkdtemp(prefix="rs")  # short: Ray puts Unix sockets below it
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        environment.setenv("RAY_TMPDIR", ray_dir)
+        environment.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
+        environment.delenv("RAY_ADDRESS", raising=False)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=ray_dir, log_to_driver=False)
+        try:
+            base = start_serve("127.0.0.1", 0)
+            model = ScoringAppSettings(model_name="tiny", checkpoint_dir=checkpoint_dir, batch_wait_s=0.02)
+            judge = ScoringAppSettings(model_name="judge", embedded_judge=True)
+            crowded = judge.model_copy(update={"max_batch_size": 1, "max_ongoing_requests": 1, "max_queued_requests": 2})
+            yield Services(
+                base=base,
+                proxy=deploy_scorer(model, "proxy", "/proxy", deadline_s=START_DEADLINE_S),
+                judge=deploy_scorer(judge, "judge", "/judge", deadline_s=START_DEADLINE_S),
+                crowded=deploy_scorer(crowded, "crowded", "/crowded", deadline_s=START_DEADLINE_S),
+                checkpoint_dir=checkpoint_dir,
+            )
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+    shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+class PlainTransformers:
+    """The checkpoint scored without any of our code: the template's text, cut after the last end of turn, through the model alone."""
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
+        self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint_dir, num_labels=1).eval()
+
+    def score(self, prompt: str | list[Message], completion: str) -> float:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        rendered = self.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": completion}], tokenize=False)
+        ids = self.tokenizer(rendered.removesuffix("\n"), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            return float(self.model(input_ids=ids).logits[0, 0])
+
+
+@pytest.fixture(scope="module")
+def plain(services: Services) -> PlainTransformers:
+    return PlainTransformers(services.checkpoint_dir)
+
+
+def mixed_inputs(seed: int, *, num_inputs: int) -> list[ScoreInput]:
+    """1 to 4 completions of 0 to 60 words on prompts of 1 to 60 words, some of them conversations."""
+    rng = Random(seed)
+    inputs = []
+    for index in range(num_inputs):
+        prompt: str | list[Message] = text(rng, num_words=rng.randint(1, 60))
+        if index % 3 == 0:
+            prompt = [{"role": "system", "content": "be quiet"}, {"role": "user", "content": text(rng, num_words=rng.randint(1, 40))}]
+        inputs.append(ScoreInput(prompt=prompt, completions=[text(rng, num_words=rng.randint(0, 60)) for _ in range(rng.randint(1, 4))]))
+    return inputs
+
+
+def score_body(*inputs: ScoreInput) -> dict[str, object]:
+    return {"inputs": [item.model_dump() for item in inputs]}
+
+
+def assert_scores(found: list[list[float]], inputs: list[ScoreInput], plain: PlainTransformers) -> None:
+    for scores, item in zip(found, inputs, strict=True):
+        assert scores == pytest.approx([plain.score(item.prompt, completion) for completion in item.completions], abs=TOLERANCE)
+
+
+async def post_all(url: str, bodies: list[object]) -> list[httpx.Response]:
+    """Every body at once."""
+    async with httpx.AsyncClient(timeout=60, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
+        return await asyncio.gather(*(client.post(f"{url}/v1/score", json=body) for body in bodies))
+
+
+def test_a_single_request_gets_plain_transformers_raw_score_and_the_contracts_shape(services: Services, plain: PlainTransformers) -> None:
+    item = ScoreInput(prompt="red green blue", completions=["seven apple"])
+    response = httpx.post(f"{services.proxy}/v1/score", json=score_body(item))
+    assert response.status_code == 200
+    checkpoint = read_manifest(services.checkpoint_dir).content_sha256
+    expected = plain.score("red green blue", "seven apple")
+    assert response.json() == {"model": "tiny", "checkpoint": checkpoint, "results": [{"scores": [pytest.approx(expected, abs=TOLERANCE)]}]}
+
+
+def test_raw_scores_are_not_squashed(services: Services) -> None:
+    with RewardClient(services.proxy) as client:
+        scores = [score for scores in client.score(mixed_inputs(1, num_inputs=30)).scores for score in scores]
+    assert min(scores) < 0 and max(scores) > 1
+
+
+def test_a_score_does_not_depend_on_its_batch_mates(services: Services, plain: PlainTransformers) -> None:
+    inputs = mixed_inputs(2, num_inputs=40)
+    together = asyncio.run(post_all(services.proxy, [score_body(item) for item in inputs]))
+    assert_scores([response.json()["results"][0]["scores"] for response in together], inputs, plain)
+
+
+def test_one_request_with_many_prompts_is_scored_in_order(services: Services, plain: PlainTransformers) -> None:
+    inputs = mixed_inputs(3, num_inputs=25)
+    with RewardClient(services.proxy, max_completions_per_request=1000) as client:
+        assert_scores(client.score(inputs).scores, inputs, plain)
+
+
+def test_a_text_prompt_is_one_user_turn(services: Services) -> None:
+    as_text = ScoreInput(prompt="red stone", completions=["river"])
+    as_turn = ScoreInput(prompt=[{"role": "user", "content": "red stone"}], completions=["river"])
+    with RewardClient(services.proxy) as client:
+        first, second = client.score([as_text, as_turn]).scores
+    assert first == pytest.approx(second, abs=1e-6)
+
+
+def test_an_empty_completion_is_scored_at_its_end_of_turn(services: Services, plain: PlainTransformers) -> None:
+    item = ScoreInput(prompt="red stone", completions=["", "river"])
+    with RewardClient(services.proxy) as client:
+        assert_scores(client.score([item]).scores, [item], plain)
+
+
+TOO_LONG = "red " * NUM_POSITIONS
+WRONG_REQUESTS = {
+    "not JSON": (b"{", 422, "body: Invalid JSON"),
+    "not UTF-8": (b'{"inputs": [{"prompt": "\xff\xfe", "completions": ["a"]}]}', 422, "body: Invalid JSON"),
+    "half a surrogate pair": (b'{"inputs": [{"prompt": "\\ud800", "completions": ["a"]}]}', 422, "body: Invalid JSON"),
+    "nested without end": (b"[" * 100_000, 422, "body: Invalid JSON"),
+    "empty body": (b"", 422, "body: Invalid JSON"),
+    "a list": (b"[]", 422, "body: "),
+    "no inputs field": (b"{}", 422, "inputs: Field required"),
+    "no inputs": (b'{"inputs": []}', 422, "inputs: List should have at least 1 item"),
+    "no completions": (b'{"inputs": [{"prompt": "a", "completions": []}]}', 422, "inputs[0].completions: List should have at least 1 item"),
+    "a completion that is a number": (b'{"inputs": [{"prompt": "a", "completions": ["b", 3]}]}', 422, "inputs[0].completions[1]: "),
+    "a prompt that is a number": (b'{"inputs": [{"prompt": 3, "completions": ["b"]}]}', 422, "inputs[0].prompt"),
+    "an unknown field": (b'{"inputs": [{"prompt": "a", "completions": ["b"]}], "sigmoid": true}', 422, "sigmoid: Extra inputs"),
+    "an empty prompt": (b'{"inputs": [{"prompt": "", "completions": ["b"]}]}', 422, "inputs[0].prompt: "),
+    "no messages": (b'{"inputs": [{"prompt": [], "completions": ["b"]}]}', 422, "inputs[0].prompt: "),
+    "an unknown role": (b'{"inputs": [{"prompt": [{"role": "robot", "content": "a"}], "completions": ["b"]}]}', 422, "'robot'"),
+    "no last user turn": (b'{"inputs": [{"prompt": [{"role": "assistant", "content": "a"}], "completions": ["b"]}]}', 422, "'assistant' last"),
+    "too long": (
+        json.dumps({"inputs": [{"prompt": "a", "completions": ["b"]}, {"prompt": "a", "completions": ["b", TOO_LONG]}]}).encode(),
+        413,
+        f"the limit max_length_tokens is {NUM_POSITIONS}",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REQUESTS.values(), ids=WRONG_REQUESTS.keys())
+def test_a_wrong_request_is_refused_with_the_field_that_is_wrong(services: Services, wrong: tuple[bytes, int, str]) -> None:
+    body, status, message = wrong
+    response = httpx.post(f"{services.proxy}/v1/score", content=body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"type", "message"}
+    assert message in error["message"]
+
+
+def test_a_request_that_is_too_long_names_its_input_and_completion(services: Services) -> None:
+    inputs = [ScoreInput(prompt="red", completions=["blue"]), ScoreInput(prompt="red", completions=["blue", TOO_LONG])]
+    response = httpx.post(f"{services.proxy}/v1/score", json=score_body(*inputs))
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "too_long")
+    assert response.json()["error"]["message"].startswith("inputs[1].completions[1] has ")
+
+
+def test_refused_requests_leave_their_batch_mates_alone(services: Services, plain: PlainTransformers) -> None:
+    inputs = mixed_inputs(4, num_inputs=20)
+    too_long = {"inputs": [{"prompt": "red", "completions": [TOO_LONG]}]}
+    no_user_turn = {"inputs": [{"prompt": [{"role": "system", "content": "red"}], "completions": ["blue"]}]}
+    bodies = [body for item in inputs for body in (score_body(item), too_long, no_user_turn)]
+    responses = asyncio.run(post_all(services.proxy, bodies))
+    assert [response.status_code for response in responses] == [200, 413, 422] * 20
+    assert_scores([response.json()["results"][0]["scores"] for response in responses[::3]], inputs, plain)
+
+
+def test_a_full_queue_is_429_with_retry_after_and_nothing_else_fails(services: Services) -> None:
+    slow = ScoreInput(prompt=next(distinct_prompts(Random(7))), completions=["seven"] * 3000)
+    responses = asyncio.run(post_all(services.crowded, [score_body(slow)] * 40))
+    refused = [response for response in responses if response.status_code == 429]
+    assert {response.status_code for response in responses} == {200, 429}
+    for response in refused:
+        assert response.json()["error"]["type"] == "overloaded"
+        assert response.headers["retry-after"] == "1"
+
+
+def test_the_client_turns_a_full_queue_into_every_score(services: Services) -> None:
+    prompts = [prompt for prompt, _ in zip(distinct_prompts(Random(8)), range(60), strict=False)]
+    inputs = [ScoreInput(prompt=prompt, completions=["seven"]) for prompt in prompts]
+    with RewardClient(services.crowded, max_completions_per_request=1, max_concurrent_requests=30, max_retries=30) as client:
+        assert client.score(inputs).scores == [[gold_score(prompt, "seven")] for prompt in prompts]
+
+
+def test_the_judge_serves_exactly_the_gold_score(services: Services) -> None:
+    rng = Random(6)
+    prompts = [prompt for prompt, _ in zip(distinct_prompts(rng), range(20), strict=False)]
+    inputs = [ScoreInput(prompt=prompt, completions=["", "seven", prompt]) for prompt in prompts]
+    inputs += [ScoreInput(prompt=[{"role": "user", "content": prompt}], completions=["seven"]) for prompt in prompts]
+    with RewardClient(services.judge) as client:
+        reply = client.score(inputs)
+    plain_prompts = [*prompts, *prompts]
+    assert reply.scores == [[gold_score(prompt, c) for c in item.completions] for prompt, item in zip(plain_prompts, inputs, strict=True)]
+    assert reply.model == "judge"
+    assert reply.checkpoint.startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["What is love?", [{"role": "system", "content": "be kind"}, {"role": "user", "content": next(distinct_prompts(Random(6)))}]]
+)
+def test_the_judge_refuses_prompts_it_cannot_judge(services: Services, prompt: str | list[Message]) -> None:
+    good = ScoreInput(prompt=next(distinct_prompts(Random(6))), completions=["seven"])
+    response = httpx.post(f"{services.judge}/v1/score", json=score_body(good, ScoreInput(prompt=prompt, completions=["a"])))
+    assert response.status_code == 422
+    assert response.json()["error"]["message"].startswith("inputs[1].prompt: The embedded ")
+
+
+def test_every_application_says_that_it_is_alive_under_its_own_prefix(services: Services) -> None:
+    for url in (services.proxy, services.judge, services.crowded):
+        assert httpx.get(f"{url}/healthz").json() == {"status": "alive"}
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/score", 405), ("POST", "/healthz", 405), ("GET", "/nothing", 404)])
+def test_unknown_paths_and_methods_get_the_error_body_too(services: Services, method: str, path: str, status: int) -> None:
+    response = httpx.request(method, services.proxy + path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"type", "message"}
+
+
+def test_serve_listens_on_loopback_only(services: Services) -> None:
+    assert services.base.startswith("http://127.0.0.1:")
+    port = int(services.base.rsplit(":", 1)[1])
+    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
+    assert [address for address in listening if address.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+
+
+def test_a_serve_that_already_runs_is_used_with_its_own_port(services: Services) -> None:
+    assert start_serve("127.0.0.1", 1) == services.base
+
+
+def test_what_is_no_reward_model_is_refused_before_anything_is_deployed(services: Services, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint directory"):
+        deploy_scorer(ScoringAppSettings(model_name="x", checkpoint_dir=tmp_path / "missing"), "broken", "/broken")
+    altered = tmp_path / "altered"
+    shutil.copytree(services.checkpoint_dir, altered)
+    (altered / "config.json").write_text((altered / "config.json").read_text() + " ")
+    with pytest.raises(CheckpointError, match="altered after its commit"):
+        deploy_scorer(ScoringAppSettings(model_name="x", checkpoint_dir=altered), "broken", "/broken")
+    assert "broken" not in serve.status().applications
+
+
+def test_a_replica_that_cannot_load_fails_the_deployment_with_the_reason(services: Services) -> None:
+    settings = ScoringAppSettings(model_name="x", checkpoint_dir=services.checkpoint_dir, max_length_tokens=NUM_POSITIONS + 1)
+    with pytest.raises(ConfigError, match=f"max_length_tokens={NUM_POSITIONS + 1} exceeds the {NUM_POSITIONS} positions"):
+        deploy_scorer(settings, "broken", "/broken", deadline_s=START_DEADLINE_S)
+    delete_scorer("broken")
+
+
+def test_resources_that_the_cluster_lacks_end_at_the_deadline_with_what_it_has(services: Services) -> None:
+    settings = ScoringAppSettings(model_name="x", embedded_judge=True, resources={"gpu_worker": 1})
+    with pytest.raises(ConfigError, match=r"not up after 1 s: .*the cluster has .*'CPU': 4"):
+        deploy_scorer(settings, "unplaceable", "/unplaceable", deadline_s=1)
+    delete_scorer("unplaceable")
+
+
+def test_a_deleted_scorer_is_gone_and_the_others_stay(services: Services) -> None:
+    delete_scorer("crowded")
+    assert httpx.get(f"{services.crowded}/healthz").status_code == 404
+    assert httpx.get(f"{services.judge}/healthz").status_code == 200

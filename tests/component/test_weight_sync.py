@@ -1,0 +1,316 @@
+"""Weight updates on real Ray actors: a transformers policy in a trainer actor, real vLLM engines, gloo between them."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rm_robust.errors import RolloutError
+from rm_robust.records import GenerationRequest, PromptCompletions
+from rm_robust.rloo.vllm_engine import RolloutEngine, cpu_environment
+from rm_robust.rloo.weight_broadcast import ModuleWeights, ParameterSpec
+from rm_robust.rloo.weight_sync import SyncReport, WeightPublisher
+from tests.tiny_models import VOCABULARY_SIZE, save_tiny_qwen2
+
+pytestmark = pytest.mark.timeout(240)
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+
+MAX_MODEL_LEN = 512
+KV_BLOCK_TOKENS = 128
+SYNC_TIMEOUT_S = 60.0
+STOP_TOKEN_ID = 1
+LOGPROB_TOLERANCE = 1e-4
+
+
+def prompt_ids(num_tokens: int, *, seed: int) -> list[int]:
+    return torch.randint(2, VOCABULARY_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [prompt_ids(3, seed=1), prompt_ids(17, seed=2), prompt_ids(KV_BLOCK_TOKENS + 72, seed=3)]
+"""The last one is longer than a KV block: only such a prompt leaves something in the prefix cache for the next version to trip over."""
+
+
+class TransformersTrainer:
+    """A policy in plain transformers that can be changed and published."""
+
+    def __init__(self, model_dir: str, engines: list[ActorHandle]) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.engines = engines
+        self.publisher = publisher_of(engines, ModuleWeights(self.model))
+
+    @torch.no_grad()
+    def change_weights(self, *, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+    def publish(self, version: int) -> SyncReport:
+        return self.publisher.publish(version)
+
+    def publish_only(self, names: list[str], *, version: int) -> None:
+        publisher_of(self.engines, SomeWeights(self.model, names)).publish(version)
+
+    def publish_and_break(self, *, version: int) -> None:
+        publisher_of(self.engines, BreakingWeights(self.model)).publish(version)
+
+    @torch.no_grad()
+    def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        return [self._greedy_one(prompt, max_new_tokens) for prompt in prompts]
+
+    @torch.no_grad()
+    def logprobs(self, prompt: list[int], completion: list[int]) -> list[float]:
+        logprobs_TV = self.model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        return [logprobs_TV[len(prompt) - 1 + index, token].item() for index, token in enumerate(completion)]
+
+    def _greedy_one(self, prompt: list[int], max_new_tokens: int) -> list[int]:
+        token_ids = list(prompt)
+        for _ in range(max_new_tokens):
+            token_ids.append(int(self.model(torch.tensor([token_ids])).logits[0, -1].argmax()))
+        return token_ids[len(prompt) :]
+
+
+class SomeWeights(ModuleWeights):
+    """Announces and yields only some of the parameters."""
+
+    def __init__(self, module: torch.nn.Module, names: list[str]) -> None:
+        super().__init__(module)
+        self._names = names
+
+    def metadata(self) -> list[ParameterSpec]:
+        return [spec for spec in super().metadata() if spec.name in self._names]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in super().__iter__() if name in self._names)
+
+
+class BreakingWeights(ModuleWeights):
+    """Fails while its parameters are being read, as a trainer that runs out of memory would."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield next(super().__iter__())
+        raise MemoryError("the trainer broke while it was sending")
+
+
+def publisher_of(engines: list[ActorHandle], weights: ModuleWeights) -> WeightPublisher:
+    return WeightPublisher(engines, weights, backend="gloo", tensor_parallel_size=1, timeout_s=SYNC_TIMEOUT_S)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A trainer and its engines, version 0 published, and how the engines answered before that."""
+
+    trainer: ActorHandle
+    engines: list[ActorHandle]
+    refusals: list[str]
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as temp_dir:  # socket paths must be short
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engines_by_model(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, list[ActorHandle]]]]:
+    """Two engines of a tied model and one of an untied model, started together."""
+    tied_dir = save_tiny_qwen2(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+    untied_dir = save_tiny_qwen2(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+    tied = [start_engine(tied_dir) for _ in range(2)]
+    untied = [start_engine(untied_dir)]
+    yield {"tied": (tied_dir, tied), "untied": (untied_dir, untied)}
+    for engine in tied[:1] + untied:  # the second tied engine is killed by the last test
+        ray.get(engine.shutdown.remote(), timeout=30)
+
+
+@pytest.fixture(scope="module")
+def tied_rollout(engines_by_model: dict[str, tuple[Path, list[ActorHandle]]]) -> Rollout:
+    return start_rollout(*engines_by_model["tied"])
+
+
+@pytest.fixture(scope="module")
+def untied_rollout(engines_by_model: dict[str, tuple[Path, list[ActorHandle]]]) -> Rollout:
+    return start_rollout(*engines_by_model["untied"])
+
+
+def start_engine(model_dir: Path) -> ActorHandle:
+    return (
+        ray.remote(RolloutEngine)
+        .options(num_cpus=1, runtime_env={"env_vars": cpu_environment(1)})
+        .remote(
+            model_dir=str(model_dir),
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+            seed=0,
+            device="cpu",
+            kv_cache_memory_bytes=64 * 2**20,
+            max_num_seqs=128,
+            weight_transfer_backend="gloo",
+            tensor_parallel_size=1,
+        )
+    )
+
+
+def start_rollout(model_dir: Path, engines: list[ActorHandle]) -> Rollout:
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    trainer = ray.remote(TransformersTrainer).options(num_cpus=1, runtime_env={"env_vars": environment}).remote(str(model_dir), engines)
+    refusals = []
+    for engine in engines:
+        with pytest.raises(RayTaskError) as refusal:
+            ray.get(engine.generate.remote(requests_of([PROMPTS[0]])))
+        refusals.append(str(refusal.value))
+    report = ray.get(trainer.publish.remote(0))
+    assert report.num_engines == len(engines)
+    return Rollout(trainer, engines, refusals)
+
+
+def requests_of(prompts: list[list[int]], *, num_completions: int = 3, max_new_tokens: int = 12, first_seed: int = 0) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            prompt_id=f"prompt-{index}",
+            prompt_ids=prompt,
+            num_completions=num_completions,
+            max_new_tokens=max_new_tokens,
+            temperature=1.0,
+            top_p=1.0,
+            stop_token_ids=[STOP_TOKEN_ID],
+            seed=first_seed + index,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def sample(engine: ActorHandle, requests: list[GenerationRequest]) -> list[PromptCompletions]:
+    return ray.get(engine.generate.remote(requests))
+
+
+def token_ids_of(answers: list[PromptCompletions]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in answer.completions] for answer in answers]
+
+
+def require_same_policy(rollout: Rollout, *, version: int) -> list[list[int]]:
+    """Assert that every engine samples, scores and continues exactly as the trainer's model does; returns the greedy continuations."""
+    expected = ray.get(rollout.trainer.greedy.remote(PROMPTS, 16))
+    for engine in rollout.engines:
+        assert ray.get(engine.policy_version.remote()) == version
+        assert ray.get(engine.greedy.remote(PROMPTS, 16)) == expected
+        for answer in sample(engine, requests_of(PROMPTS)):
+            for completion in answer.completions:
+                trainer_logprobs = ray.get(rollout.trainer.logprobs.remote(answer.prompt_ids, completion.token_ids))
+                scored_logprobs = ray.get(engine.score_tokens.remote(answer.prompt_ids, completion.token_ids))
+                assert completion.policy_version == version
+                assert completion.sampler_logprobs == pytest.approx(trainer_logprobs, abs=LOGPROB_TOLERANCE)
+                assert scored_logprobs == pytest.approx(trainer_logprobs, abs=LOGPROB_TOLERANCE)
+    return expected
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_engines_equal_transformers_after_every_update(model: str, request: pytest.FixtureRequest) -> None:
+    rollout: Rollout = request.getfixturevalue(f"{model}_rollout")
+    continuations = []
+    for version in (1, 2):
+        ray.get(rollout.trainer.change_weights.remote(seed=version))
+        report = ray.get(rollout.trainer.publish.remote(version))
+        assert (report.version, report.num_engines) == (version, len(rollout.engines))
+        continuations.append(require_same_policy(rollout, version=version))
+    assert all(first != second for first, second in zip(*continuations, strict=True)), "the updates must matter, or this test cannot fail"
+
+
+def test_an_engine_refuses_to_generate_before_its_first_update(tied_rollout: Rollout) -> None:
+    assert len(tied_rollout.refusals) == 2
+    for refusal in tied_rollout.refusals:
+        assert "RolloutError" in refusal and "no update yet" in refusal
+
+
+def test_published_bytes_are_all_parameters_once(tied_rollout: Rollout, untied_rollout: Rollout) -> None:
+    """Hand count: embedding 512·128; per layer q, o 128², k, v 64·128, biases 128+2·64, MLP 3·128·256, norms 2·128; final norm 128; float32."""
+    layer = 2 * 128 * 128 + 2 * 64 * 128 + 128 + 2 * 64 + 3 * 128 * 256 + 2 * 128
+    tied_bytes = 4 * (512 * 128 + 2 * layer + 128)
+    assert ray.get(tied_rollout.trainer.publish.remote(3)).num_bytes == tied_bytes
+    assert ray.get(untied_rollout.trainer.publish.remote(3)).num_bytes == tied_bytes + 4 * 512 * 128
+
+
+def test_completions_keep_the_order_and_counts_of_the_requests(untied_rollout: Rollout) -> None:
+    requests = requests_of(PROMPTS[::-1], num_completions=4, max_new_tokens=6)
+    answers = sample(untied_rollout.engines[0], requests)
+    assert [(answer.prompt_id, answer.prompt_ids) for answer in answers] == [(request.prompt_id, request.prompt_ids) for request in requests]
+    for answer in answers:
+        assert len(answer.completions) == 4
+        for completion in answer.completions:
+            assert len(completion.token_ids) == len(completion.sampler_logprobs)
+            assert completion.is_truncated == (completion.token_ids[-1] != STOP_TOKEN_ID)
+            assert len(completion.token_ids) == 6 if completion.is_truncated else STOP_TOKEN_ID not in completion.token_ids[:-1]
+
+
+def test_a_seed_fixes_the_completions_of_a_prompt_whatever_the_batch(untied_rollout: Rollout) -> None:
+    """60 prompts of 100 tokens are more than one scheduler step takes (4096 tokens), so prompts would be split if that were allowed."""
+    engine = untied_rollout.engines[0]
+    requests = requests_of([prompt_ids(100, seed=100 + index) for index in range(60)], num_completions=2, max_new_tokens=4)
+    together = token_ids_of(sample(engine, requests))
+    apart = token_ids_of(sample(engine, requests[-3:]))
+    assert together[-3:] == apart
+    other_seed = token_ids_of(sample(engine, requests_of([requests[-1].prompt_ids], num_completions=2, max_new_tokens=4, first_seed=5000)))
+    assert other_seed[0] != apart[-1]
+    assert apart[-1][0] != apart[-1][1], "two completions of one request must differ"
+
+
+def test_a_request_that_does_not_fit_is_refused(untied_rollout: Rollout) -> None:
+    too_long = requests_of([prompt_ids(MAX_MODEL_LEN - 4, seed=7)], max_new_tokens=5)
+    with pytest.raises(RayTaskError, match="does not fit"):
+        sample(untied_rollout.engines[0], too_long)
+    fitting = requests_of([prompt_ids(MAX_MODEL_LEN - 5, seed=7)], max_new_tokens=5)
+    assert len(sample(untied_rollout.engines[0], fitting)) == 1
+
+
+def test_an_engine_refuses_after_a_failed_update_until_one_succeeds(tied_rollout: Rollout) -> None:
+    """Only the queries arrive, so that every attention layer is left with part of its fused query-key-value parameter."""
+    ray.get(tied_rollout.trainer.change_weights.remote(seed=40))
+    queries = [f"model.layers.{layer}.self_attn.q_proj.{kind}" for layer in range(2) for kind in ("weight", "bias")]
+    with pytest.raises(RayTaskError, match="sent no weights for") as failure:
+        ray.get(tied_rollout.trainer.publish_only.remote(queries, version=4))
+    assert isinstance(failure.value.as_instanceof_cause(), RolloutError)
+    for engine in tied_rollout.engines:
+        assert ray.get(engine.policy_version.remote()) is None
+        with pytest.raises(RayTaskError, match="refuses to generate"):
+            sample(engine, requests_of(PROMPTS))
+        with pytest.raises(RayTaskError, match="Cannot confirm policy version 4"):
+            ray.get(engine.confirm_version.remote(4))
+    ray.get(tied_rollout.trainer.change_weights.remote(seed=41))
+    ray.get(tied_rollout.trainer.publish.remote(5))
+    require_same_policy(tied_rollout, version=5)
+
+
+def test_engines_do_not_wait_for_a_trainer_that_broke_while_sending(tied_rollout: Rollout) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(RayTaskError, match="broke while it was sending"):
+        ray.get(tied_rollout.trainer.publish_and_break.remote(version=6))
+    assert ray.get([engine.policy_version.remote() for engine in tied_rollout.engines]) == [None, None]
+    assert time.monotonic() - start_s < SYNC_TIMEOUT_S / 4
+    ray.get(tied_rollout.trainer.publish.remote(7))
+    require_same_policy(tied_rollout, version=7)
+
+
+def test_publishing_to_a_dead_engine_fails_at_once_and_the_others_can_go_on(tied_rollout: Rollout, tmp_path: Path) -> None:
+    survivor, victim = tied_rollout.engines
+    ray.kill(victim)
+    start_s = time.monotonic()
+    with pytest.raises(RayTaskError, match="did not reach all 2 engines"):
+        ray.get(tied_rollout.trainer.publish.remote(8))
+    assert time.monotonic() - start_s < SYNC_TIMEOUT_S / 4
+    with pytest.raises(RayTaskError, match="refuses to generate"):
+        sample(survivor, requests_of(PROMPTS))
+    model_dir = save_tiny_qwen2(tmp_path, tie_word_embeddings=True, seed=9)
+    require_same_policy(start_rollout(model_dir, [survivor]), version=0)

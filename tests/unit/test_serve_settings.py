@@ -1,0 +1,78 @@
+"""What can be refused before Ray starts: settings, the YAML for `serve deploy`, hosts and ports."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
+
+from rm_robust.errors import ConfigError
+from serve.app import build
+from serve.launch import refuse_open_host, refuse_taken_port
+from serve.settings import ScoringAppSettings
+
+YAML = Path(__file__).parents[2] / "serve" / "reward_model.yaml"
+
+
+@pytest.fixture
+def deployed() -> ServeDeploySchema:
+    return ServeDeploySchema.model_validate(yaml.safe_load(YAML.read_text()))
+
+
+def test_the_yaml_is_one_that_serve_deploy_takes_and_listens_on_loopback(deployed: ServeDeploySchema) -> None:
+    assert deployed.http_options.host == "127.0.0.1"
+    assert [application.import_path for application in deployed.applications] == ["serve.app:build"]
+
+
+def test_the_yamls_args_build_an_application(deployed: ServeDeploySchema) -> None:
+    assert isinstance(build(deployed.applications[0].args), Application)
+
+
+def test_the_yaml_repeats_the_defaults_it_shows(deployed: ServeDeploySchema) -> None:
+    shown = deployed.applications[0].args
+    chosen = {"model_name", "checkpoint_dir", "num_cpus"}
+    defaults = ScoringAppSettings(model_name="m", embedded_judge=True).model_dump()
+    assert {name: shown[name] for name in shown.keys() - chosen} == {name: defaults[name] for name in shown.keys() - chosen}
+
+
+WRONG_ARGS: list[tuple[dict[str, Any], str]] = [
+    ({"model_name": "m"}, "either checkpoint_dir or embedded_judge"),
+    ({"model_name": "m", "checkpoint_dir": "/x", "embedded_judge": True}, "either checkpoint_dir or embedded_judge"),
+    ({"model_name": "m", "embedded_judge": True, "device": "cuda"}, "num_gpus > 0 go together"),
+    ({"model_name": "m", "embedded_judge": True, "num_gpus": 1}, "num_gpus > 0 go together"),
+    ({"model_name": "m", "embedded_judge": True, "max_batch_size": 65}, "can never fill"),
+    ({"embedded_judge": True}, "model_name: Field required"),
+    ({"model_name": "m", "embedded_judge": True, "sigmoid": True}, "sigmoid: Extra inputs"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), WRONG_ARGS)
+def test_args_that_cannot_work_are_a_config_error_that_names_them(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(args)
+
+
+def test_settings_are_frozen() -> None:
+    settings = ScoringAppSettings(model_name="m", embedded_judge=True)
+    with pytest.raises(ValidationError):
+        settings.model_name = "n"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", ""])
+def test_a_host_that_others_can_reach_is_refused_while_there_are_no_keys(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"no keys yet.*{host!r}"):
+        refuse_open_host(host)
+
+
+def test_a_port_that_is_taken_is_refused_with_its_number() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"Port {port} on 127.0.0.1 cannot be used"):
+            refuse_taken_port("127.0.0.1", port)
+    refuse_taken_port("127.0.0.1", port)
