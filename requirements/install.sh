@@ -20,8 +20,8 @@ stop() {
 # Reads pip's output, writes one line every 20 packages: long enough waits to want a sign of life, too many packages for a line each.
 progress() {
     awk -v total="$1" '
-        /^Collecting / && ++count % 20 == 0 { print "  " count " of " total " packages fetched"; fflush() }
-        /^Installing collected packages/    { print "  unpacking"; fflush() }'
+        /^(Collecting|Processing) / && ++count % 20 == 0 { print "  " count " of " total " packages fetched"; fflush() }
+        /^Installing collected packages/                 { print "  unpacking"; fflush() }'
 }
 
 [[ $extra == cpu || $extra == gpu ]] || stop "say which: requirements/install.sh cpu, or gpu."
@@ -54,8 +54,9 @@ fi
 torch=$(sed -n 's/^torch==//p' requirements/cpu.lock)
 if [[ $(installed_version torch) != "$torch" ]]; then
     offered=$("${pip[@]}" index versions torch 2>&1 | sed -n 's/^Available versions: //p') || true
+    newest=${offered%%,*}
     [[ ", $offered," == *", $torch,"* ]] ||
-        stop "pip finds no torch $torch (it finds: ${offered:-nothing}). Add the PyTorch project's CPU wheel index to pip's configuration" \
+        stop "pip finds no torch $torch (the newest it finds: ${newest:-none at all}). Add the PyTorch project's CPU wheel index to pip's configuration" \
             "(pip config set global.extra-index-url …, or PIP_EXTRA_INDEX_URL), then run this again."
 fi
 echo "Installing into .venv (about 2.6 GB, minutes; pip's words are in $log)"

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ MALFORMED = "malformed"
 IDENTICAL = "identical completions"
 PROMPT_TOO_LONG = "prompt too long"
 COMPLETION_TOO_LONG = "completion too long"
-_EXAMPLES_KEPT = 100
+_EXAMPLES_PER_REASON = 20
+_MAX_TEXT = 300
+_PART_BYTES = 2**20
 _chats: dict[str, ChatFormat] = {}
 
 
@@ -43,6 +46,8 @@ class Source:
 
 @dataclass(frozen=True)
 class TokenLimits:
+    """What a row may hold, and how many malformed rows a source may hold. Completions count their end-of-turn token."""
+
     max_prompt_tokens: int
     max_completion_tokens: int
     max_dropped_fraction: float
@@ -50,7 +55,7 @@ class TokenLimits:
 
 @dataclass(frozen=True)
 class TokeniseReport:
-    """Counts by scenario: rows read, kept, and dropped by reason; with the first dropped rows and why."""
+    """Counts by scenario: rows read, kept, and dropped by reason; with the first dropped rows of each and why."""
 
     num_read: dict[str, int]
     num_kept: dict[str, int]
@@ -102,13 +107,11 @@ def tokenise_sources(sources: list[Source], *, chat_dir: Path, out_dir: Path, li
 def tokenise_text(text: str, *, scenario: str, kind: RowKind | None, chat: ChatFormat, limits: TokenLimits) -> dict[str, Any]:
     """One JSON row -> one TOKEN_SCHEMA row; a bad row keeps its reason instead of its tokens."""
     try:
-        row = json.loads(text)
-        if not isinstance(row, dict):
-            raise DataError(f"a row must be a JSON object, got a {type(row).__name__}")
+        row = _json_object(text)
         group = parse_row(row, kind or kind_of(set(row)))
         prompt_ids = chat.prompt_ids(group.prompt)
         completion_ids = [chat.completion_ids(completion) for completion in group.completions]
-    except (json.JSONDecodeError, RmRobustError) as error:
+    except RmRobustError as error:
         return _dropped(scenario, f"{MALFORMED}: {error}", text)
     reason = _unusable(group, prompt_ids, completion_ids, limits)
     if reason:
@@ -127,6 +130,30 @@ def tokenise_text(text: str, *, scenario: str, kind: RowKind | None, chat: ChatF
     }
 
 
+def read_lines(file: Path) -> Iterator[str]:
+    """The lines of a jsonl file. Only "\\n" ends one: JSON texts may hold what str.splitlines takes for a line end, U+2028 for example."""
+    with file.open("rb") as lines:
+        for line in lines:
+            yield _decoded(line)
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.rstrip(b"\r\n").decode()
+    except UnicodeDecodeError:
+        return "not UTF-8: " + line.decode(errors="replace")  # no JSON, so that the row counts as malformed
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"a row must be a JSON object, got a {type(row).__name__}")
+    return row
+
+
 def _unusable(group: ConversationGroup, prompt_ids: list[int], completion_ids: list[list[int]], limits: TokenLimits) -> str:
     if len(prompt_ids) > limits.max_prompt_tokens:
         return PROMPT_TOO_LONG
@@ -139,7 +166,7 @@ def _unusable(group: ConversationGroup, prompt_ids: list[int], completion_ids: l
 
 def _dropped(scenario: str, reason: str, text: str) -> dict[str, Any]:
     empty: dict[str, Any] = {"group_id": "", "prompt_json": "", "prompt_ids": [], "completion_ids": [], "gold_scores": [], "models": [], "margin": None}
-    return {"scenario": scenario, **empty, "drop_reason": reason, "row_text": text[:300]}
+    return {"scenario": scenario, **empty, "drop_reason": reason[:_MAX_TEXT], "row_text": text[:_MAX_TEXT]}
 
 
 def _dataset_of(source: Source, *, chat_dir: Path, limits: TokenLimits) -> Any:
@@ -152,7 +179,10 @@ def _dataset_of(source: Source, *, chat_dir: Path, limits: TokenLimits) -> Any:
 
 
 def _read(path: str) -> Any:
-    """A dataset of JSON texts (column "text"): jsonl lines as they are, so that one torn line is one malformed row."""
+    """A dataset of JSON texts (column "text"): jsonl lines as they are, so that one torn line is one malformed row.
+
+    (Not ray.data.read_text: it cuts lines with str.splitlines, see read_lines.)
+    """
     import ray.data
 
     if path.startswith("hub:"):
@@ -161,14 +191,27 @@ def _read(path: str) -> Any:
         name, _, split = path.removeprefix("hub:").partition(":")
         return ray.data.from_huggingface(datasets.load_dataset(name, split=split or "train")).map_batches(_rows_as_text, batch_format="pyarrow")
     files = list_files(path)
-    jsonl = [str(f) for f in files if f.suffix == ".jsonl"]
+    pieces = [{"path": str(f), "start": start} for f in files if f.suffix == ".jsonl" for start in range(0, f.stat().st_size, _PART_BYTES)]
     parquet = [str(f) for f in files if f.suffix == ".parquet"]
     parts = []
-    if jsonl:
-        parts.append(ray.data.read_text(jsonl, override_num_blocks=max(2, len(jsonl))))
+    if pieces:
+        parts.append(ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(_lines_of_pieces, batch_format="pyarrow", batch_size=None))
     if parquet:
         parts.append(ray.data.read_parquet(parquet, override_num_blocks=max(2, len(parquet))).map_batches(_rows_as_text, batch_format="pyarrow"))
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
+
+
+def _lines_of_pieces(table: pa.Table) -> pa.Table:
+    """The lines that begin in [start, start + _PART_BYTES) of each file, but for blank ones."""
+    texts: list[str] = []
+    for piece in table.to_pylist():
+        with open(piece["path"], "rb") as file:
+            if piece["start"]:
+                file.seek(piece["start"] - 1)
+                file.readline()  # the rest of a line that began in an earlier piece
+            while file.tell() < piece["start"] + _PART_BYTES and (line := file.readline()):
+                texts.append(_decoded(line))
+    return pa.table({"text": pa.array([text for text in texts if text.strip()], pa.string())})
 
 
 def _rows_as_text(table: pa.Table) -> pa.Table:
@@ -193,9 +236,11 @@ def _split_kept(staged: Path, folder: Path, sources: list[Source]) -> TokeniseRe
             table = pq.ParquetFile(path).read()
             kept = table.filter(pa.compute.equal(table["drop_reason"], ""))
             dropped = table.filter(pa.compute.not_equal(table["drop_reason"], "")).to_pylist()
-            reasons.update(row["drop_reason"].partition(":")[0] for row in dropped)
-            room = _EXAMPLES_KEPT - len(report.examples)
-            report.examples.extend({"scenario": source.scenario, "reason": r["drop_reason"], "row": r["row_text"]} for r in dropped[:room])
+            for row in dropped:
+                reason = row["drop_reason"].partition(":")[0]
+                reasons[reason] += 1
+                if reasons[reason] <= _EXAMPLES_PER_REASON:
+                    report.examples.append({"scenario": source.scenario, "reason": row["drop_reason"], "row": row["row_text"]})
             report.num_read[source.scenario] += table.num_rows
             report.num_kept[source.scenario] += kept.num_rows
             pq.write_table(kept.drop_columns(["drop_reason", "row_text"]), kept_dir / f"part-{number:05d}.parquet")

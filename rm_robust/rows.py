@@ -52,7 +52,7 @@ def parse_pair(row: Mapping[str, Any]) -> ConversationGroup:
     else:
         prompt = as_messages(prompt)
         chosen, rejected = _completion(chosen, "chosen"), _completion(rejected, "rejected")
-    margin = None if row.get("margin") is None else _finite(row["margin"], "margin")
+    margin = None if row.get("margin") is None else finite_number(row["margin"], "margin")
     models = [str(row.get("chosen_model") or ""), str(row.get("rejected_model") or "")]
     return ConversationGroup(_group_id(row, "pair_id", prompt, [chosen, rejected]), prompt, [chosen, rejected], [1.0, 0.0], models, margin)
 
@@ -65,7 +65,7 @@ def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
     else:
         prompt, raw_completions, raw_scores = as_messages(_required(row, "prompt")), _list(row, "completions"), _list(row, "gold_scores")
     completions = [_completion(completion, f"completion {index}") for index, completion in enumerate(raw_completions)]
-    gold_scores = [_finite(score, f"gold score {index}") for index, score in enumerate(raw_scores)]
+    gold_scores = [finite_number(score, f"gold score {index}") for index, score in enumerate(raw_scores)]
     if len(completions) != len(gold_scores) or len(completions) < 2:
         raise DataError(f"{len(completions)} completions with {len(gold_scores)} gold scores; at least two of each, one score a completion")
     models = [""] * len(completions) if row.get("models") is None else [str(model) for model in _list(row, "models")]
@@ -88,6 +88,13 @@ def parse_prompt(row: Mapping[str, Any]) -> ConversationGroup:
     """No completion at all: K = 0."""
     prompt = as_messages(_required(row, "prompt"))
     return ConversationGroup(_group_id(row, "prompt_id", prompt, []), prompt, [], [], [], None)
+
+
+def finite_number(value: Any, name: str) -> float:
+    """`value` as a float. Raises DataError, naming it, for anything that is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # false for NaN too
+        raise DataError(f"{name} is {value!r}; it must be a finite number")
+    return float(value)
 
 
 _RELEASED_RESPONSE = re.compile(r"response_[0-9]+_text")
@@ -130,12 +137,6 @@ def _split_conversations(chosen: list[Message], rejected: list[Message]) -> tupl
     if chosen[:-1] != rejected[:-1]:
         raise DataError("chosen and rejected differ before their last turn, so they are not two answers to one prompt")
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _finite(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # false for NaN too
-        raise DataError(f"{name} is {value!r}; it must be a finite number")
-    return float(value)
 
 
 def _group_id(row: Mapping[str, Any], column: str, prompt: list[Message], completions: list[str]) -> str:

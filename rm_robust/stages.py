@@ -32,12 +32,16 @@ from rm_robust.worker_group import run_on_workers
 
 logger = logging.getLogger(__name__)
 
+WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""PASSIVE: idle OpenMP threads sleep. Spinning, their default, takes the cores that trainer, engine and scorers share."""
+
 Stage = Callable[[Run], None]
 
 
 def main(description: str, stages: list[Stage]) -> int:
     """What every pipeline script does: parse, check everything that can be checked without a cluster, run its stages. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         run = parse_run(description, repository_root() / DEFAULT_CONFIG)
         logger.info("run directory %s", run.run_dir)
@@ -165,7 +169,7 @@ def connect_to_ray() -> None:
         address=None if on_cluster else "local",
         include_dashboard=None if on_cluster else False,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
 
 

@@ -96,7 +96,7 @@ class DdpEngine:
         self.module = module.to(device)
         self.max_gradient_norm = optimizer.max_gradient_norm
         self.optimizer = new_optimizer(self.module, optimizer)
-        self.replicated = DistributedDataParallel(self.module, broadcast_buffers=False) if self.world_size > 1 else None
+        self.replicated = DistributedDataParallel(self.module) if self.world_size > 1 else None
 
     def forward(self, *inputs: Any) -> Any:
         return (self.replicated or self.module)(*inputs)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from rm_robust.config import PipelineConfig, WorkersConfig
 
@@ -50,6 +51,8 @@ def prepare_process(num_threads: int) -> None:
     """Threads and logging of a worker process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(num_threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rm_robust.chat import as_messages
 from rm_robust.data_pipeline import list_files, read_lines
 from rm_robust.errors import DataError
 from rm_robust.records import NamedResponse
+from rm_robust.rows import finite_number
 
 
 def read_named_responses(paths: list[str]) -> list[NamedResponse]:
@@ -30,6 +30,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(read_lines(file), 1):
         where = f"{file}, line {number}"
+        if not line.strip():
+            continue
         try:
             yield where, json.loads(line)
         except ValueError as error:
@@ -42,14 +44,13 @@ def _parse(row: Any, where: str) -> NamedResponse:
     missing = [name for name in ("prompt", "model", "completion", "gold_score") if row.get(name) is None]
     if missing:
         raise DataError(f"{where} lacks {missing} (columns: {sorted(row)}).")
-    gold = row["gold_score"]
-    if isinstance(gold, bool) or not isinstance(gold, (int, float)) or not abs(gold) <= sys.float_info.max:  # false for NaN too
-        raise DataError(f"{where} has gold_score {gold!r}; it must be a finite number.")
     if not isinstance(row["completion"], str):
         raise DataError(f"{where} has a {type(row['completion']).__name__} as completion; it must be text.")
     try:
-        prompt = as_messages(row["prompt"])
+        prompt, gold_score = as_messages(row["prompt"]), finite_number(row["gold_score"], "gold_score")
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    prompt_id = row.get("prompt_id") or hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
-    return NamedResponse(str(prompt_id), prompt, str(row["model"]), row["completion"], float(gold))
+    prompt_id = row.get("prompt_id")
+    if prompt_id is None:
+        prompt_id = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
+    return NamedResponse(str(prompt_id), prompt, str(row["model"]), row["completion"], gold_score)

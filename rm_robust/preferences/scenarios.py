@@ -6,6 +6,7 @@
     response_disjoint  training prompts, all unseen-model responses, ranked
     mutual_disjoint    validation prompts, all unseen-model responses, ranked
 
+A prompt that cannot be in its first set (train or prompt_disjoint) is in none: what the model never saw is not in_domain or response_disjoint.
 Disjointness is by prompt text and by response model (not by response text), and is checked, not assumed.
 """
 
@@ -23,14 +24,14 @@ RESPONSES_PER_PROMPT = 4
 
 @dataclass(frozen=True)
 class Scenarios:
-    """The five sets by name, and what was left out: reason -> count (prompts for whole prompts, pairs for ties)."""
+    """The five sets by name, and what was left out: reason, which says of what, -> count."""
 
     sets: dict[str, list[ConversationGroup]]
     dropped: dict[str, int]
 
 
 def build_scenarios(responses: list[NamedResponse], *, unseen_models: set[str], validation_prompt_ids: set[str], seed: int) -> Scenarios:
-    """Build and check all five sets. Raises DataError when a split is empty or not disjoint."""
+    """Build and check all five sets. Raises DataError when a set is empty or not disjoint, or when two prompts have one id."""
     dropped: Counter[str] = Counter()
     by_prompt = _group_by_prompt(responses, dropped)
     sets: dict[str, list[ConversationGroup]] = {name: [] for name in ("train", "in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")}
@@ -38,21 +39,30 @@ def build_scenarios(responses: list[NamedResponse], *, unseen_models: set[str], 
         seen = sorted((r for r in by_prompt[prompt_id] if r.model not in unseen_models), key=lambda r: r.model)
         unseen = sorted((r for r in by_prompt[prompt_id] if r.model in unseen_models), key=lambda r: r.model)
         is_validation = prompt_id in validation_prompt_ids
+        order = random.Random(f"{seed}:{prompt_id}").sample(seen, min(len(seen), RESPONSES_PER_PROMPT))
         if len(seen) < RESPONSES_PER_PROMPT:
             dropped["prompts with fewer than 4 training-model responses"] += 1
-        elif len({r.completion for r in seen}) < len(seen):
+            continue
+        if _has_repeats(seen):
             dropped["prompts with identical training-model responses"] += 1
-        elif is_validation:
+            continue
+        if is_validation:
             sets["prompt_disjoint"].append(_ranked(prompt_id, seen))
+        elif _is_tied(order[:2]):
+            dropped["prompts with tied gold scores in the training pair"] += 1
+            continue
         else:
-            order = random.Random(f"{seed}:{prompt_id}").sample(seen, RESPONSES_PER_PROMPT)
-            for name, pair in (("train", order[:2]), ("in_domain", order[2:])):
-                _add_pair(sets[name], prompt_id, pair, dropped)
-        if len(unseen) >= 2:
-            if len({r.completion for r in unseen}) < len(unseen):
-                dropped["prompts with identical unseen-model responses"] += 1
+            sets["train"].append(_pair(prompt_id, order[:2]))
+            if _is_tied(order[2:]):
+                dropped["in-domain pairs with tied gold scores"] += 1
             else:
-                sets["mutual_disjoint" if is_validation else "response_disjoint"].append(_ranked(prompt_id, unseen))
+                sets["in_domain"].append(_pair(prompt_id, order[2:]))
+        if len(unseen) < 2:
+            dropped["unseen-model rankings of fewer than 2 responses"] += 1
+        elif _has_repeats(unseen):
+            dropped["unseen-model rankings with identical responses"] += 1
+        else:
+            sets["mutual_disjoint" if is_validation else "response_disjoint"].append(_ranked(prompt_id, unseen))
     check_disjoint(sets, unseen_models)
     return Scenarios(sets, dict(dropped))
 
@@ -80,9 +90,9 @@ def check_disjoint(sets: dict[str, list[ConversationGroup]], unseen_models: set[
             raise DataError(f"Response models {sorted(wrong)} are on the wrong side in {name!r}.")
 
 
-def manifest(scenarios: Scenarios) -> dict[str, dict[str, str | int | list[str]] | dict[str, int]]:
+def manifest(scenarios: Scenarios) -> dict[str, dict[str, object]]:
     """Counts, models and content hash of every set, and what was dropped."""
-    described: dict[str, dict[str, str | int | list[str]] | dict[str, int]] = {}
+    described: dict[str, dict[str, object]] = {}
     for name, groups in scenarios.sets.items():
         digest = hashlib.sha256("\n".join(json.dumps(asdict(group), sort_keys=True, ensure_ascii=False) for group in groups).encode())
         described[name] = {
@@ -91,13 +101,16 @@ def manifest(scenarios: Scenarios) -> dict[str, dict[str, str | int | list[str]]
             "models": sorted({model for group in groups for model in group.models}),
             "sha256": digest.hexdigest(),
         }
-    return {**described, "dropped": scenarios.dropped}
+    return {**described, "dropped": {**scenarios.dropped}}
 
 
 def _group_by_prompt(responses: list[NamedResponse], dropped: Counter[str]) -> dict[str, list[NamedResponse]]:
     by_prompt: dict[str, list[NamedResponse]] = {}
     for response in responses:
-        by_prompt.setdefault(response.prompt_id, []).append(response)
+        group = by_prompt.setdefault(response.prompt_id, [])
+        if group and group[0].prompt != response.prompt:
+            raise DataError(f"Prompt id {response.prompt_id!r} names two prompts: {group[0].prompt!r} and {response.prompt!r}. Give each its own id.")
+        group.append(response)
     first_id: dict[str, str] = {}
     for prompt_id in sorted(by_prompt):
         text = json.dumps(by_prompt[prompt_id][0].prompt, sort_keys=True)
@@ -107,12 +120,17 @@ def _group_by_prompt(responses: list[NamedResponse], dropped: Counter[str]) -> d
     return by_prompt
 
 
-def _add_pair(target: list[ConversationGroup], prompt_id: str, pair: list[NamedResponse], dropped: Counter[str]) -> None:
+def _has_repeats(responses: list[NamedResponse]) -> bool:
+    return len({r.completion for r in responses}) < len(responses)
+
+
+def _is_tied(pair: list[NamedResponse]) -> bool:
+    return pair[0].gold_score == pair[1].gold_score
+
+
+def _pair(prompt_id: str, pair: list[NamedResponse]) -> ConversationGroup:
     better, worse = sorted(pair, key=lambda r: -r.gold_score)
-    if better.gold_score == worse.gold_score:
-        dropped["pairs with tied gold scores"] += 1
-        return
-    target.append(ConversationGroup(prompt_id, better.prompt, [better.completion, worse.completion], [1.0, 0.0], [better.model, worse.model], None))
+    return ConversationGroup(prompt_id, better.prompt, [better.completion, worse.completion], [1.0, 0.0], [better.model, worse.model], None)
 
 
 def _ranked(prompt_id: str, responses: list[NamedResponse]) -> ConversationGroup:

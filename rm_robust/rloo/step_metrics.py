@@ -18,9 +18,9 @@ def rollout_metrics(
     token_shares = [m.num_tokens for m in measurements]
     return {
         "rloo/proxy_score_mean": float(proxy_PK.mean()),
-        "rloo/proxy_score_std": float(proxy_PK.std()),
+        "rloo/proxy_score_std": float(proxy_PK.std(correction=0)),
         "rloo/gold_score_mean": float(gold_PK.mean()),
-        "rloo/gold_score_std": float(gold_PK.std()),
+        "rloo/gold_score_std": float(gold_PK.std(correction=0)),
         "rloo/reward_mean": float(rewards_PK.mean()),
         "rloo/constant_reward_fraction": float((rewards_PK == rewards_PK[:, :1]).all(1).float().mean()),
         "rloo/kl_mean": float(kl_PK.mean()),

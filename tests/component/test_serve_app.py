@@ -291,11 +291,10 @@ def test_a_replica_that_cannot_load_fails_the_deployment_with_the_reason(service
     delete_scorer("broken")
 
 
-def test_resources_that_the_cluster_lacks_end_at_the_deadline_with_what_it_has(services: Services) -> None:
-    settings = ScoringAppSettings(model_name="x", embedded_judge=True, resources={"gpu_worker": 1})
-    with pytest.raises(ConfigError, match=r"not up after 1 s: .*the cluster has .*'CPU': 4"):
-        deploy_scorer(settings, "unplaceable", "/unplaceable", deadline_s=1)
-    delete_scorer("unplaceable")
+def test_a_scorer_that_is_not_up_at_its_deadline_is_an_error_that_says_what_the_cluster_has(services: Services) -> None:
+    with pytest.raises(ConfigError, match=r"not up after 0 s: .*the cluster has .*'CPU': 4"):
+        deploy_scorer(ScoringAppSettings(model_name="late", embedded_judge=True), "late", "/late", deadline_s=0)
+    delete_scorer("late")
 
 
 def test_a_deleted_scorer_is_gone_and_the_others_stay(services: Services) -> None:
