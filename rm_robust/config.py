@@ -279,11 +279,15 @@ class RlooConfig(Section):
     @model_validator(mode="after")
     def _devices_match(self) -> Self:
         if self.weight_transfer_backend == "nccl" and not (self.engine_num_gpus and self.trainers.num_gpus_per_worker):
-            raise ValueError('rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and trainers.num_gpus_per_worker, or use "gloo"')
+            raise ValueError(
+                'rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and trainers.num_gpus_per_worker, or use "gloo"'
+            )
         if self.strategy.kind == "deepspeed":
             raise ValueError('rloo.strategy.kind = "deepspeed" is not supported for the policy yet; use "ddp"')
         if self.num_prompts_per_step % self.trainers.num_workers:
-            raise ValueError(f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of rloo.trainers.num_workers = {self.trainers.num_workers}")
+            raise ValueError(
+                f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of rloo.trainers.num_workers = {self.trainers.num_workers}"
+            )
         return self
 
 

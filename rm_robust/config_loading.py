@@ -95,7 +95,8 @@ def claim_run_dir(run_dir: Path, config: PipelineConfig) -> None:
     changes = _differences(earlier, resolved)
     if changes:
         raise ConfigError(
-            f"{run_dir} holds a run of another config:\n  " + "\n  ".join(changes) + "\nGive this config its own --run-dir, or remove that directory to start again."
+            f"{run_dir} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
+            "Give this config its own --run-dir, or remove that directory to start again."
         )
 
 

@@ -170,7 +170,6 @@ def _dropped(scenario: str, reason: str, text: str) -> dict[str, Any]:
 
 
 def _dataset_of(source: Source, *, chat_dir: Path, limits: TokenLimits) -> Any:
-    import ray.data
 
     settings = {"scenario": source.scenario, "kind": source.kind, "chat_dir": str(chat_dir), "limits": limits}
     parts = [_read(path) for path in source.paths]
@@ -245,7 +244,8 @@ def _split_kept(staged: Path, folder: Path, sources: list[Source]) -> TokeniseRe
             report.num_kept[source.scenario] += kept.num_rows
             pq.write_table(kept.drop_columns(["drop_reason", "row_text"]), kept_dir / f"part-{number:05d}.parquet")
         report.num_dropped[source.scenario] = dict(reasons)
-        logger.info("tokenised %s: %d of %d rows kept, dropped %s", source.scenario, report.num_kept[source.scenario], report.num_read[source.scenario], dict(reasons))
+        num_kept, num_read = report.num_kept[source.scenario], report.num_read[source.scenario]
+        logger.info("tokenised %s: %d of %d rows kept, dropped %s", source.scenario, num_kept, num_read, dict(reasons))
     return report
 
 
@@ -259,4 +259,6 @@ def _refuse_bad_sources(report: TokeniseReport, limits: TokenLimits) -> None:
                 f"First: {example['reason']} in {example['row']!r}. Mend the rows, or raise the fraction."
             )
         if not report.num_kept[scenario]:
-            raise DataError(f"No row of {scenario!r} is left of {num_read} (dropped: {report.num_dropped[scenario]}). Check data.max_prompt_tokens and the source.")
+            raise DataError(
+                f"No row of {scenario!r} is left of {num_read} (dropped: {report.num_dropped[scenario]}). Check data.max_prompt_tokens and the source."
+            )

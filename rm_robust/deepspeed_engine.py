@@ -76,10 +76,7 @@ class DeepSpeedEngine:
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        if self.zero_stage == 3:
-            state = self.engine._zero3_consolidated_16bit_state_dict()
-        else:
-            state = self.module.state_dict()
+        state = self.engine._zero3_consolidated_16bit_state_dict() if self.zero_stage == 3 else self.module.state_dict()
         if self.rank:
             return {}
         return {name: tensor.detach().cpu() for name, tensor in state.items()}

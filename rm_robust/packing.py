@@ -15,7 +15,7 @@ from enum import StrEnum
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from rm_robust.records import TokenGroup
 
@@ -107,7 +107,8 @@ def fill_bins(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 def lay_out(groups: list[TokenGroup], layout: Layout, *, pad_id: int) -> PackedBatch:
     """Tensors of `groups`; every group needs a prompt token, a completion and no empty one (which only we can cause)."""
-    assert groups and all(g.prompt_ids and g.completion_ids and all(g.completion_ids) for g in groups)
+    assert groups, "nothing to lay out"
+    assert all(g.prompt_ids and g.completion_ids and all(g.completion_ids) for g in groups), "an empty prompt or completion"
     return _lay_out_segments(groups) if layout is Layout.SEGMENTS else _lay_out_padded(groups, pad_id)
 
 
@@ -172,7 +173,7 @@ def _lay_out_padded(groups: list[TokenGroup], pad_id: int) -> PackedBatch:
     )
 
 
-def prepare_backbone(backbone: nn.Module, layout: Layout) -> None:
+def prepare_backbone(backbone: PreTrainedModel, layout: Layout) -> None:
     """Make a transformers decoder (the module without its head) run `layout`; undone by setting another attention implementation."""
     backbone.config._attn_implementation = "segments" if layout is Layout.SEGMENTS else "sdpa"
 
@@ -186,7 +187,8 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
         use_cache=False,
         **({"segments": batch.segments} if batch.segments else {}),
     )
-    return output.last_hidden_state.flatten(0, 1)
+    hidden_RTH: Tensor = output.last_hidden_state
+    return hidden_RTH.flatten(0, 1)
 
 
 def token_logprobs(head: nn.Module, hidden_TH: Tensor, batch: PackedBatch, *, temperature: float) -> tuple[Tensor, Tensor]:

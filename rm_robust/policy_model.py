@@ -1,6 +1,7 @@
 """The causal language model of SFT and RLOO over packed batches. Shapes: M completion tokens, T columns."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class PackedPolicy(nn.Module):
 
 def load_policy(model_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model as transformers loads it. Raises CheckpointError unless every weight came from the files."""
-    model, info = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=dtype, output_loading_info=True)
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{model_dir} lacks weights for {missing}; they would be random. Save the whole model.")

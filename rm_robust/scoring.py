@@ -105,9 +105,8 @@ class AsyncRewardClient:
         self._max_completions = settings["max_completions_per_request"]
         self._expected_checkpoint = settings["expected_checkpoint"]
         self._slots = asyncio.Semaphore(settings["max_concurrent_requests"])
-        self._http = httpx.AsyncClient(
-            timeout=self._timeout_s, limits=httpx.Limits(max_connections=settings["max_concurrent_requests"]), mounts=NO_PROXY_FOR_LOOPBACK
-        )
+        limits = httpx.Limits(max_connections=settings["max_concurrent_requests"])
+        self._http = httpx.AsyncClient(timeout=self._timeout_s, limits=limits, mounts=NO_PROXY_FOR_LOOPBACK)
 
     async def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
         """Scores of all inputs in order. Raises ScoringError naming the inputs and the reason; nothing partial is returned."""
@@ -160,9 +159,8 @@ class AsyncRewardClient:
                     raise ScoringError(reason)
                 retry_after_s = float(seconds) if (seconds := response.headers.get("retry-after", "")).isdecimal() else 0.0
             if attempt + 1 < num_attempts:
-                delay_s = backoff_s(attempt, retry_after_s=retry_after_s)
-                logger.info("scoring attempt %d of %d: %s; again in %.2f s", attempt + 1, num_attempts, reason, delay_s)
-                await asyncio.sleep(delay_s)
+                logger.info("scoring attempt %d of %d: %s", attempt + 1, num_attempts, reason)
+                await asyncio.sleep(backoff_s(attempt, retry_after_s=retry_after_s))
         raise ScoringError(f"{num_attempts} attempts, the last one: {reason}")
 
 

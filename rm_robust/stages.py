@@ -28,7 +28,7 @@ from rm_robust.run_layout import RunLayout
 from rm_robust.sft.preparation import prepare_sft
 from rm_robust.sft.training import train_sft
 from rm_robust.summary import summary_lines, write_summary
-from rm_robust.worker_group import run_on_workers
+from rm_robust.worker_group import quieten_libraries, run_on_workers
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ Stage = Callable[[Run], None]
 def main(description: str, stages: list[Stage]) -> int:
     """What every pipeline script does: parse, check everything that can be checked without a cluster, run its stages. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    quieten_libraries()
     try:
         run = parse_run(description, repository_root() / DEFAULT_CONFIG)
         logger.info("run directory %s", run.run_dir)
@@ -165,6 +165,9 @@ def connect_to_ray() -> None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cluster = "RAY_ADDRESS" in os.environ
+    if not on_cluster:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that token authentication is on
     ray.init(
         address=None if on_cluster else "local",
         include_dashboard=None if on_cluster else False,

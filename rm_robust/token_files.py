@@ -46,6 +46,13 @@ def read_token_groups(folder: Path) -> list[TokenisedGroup]:
     if not table.num_rows:
         raise DataError(f"{folder} holds no row: nothing is left to train or evaluate on.")
     groups = [
-        TokenisedGroup(row["group_id"], json.loads(row["prompt_json"]), TokenGroup(row["prompt_ids"], row["completion_ids"]), row["gold_scores"], row["margin"]) for row in table.to_pylist()
+        TokenisedGroup(
+            group_id=row["group_id"],
+            prompt=json.loads(row["prompt_json"]),
+            tokens=TokenGroup(row["prompt_ids"], row["completion_ids"]),
+            gold_scores=row["gold_scores"],
+            margin=row["margin"],
+        )
+        for row in table.to_pylist()
     ]
     return sorted(groups, key=lambda group: (group.group_id, group.tokens.completion_ids))

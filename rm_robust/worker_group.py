@@ -20,19 +20,24 @@ MAX_WORKER_FAILURES = 2
 def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig) -> dict[str, float]:
     """Run `function(config, run_dir)` on `workers` through Ray Train V2; returns what rank 0 returned. Raises ray.train.TrainingFailedError."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
 
-    trainer = TorchTrainer(
-        _work,
+    trainer = _trainer_class()(
+        _work,  # type: ignore[arg-type]  # Ray annotates None, and returns what it returns
         train_loop_config={"function": function, "config": config, "run_dir": run_dir, "num_threads": workers.num_threads_per_worker},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.num_gpus_per_worker > 0,
             resources_per_worker={"CPU": workers.num_cpus_per_worker, **gpu_request(workers.num_gpus_per_worker), **workers.resources_per_worker},
         ),
-        run_config=RunConfig(name=stage, storage_path=str(run_dir / "ray_train"), failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES)),
+        run_config=RunConfig(
+            name=stage,
+            storage_path=str(run_dir / "ray_train"),
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
     )
-    returned = trainer.fit().return_value
+    returned = trainer.fit().return_value  # type: ignore[attr-defined]  # annotated with Train V1's Result
     assert isinstance(returned, dict), f"rank 0 of {stage} returned {returned!r}"
     return returned
 
@@ -47,13 +52,35 @@ def worker_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def quieten_libraries() -> None:
+    """What libraries say of their own insides at INFO, and bars for files that load in a blink; warnings of substance stay."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed to save a model, and deepspeed warns of a machine without GPU
+
+
 def prepare_process(num_threads: int) -> None:
     """Threads and logging of a worker process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(num_threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten_libraries()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def _trainer_class() -> Any:
+    """TorchTrainer without Ray's PlacementGroupCleaner. That looks its controller up in whatever Ray it finds first on the machine, and takes the
+    workers' resources away when another Ray answers that it knows no such controller (Ray 2.60). Ours needs no cleaning: it ends with the driver."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    return Trainer
 
 
 def _work(settings: dict[str, Any]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, RmRobustError
 from rm_robust.scoring import SCORE_PATH
-from serve.launch import deploy_scorer, start_serve
+from serve.launch import deploy_scorer, refuse_open_host, refuse_taken_port, start_serve
 from serve.settings import ScoringAppSettings
 
 MOST_TOKENS_BY_DEFAULT = 4096
@@ -37,7 +37,8 @@ def main() -> int:
     parser.add_argument("--max-length-tokens", type=int, help=f"prompt + completion (default: what the model takes, at most {MOST_TOKENS_BY_DEFAULT})")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops as cleanly as Ctrl-C
+    for name in ("httpx", "ray.serve"):  # a line per request and a dozen per deployment
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         serve_until_interrupted(settings_from(arguments), arguments.host, arguments.port)
     except RmRobustError as error:
@@ -69,7 +70,10 @@ def num_positions(checkpoint_dir: Path) -> int:
 
 def serve_until_interrupted(settings: ScoringAppSettings, host: str, port: int) -> None:
     """Start a Ray of its own and the scorer on it; both end with this function, after the requests in progress."""
+    refuse_open_host(host)
+    refuse_taken_port(host, port)
     ray.init(address="local", include_dashboard=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's own: `kill` stops as cleanly as Ctrl-C
     try:
         start_serve(host, port)
         base_url = deploy_scorer(settings, "scorer", "/")
@@ -77,7 +81,8 @@ def serve_until_interrupted(settings: ScoringAppSettings, host: str, port: int) 
         while True:
             signal.pause()
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        for stop in (signal.SIGINT, signal.SIGTERM):  # a second one must not leave processes behind
+            signal.signal(stop, signal.SIG_IGN)
         serve.shutdown()
         ray.shutdown()
 

@@ -35,6 +35,7 @@ def start_serve(host: str, port: int) -> str:
     Raises ConfigError for a host that is not loopback and for a port that is taken. A Serve that already runs keeps its own port.
     """
     refuse_open_host(host)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # a line or two per call otherwise
     running = running_http_options()
     if running is None:
         port = port or free_port(host)

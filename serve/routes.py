@@ -24,7 +24,14 @@ logger = logging.getLogger(__name__)
 app = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None)
 """Without the documentation pages: they load scripts from the internet."""
 
-_OPENAPI: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}}}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (413, 422, 429, 500, 503)}
+
+
+def body_in_openapi() -> dict[str, Any]:
+    """The request schema for /openapi.json, which FastAPI cannot know because the route parses the body itself."""
+    schema = ScoreRequest.model_json_schema()
+    schema["properties"]["inputs"]["items"] = schema.pop("$defs")["ScoreInput"]
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 @app.exception_handler(HTTPException)
@@ -64,7 +71,7 @@ class ScoringRoutes:
     def __init__(self, scorer: "DeploymentHandle[Any]") -> None:
         self._scorer = scorer
 
-    @app.post(SCORE_PATH, response_model=ScoreReply, openapi_extra=_OPENAPI)
+    @app.post(SCORE_PATH, response_model=ScoreReply, responses=ERRORS, openapi_extra=body_in_openapi())
     async def score(self, request: Request) -> Response:
         # The body is parsed here, not by FastAPI: one parser, which also refuses what is not UTF-8 or nests without end, with one error shape.
         try:

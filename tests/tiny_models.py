@@ -1,9 +1,13 @@
 """Tiny random models for tests: real architectures, no tokenizer, the same weights for the same seed."""
 
 from pathlib import Path
+from random import Random
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+
+from rm_robust.records import TokenGroup
+from rm_robust.sft.from_scratch import make_tokenizer
 
 VOCABULARY_SIZE = 512
 
@@ -33,3 +37,41 @@ def save_tiny_qwen2(directory: Path, *, tie_word_embeddings: bool, seed: int = 0
         model = Qwen2ForCausalLM(tiny_qwen2_config(tie_word_embeddings=tie_word_embeddings))
     model.save_pretrained(directory)
     return directory
+
+
+TEXT = "Order these words: red, green, blue.\nWhich of them is first? The answer is not seven apples by the quiet river, please."
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level ChatML tokenizer with some merges; pad 0, turn start 1, turn end 2."""
+    return make_tokenizer([TEXT] * 20, vocab_size=330)
+
+
+def random_group(rng: Random, *, num_completions: int, max_prompt_tokens: int = 12, max_completion_tokens: int = 9) -> TokenGroup:
+    """Random lengths from 1 on and random ids from 3 on (below it: special tokens), for any tiny model."""
+
+    def ids(longest: int) -> list[int]:
+        return [rng.randrange(3, 300) for _ in range(rng.randint(1, longest))]
+
+    return TokenGroup(ids(max_prompt_tokens), [ids(max_completion_tokens) for _ in range(num_completions)])
+
+
+def tiny_reward_model(*, seed: int = 0) -> Qwen2ForSequenceClassification:
+    """A random reward model whose scores differ well between token groups, about N(0, 1)."""
+    config = Qwen2Config(
+        vocab_size=330,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        num_labels=1,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen2ForSequenceClassification(config)

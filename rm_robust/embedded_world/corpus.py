@@ -63,12 +63,7 @@ def make_world(
     Every set takes the families in turn. Sets are drawn in the order validation, training, RLOO, SFT, so that a larger later set leaves the
     earlier ones as they were. Raises DataError if the families do not have that many distinct prompts.
     """
-    num_prompts = (
-        num_validation_prompts
-        + num_training_prompts
-        + num_rloo_prompts
-        + num_sft_examples
-    )
+    num_prompts = num_validation_prompts + num_training_prompts + num_rloo_prompts + num_sft_examples
     check_enough_prompts(num_prompts)
     prompts = distinct_prompts(Random(f"{seed}/prompts"))
     validation_prompts, training_prompts, rloo_prompts, sft_prompts = (
@@ -82,11 +77,7 @@ def make_world(
     )
     return World(
         sft_examples=make_sft_examples(sft_prompts, Random(f"{seed}/sft")),
-        responses=[
-            response
-            for prompt in (*training_prompts, *validation_prompts)
-            for response in make_responses(prompt, Random(f"{seed}/{prompt}"))
-        ],
+        responses=[response for prompt in (*training_prompts, *validation_prompts) for response in make_responses(prompt, Random(f"{seed}/{prompt}"))],
         training_prompt_ids=[prompt_id_of(prompt) for prompt in training_prompts],
         validation_prompt_ids=[prompt_id_of(prompt) for prompt in validation_prompts],
         training_models=[model.name for model in TRAINING_MODELS],
@@ -126,10 +117,7 @@ def make_sft_examples(prompts: Sequence[str], rng: Random) -> list[SftExample]:
     """One demonstration of each prompt, by a training model drawn with SFT_MIXTURE_WEIGHTS."""
     weights = [SFT_MIXTURE_WEIGHTS[model.name] for model in TRAINING_MODELS]
     models = rng.choices(TRAINING_MODELS, weights, k=len(prompts))
-    return [
-        SftExample(prompt, respond(model, prompt, rng))
-        for prompt, model in zip(prompts, models, strict=True)
-    ]
+    return [SftExample(prompt, respond(model, prompt, rng)) for prompt, model in zip(prompts, models, strict=True)]
 
 
 def make_responses(prompt: str, rng: Random) -> list[NamedResponse]:
@@ -140,19 +128,13 @@ def make_responses(prompt: str, rng: Random) -> list[NamedResponse]:
     )
     prompt_id, messages = prompt_id_of(prompt), [{"role": "user", "content": prompt}]
     return [
-        NamedResponse(
-            prompt_id, messages, model.name, completion, gold_score(prompt, completion)
-        )
+        NamedResponse(prompt_id, messages, model.name, completion, gold_score(prompt, completion))
         for models in groups
-        for model, completion in zip(
-            models, distinct_completions(models, prompt, rng), strict=True
-        )
+        for model, completion in zip(models, distinct_completions(models, prompt, rng), strict=True)
     ]
 
 
-def distinct_completions(
-    models: Sequence[ResponseModel], prompt: str, rng: Random
-) -> list[str]:
+def distinct_completions(models: Sequence[ResponseModel], prompt: str, rng: Random) -> list[str]:
     """One completion by each model; one that repeats an earlier text is drawn again (up to 20 times), since equal texts rank nothing."""
     completions: list[str] = []
     for model in models:

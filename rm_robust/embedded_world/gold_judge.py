@@ -54,9 +54,7 @@ def gold_score_components(prompt: str, completion: str) -> GoldScore:
         + LENGTH_FIT_WEIGHT * length_fit
         + PLAINNESS_WEIGHT * (1 - filler)
     )
-    return GoldScore(
-        total, verification.correctness, verification.coverage, length_fit, filler
-    )
+    return GoldScore(total, verification.correctness, verification.coverage, length_fit, filler)
 
 
 def length_fit_of(task: Task, completion: str) -> float:
@@ -71,6 +69,4 @@ def length_fit_of(task: Task, completion: str) -> float:
         len(phrase(task, items, Form.BARE)),
         len(phrase(task, items, Form.SENTENCE)),
     )
-    return min(1.0, num_chars / num_bare_chars) / (
-        1 + (num_chars / (2 * num_sentence_chars)) ** 4
-    )
+    return min(1.0, num_chars / num_bare_chars) / (1 + (num_chars / (2 * num_sentence_chars)) ** 4)

@@ -128,9 +128,7 @@ TRAINING_MODELS = (
 
 UNSEEN_MODELS = (
     ResponseModel("monk", 0.95, (), NEAR_MISSES, Style(bare_weight=1.0)),
-    ResponseModel(
-        "expert", 0.82, (), NEAR_MISSES, Style(0.10, 0.75, 0.15, hedge_rate=0.15)
-    ),
+    ResponseModel("expert", 0.82, (), NEAR_MISSES, Style(0.10, 0.75, 0.15, hedge_rate=0.15)),
     ResponseModel(
         "rambler",
         0.55,
@@ -160,32 +158,20 @@ def respond(model: ResponseModel, prompt: str, rng: Random) -> str:
     """One completion of `prompt` by `model`. Raises DataError if the prompt is not one of the embedded world's tasks."""
     task = find_task(prompt)
     if task is None:
-        raise DataError(
-            f"Response models can only answer prompts of the embedded world, got {prompt[:200]!r}. Make prompts with make_world."
-        )
+        raise DataError(f"Response models can only answer prompts of the embedded world, got {prompt[:200]!r}. Make prompts with make_world.")
     family, style = FAMILIES[task.family], model.style
-    (form,) = rng.choices(
-        tuple(Form), (style.bare_weight, style.sentence_weight, style.list_weight)
-    )
+    (form,) = rng.choices(tuple(Form), (style.bare_weight, style.sentence_weight, style.list_weight))
     items = family.ideal_items(task, rng)
     skill = model.skill / 2 if task.family in model.weak_families else model.skill
     if rng.random() < skill:
         body = family.phrase(task, items, form)
     else:
-        (mistake,) = rng.choices(
-            tuple(model.mistake_weights), tuple(model.mistake_weights.values())
-        )
-        body = (
-            off_topic_text(rng)
-            if mistake is Mistake.OFF_TOPIC
-            else family.phrase(task, make_mistake(mistake, task, items, rng), form)
-        )
+        (mistake,) = rng.choices(tuple(model.mistake_weights), tuple(model.mistake_weights.values()))
+        body = off_topic_text(rng) if mistake is Mistake.OFF_TOPIC else family.phrase(task, make_mistake(mistake, task, items, rng), form)
     return decorate(body, style, form, rng)
 
 
-def make_mistake(
-    mistake: Mistake, task: Task, items: list[str], rng: Random
-) -> list[str]:
+def make_mistake(mistake: Mistake, task: Task, items: list[str], rng: Random) -> list[str]:
     """`items` made wrong. Where swapping would leave them right, or dropping leave nothing, an item is substituted instead."""
     items = list(items)
     can_swap = task.is_ordered and len(items) > 1
@@ -205,9 +191,7 @@ def make_mistake(
 
 def off_topic_text(rng: Random) -> str:
     """A short statement that has nothing to do with the prompt."""
-    return rng.choice(("I like the {noun}.", "The {noun} was {adjective}.")).format(
-        noun=rng.choice(THINGS), adjective=rng.choice(ADJECTIVES)
-    )
+    return rng.choice(("I like the {noun}.", "The {noun} was {adjective}.")).format(noun=rng.choice(THINGS), adjective=rng.choice(ADJECTIVES))
 
 
 def decorate(body: str, style: Style, form: Form, rng: Random) -> str:
@@ -220,8 +204,4 @@ def decorate(body: str, style: Style, form: Form, rng: Random) -> str:
     after += [rng.choice(CLOSINGS)] * (rng.random() < style.closing_rate)
     separator = "\n" if "\n" in body else " "
     full_stop = "." if after and form is Form.BARE and not body.endswith(".") else ""
-    return separator.join(
-        part
-        for part in (" ".join(before), body + full_stop, separator.join(after))
-        if part
-    )
+    return separator.join(part for part in (" ".join(before), body + full_stop, separator.join(after)) if part)

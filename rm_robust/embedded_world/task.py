@@ -21,12 +21,14 @@ class Task:
     """The items of the right answer; where any `num_items` of a kind will do, every allowed one of that kind."""
     num_items: int
     is_ordered: bool
-    mentionable: tuple[str, ...]
-    """Words besides the items that an answer may use without claiming anything (the person asked about, both addends)."""
-    required: tuple[str, ...]
-    """Those of `mentionable` that a full answer uses (the noun to describe, the thing that is counted)."""
     confusable: tuple[str, ...]
     """Wrong items that a careless answer takes from the prompt or from nearby."""
+    must_include: tuple[str, ...] = ()
+    """The allowed items without which no answer is right, where several sets of items are."""
+    mentionable: tuple[str, ...] = ()
+    """Words besides the items that an answer may use without claiming anything (the noun to describe, both addends)."""
+    required: tuple[str, ...] = ()
+    """Those of `mentionable` that a full answer uses (the noun to describe, the thing that is counted)."""
 
     @property
     def is_open(self) -> bool:

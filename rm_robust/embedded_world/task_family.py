@@ -40,12 +40,12 @@ class TaskFamily:
         return None
 
     def ideal_items(self, task: Task, rng: Random) -> list[str]:
-        """The items of one right answer, in a right order; where several are right, neighbours in the list of allowed items."""
-        items = task.allowed_items
-        start = rng.randrange(len(items)) if task.is_open else 0
-        return [
-            items[(start + offset) % len(items)] for offset in range(task.num_items)
-        ]
+        """The items of one right answer, in a right order; where several are right, neighbours from the one to include on."""
+        if not task.is_open:
+            return list(task.allowed_items)
+        items, (included,) = task.allowed_items, task.must_include
+        start = items.index(included)
+        return [items[(start + offset) % len(items)] for offset in range(task.num_items)]
 
     def ideal_answer(self, task: Task, rng: Random) -> str:
         """A right answer as one plain sentence of at most 15 words."""
@@ -68,9 +68,7 @@ def pattern_of_wording(wording: str) -> re.Pattern[str]:
         if not part.startswith("{"):
             pattern += re.escape(part)
         else:
-            pattern += (
-                f"(?P={slot})" if slot in seen_slots else rf"(?P<{slot}>[A-Za-z]+)"
-            )
+            pattern += f"(?P={slot})" if slot in seen_slots else rf"(?P<{slot}>[A-Za-z]+)"
             seen_slots.add(slot)
     return re.compile(pattern)
 
@@ -83,14 +81,8 @@ def are_distinct(words: Sequence[str], vocabulary: Sequence[str]) -> bool:
 def phrase_items(items: Sequence[str], form: Form, sentence_start: str) -> str:
     """A comma list, a sentence, or one numbered item a line."""
     if form is Form.LIST:
-        return "\n".join(
-            f"{number}. {item}" for number, item in enumerate(items, start=1)
-        )
-    return (
-        f"Answer: {', '.join(items)}"
-        if form is Form.BARE
-        else f"{sentence_start} {join_with_and(items)}."
-    )
+        return "\n".join(f"{number}. {item}" for number, item in enumerate(items, start=1))
+    return f"Answer: {', '.join(items)}" if form is Form.BARE else f"{sentence_start} {join_with_and(items)}."
 
 
 def join_with_and(items: Sequence[str]) -> str:

@@ -35,15 +35,15 @@ def verify_items(task: Task, completion: str) -> Verification:
     words = read_words(completion)
     claims = list(claimed_items(task, words))
     allowed = [item.lower() for item in task.allowed_items]
-    num_distinct = min(task.num_items, len(set(allowed).intersection(claims)))
-    num_matching = (
-        longest_common_subsequence(claims, allowed) if task.is_ordered else num_distinct
-    )
+    num_included = len(set(task.must_include).intersection(claims))
+    num_others = len(set(allowed).difference(task.must_include).intersection(claims))
+    num_covered = num_included + min(num_others, task.num_items - len(task.must_include))
+    num_matching = longest_common_subsequence(claims, allowed) if task.is_ordered else num_covered
     match_fraction = num_matching / max(len(claims), task.num_items)
     num_required = len({word.lower() for word in task.required}.intersection(words))
     return Verification(
         correctness=1.0 if match_fraction == 1.0 else match_fraction**2 / 2,
-        coverage=(num_distinct + num_required) / (task.num_items + len(task.required)),
+        coverage=(num_covered + num_required) / (task.num_items + len(task.required)),
     )
 
 
@@ -67,16 +67,11 @@ def filler_fraction(task: Task, completion: str) -> float:
     words = read_words(completion)
     if not words:
         return 1.0
-    mentions_left = Counter(
-        word.lower() for word in {*task.allowed_items, *task.confusable}
-    )
+    mentions_left = Counter(word.lower() for word in {*task.allowed_items, *task.confusable})
     mentions_left.update(word.lower() for word in task.mentionable)
     num_serving = (Counter(words) & mentions_left).total()
     num_function = sum(word in FUNCTION_WORDS for word in words)
-    return 1 - (
-        num_serving
-        + min(num_function, MAX_FUNCTION_WORDS_PER_SERVING_WORD * num_serving)
-    ) / len(words)
+    return 1 - (num_serving + min(num_function, MAX_FUNCTION_WORDS_PER_SERVING_WORD * num_serving)) / len(words)
 
 
 def longest_common_subsequence(claims: Sequence[str], allowed: Collection[str]) -> int:
@@ -85,9 +80,5 @@ def longest_common_subsequence(claims: Sequence[str], allowed: Collection[str]) 
     for claim in claims:
         previous = lengths[:]
         for index, item in enumerate(allowed):
-            lengths[index + 1] = (
-                previous[index] + 1
-                if claim == item
-                else max(previous[index + 1], lengths[index])
-            )
+            lengths[index + 1] = previous[index] + 1 if claim == item else max(previous[index + 1], lengths[index])
     return lengths[-1]

@@ -3,7 +3,7 @@
 Prompts and completions are worded so that none of these words opens a text: a tokenizer sees each in one spelling, with a space before it.
 """
 
-NAMES = ("Anna", "Ben", "Eva", "Jack", "Leo", "Lily", "Max", "Nina", "Sam", "Tom")
+NAMES = ("Anna", "Ben", "Eva", "Jack", "Leo", "Lily", "Max", "Mia", "Nina", "Rosa", "Sam", "Tom")
 
 NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),

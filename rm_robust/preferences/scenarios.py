@@ -39,13 +39,13 @@ def build_scenarios(responses: list[NamedResponse], *, unseen_models: set[str], 
         seen = sorted((r for r in by_prompt[prompt_id] if r.model not in unseen_models), key=lambda r: r.model)
         unseen = sorted((r for r in by_prompt[prompt_id] if r.model in unseen_models), key=lambda r: r.model)
         is_validation = prompt_id in validation_prompt_ids
-        order = random.Random(f"{seed}:{prompt_id}").sample(seen, min(len(seen), RESPONSES_PER_PROMPT))
         if len(seen) < RESPONSES_PER_PROMPT:
             dropped["prompts with fewer than 4 training-model responses"] += 1
             continue
         if _has_repeats(seen):
             dropped["prompts with identical training-model responses"] += 1
             continue
+        order = random.Random(f"{seed}:{prompt_id}").sample(seen, RESPONSES_PER_PROMPT)
         if is_validation:
             sets["prompt_disjoint"].append(_ranked(prompt_id, seen))
         elif _is_tied(order[:2]):
@@ -134,7 +134,8 @@ def _pair(prompt_id: str, pair: list[NamedResponse]) -> ConversationGroup:
 
 
 def _ranked(prompt_id: str, responses: list[NamedResponse]) -> ConversationGroup:
-    return ConversationGroup(prompt_id, responses[0].prompt, [r.completion for r in responses], [r.gold_score for r in responses], [r.model for r in responses], None)
+    completions, gold_scores = [r.completion for r in responses], [r.gold_score for r in responses]
+    return ConversationGroup(prompt_id, responses[0].prompt, completions, gold_scores, [r.model for r in responses], None)
 
 
 def _text(group: ConversationGroup) -> str:

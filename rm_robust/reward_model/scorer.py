@@ -25,7 +25,9 @@ class ScoredGroup:
 class RewardScorer:
     """A loaded reward model with its chat format and identity."""
 
-    def __init__(self, model: PackedRewardModel, chat: ChatFormat, *, checkpoint_id: str, model_name: str, device: torch.device, max_length_tokens: int) -> None:
+    def __init__(
+        self, model: PackedRewardModel, chat: ChatFormat, *, checkpoint_id: str, model_name: str, device: torch.device, max_length_tokens: int
+    ) -> None:
         self.model = model
         self.chat = chat
         self.checkpoint_id = checkpoint_id
@@ -43,11 +45,11 @@ class RewardScorer:
         chat = ChatFormat.load(checkpoint_dir)
         if chat.template_sha256 != manifest.template_sha256:
             raise CheckpointError(f"{checkpoint_dir} was trained with template {manifest.template_sha256}, its tokenizer now has {chat.template_sha256}.")
-        model = load_reward_model(checkpoint_dir, dtype=getattr(torch, dtype)).to(device).eval()
+        model = load_reward_model(checkpoint_dir, dtype=getattr(torch, dtype))
         limit = model.config.max_position_embeddings
         if max_length_tokens > limit:
             raise CheckpointError(f"max_length_tokens={max_length_tokens} exceeds the {limit} positions of {checkpoint_dir}; lower it.")
-        packed = PackedRewardModel(model, choose_layout(model.config, torch.device(device)))
+        packed = PackedRewardModel(model, choose_layout(model.config, torch.device(device))).to(device).eval()
         return cls(
             packed,
             chat,

@@ -32,7 +32,9 @@ class StepSettings:
     pad_id: int
 
 
-def reward_model_step(engine: TrainEngine, pairs: list[TokenGroup], settings: StepSettings, *, model: PackedRewardModel, device: torch.device) -> dict[str, float]:
+def reward_model_step(
+    engine: TrainEngine, pairs: list[TokenGroup], settings: StepSettings, *, model: PackedRewardModel, device: torch.device
+) -> dict[str, float]:
     """Gradient of the objective over all ranks' pairs, left in the engine; returns the step's metrics (same on every rank).
 
     Raises ScoringError, on every rank, when any score is not finite.

@@ -69,8 +69,8 @@ class PolicyTrainer:
         model = load_policy(sft_dir, dtype=torch.float32)
         layout = choose_layout(model.config, self.device)
         self.policy = PackedPolicy(model, layout, temperature=temperature)
-        reference = load_policy(sft_dir, dtype=torch.float32).to(self.device)
-        self.reference = PackedPolicy(reference, layout, temperature=temperature).eval().requires_grad_(False)
+        reference = PackedPolicy(load_policy(sft_dir, dtype=torch.float32), layout, temperature=temperature)
+        self.reference = reference.to(self.device).eval().requires_grad_(False)
         self.engine = create_engine(self.policy, strategy=self.config.rloo.strategy, optimizer=self.config.rloo.optimizer, device=self.device)
         return load_state(self.engine, self.layout.rloo_state)
 

@@ -36,6 +36,8 @@ def cpu_environment(num_threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
     }
 
 
@@ -90,6 +92,7 @@ class RolloutEngine:
             generation_config="vllm",  # not the checkpoint's sampling defaults
             logprobs_mode="raw_logprobs",
             enable_prefix_caching=True,
+            use_tqdm_on_load=False,
             **(cpu_settings if device == "cpu" else {}),
         )
         self._max_model_len = max_model_len

@@ -131,6 +131,11 @@ class EngineClient:
     def wait(self, calls: list[ObjectRef]) -> list[Any]:
         return ray.get(calls, timeout=self.timeout_s)
 
+    def raise_first_failure(self, calls: list[ObjectRef]) -> None:
+        """Raise the error of the first engine to answer; returns when none answers within a second."""
+        answered, _ = ray.wait(calls, num_returns=1, timeout=1.0)
+        ray.get(answered)
+
     def require_alive(self) -> None:
         """Raises RayError at once when an engine is dead, where joining a group with it would wait out the timeout."""
         self.wait([engine.policy_version.remote() for engine in self._engines])
@@ -197,7 +202,11 @@ class GlooSender:
         }
         self._client.start_weight_update()
         receiving = self._client.begin_update_weights(update_info)
-        num_bytes = send_weights(self._group, self._source)
+        try:
+            num_bytes = send_weights(self._group, self._source)
+        except RuntimeError:
+            self._client.raise_first_failure(receiving)  # an engine's own error says more than gloo's "connection closed by peer"
+            raise
         self._client.wait(receiving)
         self._client.finish_weight_update()
         return num_bytes

@@ -61,6 +61,9 @@ class TransformersTrainer:
     def publish_only(self, names: list[str], *, version: int) -> None:
         publisher_of(self.engines, SomeWeights(self.model, names)).publish(version)
 
+    def publish_foreign(self, *, version: int) -> None:
+        publisher_of(self.engines, ForeignWeights(self.model)).publish(version)
+
     def publish_and_break(self, *, version: int) -> None:
         publisher_of(self.engines, BreakingWeights(self.model)).publish(version)
 
@@ -100,6 +103,16 @@ class BreakingWeights(ModuleWeights):
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         yield next(super().__iter__())
         raise MemoryError("the trainer broke while it was sending")
+
+
+class ForeignWeights(ModuleWeights):
+    """Parameters that no engine's model has."""
+
+    def metadata(self) -> list[ParameterSpec]:
+        return [ParameterSpec(f"foreign.{spec.name}", spec.dtype, spec.shape) for spec in super().metadata()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return ((f"foreign.{name}", tensor) for name, tensor in super().__iter__())
 
 
 def publisher_of(engines: list[ActorHandle], weights: ModuleWeights) -> WeightPublisher:
@@ -276,11 +289,11 @@ def test_a_request_that_does_not_fit_is_refused(untied_rollout: Rollout) -> None
 
 
 def test_an_engine_refuses_after_a_failed_update_until_one_succeeds(tied_rollout: Rollout) -> None:
-    """Only the queries arrive, so that every attention layer is left with part of its fused query-key-value parameter."""
+    """Only keys arrive, so every attention layer is left with a quarter of its fused parameter, twice: with the next queries it looks whole."""
     ray.get(tied_rollout.trainer.change_weights.remote(seed=40))
-    queries = [f"model.layers.{layer}.self_attn.q_proj.{kind}" for layer in range(2) for kind in ("weight", "bias")]
+    keys = [f"model.layers.{layer}.self_attn.k_proj.{kind}" for layer in range(2) for kind in ("weight", "bias")]
     with pytest.raises(RayTaskError, match="sent no weights for") as failure:
-        ray.get(tied_rollout.trainer.publish_only.remote(queries, version=4))
+        ray.get(tied_rollout.trainer.publish_only.remote(keys, version=4))
     assert isinstance(failure.value.as_instanceof_cause(), RolloutError)
     for engine in tied_rollout.engines:
         assert ray.get(engine.policy_version.remote()) is None
@@ -303,12 +316,21 @@ def test_engines_do_not_wait_for_a_trainer_that_broke_while_sending(tied_rollout
     require_same_policy(tied_rollout, version=7)
 
 
+def test_a_trainer_does_not_wait_for_engines_that_cannot_load_its_weights(tied_rollout: Rollout) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(RayTaskError, match=r"foreign\.model"):
+        ray.get(tied_rollout.trainer.publish_foreign.remote(version=8))
+    assert time.monotonic() - start_s < SYNC_TIMEOUT_S / 4
+    ray.get(tied_rollout.trainer.publish.remote(9))
+    require_same_policy(tied_rollout, version=9)
+
+
 def test_publishing_to_a_dead_engine_fails_at_once_and_the_others_can_go_on(tied_rollout: Rollout, tmp_path: Path) -> None:
     survivor, victim = tied_rollout.engines
     ray.kill(victim)
     start_s = time.monotonic()
     with pytest.raises(RayTaskError, match="did not reach all 2 engines"):
-        ray.get(tied_rollout.trainer.publish.remote(8))
+        ray.get(tied_rollout.trainer.publish.remote(10))
     assert time.monotonic() - start_s < SYNC_TIMEOUT_S / 4
     with pytest.raises(RayTaskError, match="refuses to generate"):
         sample(survivor, requests_of(PROMPTS))

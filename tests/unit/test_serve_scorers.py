@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -16,13 +17,18 @@ from serve.deployment import ScorerReplica
 from serve.judge_scorer import source_sha256
 from serve.scorer import Outcome, Refusal, Scored
 from serve.settings import ScoringAppSettings
-from tests.tiny_reward_model import save_tiny_reward_model
+from tests.tiny_reward_model import WORDS, save_tiny_reward_model
 
 POISON = "river"
 
 
 def request(*completions: str) -> ScoreRequest:
     return ScoreRequest(inputs=[ScoreInput(prompt="red", completions=list(completions))])
+
+
+def scores_of(outcome: Outcome) -> list[list[float]]:
+    assert isinstance(outcome, Scored)
+    return outcome.scores
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +55,23 @@ def settings_for(checkpoint_dir: Path) -> ScoringAppSettings:
 
 def test_a_score_that_is_not_finite_fails_its_own_request_only(poisoned_dir: Path) -> None:
     scorer = CheckpointScorer(settings_for(poisoned_dir), poisoned_dir)
-    alone = scorer.score_requests([request("blue", "green")])
-    together = scorer.score_requests([request("blue", "green"), request("blue", POISON), request("blue", "green")])
-    assert isinstance(together[1], Refusal)
-    assert (together[1].status, together[1].type) == (500, "scoring_failed")
-    for outcome in (together[0], together[2]):
-        assert isinstance(outcome, Scored) and isinstance(alone[0], Scored)
-        assert outcome.scores[0] == pytest.approx(alone[0].scores[0], abs=1e-5)
+    first, poisoned, last = scorer.score_requests([request("blue", "green"), request("blue", POISON), request("stone")])
+    assert isinstance(poisoned, Refusal)
+    assert (poisoned.status, poisoned.type) == (500, "scoring_failed")
+    assert scores_of(first) == scores_of(scorer.score_requests([request("blue", "green")])[0])
+    assert scores_of(last) == scores_of(scorer.score_requests([request("stone")])[0])
+
+
+def test_a_request_scores_the_same_alone_and_inside_any_batch(poisoned_dir: Path) -> None:
+    rng = Random(0)
+    words = [word for word in WORDS if word != POISON]
+    requests = [request(*(" ".join(rng.choices(words, k=rng.randint(0, 80))) for _ in range(rng.randint(1, 5)))) for _ in range(40)]
+    scorer = CheckpointScorer(settings_for(poisoned_dir), poisoned_dir)
+    alone = [scores_of(scorer.score_requests([one])[0]) for one in requests]
+    order = rng.sample(range(40), 40)
+    for index, outcome in zip(order, scorer.score_requests([requests[i] for i in order]), strict=True):
+        for found, expected in zip(scores_of(outcome), alone[index], strict=True):
+            assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_policy_checkpoint_is_refused(poisoned_dir: Path) -> None:

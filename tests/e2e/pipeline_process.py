@@ -1,0 +1,120 @@
+"""Pipelines as a person starts them: one subprocess each, with a session, a run directory and a Ray folder of its own; ended by process id only."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMOKE_CONFIG = "pipelines/configs/smoke.toml"
+STAGE_DEADLINE_S = 300
+"""For one stage on a busy machine; each takes about half a minute on a quiet one."""
+RUN_DEADLINE_S = 900
+EXIT_DEADLINE_S = 60
+POLL_EVERY_S = 0.02
+
+
+def clean_environment(ray_dir: Path) -> dict[str, str]:
+    """This process's environment without any other Ray or run root; a token of its own, so that nothing depends on ~/.ray."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RM_ROBUST_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return kept | {"PATH": path, "RAY_TMPDIR": str(ray_dir), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass
+class Running:
+    """A started command. `session` is its process id: whatever it starts stays in that session, Ray's processes too."""
+
+    process: subprocess.Popen[bytes]
+    output_path: Path
+
+    @property
+    def session(self) -> int:
+        return self.process.pid
+
+    def output(self) -> str:
+        return self.output_path.read_text(errors="replace")
+
+    def wait(self, deadline_s: float = RUN_DEADLINE_S) -> int:
+        """The exit status, once no process of the session is left."""
+        wait_until(lambda: self.process.poll() is not None, deadline_s, lambda: f"{self.process.args} still runs:\n{self.output()[-4000:]}")
+        self.wait_for_empty_session()
+        return self.process.returncode
+
+    def wait_for_empty_session(self) -> None:
+        wait_until(
+            lambda: not session_processes(self.session),
+            EXIT_DEADLINE_S,
+            lambda: f"left behind by {self.process.args}: {session_processes(self.session)}",
+        )
+
+    def wait_for_file(self, folder: Path, pattern: str, deadline_s: float = STAGE_DEADLINE_S) -> None:
+        """Until `folder` holds a match. Fails at once when the command ends before."""
+
+        def found() -> bool:
+            ended = self.process.poll() is not None
+            assert any(folder.glob(pattern)) or not ended, f"ended with {self.process.returncode} before {folder}/{pattern} was there:\n{self.output()[-4000:]}"
+            return any(folder.glob(pattern))
+
+        wait_until(found, deadline_s, lambda: f"no {folder}/{pattern}:\n{self.output()[-4000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL to the driver's process group (local Ray's head is part of it); returns when nothing of the session is left."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.wait_for_empty_session()
+
+    def clean_up(self) -> list[str]:
+        """End what is left of the session, by process id; returns it."""
+        left = session_processes(self.session)
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+        return list(left.values())
+
+
+def start(command: list[str], *, ray_dir: Path, output_path: Path, environment: dict[str, str] | None = None) -> Running:
+    """Start `command` at the repository's root in a new session, both outputs into one file."""
+    with output_path.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=clean_environment(ray_dir) | (environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Running(process, output_path)
+
+
+def session_processes(session: int) -> dict[int, str]:
+    """Process id -> command of everything alive in a session."""
+    found: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            _, _, after_name = (entry / "stat").read_text().rpartition(")")
+            state, _, _, session_id = after_name.split()[:4]
+            if int(session_id) == session and state not in "ZX":
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float, what_is_wrong: Callable[[], str]) -> None:
+    """Poll until `condition`; AssertionError with `what_is_wrong()` after `deadline_s`."""
+    ends_at = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < ends_at, f"not within {deadline_s:.0f} s: {what_is_wrong()}"
+        time.sleep(POLL_EVERY_S)

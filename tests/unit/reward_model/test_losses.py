@@ -1,0 +1,105 @@
+"""Objectives against closed forms worked out by hand, and the laws that tell them apart."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rm_robust.reward_model.losses import BsrScale, Objective, ObjectiveValue, batch_sum_to_zero_penalty, bradley_terry_loss, objective_value
+
+BT, BSR = Objective.BRADLEY_TERRY, Objective.BATCH_SUM_TO_ZERO
+scores = st.floats(-20, 20, width=32)
+pairs = st.lists(st.tuples(scores, scores), min_size=1, max_size=8)
+
+
+def value_of(pairs: list[tuple[float, float]], objective: Objective, *, coefficient: float = 0.1, scale: BsrScale = BsrScale.NONE) -> ObjectiveValue:
+    return objective_value(torch.tensor(pairs), objective=objective, bsr_coefficient=coefficient, bsr_scale=scale)
+
+
+def test_bradley_terry_is_minus_log_sigmoid_of_the_margin() -> None:
+    """sigma(1) = 0.731059, sigma(-2) = 0.119203; -(ln 0.731059 + ln 0.119203) / 2 = (0.313262 + 2.126928) / 2."""
+    assert bradley_terry_loss(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 2.0])).item() == pytest.approx(1.220095, abs=1e-6)
+
+
+def test_equal_scores_cost_ln_2() -> None:
+    assert value_of([(5.0, 5.0)], BT).loss == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_penalty_is_the_square_of_the_mean_of_all_scores() -> None:
+    """(1 + 2 + 3 + 6) / 4 = 3, squared 9: neither the mean of squares (12.5) nor the mean over pairs of squares ((1.5² + 4.5²) / 2 = 11.25)."""
+    assert batch_sum_to_zero_penalty(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 6.0])).item() == pytest.approx(9)
+
+
+def test_bsr_adds_coefficient_times_penalty_and_scales_with_pairs_as_the_released_code_does() -> None:
+    batch = [(1.0, 2.0), (3.0, 6.0)]
+    bt = value_of(batch, BT)
+    plain, scaled = value_of(batch, BSR), value_of(batch, BSR, scale=BsrScale.PAIRS)
+    assert (plain.effective_bsr_coefficient, plain.bsr_term) == pytest.approx((0.1, 0.9))
+    assert (scaled.effective_bsr_coefficient, scaled.bsr_term) == pytest.approx((0.2, 1.8))
+    assert plain.loss == pytest.approx(bt.loss + 0.9)
+    assert (bt.effective_bsr_coefficient, bt.bsr_term) == (0, 0)
+    assert bt.batch_mean_score == plain.batch_mean_score == pytest.approx(3)
+
+
+@given(batch=pairs, shift=st.floats(-5, 5, width=32))
+def test_a_shift_of_all_scores_leaves_bradley_terry_alone(batch: list[tuple[float, float]], shift: float) -> None:
+    moved = [(chosen + shift, rejected + shift) for chosen, rejected in batch]
+    before, after = value_of(batch, BT), value_of(moved, BT)
+    assert after.loss == pytest.approx(before.loss, abs=1e-4)
+    torch.testing.assert_close(after.gradient_B2, before.gradient_B2, atol=1e-5, rtol=0)
+
+
+@given(batch=pairs, shift=st.sampled_from([-3.0, -0.5, 1.0, 4.0]))
+def test_a_shift_of_all_scores_moves_bsr_by_the_change_of_the_squared_mean(batch: list[tuple[float, float]], shift: float) -> None:
+    """c ((m + s)² - m²) = c s (2 m + s)."""
+    moved = [(chosen + shift, rejected + shift) for chosen, rejected in batch]
+    mean = sum(map(sum, batch)) / (2 * len(batch))
+    change = value_of(moved, BSR).loss - value_of(batch, BSR).loss
+    assert change == pytest.approx(0.1 * shift * (2 * mean + shift), abs=2e-3)
+
+
+@given(batch=pairs, scale=st.sampled_from(BsrScale))
+def test_bsr_pulls_every_score_alike_by_coefficient_times_mean_over_pairs(batch: list[tuple[float, float]], scale: BsrScale) -> None:
+    """d(c m²)/d(score) = 2 c m / 2B = c m / B: it never looks at a single score and never opposes a margin."""
+    bsr, bt = value_of(batch, BSR, scale=scale), value_of(batch, BT)
+    mean = sum(map(sum, batch)) / (2 * len(batch))
+    expected = bsr.effective_bsr_coefficient * mean / len(batch)
+    torch.testing.assert_close(bsr.gradient_B2 - bt.gradient_B2, torch.full((len(batch), 2), expected), atol=1e-5, rtol=1e-4)
+
+
+@given(batch=pairs)
+def test_the_gradient_is_that_of_the_closed_form(batch: list[tuple[float, float]]) -> None:
+    """d/d(chosen) = -sigma(-margin) / B and the opposite for rejected (paper Eq. 17-22 on one score)."""
+    expected = [[-1 / (1 + math.exp(c - r)) / len(batch), 1 / (1 + math.exp(c - r)) / len(batch)] for c, r in batch]
+    torch.testing.assert_close(value_of(batch, BT).gradient_B2, torch.tensor(expected), atol=1e-6, rtol=1e-4)
+
+
+@given(batch=pairs)
+def test_on_one_pair_scaled_bsr_is_reward_centering_at_a_quarter_of_the_coefficient(batch: list[tuple[float, float]]) -> None:
+    """TRL's centering: coefficient * (chosen + rejected)². PAPER.md section 9."""
+    chosen, rejected = batch[0]
+    assert value_of([(chosen, rejected)], BSR, scale=BsrScale.PAIRS).bsr_term == pytest.approx(0.1 / 4 * (chosen + rejected) ** 2, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", Objective)
+@pytest.mark.parametrize("pair", [(1e4, -1e4), (-1e4, 1e4), (1e4, 1e4), (-1e4, -1e4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_finite_at_huge_scores(objective: Objective, pair: tuple[float, float], dtype: torch.dtype) -> None:
+    value = objective_value(torch.tensor([pair], dtype=dtype), objective=objective, bsr_coefficient=1e-3, bsr_scale=BsrScale.PAIRS)
+    assert math.isfinite(value.loss)
+    assert value.gradient_B2.dtype is torch.float32
+    assert value.gradient_B2.isfinite().all()
+
+
+def test_a_lost_pair_is_penalised_by_its_margin_however_large() -> None:
+    assert value_of([(-1e4, 1e4)], BT).loss == pytest.approx(2e4)
+    assert value_of([(-1e4, 1e4)], BT).gradient_B2.tolist() == [[-1.0, 1.0]]
+
+
+def test_the_objective_leaves_the_graph_of_the_scores_alone() -> None:
+    scores_B2 = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    value = objective_value(scores_B2 * 1, objective=BSR, bsr_coefficient=1.0, bsr_scale=BsrScale.NONE)
+    assert scores_B2.grad is None
+    assert not value.gradient_B2.requires_grad
