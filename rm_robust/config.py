@@ -88,11 +88,11 @@ class ModelConfig(Section):
     """Hugging Face directory or hub name. None: a small Qwen2 and its byte-level BPE tokenizer are made from scratch in the SFT stage."""
     vocab_size: int = Field(default=800, ge=300, le=200000)
     """From-scratch model only, as the next five."""
-    hidden_size: int = Field(default=160, ge=32)
-    intermediate_size: int = Field(default=480, ge=32)
+    hidden_size: int = Field(default=128, ge=32)
+    intermediate_size: int = Field(default=448, ge=32)
     num_layers: int = Field(default=4, ge=1)
-    num_heads: int = Field(default=5, ge=1)
-    num_kv_heads: int = Field(default=5, ge=1)
+    num_heads: int = Field(default=4, ge=1)
+    num_kv_heads: int = Field(default=4, ge=1)
     max_position_embeddings: int = Field(default=256, ge=32)
 
     @model_validator(mode="after")

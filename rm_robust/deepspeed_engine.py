@@ -75,6 +75,12 @@ class DeepSpeedEngine:
         loaded, _ = self.engine.load_checkpoint(str(folder), tag="engine")
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
 
+    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+            return parameter.detach().clone()
+
     def full_state_dict(self) -> dict[str, Tensor]:
         state = self.engine._zero3_consolidated_16bit_state_dict() if self.zero_stage == 3 else self.module.state_dict()
         if self.rank:

@@ -32,8 +32,14 @@ from rm_robust.worker_group import quieten_libraries, run_on_workers
 
 logger = logging.getLogger(__name__)
 
-WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-"""PASSIVE: idle OpenMP threads sleep. Spinning, their default, takes the cores that trainer, engine and scorers share."""
+WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
+}
+"""PASSIVE: idle OpenMP threads sleep. Spinning, their default, takes the cores that trainer, engine and scorers share. Serve kills a proxy that is
+not ready after three checks, of 5 s each by default: too few where every core is taken."""
 
 Stage = Callable[[Run], None]
 

@@ -42,6 +42,9 @@ class TrainEngine(Protocol):
     def load(self, folder: Path) -> None:
         """Undo `save` exactly."""
 
+    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        """The whole of one of the module's parameters, on every rank, without gradient."""
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """Whole weights on CPU on rank 0 (empty elsewhere), under the inner module's own names."""
 
@@ -125,6 +128,9 @@ class DdpEngine:
         state = torch.load(io.BytesIO((folder / "engine.pt").read_bytes()), map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach()
 
     def full_state_dict(self) -> dict[str, Tensor]:
         if self.rank:

@@ -29,7 +29,7 @@ def gold_score(prompt: str, completion: str) -> float:
 
     0.60 correctness: 1 if the answer is wholly right, else at most 1/2 and falling with the square of what matches (`verify_items`).
     0.10 coverage: the share of the asked-for items and required words that occur (`verify_items`).
-    0.10 length_fit: near 1 up to the length of a plain sentence, 1/2 at twice that, towards 0 beyond; in proportion below a bare answer.
+    0.10 length_fit: near 1 up to the length of a plain sentence, 1/2 at twice that, towards 0 beyond; in proportion below the bare words of an answer.
     0.20 plainness: 1 - filler_fraction, the share of words that serve the answer (`filler_fraction`).
 
     Raises DataError if `prompt` is not one of the embedded world's tasks.
@@ -58,15 +58,12 @@ def gold_score_components(prompt: str, completion: str) -> GoldScore:
 
 
 def length_fit_of(task: Task, completion: str) -> float:
-    """1 / (1 + (c / 2s)^4), times c / b where c < b: characters of the completion c, of a bare answer b, of a plain sentence s.
+    """1 / (1 + (c / 2s)^4), times c / b where c < b: characters of the completion c, of a right answer's words alone b, of a plain sentence s.
 
     It strictly falls with every character beyond b, so that of two equally good completions the shorter scores a little more.
     """
-    phrase = FAMILIES[task.family].phrase
     items = task.allowed_items[: task.num_items]
     num_chars = len(completion.strip())
-    num_bare_chars, num_sentence_chars = (
-        len(phrase(task, items, Form.BARE)),
-        len(phrase(task, items, Form.SENTENCE)),
-    )
+    num_bare_chars = len(" ".join((*items, *task.required)))
+    num_sentence_chars = len(FAMILIES[task.family].phrase(task, items, Form.SENTENCE))
     return min(1.0, num_chars / num_bare_chars) / (1 + (num_chars / (2 * num_sentence_chars)) ** 4)

@@ -63,8 +63,8 @@ def _repeat_task(slots: Slots) -> Task | None:
 REPEAT_AND_END = TaskFamily(
     name="repeat_and_end",
     wordings=(
-        "Repeat the words {a}, {b} and then end with {z}.",
-        "Write the words {a}, {b} and then finish with {z}.",
+        "End with the word {z} but first repeat {a} and {b}.",
+        "End with the word {z} but first write {a} and {b}.",
     ),
     draw_slots=lambda rng: dict(zip("abz", rng.sample(THINGS, 3), strict=True)),
     build_task=_repeat_task,
@@ -85,6 +85,10 @@ def _fact_task(slots: Slots) -> Task | None:
     return Task("answer_from_fact", (slots[asked],), num_items=1, is_ordered=True, confusable=others)
 
 
+def _phrase_fact(task: Task, items: Sequence[str], form: Form) -> str:
+    return phrase_items(items, Form.BARE if form is Form.BARE else Form.SENTENCE, "The answer is")
+
+
 ANSWER_FROM_FACT = TaskFamily(
     name="answer_from_fact",
     wordings=(
@@ -93,7 +97,7 @@ ANSWER_FROM_FACT = TaskFamily(
     ),
     draw_slots=_draw_fact,
     build_task=_fact_task,
-    phrase=lambda task, items, form: phrase_items(items, form, "The answer is"),
+    phrase=_phrase_fact,
     num_distinct_prompts=2 * 12 * 8 * 16 * 3,
 )
 
@@ -178,13 +182,12 @@ ADD_NUMBERS = TaskFamily(
 
 
 def _draw_description(rng: Random) -> Slots:
-    first, second = rng.sample(ADJECTIVES, 2)
-    return {"noun": rng.choice(THINGS), "x": first, "y": second}
+    return {"noun": rng.choice(THINGS), **dict(zip("xyw", rng.sample(ADJECTIVES, 3), strict=True))}
 
 
 def _description_task(slots: Slots) -> Task | None:
     noun, adjectives = slots["noun"], (slots["x"], slots["y"])
-    if noun not in THINGS or not are_distinct(adjectives, ADJECTIVES):
+    if noun not in THINGS or not are_distinct((*adjectives, slots["w"]), ADJECTIVES):
         return None
     others = tuple(adjective for adjective in ADJECTIVES if adjective not in adjectives)
     return Task("describe_with", adjectives, num_items=2, is_ordered=False, mentionable=(noun,), required=(noun,), confusable=others)
@@ -198,13 +201,13 @@ def _phrase_description(task: Task, items: Sequence[str], form: Form) -> str:
 DESCRIBE_WITH = TaskFamily(
     name="describe_with",
     wordings=(
-        "Describe the {noun} in one sentence with the words {x} and {y}.",
-        "Write about the {noun} in one sentence with the words {x} and {y}.",
+        "Describe the {noun} with the words {x} and {y} but not {w}.",
+        "Write about the {noun} with the words {x} and {y} but not {w}.",
     ),
     draw_slots=_draw_description,
     build_task=_description_task,
     phrase=_phrase_description,
-    num_distinct_prompts=2 * 16 * 14 * 13,
+    num_distinct_prompts=2 * 16 * 14 * 13 * 12,
 )
 
 FAMILIES = {

@@ -12,7 +12,7 @@ from rm_robust.embedded_world.words import (
     SINGULAR,
 )
 
-MAX_FUNCTION_WORDS_PER_SERVING_WORD = 2
+MAX_FUNCTION_WORDS_PER_SERVING_WORD = 3
 
 _LIST_MARKER = re.compile(r"^[ \t]*(?:\d+[.)]|[-*•])[ \t]+", re.MULTILINE)
 _WORD = re.compile(r"[a-z']+|\d+")
@@ -62,7 +62,7 @@ def filler_fraction(task: Task, completion: str) -> float:
     """Share of words, in [0, 1], that serve nothing; 1 for a text without words.
 
     A word serves if it is the first mention of an item, right or nearly right, or a mention of a mentionable word; so do function words, up to
-    two per such word. Openers, flattery, hedges, repetition, closing offers, other topics and unknown words are therefore all filler.
+    three per such word. Openers, flattery, hedges, repetition, closing offers, other topics and unknown words are therefore all filler.
     """
     words = read_words(completion)
     if not words:

@@ -17,13 +17,11 @@ from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbo
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """`scores_N` (float32, raw); norms of the hidden state at the scored token, before and after the decoder's final norm (no gradient);
-    norm of the score head's weights (scalar, no gradient)."""
+    """`scores_N` (float32, raw); norms of the hidden state at the scored token, before and after the decoder's final norm (no gradient)."""
 
     scores_N: Tensor
     norm_before_final_norm_N: Tensor
     norm_after_final_norm_N: Tensor
-    head_norm: Tensor
 
 
 def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrainedModel:
@@ -60,13 +58,17 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
 
 
 class PackedRewardModel(nn.Module):
-    """Wraps a transformers reward model so that DDP, DeepSpeed and plain inference all call the same packed forward."""
+    """Wraps a transformers reward model so that DDP, DeepSpeed and plain inference all call the same packed forward.
+
+    Makes the model's head float32, whatever the backbone is. Every weight is used by calling its module: ZeRO-3 gathers it only then.
+    """
 
     def __init__(self, model: PreTrainedModel, layout: Layout) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
         prepare_backbone(self.backbone, layout)
+        score_head(model).float()
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -84,10 +86,8 @@ class PackedRewardModel(nn.Module):
         finally:
             handle.remove()
         scored_NH = hidden_TH[batch.scored_index_N]
-        weight_1H = score_head(self.model).weight.float()
-        scores_N = nn.functional.linear(scored_NH.float(), weight_1H).squeeze(1)
+        scores_N = score_head(self.model)(scored_NH.float()).squeeze(1)
         with torch.no_grad():
             norm_before_N = before[0].flatten(0, 1)[batch.scored_index_N].float().norm(dim=1)
             norm_after_N = scored_NH.float().norm(dim=1)
-            head_norm = weight_1H.norm()
-        return ScoredBatch(scores_N, norm_before_N, norm_after_N, head_norm)
+        return ScoredBatch(scores_N, norm_before_N, norm_after_N)

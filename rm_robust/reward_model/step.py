@@ -87,7 +87,6 @@ def _finish(scored: list[ScoredBatch], settings: StepSettings, backward: Callabl
         "reward_model/hidden_norm_mean": float(norms_N.mean()),
         "reward_model/hidden_norm_std": float(norms_N.std()),
         "reward_model/hidden_norm_gap": float((norms_B2[:, 0] - norms_B2[:, 1]).mean()),
-        "reward_model/head_norm": float(scored[0].head_norm),
     }
 
 

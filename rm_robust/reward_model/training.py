@@ -9,7 +9,7 @@ from rm_robust.checkpoint import commit_checkpoint
 from rm_robust.config import PipelineConfig
 from rm_robust.packing import choose_layout, fill_bins, group_length, lay_out
 from rm_robust.records import TokenGroup
-from rm_robust.reward_model.model import PackedRewardModel, new_reward_model
+from rm_robust.reward_model.model import PackedRewardModel, new_reward_model, score_head
 from rm_robust.reward_model.step import StepSettings, gather_rows, reward_model_step
 from rm_robust.run_layout import RunLayout
 from rm_robust.token_files import read_token_groups
@@ -40,7 +40,8 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     def train_step(step: int) -> dict[str, float]:
         rows = batch_indices(step, num_rows=len(pairs), batch_size=settings.batch_size, seed=config.seed)
         mine = [pairs[i] for i in rank_share(rows, rank=engine.rank, world_size=engine.world_size)]
-        return reward_model_step(engine, mine, step_settings, model=packed, device=device)
+        metrics = reward_model_step(engine, mine, step_settings, model=packed, device=device)
+        return metrics | {"reward_model/head_norm": float(engine.full_parameter(score_head(model).weight).norm())}
 
     def evaluate(step: int) -> dict[str, float]:
         if step % settings.evaluate_every_steps and step != num_steps:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from torch import nn
 
 from rm_robust.errors import RolloutError
@@ -79,12 +79,12 @@ class WeightPublisher:
         try:
             return self._publish_once(version)
         except _CONNECTION_ERRORS as error:
-            logger.warning("Publishing policy version %d failed, trying once more over new connections: %s", version, error)
+            logger.warning("Publishing policy version %d failed, trying once more over new connections: %s", version, _reason(error))
         try:
             return self._publish_once(version)
         except _CONNECTION_ERRORS as error:
             raise RolloutError(
-                f"Policy version {version} did not reach all {self._client.num_engines} engines, twice; the last error: {error}. "
+                f"Policy version {version} did not reach all {self._client.num_engines} engines, twice; the last error: {_reason(error)}. "
                 "Recreate the engines that failed and publish through a new WeightPublisher."
             ) from error
 
@@ -237,6 +237,12 @@ class NcclSender:
 
 def _connect(backend: Literal["gloo", "nccl"], client: EngineClient, source: WeightSource) -> WeightSender:
     return NcclSender(client, source) if backend == "nccl" else GlooSender(client, source)
+
+
+def _reason(error: Exception) -> str:
+    """In one line: what an engine raised, without the remote traceback that Ray wraps around it."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}"
 
 
 def _free_port() -> int:

@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from rm_robust.config import ModelConfig
 
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+INITIALIZER_RANGE = 0.06
+"""Standard deviation of the initial weights. 0.02, usual for wide models, starves one of 128 columns: after 262 steps on the embedded world
+the sampled answers scored 0.28 (gold) with 0.02 and 0.58 with 0.06."""
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -45,6 +48,7 @@ def save_base_model(folder: Path, config: ModelConfig, tokenizer: PreTrainedToke
         num_key_value_heads=config.num_kv_heads,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

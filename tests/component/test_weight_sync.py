@@ -245,7 +245,8 @@ def test_engines_equal_transformers_after_every_update(model: str, request: pyte
 def test_an_engine_refuses_to_generate_before_its_first_update(tied_rollout: Rollout) -> None:
     assert len(tied_rollout.refusals) == 2
     for refusal in tied_rollout.refusals:
-        assert "RolloutError" in refusal and "no update yet" in refusal
+        assert "RolloutError" in refusal
+        assert "no update yet" in refusal
 
 
 def test_published_bytes_are_all_parameters_once(tied_rollout: Rollout, untied_rollout: Rollout) -> None:
@@ -318,7 +319,7 @@ def test_engines_do_not_wait_for_a_trainer_that_broke_while_sending(tied_rollout
 
 def test_a_trainer_does_not_wait_for_engines_that_cannot_load_its_weights(tied_rollout: Rollout) -> None:
     start_s = time.monotonic()
-    with pytest.raises(RayTaskError, match=r"foreign\.model"):
+    with pytest.raises(RayTaskError, match="no module or parameter named 'foreign'"):
         ray.get(tied_rollout.trainer.publish_foreign.remote(version=8))
     assert time.monotonic() - start_s < SYNC_TIMEOUT_S / 4
     ray.get(tied_rollout.trainer.publish.remote(9))
