@@ -234,6 +234,13 @@ class ServeConfig(Section):
     gold_replica: ReplicaConfig = ReplicaConfig()
     request_timeout_s: float = Field(default=60, gt=0)
 
+    @field_validator("host")
+    @classmethod
+    def _loopback_only(cls, value: str) -> str:
+        if value not in ("127.0.0.1", "localhost"):
+            raise ValueError("scorers have no keys yet, so they listen on loopback only; set serve.host to 127.0.0.1")
+        return value
+
 
 class RlooConfig(Section):
     """REINFORCE leave-one-out against the served reward model."""

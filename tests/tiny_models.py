@@ -1,13 +1,21 @@
 """Tiny random models for tests: real architectures, no tokenizer, the same weights for the same seed."""
 
+import json
 from pathlib import Path
 from random import Random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
+from rm_robust.chat import ChatFormat
+from rm_robust.config import ModelConfig
+from rm_robust.data_pipeline import TokenLimits, tokenise_text
 from rm_robust.records import TokenGroup
-from rm_robust.sft.from_scratch import make_tokenizer
+from rm_robust.rows import RowKind
+from rm_robust.sft.from_scratch import make_tokenizer, save_base_model
+from rm_robust.token_files import TOKEN_SCHEMA
 
 VOCABULARY_SIZE = 512
 
@@ -75,3 +83,20 @@ def tiny_reward_model(*, seed: int = 0) -> Qwen2ForSequenceClassification:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen2ForSequenceClassification(config)
+
+
+def save_tiny_language_model(folder: Path, *, seed: int = 0, num_positions: int = 128) -> Path:
+    """What SFT starts from and RLOO's policy: a random causal LM (tied embeddings) and its tokenizer as a Hugging Face directory."""
+    config = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=1, num_kv_heads=1, max_position_embeddings=num_positions)
+    with torch.random.fork_rng():
+        save_base_model(folder, config, tiny_tokenizer(), seed=seed)
+    return folder
+
+
+def write_token_groups(folder: Path, rows: list[dict[str, object]], *, kind: RowKind, chat: ChatFormat) -> None:
+    """Tokenised rows as the data pipeline commits them for one scenario; `rows` as in a user's file, none of them dropped."""
+    limits = TokenLimits(max_prompt_tokens=100, max_completion_tokens=100, max_dropped_fraction=0)
+    tokenised = [tokenise_text(json.dumps(row), scenario=folder.name, kind=kind, chat=chat, limits=limits) for row in rows]
+    assert not any(row["drop_reason"] for row in tokenised), tokenised
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(tokenised, schema=TOKEN_SCHEMA).drop_columns(["scenario", "drop_reason", "row_text"]), folder / "part-00000.parquet")

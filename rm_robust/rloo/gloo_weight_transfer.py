@@ -8,10 +8,10 @@ prepacked oneDNN copy, when all of its parameters have arrived. Three gaps of th
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -73,10 +73,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             ParameterSpec(name, getattr(torch, dtype_name), tuple(shape))
             for name, dtype_name, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         ]
+        model: Any = self.model
         loaded_names: set[str] = set()
 
         def load(weights: list[tuple[str, Tensor]]) -> None:
-            loaded_names.update(self.model.load_weights(weights))
+            loaded_names.update(model.load_weights(weights))
 
         receive_weights(self._group, specs, load)
         missing = sorted(self._parameter_names - loaded_names)
@@ -92,14 +93,16 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group = None
 
 
-def repack_tied_heads(model: nn.Module) -> None:
+def repack_tied_heads(model: Any) -> None:
     """Pack every CPU output head again from its parameter, which a tied head shares with the embedding that was just updated."""
     for module in model.modules():
-        if isinstance(module, ParallelLMHead) and getattr(module, "cpu_linear", None) is not None and module.weight.numel():
-            module.quant_method.process_weights_after_loading(module)
+        if isinstance(module, ParallelLMHead):
+            head: Any = module  # mypy takes the attributes of a module for tensors
+            if getattr(head, "cpu_linear", None) is not None and head.weight.numel():
+                head.quant_method.process_weights_after_loading(head)
 
 
-def _forget_aborted_update(model: nn.Module) -> None:
+def _forget_aborted_update(model: Any) -> None:
     """Drop parameters that waited for the rest of their layer when an update was aborted."""
     for module in model.modules():
         info = get_layerwise_info(module)

@@ -7,8 +7,10 @@ An engine refuses to generate until its first confirmed update, also after a res
 but nobody vouches for its version. vllm is imported when the engine is built, so that drivers and trainers can import this file.
 """
 
+import logging
 import math
 import os
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +20,7 @@ from rm_robust.records import Completion, GenerationRequest, PromptCompletions
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.logprobs import Logprob
     from vllm.outputs import CompletionOutput, RequestOutput
 
 
@@ -75,6 +78,7 @@ class RolloutEngine:
         _check_settings(model_dir, device, tensor_parallel_size, weight_transfer_backend)
         from vllm import LLM
 
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns that a machine without GPU has no triton
         cpu_settings: dict[str, Any] = {
             "enforce_eager": True,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
@@ -131,10 +135,11 @@ class RolloutEngine:
         token_ids = prompt_ids + completion_ids
         self._check_fit([(token_ids, 1)])
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        positions = self._run([token_ids], [params])[0].prompt_logprobs
-        if positions is None or len(positions) != len(token_ids):
-            raise RolloutError(f"vLLM returned {positions and len(positions)} log-probabilities for {len(token_ids)} tokens.")
-        return [positions[index][token_ids[index]].logprob for index in range(len(prompt_ids), len(token_ids))]
+        positions = self._run([token_ids], [params])[0].prompt_logprobs or []
+        logprobs = _logprobs_of(completion_ids, positions[len(prompt_ids) :])
+        if not all(map(math.isfinite, logprobs)):
+            raise RolloutError(f"vLLM returned {sum(map(math.isfinite, logprobs))} finite log-probabilities for {len(completion_ids)} tokens.")
+        return logprobs
 
     def policy_version(self) -> int | None:
         """The version that completions are sampled with; None while the engine refuses to generate."""
@@ -201,7 +206,9 @@ class RolloutEngine:
                 )
 
     def _run(self, prompts: list[list[int]], params: list["SamplingParams"]) -> list["RequestOutput"]:
-        outputs = self._llm.generate([{"prompt_token_ids": prompt_ids} for prompt_ids in prompts], params, use_tqdm=False)
+        from vllm import TokensPrompt
+
+        outputs = self._llm.generate([TokensPrompt(prompt_token_ids=prompt_ids) for prompt_ids in prompts], params, use_tqdm=False)
         if [output.prompt_token_ids for output in outputs] != prompts:
             raise RolloutError(f"vLLM answered {len(outputs)} requests, not the {len(prompts)} prompts it was given in their order.")
         return outputs
@@ -252,8 +259,14 @@ def _completion(request: GenerationRequest, sample: "CompletionOutput", version:
     spans = [(span.version, span.start, span.end) for span in sample.weight_versions or []]
     if spans != [(str(version), 0, len(token_ids))]:
         raise RolloutError(f"{where} was sampled by weight versions {spans}, expected only {version} for all {len(token_ids)} tokens.")
-    positions = sample.logprobs or []
-    logprobs = [position[token_id].logprob for position, token_id in zip(positions, token_ids, strict=False)]
-    if not token_ids or len(positions) != len(token_ids) or not all(map(math.isfinite, logprobs)):
+    logprobs = _logprobs_of(token_ids, sample.logprobs or [])
+    if not token_ids or not all(map(math.isfinite, logprobs)):
         raise RolloutError(f"{where} has {len(token_ids)} tokens but {sum(map(math.isfinite, logprobs))} finite log-probabilities.")
     return Completion(token_ids, logprobs, is_truncated=sample.finish_reason == "length", policy_version=version)
+
+
+def _logprobs_of(token_ids: list[int], positions: "Sequence[dict[int, Logprob] | None]") -> list[float]:
+    """The log-probability of each token; NaN where vLLM gave none."""
+    if len(positions) != len(token_ids):
+        return [math.nan] * len(token_ids)
+    return [position[token_id].logprob if position else math.nan for token_id, position in zip(token_ids, positions, strict=True)]

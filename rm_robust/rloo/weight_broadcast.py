@@ -14,8 +14,8 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore, Work  # type: ignore[attr-defined]
 
 from rm_robust.errors import RolloutError
 
@@ -118,26 +118,26 @@ def checksum(buffer: Tensor) -> int:
     return int(buffer.view(torch.int64).sum())
 
 
-def host_store(address: str, world_size: int, timeout_s: float) -> dist.TCPStore:
+def host_store(address: str, world_size: int, timeout_s: float) -> TCPStore:
     """Start the rendezvous on a free port (`.port`); the trainer does, and keeps it as long as its group."""
-    return dist.TCPStore(address, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    return TCPStore(address, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
-def join_store(address: str, port: int, world_size: int, timeout_s: float) -> dist.TCPStore:
-    return dist.TCPStore(address, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+def join_store(address: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
+    return TCPStore(address, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
-def open_group(store: dist.TCPStore, rank: int, world_size: int, timeout_s: float) -> dist.ProcessGroupGloo:
+def open_group(store: TCPStore, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
     """Connect to all other ranks. Blocks until they have come, at most `timeout_s`; no broadcast waits longer than that either."""
-    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, timedelta(seconds=timeout_s))
+    return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timedelta(seconds=timeout_s))
 
 
-def send_weights(group: dist.ProcessGroupGloo, source: WeightSource) -> int:
+def send_weights(group: ProcessGroupGloo, source: WeightSource) -> int:
     """Broadcast every parameter of `source` and return the bytes sent. RuntimeError from gloo when an engine has gone."""
     weights = iter(source)
     checksums: list[int] = []
     num_bytes = 0
-    on_wire: dist.Work | None = None
+    on_wire: Work | None = None
     for chunk in plan_chunks(source.metadata()):
         buffer = pack(chunk, weights)
         checksums.append(checksum(buffer))
@@ -154,7 +154,7 @@ def send_weights(group: dist.ProcessGroupGloo, source: WeightSource) -> int:
     return num_bytes
 
 
-def receive_weights(group: dist.ProcessGroupGloo, specs: list[ParameterSpec], load: Callable[[list[tuple[str, Tensor]]], None]) -> None:
+def receive_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], load: Callable[[list[tuple[str, Tensor]]], None]) -> None:
     """Receive what `send_weights` sends and hand each chunk to `load`, which may keep the tensors: no buffer is used twice.
 
     Raises RolloutError when the bytes of a chunk are not those that were sent; its weights have been loaded by then.
@@ -180,14 +180,15 @@ def _padded_bytes(spec: ParameterSpec) -> int:
     return math.ceil(spec.num_bytes / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _start_receiving(group: dist.ProcessGroupGloo, chunk: list[ParameterSpec]) -> tuple[Tensor, dist.Work]:
+def _start_receiving(group: ProcessGroupGloo, chunk: list[ParameterSpec]) -> tuple[Tensor, Work]:
     buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
     return buffer, _start_broadcast(group, buffer)
 
 
-def _start_broadcast(group: dist.ProcessGroupGloo, buffer: Tensor) -> dist.Work:
+def _start_broadcast(group: ProcessGroupGloo, buffer: Tensor) -> Work:
     """`dist.broadcast` needs a registered group; the group's own method does not."""
-    options = dist.BroadcastOptions()
+    options = BroadcastOptions()
     options.rootRank = _TRAINER_RANK
     options.rootTensor = 0
-    return group.broadcast([buffer], options)
+    work: Work = group.broadcast([buffer], options)  # type: ignore[attr-defined]
+    return work

@@ -57,7 +57,7 @@ class WeightPublisher:
 
     def __init__(
         self,
-        engines: Sequence[ActorHandle],
+        engines: Sequence[ActorHandle[Any]],
         source: nn.Module | WeightSource,
         *,
         backend: Literal["gloo", "nccl"],
@@ -113,7 +113,7 @@ class WeightPublisher:
 class EngineClient:
     """Calls all engines at once. The method names without `begin_` are those of vLLM's `VLLMWeightSyncClient` protocol."""
 
-    def __init__(self, engines: Sequence[ActorHandle], *, tensor_parallel_size: int, timeout_s: float) -> None:
+    def __init__(self, engines: Sequence[ActorHandle[Any]], *, tensor_parallel_size: int, timeout_s: float) -> None:
         assert engines, "a publisher needs at least one engine"
         self._engines = list(engines)
         self._tensor_parallel_size = tensor_parallel_size
@@ -128,10 +128,10 @@ class EngineClient:
         """The trainer and every worker of every engine."""
         return 1 + self.num_engines * self._tensor_parallel_size
 
-    def wait(self, calls: list[ObjectRef]) -> list[Any]:
+    def wait(self, calls: list[ObjectRef[Any]]) -> list[Any]:
         return ray.get(calls, timeout=self.timeout_s)
 
-    def raise_first_failure(self, calls: list[ObjectRef]) -> None:
+    def raise_first_failure(self, calls: list[ObjectRef[Any]]) -> None:
         """Raise the error of the first engine to answer; returns when none answers within a second."""
         answered, _ = ray.wait(calls, num_returns=1, timeout=1.0)
         ray.get(answered)
@@ -140,14 +140,14 @@ class EngineClient:
         """Raises RayError at once when an engine is dead, where joining a group with it would wait out the timeout."""
         self.wait([engine.policy_version.remote() for engine in self._engines])
 
-    def begin_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> list[ObjectRef]:
+    def begin_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> list[ObjectRef[Any]]:
         """Give each engine its own ranks: vLLM's own Ray client sends one `rank_offset` to all, and several engines then wait for each other."""
         return [
             engine.init_weight_transfer_engine.remote({**init_info, "rank_offset": 1 + index * self._tensor_parallel_size})
             for index, engine in enumerate(self._engines)
         ]
 
-    def begin_update_weights(self, update_info: dict[str, Any]) -> list[ObjectRef]:
+    def begin_update_weights(self, update_info: dict[str, Any]) -> list[ObjectRef[Any]]:
         return [engine.update_weights.remote(update_info) for engine in self._engines]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -156,7 +156,8 @@ class EngineClient:
     def start_weight_update(self) -> None:
         self.wait([engine.start_weight_update.remote() for engine in self._engines])
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        assert isinstance(update_info, dict), "one update for all workers"
         self.wait(self.begin_update_weights(update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -225,7 +226,8 @@ class NcclSender:
         address = ray.util.get_node_ip_address()
         info = NCCLTrainerInitInfo(master_address=address, master_port=_free_port(), world_size=client.world_size, rank=0)
         self._source = source
-        self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+        vllm_source: Any = source  # vLLM's dense NCCL sender calls nothing but the two methods of our protocol
+        self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=vllm_source)
 
     def send(self) -> int:
         self._trainer.send_weights()
@@ -248,4 +250,4 @@ def _reason(error: Exception) -> str:
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
-        return listener.getsockname()[1]
+        return int(listener.getsockname()[1])

@@ -4,24 +4,26 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.pipeline_process import SMOKE_CONFIG, Running, start
+from tests.e2e.pipeline_process import SMOKE_CONFIG, Running, clean_environment, start
 
 
-@dataclass
 class Launcher:
-    """Starts commands with one Ray folder; their outputs go to `output_dir`."""
+    """Starts commands with one Ray folder and one Ray token; their outputs go to `output_dir`."""
 
-    ray_dir: Path
-    output_dir: Path
-    started: list[Running] = field(default_factory=list)
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.ray_dir = Path(tempfile.mkdtemp(prefix="rme", dir="/tmp"))  # a short name: Ray puts Unix sockets below it
+        self.environment = clean_environment(self.ray_dir)
+        self.started: list[Running] = []
 
     def command(self, *command: str, environment: dict[str, str] | None = None) -> Running:
-        running = start(list(command), ray_dir=self.ray_dir, output_path=self.output_dir / f"output-{len(self.started)}.txt", environment=environment)
+        output_path = self.output_dir / f"output-{len(self.started)}.txt"
+        running = start(list(command), environment=self.environment | (environment or {}), output_path=output_path)
         self.started.append(running)
         return running
 
@@ -46,7 +48,7 @@ class SmokeRun:
 
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[Launcher]:
-    launched = new_launcher(tmp_path)
+    launched = Launcher(tmp_path)
     yield launched
     launched.close()
 
@@ -55,15 +57,10 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     """Read it, never write to it: many tests share it."""
     folder = tmp_path_factory.mktemp("smoke")
-    launched = new_launcher(folder)
+    launched = Launcher(folder)
     try:
         running = launched.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"))
         exit_status = running.wait()
     finally:
         launched.close()
     return SmokeRun(folder / "run", exit_status, running.output())
-
-
-def new_launcher(output_dir: Path) -> Launcher:
-    """Its Ray folder has a short name: Ray puts Unix sockets below it."""
-    return Launcher(Path(tempfile.mkdtemp(prefix="rme", dir="/tmp")), output_dir)

@@ -81,17 +81,11 @@ class Running:
         return list(left.values())
 
 
-def start(command: list[str], *, ray_dir: Path, output_path: Path, environment: dict[str, str] | None = None) -> Running:
+def start(command: list[str], *, environment: dict[str, str], output_path: Path) -> Running:
     """Start `command` at the repository's root in a new session, both outputs into one file."""
     with output_path.open("wb") as output:
         process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=clean_environment(ray_dir) | (environment or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     return Running(process, output_path)
 

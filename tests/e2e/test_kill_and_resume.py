@@ -25,6 +25,10 @@ def lines_of(run_dir: Path, stage: str) -> list[dict[str, float]]:
     return [line for line in map(json.loads, texts) if line["stage"] == stage]
 
 
+def is_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4)
+
+
 def check_resumed(run_dir: Path, stage: str, before: list[dict[str, float]], committed: int, *, num_steps: int) -> None:
     """Lines up to the committed step are those written before the kill; later ones were written again, at most an interval of them."""
     after = lines_of(run_dir, stage)
@@ -58,5 +62,5 @@ def test_a_run_killed_in_sft_and_in_rloo_ends_as_one_never_killed(smoke_run: Smo
         for own, uninterrupted in zip(lines_of(run_dir, stage), lines_of(smoke_run.run_dir, stage), strict=True):
             assert own.keys() == uninterrupted.keys()
             repeatable = [key for key in own if key != "stage" and not key.startswith(NOT_REPEATABLE)]
-            different = {key: (own[key], uninterrupted[key]) for key in repeatable if not math.isclose(own[key], uninterrupted[key], rel_tol=1e-3, abs_tol=1e-4)}
+            different = {key: (own[key], uninterrupted[key]) for key in repeatable if not is_close(own[key], uninterrupted[key])}
             assert not different, f"{stage} step {own['step']}: with the kills, without"

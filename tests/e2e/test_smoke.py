@@ -117,7 +117,9 @@ def test_the_ids_trained_on_are_the_ids_that_serving_makes_of_the_texts(smoke_ru
 def test_evaluation_scores_are_those_of_plain_transformers(smoke_run: SmokeRun) -> None:
     folder = smoke_run.run_dir / "checkpoints" / "reward_model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    scores = {(r["scenario"], r["prompt_id"], r["completion_index"]): r["score"] for r in pq.read_table(smoke_run.run_dir / "evaluation/scores.parquet").to_pylist()}
+    scores = {
+        (r["scenario"], r["prompt_id"], r["completion_index"]): r["score"] for r in pq.read_table(smoke_run.run_dir / "evaluation/scores.parquet").to_pylist()
+    }
     for scenario in SCENARIOS:
         row = json.loads((smoke_run.run_dir / "preferences" / "scenarios" / f"{scenario}.jsonl").read_text().splitlines()[0])
         for index, completion in enumerate(row["completions"]):

@@ -1,0 +1,134 @@
+"""Reward-model training and evaluation on one worker, in this process: it learns, resumes exactly and evaluates what it trained."""
+
+import json
+import math
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rm_robust.chat import ChatFormat
+from rm_robust.checkpoint import verify_checkpoint
+from rm_robust.config import PipelineConfig
+from rm_robust.errors import DataError
+from rm_robust.records import TokenGroup
+from rm_robust.reward_model.evaluation import evaluate_scenarios, scenario_result
+from rm_robust.reward_model.training import train_reward_model
+from rm_robust.rows import RowKind
+from rm_robust.run_layout import RunLayout
+from rm_robust.token_files import TokenisedGroup
+from rm_robust.tracking import read_metrics
+from tests.tiny_models import save_tiny_language_model, write_token_groups
+
+WORDS = ["red", "green", "blue", "river", "quiet"]
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_language_model(tmp_path_factory.mktemp("models") / "base")
+
+
+def prepared(run_dir: Path, base_dir: Path) -> Path:
+    """Chosen answers end in "apples", rejected ones in "seven": one can be told from the other by a token."""
+    rng, chat, tokens = Random(0), ChatFormat.load(base_dir), RunLayout(run_dir).preference_tokens
+    prompts = [" ".join(rng.choices(WORDS, k=4)) for _ in range(40)]
+    pairs: list[dict[str, object]] = [{"prompt": p, "chosen": f"{rng.choice(WORDS)} apples", "rejected": f"{rng.choice(WORDS)} seven"} for p in prompts]
+    ranked: list[dict[str, object]] = [
+        {"prompt": p, "completions": ["red seven", "blue apples", "seven seven"], "gold_scores": [1.0, 2.0, 0.0], "prompt_id": f"r{i}"} for i, p in enumerate(prompts[:5])
+    ]
+    for name, rows, kind in (("train", pairs[:32], RowKind.PAIR), ("in_domain", pairs[32:], RowKind.PAIR), ("mutual_disjoint", ranked, RowKind.RANKED)):
+        write_token_groups(tokens / f"scenario={name}", rows, kind=kind, chat=chat)
+    return run_dir
+
+
+def config_of(base_dir: Path, *, num_epochs: float, objective: str = "bsr") -> PipelineConfig:
+    settings: dict[str, Any] = {
+        "base_path": str(base_dir),
+        "objective": objective,
+        "bsr_coefficient": 0.1,
+        "batch_size": 8,
+        "num_epochs": num_epochs,
+        "evaluate_every_steps": 4,
+        "checkpoint_every_steps": 3,
+        "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_fraction": 0},
+    }
+    limits = {"max_prompt_tokens": 60, "max_completion_tokens": 40}
+    return PipelineConfig.model_validate({"name": "test", "reward_model": settings, "data": limits})
+
+
+@pytest.fixture(scope="module")
+def trained(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = prepared(tmp_path_factory.mktemp("runs") / "trained", base_dir)
+    assert train_reward_model(config_of(base_dir, num_epochs=3), run_dir) == {"num_steps": 12}
+    return run_dir
+
+
+def test_training_learns_to_tell_the_pairs_apart(trained: Path) -> None:
+    lines = read_metrics(trained, "reward_model")
+    assert len(lines) == 12
+    assert float(lines[-1]["reward_model/loss"]) < float(lines[0]["reward_model/loss"])
+    assert lines[-1]["reward_model/eval_accuracy"] == 1.0
+    assert ["reward_model/eval_accuracy" in line for line in lines] == [step % 4 == 0 for step in range(1, 13)]
+
+
+def test_every_step_logs_the_objectives_parts_and_the_heads_norm(trained: Path) -> None:
+    for line in read_metrics(trained, "reward_model"):
+        mean, term = float(line["reward_model/batch_mean_score"]), float(line["reward_model/bsr_term"])
+        assert line["reward_model/effective_bsr_coefficient"] == pytest.approx(0.1 * 8)
+        assert term == pytest.approx(0.8 * mean**2, rel=1e-4, abs=1e-9)
+        assert float(line["reward_model/loss"]) == pytest.approx(float(line["reward_model/bradley_terry"]) + term, abs=1e-5)
+        assert float(line["reward_model/head_norm"]) == pytest.approx(1, abs=0.5)  # E ||W||² = H / (H + 1) at the start
+
+
+def test_bsr_brings_the_batch_mean_nearer_to_zero_than_bradley_terry(base_dir: Path, trained: Path, tmp_path: Path) -> None:
+    run_dir = prepared(tmp_path, base_dir)
+    train_reward_model(config_of(base_dir, num_epochs=3, objective="bt"), run_dir)
+    means = {d: [abs(float(line["reward_model/batch_mean_score"])) for line in read_metrics(d, "reward_model")] for d in (run_dir, trained)}
+    assert means[trained][0] == pytest.approx(means[run_dir][0], abs=1e-5)
+    assert sum(means[trained][-4:]) < 0.5 * sum(means[run_dir][-4:])
+    assert {line["reward_model/bsr_term"] for line in read_metrics(run_dir, "reward_model")} == {0.0}
+
+
+def test_a_run_that_is_killed_and_resumed_commits_the_same_checkpoint(base_dir: Path, trained: Path, tmp_path: Path) -> None:
+    run_dir = prepared(tmp_path, base_dir)
+    train_reward_model(config_of(base_dir, num_epochs=1), run_dir)  # four of twelve steps; the schedule is constant
+    train_reward_model(config_of(base_dir, num_epochs=3), run_dir)
+    assert [line["step"] for line in read_metrics(run_dir, "reward_model")] == list(range(1, 13))
+    manifests = [verify_checkpoint(RunLayout(d).reward_model_checkpoint, "reward_model") for d in (trained, run_dir)]
+    assert manifests[0] == manifests[1]
+
+
+def test_evaluation_writes_a_table_and_every_score_of_the_committed_checkpoint(base_dir: Path, trained: Path) -> None:
+    table = evaluate_scenarios(config_of(base_dir, num_epochs=3), trained, device="cpu")
+    layout = RunLayout(trained)
+    assert json.loads(layout.evaluation_table.read_text()) == table
+    assert list(table) == ["in_domain", "mutual_disjoint"]
+    assert table["in_domain"] == {"metric": "accuracy", "value": 1.0, "num_prompts": 8, "num_undefined": 0, "num_constant_scores": 0}
+    assert (table["mutual_disjoint"]["metric"], table["mutual_disjoint"]["num_prompts"]) == ("kendall_tau_b", 5)
+    rows = pq.read_table(layout.evaluation_scores).to_pylist()
+    assert len(rows) == 8 * 2 + 5 * 3
+    assert all(math.isfinite(row["score"]) and row["hidden_norm_before_final_norm"] > 0 for row in rows)
+    pairs = [row["score"] for row in rows if row["scenario"] == "in_domain"]
+    assert all(chosen > rejected for chosen, rejected in zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def test_evaluation_takes_the_first_prompts_where_a_limit_is_set(base_dir: Path, trained: Path, tmp_path: Path) -> None:
+    config = config_of(base_dir, num_epochs=3).model_copy(update={"evaluation": config_of(base_dir, num_epochs=3).evaluation.model_copy(update={"max_prompts_per_scenario": 3})})
+    assert evaluate_scenarios(config, trained, device="cpu")["in_domain"]["num_prompts"] == 3
+
+
+def test_evaluation_without_any_scenario_is_an_error(base_dir: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    with pytest.raises(DataError, match="holds none of in_domain"):
+        evaluate_scenarios(config_of(base_dir, num_epochs=3), tmp_path, device="cpu")
+
+
+def group(gold_scores: list[float]) -> TokenisedGroup:
+    return TokenisedGroup("x", [], TokenGroup([3], [[4]] * len(gold_scores)), gold_scores, None)
+
+
+def test_pairs_are_judged_by_accuracy_and_everything_else_by_tau() -> None:
+    assert scenario_result([group([1.0, 0.0])] * 2, [[2.0, 1.0], [1.0, 2.0]]).metric == "accuracy"
+    assert scenario_result([group([1.0, 0.0]), group([0.2, 0.9])], [[2.0, 1.0], [1.0, 2.0]]).metric == "kendall_tau_b"
