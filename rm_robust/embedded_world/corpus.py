@@ -22,14 +22,14 @@ NUM_TRAINING_RESPONSES_PER_PROMPT = 4
 MAX_DRAWS_FOR_DISTINCT_TEXT = 20
 
 SFT_MIXTURE_WEIGHTS = {
-    "professor": 0.30,
-    "tutor": 0.24,
-    "guide": 0.20,
-    "clerk": 0.08,
-    "pupil": 0.06,
-    "hurrier": 0.05,
-    "doubter": 0.04,
-    "dreamer": 0.03,
+    "professor": 0.24,
+    "tutor": 0.19,
+    "guide": 0.16,
+    "clerk": 0.09,
+    "pupil": 0.10,
+    "hurrier": 0.08,
+    "doubter": 0.08,
+    "dreamer": 0.06,
 }
 """Which training model writes an SFT completion. It leans to the better half and keeps the others' mistakes and fillers, so that a policy that
 imitates it starts above the median training model and below the best: RLOO has something to gain, in what is said and in how."""
