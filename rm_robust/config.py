@@ -48,7 +48,7 @@ class DataConfig(Section):
     """`embedded`: the world above. `responses`: named models' responses with gold scores, from which the four scenarios are built.
     `scenarios`: ready-made train / in_domain / … files (pairs, or K completions with gold scores)."""
     responses: list[str] = []
-    """source = "responses": rows with prompt, model, completion, gold_score."""
+    """source = "responses": rows with prompt, model, completion, gold_score; files only, no hub names."""
     unseen_models: list[str] = []
     """source = "responses": response models held out for the response-disjoint and mutual-disjoint sets."""
     validation_prompt_fraction: float = Field(default=0.18, gt=0, lt=1)

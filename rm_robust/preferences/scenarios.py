@@ -1,4 +1,4 @@
-"""The four scenarios, built from named models' responses with gold scores exactly as PAPER.md section 3 says. Pure.
+"""The four scenarios, built from named models' responses with gold scores exactly as the paper has them (appendix B). Pure.
 
     train              training prompts, 2 random of a prompt's 4 training-model responses, chosen / rejected by gold
     in_domain          same prompts, the other 2

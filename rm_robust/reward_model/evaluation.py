@@ -1,4 +1,4 @@
-"""The four-scenario table of a reward-model checkpoint. Accuracy on pairs, Kendall's tau-b on ranked completions (PAPER.md section 3)."""
+"""The four-scenario table of a reward-model checkpoint. Accuracy on pairs, Kendall's tau-b on ranked completions (paper, section 3 and appendix B)."""
 
 import logging
 from dataclasses import asdict

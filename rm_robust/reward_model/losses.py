@@ -51,7 +51,7 @@ def objective_value(scores_B2: Tensor, *, objective: Objective, bsr_coefficient:
     """The objective over a whole optimiser-step batch and its gradient with respect to every score.
 
     `scores_B2`: (chosen, rejected) of all pairs of all ranks and micro-batches. Working from the scores makes loss and gradient the same for
-    any number of ranks, micro-batches or packings. Paper Eq. 24-25; PAPER.md section 9 on `bsr_scale`.
+    any number of ranks, micro-batches or packings. Paper Eq. 24-25; the factor of `bsr_scale = pairs` is the released code's (reward_trainer.py, l. 318).
     """
     leaf_B2 = scores_B2.detach().float().requires_grad_(True)
     chosen_B, rejected_B = leaf_B2.unbind(1)

@@ -36,7 +36,12 @@ LOGGED = ("rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo
 
 def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy_url: str, gold_url: str) -> dict[str, Any]:
     """Train the policy to checkpoints/policy, resuming from the last committed state. Ray must be up and both URLs must serve scores."""
-    with RlooActors(config, run_dir) as actors, RewardClient(proxy_url) as proxy, RewardClient(gold_url) as gold:
+    timeout_s = config.serve.request_timeout_s
+    with (
+        RlooActors(config, run_dir) as actors,
+        RewardClient(proxy_url, timeout_s=timeout_s) as proxy,
+        RewardClient(gold_url, timeout_s=timeout_s) as gold,
+    ):
         controller = Controller(config, run_dir, actors, proxy, gold)
         return controller.run()
 

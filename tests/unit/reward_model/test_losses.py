@@ -70,6 +70,17 @@ def test_bsr_pulls_every_score_alike_by_coefficient_times_mean_over_pairs(batch:
 
 
 @given(batch=pairs)
+def test_descent_on_free_scores_keeps_the_mean_under_bradley_terry_and_shrinks_it_under_bsr(batch: list[tuple[float, float]]) -> None:
+    """Bradley-Terry gradients of a pair sum to zero; with step size B / c every score moves by the mean, so one step brings it to zero."""
+    scores_B2 = torch.tensor(batch)
+    step_size = len(batch) / 0.1
+    mean = scores_B2.double().mean().item()
+    bt, bsr = value_of(batch, BT).gradient_B2.double(), value_of(batch, BSR).gradient_B2.double()
+    assert (scores_B2 - step_size * bt).mean().item() == pytest.approx(mean, abs=1e-4)
+    assert (scores_B2 - step_size * bsr).mean().item() == pytest.approx(0, abs=1e-3)
+
+
+@given(batch=pairs)
 def test_the_gradient_is_that_of_the_closed_form(batch: list[tuple[float, float]]) -> None:
     """d/d(chosen) = -sigma(-margin) / B and the opposite for rejected (paper Eq. 17-22 on one score)."""
     expected = [[-1 / (1 + math.exp(c - r)) / len(batch), 1 / (1 + math.exp(c - r)) / len(batch)] for c, r in batch]
@@ -78,7 +89,7 @@ def test_the_gradient_is_that_of_the_closed_form(batch: list[tuple[float, float]
 
 @given(batch=pairs)
 def test_on_one_pair_scaled_bsr_is_reward_centering_at_a_quarter_of_the_coefficient(batch: list[tuple[float, float]]) -> None:
-    """TRL's centering: coefficient * (chosen + rejected)². PAPER.md section 9."""
+    """TRL's centering: coefficient * (chosen + rejected)². With one pair BSR is centering with a quarter of the coefficient."""
     chosen, rejected = batch[0]
     assert value_of([(chosen, rejected)], BSR, scale=BsrScale.PAIRS).bsr_term == pytest.approx(0.1 / 4 * (chosen + rejected) ** 2, rel=1e-4, abs=1e-6)
 

@@ -11,7 +11,7 @@ import pytest
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
-from rm_robust.config import PipelineConfig
+from rm_robust.config import EvaluationConfig, PipelineConfig
 from rm_robust.errors import DataError
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.evaluation import evaluate_scenarios, scenario_result
@@ -35,9 +35,8 @@ def prepared(run_dir: Path, base_dir: Path) -> Path:
     rng, chat, tokens = Random(0), ChatFormat.load(base_dir), RunLayout(run_dir).preference_tokens
     prompts = [" ".join(rng.choices(WORDS, k=4)) for _ in range(40)]
     pairs: list[dict[str, object]] = [{"prompt": p, "chosen": f"{rng.choice(WORDS)} apples", "rejected": f"{rng.choice(WORDS)} seven"} for p in prompts]
-    ranked: list[dict[str, object]] = [
-        {"prompt": p, "completions": ["red seven", "blue apples", "seven seven"], "gold_scores": [1.0, 2.0, 0.0], "prompt_id": f"r{i}"} for i, p in enumerate(prompts[:5])
-    ]
+    completions, gold_scores = ["red seven", "blue apples", "seven seven"], [1.0, 2.0, 0.0]
+    ranked: list[dict[str, object]] = [{"prompt": p, "completions": completions, "gold_scores": gold_scores} for p in prompts[:5]]
     for name, rows, kind in (("train", pairs[:32], RowKind.PAIR), ("in_domain", pairs[32:], RowKind.PAIR), ("mutual_disjoint", ranked, RowKind.RANKED)):
         write_token_groups(tokens / f"scenario={name}", rows, kind=kind, chat=chat)
     return run_dir
@@ -82,13 +81,13 @@ def test_every_step_logs_the_objectives_parts_and_the_heads_norm(trained: Path) 
         assert float(line["reward_model/head_norm"]) == pytest.approx(1, abs=0.5)  # E ||W||² = H / (H + 1) at the start
 
 
-def test_bsr_brings_the_batch_mean_nearer_to_zero_than_bradley_terry(base_dir: Path, trained: Path, tmp_path: Path) -> None:
+def test_the_objective_is_the_configs(base_dir: Path, trained: Path, tmp_path: Path) -> None:
     run_dir = prepared(tmp_path, base_dir)
-    train_reward_model(config_of(base_dir, num_epochs=3, objective="bt"), run_dir)
-    means = {d: [abs(float(line["reward_model/batch_mean_score"])) for line in read_metrics(d, "reward_model")] for d in (run_dir, trained)}
-    assert means[trained][0] == pytest.approx(means[run_dir][0], abs=1e-5)
-    assert sum(means[trained][-4:]) < 0.5 * sum(means[run_dir][-4:])
-    assert {line["reward_model/bsr_term"] for line in read_metrics(run_dir, "reward_model")} == {0.0}
+    train_reward_model(config_of(base_dir, num_epochs=0.25, objective="bt"), run_dir)
+    (first,), bsr = read_metrics(run_dir, "reward_model"), read_metrics(trained, "reward_model")[0]
+    assert (first["reward_model/bsr_term"], first["reward_model/effective_bsr_coefficient"]) == (0, 0)
+    assert first["reward_model/bradley_terry"] == bsr["reward_model/bradley_terry"]
+    assert float(first["reward_model/loss"]) < float(bsr["reward_model/loss"])
 
 
 def test_a_run_that_is_killed_and_resumed_commits_the_same_checkpoint(base_dir: Path, trained: Path, tmp_path: Path) -> None:
@@ -114,9 +113,10 @@ def test_evaluation_writes_a_table_and_every_score_of_the_committed_checkpoint(b
     assert all(chosen > rejected for chosen, rejected in zip(pairs[::2], pairs[1::2], strict=True))
 
 
-def test_evaluation_takes_the_first_prompts_where_a_limit_is_set(base_dir: Path, trained: Path, tmp_path: Path) -> None:
-    config = config_of(base_dir, num_epochs=3).model_copy(update={"evaluation": config_of(base_dir, num_epochs=3).evaluation.model_copy(update={"max_prompts_per_scenario": 3})})
-    assert evaluate_scenarios(config, trained, device="cpu")["in_domain"]["num_prompts"] == 3
+def test_evaluation_takes_the_first_prompts_where_a_limit_is_set(base_dir: Path, trained: Path) -> None:
+    config = config_of(base_dir, num_epochs=3)
+    limited = config.model_copy(update={"evaluation": EvaluationConfig(max_prompts_per_scenario=3)})
+    assert evaluate_scenarios(limited, trained, device="cpu")["in_domain"]["num_prompts"] == 3
 
 
 def test_evaluation_without_any_scenario_is_an_error(base_dir: Path, trained: Path, tmp_path: Path) -> None:
