@@ -2,7 +2,7 @@
 
 import sys
 
-from rm_robust.stages import main, evaluation_stage
+from rm_robust.stages import evaluation_stage, main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, [evaluation_stage]))

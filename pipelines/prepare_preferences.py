@@ -2,7 +2,7 @@
 
 import sys
 
-from rm_robust.stages import main, world_stage, preferences_stage
+from rm_robust.stages import main, preferences_stage, world_stage
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, [world_stage, preferences_stage]))

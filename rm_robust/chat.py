@@ -35,9 +35,7 @@ class ChatFormat:
                 f"The tokenizer in {source} has several named chat templates: {sorted(tokenizer.chat_template)}. Save the one to use as its only template."
             )
         if tokenizer.pad_token_id is None:
-            raise ChatTemplateError(
-                f"The tokenizer in {source} has no pad token. Set tokenizer.pad_token to a token that never occurs in text, and save it."
-            )
+            raise ChatTemplateError(f"The tokenizer in {source} has no pad token. Set tokenizer.pad_token to a token that never occurs in text, and save it.")
         self.template_sha256 = "sha256:" + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
         # A tokenizer file may list control tokens (Llama 3: <|start_header_id|>) that all_special_tokens leaves out.
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -103,8 +101,7 @@ class ChatFormat:
             if text + rest == rendered:
                 return ids + self._encode(rest, control_tokens=True)
         raise DataError(
-            f"The chat template of {self.source} rewrites or drops messages, so the special-token text in them cannot be made inert; "
-            "remove it from the prompt."
+            f"The chat template of {self.source} rewrites or drops messages, so the special-token text in them cannot be made inert; remove it from the prompt."
         )
 
     def _find_end_of_turn(self) -> int:

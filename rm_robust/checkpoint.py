@@ -1,8 +1,8 @@
 """A checkpoint is a plain Hugging Face directory plus one manifest, committed atomically: written beside, synced, renamed.
 
-    checkpoints/reward_model/            what transformers, vLLM and reward-bench load unchanged
-        config.json  model.safetensors  tokenizer.json  …
-        rm_robust_manifest.json          kind, content hash, template hash, how it was trained
+checkpoints/reward_model/            what transformers, vLLM and reward-bench load unchanged
+    config.json  model.safetensors  tokenizer.json  …
+    rm_robust_manifest.json          kind, content hash, template hash, how it was trained
 """
 
 import hashlib

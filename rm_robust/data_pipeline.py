@@ -1,6 +1,6 @@
 """Ray Data: read text rows -> validate -> tokenise -> parquet, with a report of every dropped row (shared by SFT, preferences and RLOO prompts).
 
-    files ─read─► rows ─parse (rows.py)─► ConversationGroup ─chat.py─► token ids ─► <out>/scenario=<name>/*.parquet + report.json
+files ─read─► rows ─parse (rows.py)─► ConversationGroup ─chat.py─► token ids ─► <out>/scenario=<name>/*.parquet + report.json
 """
 
 import json

@@ -143,9 +143,7 @@ def _scenario_table(run: RunRecord) -> str:
     for name, result in run.evaluation.items():
         numbers = (f"{result.value:.4f}", str(result.num_prompts), str(result.num_undefined), str(result.num_constant_scores))
         cells = "".join(f'<td class="number">{escape(number)}</td>' for number in numbers)
-        rows.append(
-            f"<tr><td>{escape(figures.scenario_label(name))}</td><td>{escape(figures.metric_label(result.metric))}</td>{cells}</tr>"
-        )
+        rows.append(f"<tr><td>{escape(figures.scenario_label(name))}</td><td>{escape(figures.metric_label(result.metric))}</td>{cells}</tr>")
     head = "".join(f'<th class="number">{title}</th>' for title in ("Value", "Prompts", "Undefined", "Constant scores"))
     table = f'<div class="wide"><table><tr><th>Scenario</th><th>Metric</th>{head}</tr>{"".join(rows)}</table></div>'
     missing = [figures.scenario_label(name) for name in SCENARIOS if name not in run.evaluation]
@@ -167,9 +165,7 @@ def _reward_model_section(run: RunRecord) -> str:
         "gap. The margin grows from 0. With BSR the batch mean stays at the dashed 0 while the spread grows; with BT it may drift. A "
         "spread of hidden norms that keeps growing is what the paper blames for over-optimisation."
     )
-    return _curves_section(
-        run, "reward_model", "Reward-model training", figures.reward_model_curves, (caption, figures.REWARD_MODEL_PANELS)
-    )
+    return _curves_section(run, "reward_model", "Reward-model training", figures.reward_model_curves, (caption, figures.REWARD_MODEL_PANELS))
 
 
 def _sft_section(run: RunRecord) -> str:
@@ -250,9 +246,7 @@ def _config_section(run: RunRecord) -> str:
     if not run.config:
         return section("Config", absent("There is no config.resolved.json in the run directory."))
     rows = "".join(f"<tr><td><code>{escape(key)}</code></td><td>{escape(str(value))}</td></tr>" for key, value in run.config.items())
-    return section(
-        "Config", f'<details><summary>{len(run.config)} resolved values</summary><div class="wide"><table>{rows}</table></div></details>'
-    )
+    return section("Config", f'<details><summary>{len(run.config)} resolved values</summary><div class="wide"><table>{rows}</table></div></details>')
 
 
 def _num_dropped(run: RunRecord) -> str:

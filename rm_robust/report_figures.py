@@ -105,9 +105,7 @@ def scenario_bars(evaluation: dict[str, ScenarioResult]) -> Figure | None:
         axes.barh(row, value, height=0.6, color=SCENARIO_COLOURS.get(name, GREY))
         axes.plot([chance, chance], [row - 0.4, row + 0.4], color="black", linestyle=(0, (2, 1.5)), linewidth=1.2)
         axes.annotate(f"{value:.3f}", (max(value, 0.0), row), xytext=(4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(
-        range(len(evaluation)), [f"{scenario_label(name)}\n{metric_label(result.metric)}" for name, result in evaluation.items()]
-    )
+    axes.set_yticks(range(len(evaluation)), [f"{scenario_label(name)}\n{metric_label(result.metric)}" for name, result in evaluation.items()])
     axes.set_xlim(min([0.0] + [1.15 * result.value for result in evaluation.values()]), 1.08)
     axes.set_xlabel("value (1 is perfect; dashes: guessing)")
     axes.invert_yaxis()
@@ -143,13 +141,9 @@ def hidden_norm_histograms(scores: dict[str, ScenarioScores]) -> Figure | None:
     }
     figure = Figure(figsize=(WIDTH_INCHES, 4.4))
     has_values = False
-    for axes, title, field in zip(
-        figure.subplots(2, 1), ("Before the final norm", "After the final norm"), ("before", "after"), strict=True
-    ):
+    for axes, title, field in zip(figure.subplots(2, 1), ("Before the final norm", "After the final norm"), ("before", "after"), strict=True):
         norms = {
-            label: _finite(
-                np.concatenate([part.norms_before if field == "before" else part.norms_after for part in parts] or [np.empty(0)])
-            )
+            label: _finite(np.concatenate([part.norms_before if field == "before" else part.norms_after for part in parts] or [np.empty(0)]))
             for label, (_, parts) in groups.items()
         }
         axes.set_title(title)
@@ -230,9 +224,7 @@ def stage_times(stage_seconds: dict[str, float]) -> Figure | None:
         axes.barh(row, seconds, left=start_s, height=0.65, color=colour)
         is_late = start_s + seconds / 2 > total_s * 0.6
         anchor, offset, align = (start_s, -4, "right") if is_late else (start_s + seconds, 4, "left")
-        axes.annotate(
-            f"{seconds:.1f} s", (anchor, row), xytext=(offset, 0), textcoords="offset points", va="center", ha=align, fontsize=8.5
-        )
+        axes.annotate(f"{seconds:.1f} s", (anchor, row), xytext=(offset, 0), textcoords="offset points", va="center", ha=align, fontsize=8.5)
         start_s += seconds
     axes.set_yticks(range(len(stage_seconds)), list(stage_seconds))
     axes.invert_yaxis()
@@ -261,9 +253,7 @@ def step_times(lines: list[MetricsLine]) -> Figure | None:
     scoring = metric_series(lines, "time/score_s").values
     if len(scoring) and means[0][0] == STEP_PHASES[0][1]:
         seconds = float(scoring.mean())
-        axes.barh(
-            -0.45, seconds, left=means[0][1], height=0.16, color="white", edgecolor=GREY, hatch="////", label=f"scoring: {seconds:.2f} s"
-        )
+        axes.barh(-0.45, seconds, left=means[0][1], height=0.16, color="white", edgecolor=GREY, hatch="////", label=f"scoring: {seconds:.2f} s")
     axes.set_yticks([])
     axes.set_xlabel("mean seconds per RLOO step")
     axes.grid(visible=False, axis="y")
@@ -309,9 +299,7 @@ def _draw_panel(axes: Axes, lines: list[MetricsLine], panel: Panel) -> None:
         series = metric_series(lines, key)
         if len(series.values):
             is_sparse = len(series.values) <= 12
-            axes.plot(
-                series.steps, series.values, color=colour, linewidth=1.4, marker="o" if is_sparse else "", markersize=3.5, label=label
-            )
+            axes.plot(series.steps, series.values, color=colour, linewidth=1.4, marker="o" if is_sparse else "", markersize=3.5, label=label)
     if panel.level is not None:
         axes.axhline(panel.level, color="black", linewidth=0.8, linestyle="--")
     axes.set_title(panel.title)

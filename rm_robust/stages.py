@@ -1,6 +1,6 @@
 """The stages of a run in their order, each skipped when this run has committed it. The only place where stages, Ray and serving meet.
 
-    world ─► sft ─► preferences ─► reward_model ─► evaluation ─► rloo (with proxy and gold served) ─► summary and report
+world ─► sft ─► preferences ─► reward_model ─► evaluation ─► rloo (with proxy and gold served) ─► summary and report
 """
 
 import contextlib

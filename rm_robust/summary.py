@@ -46,5 +46,10 @@ def _rloo_summary(run: RunRecord) -> dict[str, Any]:
         values = metric_series(lines, f"rloo/{key}_mean").values
         if len(values):
             first, last = first_and_last_tenth(values)
-            summary[key] = {"first_step": float(values[0]), "first_tenth": float(first.mean()), "last_tenth": float(last.mean()), "last_step": float(values[-1])}
+            summary[key] = {
+                "first_step": float(values[0]),
+                "first_tenth": float(first.mean()),
+                "last_tenth": float(last.mean()),
+                "last_step": float(values[-1]),
+            }
     return summary

@@ -95,9 +95,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         os.close(folder)
 
 
-def log_step(
-    logger: logging.Logger, stage: str, step: int, num_steps: int, metrics: Mapping[str, int | float], keys: Sequence[str]
-) -> None:
+def log_step(logger: logging.Logger, stage: str, step: int, num_steps: int, metrics: Mapping[str, int | float], keys: Sequence[str]) -> None:
     """One INFO line: `keys` in their order, every step the same fields; "-" for one that this step did not measure."""
     fields = []
     for key in keys:

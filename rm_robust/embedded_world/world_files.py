@@ -27,10 +27,7 @@ def _write(folder: Path, world: World) -> None:
     _write_rows(folder / "sft.jsonl", ({"prompt": e.prompt, "completion": e.completion} for e in world.sft_examples))
     _write_rows(
         folder / "responses.jsonl",
-        (
-            {"prompt_id": r.prompt_id, "prompt": r.prompt, "model": r.model, "completion": r.completion, "gold_score": r.gold_score}
-            for r in world.responses
-        ),
+        ({"prompt_id": r.prompt_id, "prompt": r.prompt, "model": r.model, "completion": r.completion, "gold_score": r.gold_score} for r in world.responses),
     )
     _write_rows(folder / "rloo_prompts.jsonl", ({"prompt_id": prompt_id, "prompt": prompt} for prompt_id, prompt in world.rloo_prompts))
     split = {"unseen_models": sorted(world.unseen_models), "validation_prompt_ids": sorted(world.validation_prompt_ids)}

@@ -1,7 +1,7 @@
 """The RLOO loop: sample with vLLM, score against proxy and gold, update the policy, put the new weights into the engines.
 
-    prompts ─► engines (policy version v) ─► completions ─┬─► proxy + gold scores ─┬─► rewards ─► advantages ─► trainers ─► weights v+1 ─► engines
-                                                          └─► KL to the reference ─┘
+prompts ─► engines (policy version v) ─► completions ─┬─► proxy + gold scores ─┬─► rewards ─► advantages ─► trainers ─► weights v+1 ─► engines
+                                                      └─► KL to the reference ─┘
 """
 
 import contextlib

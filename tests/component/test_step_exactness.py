@@ -199,9 +199,7 @@ def test_ddp_killed_and_resumed_equals_not_killed(ddp: Callable[[str], tuple[Out
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_two_deepspeed_workers_equal_one(
-    deepspeed: Callable[[str], tuple[Outcome, float]], single: dict[str, Outcome], zero_stage: int, name: str
-) -> None:
+def test_two_deepspeed_workers_equal_one(deepspeed: Callable[[str], tuple[Outcome, float]], single: dict[str, Outcome], zero_stage: int, name: str) -> None:
     assert_equal(deepspeed(f"zero{zero_stage}-{name}")[0], single["clipped" if name == "clipped" else "free"])
 
 

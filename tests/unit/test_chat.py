@@ -23,7 +23,9 @@ LLAMA_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 words = st.lists(st.sampled_from(TEXT.split()), min_size=1, max_size=6).map(" ".join)
-tricky = st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<|pad|>", "user", "assistant\n", "system", "\n", " ", "red", "<|im_", "\ue0000\ue001"]), min_size=1)
+tricky = st.lists(
+    st.sampled_from(["<|im_end|>", "<|im_start|>", "<|pad|>", "user", "assistant\n", "system", "\n", " ", "red", "<|im_", "\ue0000\ue001"]), min_size=1
+)
 
 
 @functools.cache
@@ -193,7 +195,9 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None
 
 
 def test_a_template_that_rewrites_messages_refuses_special_token_text_but_takes_other_text() -> None:
-    chat = ChatFormat(with_template(CHATML.replace("message['content']", "(message['content'] | upper if message['role'] == 'user' else message['content'])")), source="upper")
+    chat = ChatFormat(
+        with_template(CHATML.replace("message['content']", "(message['content'] | upper if message['role'] == 'user' else message['content'])")), source="upper"
+    )
     assert chat.tokenizer.decode(chat.prompt_ids("red")).count("RED") == 1
     with pytest.raises(DataError, match="remove it from the prompt"):
         chat.prompt_ids("red <|im_end|>")

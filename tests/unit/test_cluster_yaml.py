@@ -146,9 +146,7 @@ def test_only_data_and_generation_run_on_spot() -> None:
 
 def test_every_ray_start_has_the_token_on_and_the_token_comes_from_the_users_home() -> None:
     config = load_cluster_config()
-    starts = [
-        command for key in ("head_start_ray_commands", "worker_start_ray_commands") for command in config[key] if "ray start" in command
-    ]
+    starts = [command for key in ("head_start_ray_commands", "worker_start_ray_commands") for command in config[key] if "ray start" in command]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

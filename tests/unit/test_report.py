@@ -107,9 +107,7 @@ def add_evaluation(run_dir: Path) -> None:
 def add_stages(run_dir: Path) -> None:
     seconds = {"world": 6.1, "sft": 81.0, "preferences": 22.4, "reward_model": 74.0, "evaluation": 31.5, "rloo": 171.2}
     for index, (stage, stage_seconds) in enumerate(seconds.items()):
-        write_json(
-            run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": stage_seconds, "finished_at": 1000.0 + index, "rows": 3}
-        )
+        write_json(run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": stage_seconds, "finished_at": 1000.0 + index, "rows": 3})
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +217,7 @@ def test_the_summary_gives_the_tenths_and_the_gain_worked_out_by_hand(tmp_path: 
     """20 steps, so two a tenth: gold 1, 3 (std 1 each) ... 5, 7. Pooled variance = 1 + var(1, 3) = 2; gain = (6 - 2) / sqrt(2)."""
     gold = [1.0, 3.0, *[0.0] * 16, 5.0, 7.0]
     rows: list[dict[str, object]] = [
-        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": value, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i}
-        for i, value in enumerate(gold)
+        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": value, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i} for i, value in enumerate(gold)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     write_json(tmp_path / "config.resolved.json", {"name": "by_hand", "seed": 11, "reward_model": {"objective": "bt"}})
@@ -236,8 +233,7 @@ def test_the_gain_divides_by_the_deviation_of_all_completions_of_the_first_tenth
     rng = np.random.default_rng(0)
     scores_SN = rng.normal(size=(40, 64)) + np.linspace(0, 2, 40)[:, None]
     rows: list[dict[str, object]] = [
-        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": row.mean(), "rloo/gold_score_std": row.std()}
-        for i, row in enumerate(scores_SN)
+        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": row.mean(), "rloo/gold_score_std": row.std()} for i, row in enumerate(scores_SN)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     expected = (scores_SN[-4:].mean() - scores_SN[:4].mean()) / scores_SN[:4].std()
@@ -246,8 +242,7 @@ def test_the_gain_divides_by_the_deviation_of_all_completions_of_the_first_tenth
 
 def test_a_proxy_that_rises_while_gold_falls_is_called_over_optimisation(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
-        {"stage": "rloo", "step": i, "rloo/gold_score_mean": -i, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i}
-        for i in range(1, 41)
+        {"stage": "rloo", "step": i, "rloo/gold_score_mean": -i, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i} for i in range(1, 41)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     write_report(tmp_path)
@@ -275,9 +270,7 @@ def test_an_empty_run_directory_gives_a_report_without_pictures(tmp_path: Path) 
     assert "SFT has not run" in page.text
 
 
-@pytest.mark.parametrize(
-    "key", ["rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "time/step_s", "time/score_s"]
-)
+@pytest.mark.parametrize("key", ["rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "time/step_s", "time/score_s"])
 def test_any_single_rloo_metric_and_any_single_step_is_enough(tmp_path: Path, key: str) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"stage": "rloo", "step": 1, key: 0.5}])
     write_report(tmp_path)

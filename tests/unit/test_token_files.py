@@ -14,7 +14,13 @@ from rm_robust.token_files import TOKEN_SCHEMA, TokenisedGroup, read_token_group
 
 def write_rows(path: Path, group_ids: list[str]) -> None:
     rows = [
-        {"group_id": i, "prompt_json": json.dumps([{"role": "user", "content": i}]), "prompt_ids": [7], "completion_ids": [[8], [9, 2]], "gold_scores": [1.0, 0.0]}
+        {
+            "group_id": i,
+            "prompt_json": json.dumps([{"role": "user", "content": i}]),
+            "prompt_ids": [7],
+            "completion_ids": [[8], [9, 2]],
+            "gold_scores": [1.0, 0.0],
+        }
         for i in group_ids
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=TOKEN_SCHEMA), path)

@@ -95,4 +95,5 @@ def test_a_bfloat16_backbone_still_gives_float32_scores_that_no_rounding_ties() 
 def test_scores_carry_a_gradient_and_norms_do_not() -> None:
     scored = PackedRewardModel(tiny_reward_model(), Layout.SEGMENTS)(lay_out([random_group(Random(0), num_completions=2)], Layout.SEGMENTS, pad_id=0))
     assert scored.scores_N.requires_grad
-    assert not (scored.norm_before_final_norm_N.requires_grad or scored.norm_after_final_norm_N.requires_grad)
+    assert not scored.norm_before_final_norm_N.requires_grad
+    assert not scored.norm_after_final_norm_N.requires_grad

@@ -46,9 +46,7 @@ def test_one_completion_has_no_baseline() -> None:
 
 def test_a_reward_is_the_score_less_the_kl_cost_less_the_penalty_for_being_cut() -> None:
     """2 - 0.05 * 10 = 1.5 and 2 - 0.05 * 20 - 3 = -2."""
-    rewards_PK = rewards_of(
-        torch.tensor([[2.0, 2.0]]), torch.tensor([[10.0, 20.0]]), torch.tensor([[False, True]]), kl_coefficient=0.05, truncated_penalty=3.0
-    )
+    rewards_PK = rewards_of(torch.tensor([[2.0, 2.0]]), torch.tensor([[10.0, 20.0]]), torch.tensor([[False, True]]), kl_coefficient=0.05, truncated_penalty=3.0)
     assert rewards_PK.tolist() == [[1.5, -2.0]]
 
 

@@ -29,9 +29,7 @@ def sampled() -> list[PromptCompletions]:
     """Three prompts, two completions each. The sampler's log-probabilities are made up: nothing but the gap may depend on them."""
     rng = Random(0)
     groups = [random_group(rng, num_completions=2, max_prompt_tokens=30, max_completion_tokens=20) for _ in range(3)]
-    return [
-        PromptCompletions(str(i), g.prompt_ids, [Completion(ids, [-1.0] * len(ids), False, 0) for ids in g.completion_ids]) for i, g in enumerate(groups)
-    ]
+    return [PromptCompletions(str(i), g.prompt_ids, [Completion(ids, [-1.0] * len(ids), False, 0) for ids in g.completion_ids]) for i, g in enumerate(groups)]
 
 
 def new_trainer(model_dir: Path, run_dir: Path, **rloo: Any) -> tuple[PolicyTrainer, int]:

@@ -64,7 +64,9 @@ def test_the_default_model_has_one_to_three_million_parameters(tmp_path: Path) -
 
 def test_chatml_is_what_is_saved_beside_the_model(tmp_path: Path) -> None:
     save_base_model(tmp_path, CONFIG, TOKENIZER, seed=0)
-    text = ChatFormat.load(tmp_path).tokenizer.decode(ChatFormat.load(tmp_path).prompt_ids([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]))
+    text = ChatFormat.load(tmp_path).tokenizer.decode(
+        ChatFormat.load(tmp_path).prompt_ids([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
+    )
     assert text == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
 
 
