@@ -237,6 +237,7 @@ def _sampling_params(request: GenerationRequest) -> "SamplingParams":
         temperature=request.temperature,
         top_p=request.top_p,
         stop_token_ids=request.stop_token_ids,
+        ignore_eos=True,  # the model config's; the request names all tokens that stop
         seed=request.seed,
         logprobs=0,  # of the sampled token only
         detokenize=False,
