@@ -75,7 +75,7 @@ class DeepSpeedEngine:
         loaded, _ = self.engine.load_checkpoint(str(folder), tag="engine")
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
 
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+    def full_parameter(self, parameter: Tensor) -> Tensor:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):

@@ -173,8 +173,9 @@ def _lay_out_padded(groups: list[TokenGroup], pad_id: int) -> PackedBatch:
     )
 
 
-def prepare_backbone(backbone: PreTrainedModel, layout: Layout) -> None:
+def prepare_backbone(backbone: nn.Module, layout: Layout) -> None:
     """Make a transformers decoder (the module without its head) run `layout`; undone by setting another attention implementation."""
+    assert isinstance(backbone, PreTrainedModel)
     backbone.config._attn_implementation = "segments" if layout is Layout.SEGMENTS else "sdpa"
 
 

@@ -124,7 +124,8 @@ def evaluation_stage(run: Run) -> None:
 
     def work() -> dict[str, Any]:
         connect_to_ray()
-        task = ray.remote(evaluate_scenarios).options(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, resources=settings.resources)
+        remote: Any = ray.remote(evaluate_scenarios)  # type: ignore[arg-type]  # Ray's annotations know no keyword-only parameters
+        task = remote.options(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, resources=settings.resources)
         return {"evaluation": ray.get(task.remote(run.config, run.run_dir, device="cuda" if settings.num_gpus else "cpu"))}
 
     _announce(RunLayout(run.run_dir), "evaluation", work)

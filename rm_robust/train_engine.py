@@ -42,7 +42,7 @@ class TrainEngine(Protocol):
     def load(self, folder: Path) -> None:
         """Undo `save` exactly."""
 
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+    def full_parameter(self, parameter: Tensor) -> Tensor:
         """The whole of one of the module's parameters, on every rank, without gradient."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class DdpEngine:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+    def full_parameter(self, parameter: Tensor) -> Tensor:
         return parameter.detach()
 
     def full_state_dict(self) -> dict[str, Tensor]:

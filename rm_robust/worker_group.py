@@ -19,11 +19,10 @@ MAX_WORKER_FAILURES = 2
 
 def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig) -> dict[str, float]:
     """Run `function(config, run_dir)` on `workers` through Ray Train V2; returns what rank 0 returned. Raises ray.train.TrainingFailedError."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     trainer = _trainer_class()(
-        _work,  # type: ignore[arg-type]  # Ray annotates None, and returns what it returns
+        _work,
         train_loop_config={"function": function, "config": config, "run_dir": run_dir, "num_threads": workers.num_threads_per_worker},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
@@ -37,7 +36,7 @@ def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConf
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    returned = trainer.fit().return_value  # type: ignore[attr-defined]  # annotated with Train V1's Result
+    returned = trainer.fit().return_value
     assert isinstance(returned, dict), f"rank 0 of {stage} returned {returned!r}"
     return returned
 
@@ -78,7 +77,8 @@ def _trainer_class() -> Any:
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # annotated as Train V1's trainer
+            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     return Trainer
 

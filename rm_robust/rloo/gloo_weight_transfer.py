@@ -22,6 +22,8 @@ from rm_robust.rloo.weight_broadcast import ParameterSpec, join_store, open_grou
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupGloo
+    from vllm.config import VllmConfig
+    from vllm.config.weight_transfer import WeightTransferConfig
 
 
 @dataclass
@@ -49,26 +51,27 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
-    _group: "ProcessGroupGloo | None" = None
-    _parameter_names: frozenset[str] = frozenset()
+
+    def __init__(self, config: "WeightTransferConfig", vllm_config: "VllmConfig", device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._group: ProcessGroupGloo | None = None
+        # Taken before the first update: during one, a tied head is a placeholder of its own and would be missed.
+        self._parameter_names = frozenset(name for name, _ in model.named_parameters())
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        if not self._parameter_names:
-            # Taken before the first update: later, a tied head can be a placeholder of its own.
-            self._parameter_names = frozenset(name for name, _ in self.model.named_parameters())
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         store = join_store(init_info.master_address, init_info.master_port, init_info.world_size, init_info.timeout_s)
         self._group = open_group(store, rank, init_info.world_size, init_info.timeout_s)
 
     def start_weight_update(self) -> None:
+        self._require_group()
         _forget_aborted_update(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Raises RolloutError when bytes were altered on the way or a parameter of the model did not come."""
-        if self._group is None:
-            raise RolloutError("This engine is not connected to a trainer. Call init_weight_transfer_engine first.")
+        group = self._require_group()
         specs = [
             ParameterSpec(name, getattr(torch, dtype_name), tuple(shape))
             for name, dtype_name, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
@@ -79,7 +82,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         def load(weights: list[tuple[str, Tensor]]) -> None:
             loaded_names.update(model.load_weights(weights))
 
-        receive_weights(self._group, specs, load)
+        receive_weights(group, specs, load)
         missing = sorted(self._parameter_names - loaded_names)
         if missing:
             raise RolloutError(f"The trainer sent no weights for {len(missing)} parameters of the engine's model, the first is {missing[0]}.")
@@ -91,6 +94,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def shutdown(self) -> None:
         """Leave the trainer's group; peers that wait for this worker get an error at once."""
         self._group = None
+
+    def _require_group(self) -> "ProcessGroupGloo":
+        if self._group is None:
+            raise RolloutError("This engine is not connected to a trainer. Call init_weight_transfer_engine first.")
+        return self._group
 
 
 def repack_tied_heads(model: Any) -> None:

@@ -152,9 +152,10 @@ class RolloutEngine:
     def start_weight_update(self) -> None:
         """From here on the engine refuses to generate, until `confirm_version`."""
         self._policy_version = None
-        if self._update is _Update.STARTED:
-            return  # the trainer failed before it sent anything: vLLM's update is still open, and refuses to be opened twice
+        is_open = self._update in (_Update.STARTED, _Update.RECEIVED)
         self._update = _Update.FAILED
+        if is_open:
+            self._llm.finish_weight_update()  # the trainer failed half-way and vLLM refuses to open an update twice; this one replaces it
         self._llm.start_weight_update()
         self._update = _Update.STARTED
 

@@ -84,8 +84,8 @@ class WeightPublisher:
             return self._publish_once(version)
         except _CONNECTION_ERRORS as error:
             raise RolloutError(
-                f"Policy version {version} did not reach all {self._client.num_engines} engines, twice; the last error: {_reason(error)}. "
-                "Recreate the engines that failed and publish through a new WeightPublisher."
+                f"Policy version {version} did not reach all {self._client.num_engines} engines, twice. "
+                f"Recreate the engines that failed and publish through a new WeightPublisher. The last error was {_reason(error)}"
             ) from error
 
     def close(self) -> None:

@@ -1,5 +1,8 @@
 """Weight updates on real Ray actors: a transformers policy in a trainer actor, real vLLM engines, gloo between them."""
 
+import contextlib
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -12,7 +15,7 @@ import ray
 import torch
 from ray import cloudpickle
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +23,7 @@ from rm_robust.errors import RolloutError
 from rm_robust.records import GenerationRequest, PromptCompletions
 from rm_robust.rloo.vllm_engine import RolloutEngine, cpu_environment
 from rm_robust.rloo.weight_broadcast import ModuleWeights, ParameterSpec
-from rm_robust.rloo.weight_sync import SyncReport, WeightPublisher
+from rm_robust.rloo.weight_sync import EngineClient, GlooSender, SyncReport, WeightPublisher
 from tests.tiny_models import VOCABULARY_SIZE, save_tiny_qwen2
 
 pytestmark = pytest.mark.timeout(240)
@@ -60,6 +63,11 @@ class TransformersTrainer:
 
     def publish_only(self, names: list[str], *, version: int) -> None:
         publisher_of(self.engines, SomeWeights(self.model, names)).publish(version)
+
+    def send_and_vanish(self) -> None:
+        client = VanishingClient(self.engines, tensor_parallel_size=1, timeout_s=SYNC_TIMEOUT_S)
+        with contextlib.suppress(KeyboardInterrupt):
+            GlooSender(client, ModuleWeights(self.model)).send()
 
     def publish_foreign(self, *, version: int) -> None:
         publisher_of(self.engines, ForeignWeights(self.model)).publish(version)
@@ -105,6 +113,13 @@ class BreakingWeights(ModuleWeights):
         raise MemoryError("the trainer broke while it was sending")
 
 
+class VanishingClient(EngineClient):
+    """The client of a trainer that is killed when its weights have arrived."""
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        raise KeyboardInterrupt("the trainer vanished before it finished the update")
+
+
 class ForeignWeights(ModuleWeights):
     """Parameters that no engine's model has."""
 
@@ -142,8 +157,8 @@ def engines_by_model(ray_session: None, tmp_path_factory: pytest.TempPathFactory
     """Two engines of a tied model and one of an untied model, started together."""
     tied_dir = save_tiny_qwen2(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
     untied_dir = save_tiny_qwen2(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
-    tied = [start_engine(tied_dir) for _ in range(2)]
-    untied = [start_engine(untied_dir)]
+    tied = [start_engine(tied_dir, max_restarts=restarts) for restarts in (0, 1)]
+    untied = [start_engine(untied_dir, max_restarts=0)]
     yield {"tied": (tied_dir, tied), "untied": (untied_dir, untied)}
     for engine in tied[:1] + untied:  # the second tied engine is killed by the last test
         ray.get(engine.shutdown.remote(), timeout=30)
@@ -159,10 +174,10 @@ def untied_rollout(engines_by_model: dict[str, tuple[Path, list[ActorHandle]]]) 
     return start_rollout(*engines_by_model["untied"])
 
 
-def start_engine(model_dir: Path) -> ActorHandle:
+def start_engine(model_dir: Path, *, max_restarts: int) -> ActorHandle:
     return (
         ray.remote(RolloutEngine)
-        .options(num_cpus=1, runtime_env={"env_vars": cpu_environment(1)})
+        .options(num_cpus=1, max_restarts=max_restarts, runtime_env={"env_vars": cpu_environment(1)})
         .remote(
             model_dir=str(model_dir),
             dtype="float32",
@@ -188,6 +203,16 @@ def start_rollout(model_dir: Path, engines: list[ActorHandle]) -> Rollout:
     report = ray.get(trainer.publish.remote(0))
     assert report.num_engines == len(engines)
     return Rollout(trainer, engines, refusals)
+
+
+def wait_until_restarted(engine: ActorHandle) -> None:
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(RayActorError):
+            assert ray.get(engine.policy_version.remote()) is None
+            return
+        time.sleep(0.2)
+    raise AssertionError("the engine did not come back within 120 s")
 
 
 def requests_of(prompts: list[list[int]], *, num_completions: int = 3, max_new_tokens: int = 12, first_seed: int = 0) -> list[GenerationRequest]:
@@ -326,12 +351,33 @@ def test_a_trainer_does_not_wait_for_engines_that_cannot_load_its_weights(tied_r
     require_same_policy(tied_rollout, version=9)
 
 
+def test_a_trainer_that_vanished_half_way_can_be_replaced(tied_rollout: Rollout) -> None:
+    ray.get(tied_rollout.trainer.change_weights.remote(seed=50))
+    ray.get(tied_rollout.trainer.send_and_vanish.remote())
+    with pytest.raises(RayTaskError, match="refuses to generate"):
+        sample(tied_rollout.engines[0], requests_of(PROMPTS))
+    ray.get(tied_rollout.trainer.change_weights.remote(seed=51))
+    ray.get(tied_rollout.trainer.publish.remote(10))
+    require_same_policy(tied_rollout, version=10)
+
+
+def test_a_restarted_engine_refuses_until_the_next_publication_which_reaches_all(tied_rollout: Rollout) -> None:
+    victim = tied_rollout.engines[1]
+    os.kill(ray.get(victim.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    wait_until_restarted(victim)
+    with pytest.raises(RayTaskError, match="refuses to generate"):
+        sample(victim, requests_of(PROMPTS))
+    ray.get(tied_rollout.trainer.change_weights.remote(seed=60))
+    ray.get(tied_rollout.trainer.publish.remote(11))
+    require_same_policy(tied_rollout, version=11)
+
+
 def test_publishing_to_a_dead_engine_fails_at_once_and_the_others_can_go_on(tied_rollout: Rollout, tmp_path: Path) -> None:
     survivor, victim = tied_rollout.engines
     ray.kill(victim)
     start_s = time.monotonic()
     with pytest.raises(RayTaskError, match="did not reach all 2 engines"):
-        ray.get(tied_rollout.trainer.publish.remote(10))
+        ray.get(tied_rollout.trainer.publish.remote(12))
     assert time.monotonic() - start_s < SYNC_TIMEOUT_S / 4
     with pytest.raises(RayTaskError, match="refuses to generate"):
         sample(survivor, requests_of(PROMPTS))

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from safetensors.torch import load_file
 
 from rm_robust.training_state import committed_steps
 from tests.e2e.conftest import Launcher, SmokeRun
-from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG
+from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADLINE_S, Running, wait_until
 
 pytestmark = pytest.mark.timeout(2 * RUN_DEADLINE_S)
 
@@ -64,3 +67,53 @@ def test_a_run_killed_in_sft_and_in_rloo_ends_as_one_never_killed(smoke_run: Smo
             repeatable = [key for key in own if key != "stage" and not key.startswith(NOT_REPEATABLE)]
             different = {key: (own[key], uninterrupted[key]) for key in repeatable if not is_close(own[key], uninterrupted[key])}
             assert not different, f"{stage} step {own['step']}: with the kills, without"
+
+
+@dataclass(frozen=True)
+class LaterStage:
+    """A stage between SFT and RLOO: its script, when to kill it, and a file that a finished run has from it."""
+
+    script: str
+    is_at_work: Callable[[Path, Running], bool]
+    result: str
+
+
+LATER_STAGES = {
+    "preferences": LaterStage(
+        "prepare_preferences.py", lambda run_dir, _: any(run_dir.glob("preferences/.tokens.partial-*")), "preferences/tokens/report.json"
+    ),
+    "reward_model": LaterStage(
+        "train_reward_model.py", lambda run_dir, _: any(run_dir.glob("reward_model/state/step-*")), "checkpoints/reward_model/model.safetensors"
+    ),
+    "evaluation": LaterStage("evaluate_reward_model.py", lambda _, running: "evaluate in_domain" in running.output(), "evaluation.json"),
+}
+
+
+def copy_as_before(stage: str, smoke_run: SmokeRun, run_dir: Path) -> None:
+    """The smoke run's directory as it was when `stage` began."""
+    shutil.copytree(smoke_run.run_dir, run_dir)
+    stages = list(LATER_STAGES)
+    undone = [*stages[stages.index(stage) :], "rloo"]
+    for name in undone:
+        (run_dir / "stages" / f"{name}.json").unlink()
+        shutil.rmtree(run_dir / name)
+        shutil.rmtree(run_dir / "checkpoints" / name, ignore_errors=True)
+    (run_dir / "evaluation.json").unlink()
+    kept = [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if json.loads(line)["stage"] not in undone]
+    (run_dir / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", LATER_STAGES)
+def test_a_later_stage_killed_at_work_gives_the_same_result(stage: str, smoke_run: SmokeRun, launcher: Launcher, tmp_path: Path) -> None:
+    plan, run_dir = LATER_STAGES[stage], tmp_path / "run"
+    copy_as_before(stage, smoke_run, run_dir)
+    arguments = (plan.script, "--config", SMOKE_CONFIG, "--run-dir", str(run_dir))
+    running = launcher.pipeline(*arguments)
+    wait_until(lambda: plan.is_at_work(run_dir, running), STAGE_DEADLINE_S, running.output)
+    running.kill()
+    assert not (run_dir / "stages" / f"{stage}.json").exists(), f"{stage} had ended before the kill"
+    again = launcher.pipeline(*arguments)
+    assert again.wait() == 0, again.output()[-4000:]
+    assert (run_dir / plan.result).read_bytes() == (smoke_run.run_dir / plan.result).read_bytes()
+    assert [line["step"] for line in lines_of(run_dir, "reward_model")] == ([] if stage == "preferences" else [1, 2, 3, 4])

@@ -1,0 +1,90 @@
+"""Ray Data reads, tokenises and writes: every row is kept or counted, whatever the files look like."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from rm_robust.chat import ChatFormat
+from rm_robust.data_pipeline import Source, TokeniseReport, TokenLimits, tokenise_sources
+from rm_robust.errors import DataError
+from rm_robust.rows import RowKind
+from rm_robust.token_files import read_token_groups
+from tests.tiny_models import tiny_tokenizer
+
+NUM_ROWS = 300
+LIMITS = TokenLimits(max_prompt_tokens=60, max_completion_tokens=40, max_dropped_fraction=0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+def pair(number: int) -> dict[str, str]:
+    """The line separator in the completion ends no jsonl line."""
+    return {"pair_id": f"{number:04}", "prompt": f"red {number}", "chosen": f"green\u2028{number}", "rejected": f"seven {number}"}
+
+
+def lines(numbers: range) -> list[str]:
+    return [json.dumps(pair(number), ensure_ascii=False) for number in numbers]
+
+
+def tokenise(folder: Path, chat_dir: Path, *paths: Path, scenario: str = "train") -> TokeniseReport:
+    source = Source(scenario, tuple(str(path) for path in paths), RowKind.PAIR)
+    return tokenise_sources([source], chat_dir=chat_dir, out_dir=folder / "tokens", limits=LIMITS)
+
+
+def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_by_reason(tmp_path: Path, chat_dir: Path) -> None:
+    bad = ["", '{"prompt": "torn', json.dumps({**pair(1), "rejected": "green\u20281"}), json.dumps({**pair(1), "prompt": "red " * 90}), '{"prompt": "x"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines(range(200)) + bad), encoding="utf-8")
+    (tmp_path / "deep").mkdir()
+    pq.write_table(pa.Table.from_pylist([pair(number) for number in range(200, NUM_ROWS)]), tmp_path / "deep" / "b.parquet")
+    report = tokenise(tmp_path, chat_dir, tmp_path)
+    assert (report.num_read, report.num_kept) == ({"train": NUM_ROWS + 4}, {"train": NUM_ROWS})
+    assert report.num_dropped == {"train": {"malformed": 2, "identical completions": 1, "prompt too long": 1}}
+    assert len(report.examples) == 4
+    assert json.loads((tmp_path / "tokens" / "report.json").read_text())["num_kept"] == report.num_kept
+    chat = ChatFormat.load(chat_dir)
+    groups = read_token_groups(tmp_path / "tokens" / "scenario=train")
+    assert [group.group_id for group in groups] == [f"{number:04}" for number in range(NUM_ROWS)]
+    for number in (0, 199, 200, 299):
+        assert groups[number].tokens.prompt_ids == chat.prompt_ids(f"red {number}")
+        assert groups[number].tokens.completion_ids == [chat.completion_ids(f"green\u2028{number}"), chat.completion_ids(f"seven {number}")]
+
+
+def test_several_scenarios_are_written_and_counted_apart(tmp_path: Path, chat_dir: Path) -> None:
+    sources = []
+    for scenario, numbers in (("train", range(7)), ("in_domain", range(7, 10))):
+        (tmp_path / f"{scenario}.jsonl").write_text("\n".join(lines(numbers)), encoding="utf-8")
+        sources.append(Source(scenario, (str(tmp_path / f"{scenario}.jsonl"),), None))
+    report = tokenise_sources(sources, chat_dir=chat_dir, out_dir=tmp_path / "tokens", limits=LIMITS)
+    assert report.num_kept == {"train": 7, "in_domain": 3}
+    assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=in_domain")] == ["0007", "0008", "0009"]
+    assert not list((tmp_path / "tokens").rglob("rows"))
+
+
+def test_too_many_malformed_rows_fail_with_the_first_of_them_and_commit_nothing(tmp_path: Path, chat_dir: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines(range(10)), "{torn"]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"1 of 11 rows of 'train' are malformed, more than data.max_dropped_fraction = 0.05. First: .*in '{torn'"):
+        tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_source_of_which_nothing_is_left_fails_with_the_reasons(tmp_path: Path, chat_dir: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({**pair(1), "prompt": "red " * 90}))
+    with pytest.raises(DataError, match=r"No row of 'train' is left of 1 \(dropped: {'prompt too long': 1}\)"):
+        tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
