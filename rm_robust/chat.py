@@ -67,7 +67,7 @@ class ChatFormat:
 
     def completion_ids(self, completion: str) -> list[int]:
         """Token ids of one completion, its end-of-turn token last (the scored position). Raises DataError for text that is not valid Unicode."""
-        _check_text(completion, "The completion")
+        check_text(completion, "The completion")
         return [*self._encode(completion, control_tokens=False), self.end_of_turn_id]
 
     def completion_text(self, token_ids: list[int]) -> str:
@@ -152,12 +152,12 @@ def _as_message(message: object, index: int) -> Message:
         raise DataError(f"Message {index} has role {message['role']!r}; roles are {', '.join(ROLES)}.")
     if not isinstance(message["content"], str):
         raise DataError(f"Message {index} has a {type(message['content']).__name__} as content; it must be text.")
-    _check_text(message["content"], f"Message {index}")
+    check_text(message["content"], f"Message {index}")
     return {"role": message["role"], "content": message["content"]}
 
 
-def _check_text(text: str, name: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer can encode."""
+def check_text(text: str, name: str) -> None:
+    """Raise DataError, naming the text, when it is not valid Unicode: JSON can spell half a surrogate pair, which nothing can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from rm_robust.chat import as_messages
+from rm_robust.chat import as_messages, check_text
 from rm_robust.data_pipeline import list_files, read_lines
 from rm_robust.errors import DataError
 from rm_robust.records import NamedResponse
@@ -48,6 +48,7 @@ def _parse(row: Any, where: str) -> NamedResponse:
         raise DataError(f"{where} has a {type(row['completion']).__name__} as completion; it must be text.")
     try:
         prompt, gold_score = as_messages(row["prompt"]), finite_number(row["gold_score"], "gold_score")
+        check_text(row["completion"], "completion")
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     prompt_id = row.get("prompt_id")

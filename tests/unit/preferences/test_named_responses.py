@@ -16,13 +16,15 @@ ROW: dict[str, Any] = {"prompt": "Name a colour.", "model": "m1", "completion": 
 
 
 def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def test_jsonl_and_parquet_rows_give_the_same_responses(tmp_path: Path) -> None:
-    jsonl = write(tmp_path / "a.jsonl", [ROW, {**ROW, "model": "m2", "completion": "line\u2028end"}])
-    pq.write_table(pa.Table.from_pylist([ROW, {**ROW, "model": "m2", "completion": "line\u2028end"}]), tmp_path / "b.parquet")
+    jsonl = str(tmp_path / "a.jsonl")
+    rows = [ROW, {**ROW, "model": "m2", "completion": "line\u2028end"}]
+    Path(jsonl).write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     responses = read_named_responses([jsonl])
     assert responses == read_named_responses([str(tmp_path / "b.parquet")])
     assert responses[0] == NamedResponse(responses[0].prompt_id, [{"role": "user", "content": "Name a colour."}], "m1", "red", 1.0)
@@ -53,6 +55,7 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
         ({**ROW, "gold_score": float("nan")}, "gold_score is nan"),
         ({**ROW, "completion": 3}, "has a int as completion"),
         ({**ROW, "prompt": []}, "at least one message"),
+        ({**ROW, "completion": "\ud800"}, "completion is not valid Unicode"),
     ],
 )
 def test_a_row_that_cannot_be_read_stops_the_reading_at_its_file_and_line(tmp_path: Path, row: Any, reason: str) -> None:
