@@ -78,12 +78,15 @@ def in_ray_job() -> bool:
 
 
 def claim_run_dir(run_dir: Path, config: PipelineConfig) -> None:
-    """Write the resolved config into the run directory, or check that it is the one already there."""
+    """Write the resolved config into the run directory, or check that it is the one already there.
+
+    A directory that holds nothing but a config takes the new one: the run before it was refused before it began.
+    """
     resolved = json.loads(config.model_dump_json())
     path = run_dir / RESOLVED_NAME
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not path.exists() or {entry.name for entry in run_dir.iterdir()} == {RESOLVED_NAME}:
             write_json_atomic(path, resolved)
             return
         probe = run_dir / f".writable-{os.getpid()}"

@@ -97,7 +97,7 @@ def tokenise_sources(sources: list[Source], *, chat_dir: Path, out_dir: Path, li
         dataset.write_parquet(str(staged), partition_cols=["scenario"])
         reports.append(_split_kept(staged, folder, sources))
         shutil.rmtree(staged)
-        (folder / "report.json").write_text(json.dumps(asdict(reports[0]), indent=2, ensure_ascii=False) + "\n")
+        (folder / "report.json").write_text(json.dumps(asdict(reports[0]), indent=2) + "\n")
         _refuse_bad_sources(reports[0], limits)
 
     commit_directory(out_dir, write)

@@ -82,5 +82,5 @@ def _build(config: PipelineConfig, layout: RunLayout) -> Scenarios:
 def _write_scenarios(folder: Path, scenarios: Scenarios) -> None:
     for name, groups in scenarios.sets.items():
         rows = [{"prompt_id": g.group_id, "prompt": g.prompt, "completions": g.completions, "gold_scores": g.gold_scores, "models": g.models} for g in groups]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(manifest(scenarios), indent=2) + "\n")

@@ -94,7 +94,7 @@ class RolloutEngine:
             weight_transfer_config={"backend": weight_transfer_backend},
             skip_tokenizer_init=True,
             generation_config="vllm",  # not the checkpoint's sampling defaults
-            logprobs_mode="raw_logprobs",
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from: after temperature and top_p
             enable_prefix_caching=True,
             use_tqdm_on_load=False,
             **(cpu_settings if device == "cpu" else {}),
@@ -106,7 +106,7 @@ class RolloutEngine:
     def generate(self, requests: list[GenerationRequest]) -> list[PromptCompletions]:
         """Sample `num_completions` completions of each prompt, in the order of `requests`.
 
-        `sampler_logprobs` are log-softmax of the raw logits, before temperature and top_p. A completion ends with one of the request's
+        `sampler_logprobs` are those of the distribution that was sampled from, after temperature and top_p. A completion ends with one of the request's
         stop tokens, which is part of it, or is truncated; no other token ends it.
         Raises RolloutError when the engine holds no confirmed weights, a request does not fit into the context, or an answer is incomplete.
         """

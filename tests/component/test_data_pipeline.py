@@ -10,9 +10,12 @@ import pytest
 import ray
 
 from rm_robust.chat import ChatFormat
+from rm_robust.config import PipelineConfig
 from rm_robust.data_pipeline import Source, TokeniseReport, TokenLimits, tokenise_sources
 from rm_robust.errors import DataError
 from rm_robust.rows import RowKind
+from rm_robust.run_layout import RunLayout
+from rm_robust.sft.preparation import prepare_sft
 from rm_robust.token_files import read_token_groups
 from tests.tiny_models import tiny_tokenizer
 
@@ -88,3 +91,18 @@ def test_a_source_of_which_nothing_is_left_fails_with_the_reasons(tmp_path: Path
     (tmp_path / "a.jsonl").write_text(json.dumps({**pair(1), "prompt": "red " * 90}))
     with pytest.raises(DataError, match=r"No row of 'train' is left of 1 \(dropped: {'prompt too long': 1}\)"):
         tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
+
+
+def test_sft_is_prepared_from_the_users_demonstrations_alone(tmp_path: Path) -> None:
+    """A tokenizer and a base model from their text, and their tokens with that tokenizer; one row in thirty is malformed, which the limit allows."""
+    rows = [json.dumps({"id": f"{i:02}", "prompt": f"red {i}", "completion": f"green\u2028{i}"}, ensure_ascii=False) for i in range(30)]
+    (tmp_path / "sft.jsonl").write_text("\n".join([*rows, '{"prompt": "x"}']), encoding="utf-8")
+    data = {"source": "scenarios", "train": ["t"], "in_domain": ["i"], "rloo_prompts": ["p"], "sft": [str(tmp_path / "sft.jsonl")]}
+    model = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "vocab_size": 300}
+    config = PipelineConfig.model_validate({"name": "test", "data": data, "serve": {"gold": "judge"}, "model": model})
+    report = prepare_sft(config, tmp_path / "run", LIMITS)
+    assert (report["sft"]["num_kept"], report["sft"]["num_dropped"]) == ({"sft": 30}, {"sft": {"malformed": 1}})
+    layout = RunLayout(tmp_path / "run")
+    chat = ChatFormat.load(layout.base_model)
+    groups = read_token_groups(layout.sft_tokens / "scenario=sft")
+    assert [group.tokens.completion_ids for group in groups] == [[chat.completion_ids(f"green\u2028{i}")] for i in range(30)]

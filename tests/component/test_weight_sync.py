@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -80,8 +80,8 @@ class TransformersTrainer:
         return [self._greedy_one(prompt, max_new_tokens) for prompt in prompts]
 
     @torch.no_grad()
-    def logprobs(self, prompt: list[int], completion: list[int]) -> list[float]:
-        logprobs_TV = self.model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    def logprobs(self, prompt: list[int], completion: list[int], temperature: float = 1.0) -> list[float]:
+        logprobs_TV = (self.model(torch.tensor([prompt + completion])).logits[0] / temperature).log_softmax(-1)
         return [logprobs_TV[len(prompt) - 1 + index, token].item() for index, token in enumerate(completion)]
 
     def _greedy_one(self, prompt: list[int], max_new_tokens: int) -> list[int]:
@@ -280,6 +280,15 @@ def test_published_bytes_are_all_parameters_once(tied_rollout: Rollout, untied_r
     tied_bytes = 4 * (512 * 128 + 2 * layer + 128)
     assert ray.get(tied_rollout.trainer.publish.remote(3)).num_bytes == tied_bytes
     assert ray.get(untied_rollout.trainer.publish.remote(3)).num_bytes == tied_bytes + 4 * 512 * 128
+
+
+def test_sampler_logprobs_are_of_the_distribution_at_the_requests_temperature(untied_rollout: Rollout) -> None:
+    requests = [replace(request, temperature=0.7) for request in requests_of(PROMPTS)]
+    for answer in sample(untied_rollout.engines[0], requests):
+        for completion in answer.completions:
+            at_temperature, at_one = (ray.get(untied_rollout.trainer.logprobs.remote(answer.prompt_ids, completion.token_ids, t)) for t in (0.7, 1.0))
+            assert completion.sampler_logprobs == pytest.approx(at_temperature, abs=LOGPROB_TOLERANCE)
+            assert completion.sampler_logprobs != pytest.approx(at_one, abs=0.01)
 
 
 def test_completions_keep_the_order_and_counts_of_the_requests(untied_rollout: Rollout) -> None:
