@@ -64,9 +64,9 @@ class Running:
         wait_until(found, deadline_s, lambda: f"no {folder}/{pattern}:\n{self.output()[-4000:]}")
 
     def kill(self) -> None:
-        """SIGKILL to the driver's process group (local Ray's head is part of it); returns when nothing of the session is left."""
+        """SIGKILL to everything at once, as when the machine is lost: after the driver alone, workers would go on for two or three seconds."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.clean_up()
         self.wait_for_empty_session()
 
     def clean_up(self) -> list[str]:
