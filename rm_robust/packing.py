@@ -215,16 +215,19 @@ def _segment_attention(
     assert segments, "segment attention needs its segments: the batch was laid out padded"
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    # split, not a slice for each segment: the gradient of a slice is as long as the row, so that n slices cost n rows
+    lengths = [s.end - s.start for s in segments]
+    queries, keys, values = query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)
+    number_at = {s.start: number for number, s in enumerate(segments)}
     out = []
-    for s in segments:
-        own_query, own_key, own_value = query[:, :, s.start : s.end], key[:, :, s.start : s.end], value[:, :, s.start : s.end]
+    for own, s in enumerate(segments):
         if s.prompt_start == s.prompt_end:
-            out.append(F.scaled_dot_product_attention(own_query, own_key, own_value, is_causal=True, scale=scaling))
+            out.append(F.scaled_dot_product_attention(queries[own], keys[own], values[own], is_causal=True, scale=scaling))
             continue
-        keys = torch.cat([key[:, :, s.prompt_start : s.prompt_end], own_key], 2)
-        values = torch.cat([value[:, :, s.prompt_start : s.prompt_end], own_value], 2)
-        sees = torch.ones(s.end - s.start, keys.shape[2], dtype=torch.bool).tril(s.prompt_end - s.prompt_start)
-        out.append(F.scaled_dot_product_attention(own_query, keys, values, attn_mask=sees, scale=scaling))
+        prompt = number_at[s.prompt_start]
+        seen_keys, seen_values = torch.cat([keys[prompt], keys[own]], 2), torch.cat([values[prompt], values[own]], 2)
+        sees = torch.ones(s.end - s.start, seen_keys.shape[2], dtype=torch.bool).tril(s.prompt_end - s.prompt_start)
+        out.append(F.scaled_dot_product_attention(queries[own], seen_keys, seen_values, attn_mask=sees, scale=scaling))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
