@@ -15,7 +15,8 @@ SMOKE_CONFIG = "pipelines/configs/smoke.toml"
 STAGE_DEADLINE_S = 300
 """For one stage on a busy machine; each takes about half a minute on a quiet one."""
 RUN_DEADLINE_S = 900
-EXIT_DEADLINE_S = 60
+EXIT_DEADLINE_S = 150
+"""Ray kills a raylet that needs over a second to stop; its dashboard agent sees that after 10 s and then tries for 60 s to reach the ended GCS."""
 POLL_EVERY_S = 0.02
 
 

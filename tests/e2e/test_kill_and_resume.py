@@ -42,7 +42,6 @@ def check_resumed(run_dir: Path, stage: str, before: list[dict[str, float]], com
     assert len(before) - committed <= CHECKPOINT_EVERY_STEPS[stage]
 
 
-@pytest.mark.slow  # the smoke run's 25 SFT steps can be over before the kill arrives: the test then says so and fails
 def test_a_run_killed_in_sft_and_in_rloo_ends_as_one_never_killed(smoke_run: SmokeRun, launcher: Launcher, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = ("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(run_dir))

@@ -34,22 +34,22 @@ def load(checkpoint_dir: Path, *, max_length_tokens: int = 64) -> RewardScorer:
 
 
 def test_scores_are_those_of_plain_transformers_alone_and_in_any_batch(checkpoint_dir: Path, scorer: RewardScorer) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(checkpoint_dir)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint_dir).double()
     with torch.inference_mode():
         expected = [[model(input_ids=torch.tensor([g.prompt_ids + ids])).logits.item() for ids in g.completion_ids] for g in GROUPS]
     alone = [scorer.score_groups([group])[0] for group in GROUPS]
     shuffled = Random(1).sample(range(len(GROUPS)), len(GROUPS))
     together = dict(zip(shuffled, scorer.score_groups([GROUPS[i] for i in shuffled]), strict=True))
     for i, scores in enumerate(expected):
-        assert alone[i] == pytest.approx(scores, abs=1e-5)
-        assert together[i] == pytest.approx(scores, abs=1e-5)
+        assert alone[i] == pytest.approx(scores, abs=1e-4)  # float32 itself is 2e-5 away from float64 here
+        assert together[i] == pytest.approx(scores, abs=1e-4)
 
 
 def test_the_token_budget_of_a_batch_does_not_change_scores_norms_or_order(scorer: RewardScorer) -> None:
     whole = scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=10_000)
     for budget in (1, 30):
         for part, expected in zip(scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=budget), whole, strict=True):
-            assert part.scores == pytest.approx(expected.scores, abs=1e-5)
+            assert part.scores == pytest.approx(expected.scores, abs=1e-4)
             assert part.norms_before_final_norm == pytest.approx(expected.norms_before_final_norm, rel=1e-4)
             assert part.norms_after_final_norm == pytest.approx(expected.norms_after_final_norm, rel=1e-4)
 
