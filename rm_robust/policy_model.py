@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import commit_checkpoint
+from rm_robust.compute import EXACT, autocast
+from rm_robust.config import ComputeConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbone, token_logprobs
 
@@ -16,16 +18,18 @@ from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbo
 class PackedPolicy(nn.Module):
     """Wraps a transformers causal language model: packed batch -> log-probabilities and entropies of its completion tokens, [M] float32 nats."""
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, *, temperature: float) -> None:
+    def __init__(self, model: PreTrainedModel, layout: Layout, *, temperature: float, compute: ComputeConfig = EXACT) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
         self.temperature = temperature
+        self.compute = compute
         prepare_backbone(model.base_model, layout)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        hidden_TH = hidden_states(self.model.base_model, batch)
-        return token_logprobs(self.model.get_output_embeddings(), hidden_TH, batch, temperature=self.temperature)
+        with autocast(batch.input_ids_RT.device, self.compute):
+            hidden_TH = hidden_states(self.model.base_model, batch)
+            return token_logprobs(self.model.get_output_embeddings(), hidden_TH, batch, temperature=self.temperature)
 
 
 def load_policy(model_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:

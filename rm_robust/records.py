@@ -1,6 +1,7 @@
 """The data that crosses a stage or process boundary. Frozen, typed, no behaviour."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 Message = dict[str, str]
 """One chat turn: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -44,6 +45,22 @@ class TokenGroup:
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
+
+
+class Overlong(StrEnum):
+    """What becomes of a prompt that is too long."""
+
+    DROP = "drop"
+    TRUNCATE_PROMPT_LEFT = "truncate_prompt_left"
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A training pair as tokens: K = 2, chosen first. `margin` in score units (0 without one), `weight` > 0 of its loss in the batch."""
+
+    tokens: TokenGroup
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,15 @@ class Panel:
 SFT_PANELS = (Panel("Loss on demonstrations", "nats per token", (("sft/loss", "training"), ("sft/eval_loss", "held out"))),)
 REWARD_MODEL_PANELS = (
     Panel("Objective", "loss", (("reward_model/loss", "training"),)),
-    Panel("Pairwise accuracy", "fraction", (("reward_model/accuracy", "training batch"), ("reward_model/eval_accuracy", "held out")), 0.5),
+    Panel("Pairwise accuracy", "fraction", (("reward_model/accuracy", "training batch"), ("reward_model/in_domain_accuracy", "held out")), 0.5),
     Panel("Margin", "chosen - rejected", (("reward_model/margin_mean", "mean"),), 0.0),
     Panel("Centre and spread", "score", (("reward_model/batch_mean_score", "batch mean"), ("reward_model/score_std", "std")), 0.0),
-    Panel("BSR term of the loss", "loss", (("reward_model/bsr_term", "training"),), 0.0),
+    Panel("Penalty (BSR term) in the loss", "loss", (("reward_model/penalty", "training"),), 0.0),
     Panel("Gradient norm", "L2 norm", (("reward_model/gradient_norm", "before clipping"),)),
     Panel("Hidden norm, mean", "‖h‖ before final norm", (("reward_model/hidden_norm_mean", "mean"),)),
     Panel("Hidden norm, spread", "std of ‖h‖", (("reward_model/hidden_norm_std", "std"),)),
+    Panel("Distance of a pair's hidden states", "‖h_w - h_l‖ after final norm", (("reward_model/final_hidden_distance_mean", "mean"),)),
+    Panel("Effective rank", "held-out hidden states", (("reward_model/in_domain_effective_rank", "held out"),)),
 )
 POLICY_PANELS = (
     Panel("Entropy", "nats per token", (("rloo/entropy_mean", "mean"),)),

@@ -19,7 +19,8 @@ from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.config import ReplicaConfig
 from rm_robust.config_loading import DEFAULT_CONFIG, Run, parse_run
 from rm_robust.embedded_world.world_files import write_world
-from rm_robust.errors import RmRobustError
+from rm_robust.errors import ConfigError, RmRobustError
+from rm_robust.experiment_trackers import check_trackers
 from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
 from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
@@ -52,6 +53,8 @@ def main(description: str, stages: list[Stage]) -> int:
         run = parse_run(description, repository_root() / DEFAULT_CONFIG)
         logger.info("run directory %s", run.run_dir)
         check_inputs(run)
+        if rloo_stage in stages:
+            check_rloo_inputs(run)
         for stage in stages:
             stage(run)
     except RmRobustError as error:
@@ -75,11 +78,18 @@ def repository_root() -> Path:
 def check_inputs(run: Run) -> None:
     """Raise an RmRobustError for missing or empty files and for models that would make scores wrong, before any cluster work."""
     config = run.config
+    check_trackers(config.tracking)
     check_preference_sources(config, run.run_dir)
     for path in {config.model.path, config.reward_model.base_path} - {None}:
         ChatFormat.load(str(path))
     if config.serve.gold != "embedded":
         verify_checkpoint(Path(config.serve.gold), "reward_model")
+
+
+def check_rloo_inputs(run: Run) -> None:
+    """Raise ConfigError when RLOO would have no prompts, before any stage is run for it."""
+    if run.config.data.source != "embedded" and not run.config.data.rloo_prompts:
+        raise ConfigError("data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the reward model one by one.")
 
 
 def world_stage(run: Run) -> None:
@@ -201,3 +211,4 @@ def _announce(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]])
 
 
 ALL_STAGES: list[Stage] = [world_stage, sft_stage, preferences_stage, reward_model_stage, evaluation_stage, rloo_stage, report_stage]
+REWARD_MODEL_STAGES: list[Stage] = [stage for stage in ALL_STAGES if stage is not rloo_stage]

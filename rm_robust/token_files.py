@@ -12,7 +12,6 @@ from rm_robust.records import Message, TokenGroup
 
 TOKEN_SCHEMA = pa.schema(
     [
-        ("scenario", pa.string()),
         ("group_id", pa.string()),
         ("prompt_json", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
@@ -20,11 +19,9 @@ TOKEN_SCHEMA = pa.schema(
         ("gold_scores", pa.list_(pa.float64())),
         ("models", pa.list_(pa.string())),
         ("margin", pa.float64()),
-        ("drop_reason", pa.string()),
-        ("row_text", pa.string()),
+        ("weight", pa.float64()),
     ]
 )
-"""`drop_reason` is "" for a kept row; `row_text` shows the beginning of a dropped one."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,12 @@ class TokenisedGroup:
 
     group_id: str
     prompt: list[Message]
+    """Empty where the source gave token ids."""
     tokens: TokenGroup
     gold_scores: list[float]
     margin: float | None
+    weight: float = 1.0
+    """What a training pair counts in the loss: its source's weight over the number of pairs that its row gave."""
 
 
 def read_token_groups(folder: Path) -> list[TokenisedGroup]:
@@ -52,6 +52,7 @@ def read_token_groups(folder: Path) -> list[TokenisedGroup]:
             tokens=TokenGroup(row["prompt_ids"], row["completion_ids"]),
             gold_scores=row["gold_scores"],
             margin=row["margin"],
+            weight=row["weight"],
         )
         for row in table.to_pylist()
     ]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rm_robust.errors import DataError, RmRobustError
 
@@ -24,20 +24,29 @@ MetricsLine = dict[str, str | int | float]
 """One line of `metrics.jsonl`: `stage`, `step` (from 1), `time` (Unix seconds) and "area/name" metrics."""
 
 
+class MetricsSink(Protocol):
+    """One more place that a stage's metrics go to (experiment_trackers.py)."""
+
+    def write(self, step: int, metrics: Mapping[str, int | float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
     """Appends one stage's metrics to `run_dir/metrics.jsonl` and to TensorBoard events in `run_dir/tensorboard/<stage>`.
 
     `resume_step` is the last step whose checkpoint is committed, 0 for a fresh stage. Lines of this stage beyond it, which a killed
     process wrote after its last checkpoint, are dropped (and counted in the log), and so is a torn last line: the steps that are now
-    done again appear once. One writer at a time per run directory.
+    done again appear once. One writer at a time per run directory. `sinks` get what the file gets, and are closed with it.
     """
 
-    def __init__(self, run_dir: Path, stage: str, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, stage: str, resume_step: int, *, sinks: Sequence[MetricsSink] = ()) -> None:
         assert resume_step >= 0, f"resume_step is the number of committed steps, got {resume_step}"
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and the report only reads metrics
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._stage = stage
+        self._sinks = sinks
         self._resume_step = resume_step
         path = run_dir / METRICS_NAME
         _drop_uncommitted(path, stage, resume_step)
@@ -54,11 +63,15 @@ class MetricsWriter:
         self._file.flush()
         for key, value in metrics.items():
             self._tensorboard.add_scalar(key, value, step)
+        for sink in self._sinks:
+            sink.write(step, metrics)
 
     def close(self) -> None:
-        """Close both files; nothing can be written afterwards."""
+        """Close all of them; nothing can be written afterwards."""
         self._file.close()
         self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> Self:
         return self

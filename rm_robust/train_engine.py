@@ -54,7 +54,11 @@ def create_engine(module: nn.Module, *, strategy: StrategyConfig, optimizer: Opt
     if strategy.kind == "deepspeed":
         from rm_robust.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, zero_stage=strategy.zero_stage, optimizer=optimizer, device=device)
+        return DeepSpeedEngine(module, zero_stage=strategy.zero_stage, cpu_offload=strategy.cpu_offload, optimizer=optimizer, device=device)
+    if strategy.kind == "fsdp2":
+        from rm_robust.fsdp_engine import FsdpEngine
+
+        return FsdpEngine(module, optimizer=optimizer, device=device, cpu_offload=strategy.cpu_offload)
     return DdpEngine(module, optimizer=optimizer, device=device)
 
 

@@ -6,15 +6,16 @@ Data order is a pure function of (seed, step), so the position to resume from is
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from rm_robust.best_step import BestStep
 from rm_robust.config import OptimizerConfig
-from rm_robust.tracking import MetricsWriter, log_step
+from rm_robust.tracking import MetricsSink, MetricsWriter, log_step
 from rm_robust.train_engine import TrainEngine, learning_rate_at
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ class LoopSettings:
     optimizer: OptimizerConfig
     checkpoint_every_steps: int
     logged_keys: tuple[str, ...]
+    flops_per_token: float = 0.0
+    """Forward and backward, of one unique token."""
+    peak_flops: float | None = None
+    """Of all workers together (floating-point operations a second); None: no utilisation is logged."""
 
 
 def steps_in(num_rows: int, batch_size: int, num_epochs: float) -> int:
@@ -64,32 +69,59 @@ def run_loop(
     train_step: Callable[[int], dict[str, float]],
     evaluate: Callable[[int], dict[str, float]] | None,
     commit: Callable[[int], None],
-) -> None:
-    """Run steps first_step … num_steps - 1. `commit(n)` is called after n steps, by every rank, at intervals and at the end.
+    best: BestStep | None = None,
+    is_reclaimed: Callable[[], bool] = lambda: False,
+    trackers: Callable[[], Sequence[MetricsSink]] = tuple,
+) -> int:
+    """Run steps first_step … num_steps - 1, or until `best` says that it is over; returns the number of steps done.
+
+    `commit(n)` is called after n steps, by every rank, at intervals, at every new best evaluation, once when `is_reclaimed()` says that a
+    machine is about to be taken away (asked after every step, the same answer on every rank), and at the end.
 
     `train_step(i)` leaves a gradient in the engine and returns metrics, "<stage>/num_tokens" (of all ranks) among them; `evaluate(n)` returns
-    metrics, empty where nothing is due. Rank 0 alone writes metrics.
+    metrics, empty where nothing is due. Rank 0 alone writes metrics, to `trackers()` too.
     """
-    writer = MetricsWriter(run_dir, settings.stage, resume_step=first_step) if engine.rank == 0 else None
+    writer = MetricsWriter(run_dir, settings.stage, resume_step=first_step, sinks=trackers()) if engine.rank == 0 else None
+    if best is not None:
+        best.resume(run_dir, settings.stage, first_step)
+    num_done = first_step
+    is_saved_for_reclaim = False
     bar = tqdm(total=settings.num_steps, initial=first_step, desc=settings.stage, disable=engine.rank != 0, mininterval=5)
     try:
-        for step in range(first_step, settings.num_steps):
+        while num_done < settings.num_steps and not (best is not None and best.is_over):
+            step = num_done
             started = time.perf_counter()
             metrics = train_step(step)
             learning_rate = learning_rate_at(step, settings.num_steps, settings.optimizer)
             metrics[f"{settings.stage}/gradient_norm"] = engine.step(learning_rate)
             metrics[f"{settings.stage}/learning_rate"] = learning_rate
             metrics["time/step_s"] = time.perf_counter() - started
-            metrics["throughput/tokens_per_s"] = metrics[f"{settings.stage}/num_tokens"] / metrics["time/step_s"]
+            metrics |= throughput(metrics, settings)
             if evaluate is not None:
                 metrics |= evaluate(step + 1)
+            is_best = best is not None and best.record(step + 1, metrics)
+            num_done = step + 1
             if writer is not None:
                 writer.write(step + 1, metrics)
                 log_step(logger, settings.stage, step + 1, settings.num_steps, metrics, settings.logged_keys)
             bar.update()
-            if (step + 1) % settings.checkpoint_every_steps == 0 or step + 1 == settings.num_steps:
-                commit(step + 1)
+            is_over = num_done == settings.num_steps or (best is not None and best.is_over)
+            is_last_chance = not is_saved_for_reclaim and is_reclaimed()
+            is_saved_for_reclaim |= is_last_chance
+            if num_done % settings.checkpoint_every_steps == 0 or is_best or is_over or is_last_chance:
+                commit(num_done)
     finally:
         bar.close()
         if writer is not None:
             writer.close()
+    return num_done
+
+
+def throughput(metrics: dict[str, float], settings: LoopSettings) -> dict[str, float]:
+    """Tokens a second, shared prompts counted once (`unique`) and with each completion; utilisation from unique tokens."""
+    num_tokens, seconds = metrics[f"{settings.stage}/num_tokens"], metrics["time/step_s"]
+    repeated = metrics.get(f"{settings.stage}/num_repeated_tokens", num_tokens)
+    found = {"throughput/tokens_per_s": repeated / seconds, "throughput/unique_tokens_per_s": num_tokens / seconds}
+    if settings.peak_flops is not None:
+        found["throughput/utilisation"] = settings.flops_per_token * num_tokens / seconds / settings.peak_flops
+    return found

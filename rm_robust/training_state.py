@@ -14,8 +14,11 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(int(folder.name.removeprefix("step-")) for folder in root.glob("step-*") if folder.is_dir())
 
 
-def save_state(engine: TrainEngine, root: Path, num_steps_done: int) -> None:
-    """Commit the state after `num_steps_done` steps and drop older ones. Every rank calls it; it returns after the commit."""
+def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept: int = 1, best_step: int | None = None) -> None:
+    """Commit the state after `num_steps_done` steps; of the older ones keep `num_kept` - 1 and that of `best_step`.
+
+    Every rank calls it; it returns after the commit.
+    """
     staging = root / ".staging"
     if engine.rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
@@ -24,12 +27,16 @@ def save_state(engine: TrainEngine, root: Path, num_steps_done: int) -> None:
     engine.save(staging)
     barrier()
     if engine.rank == 0:
-        older = committed_steps(root)
         commit_directory(root / f"step-{num_steps_done:07d}", lambda folder: _move_into(staging, folder))
-        for step in older:
-            if step != num_steps_done:
+        for step in committed_steps(root)[:-num_kept]:
+            if step != best_step:
                 shutil.rmtree(root / f"step-{step:07d}")
     barrier()
+
+
+def load_best(engine: TrainEngine, root: Path, best_step: int) -> None:
+    """Load the state after `best_step` steps, which save_state kept. Every rank calls it."""
+    engine.load(root / f"step-{best_step:07d}")
 
 
 def load_state(engine: TrainEngine, root: Path) -> int:

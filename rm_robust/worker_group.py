@@ -19,6 +19,7 @@ MAX_WORKER_FAILURES = 2
 
 def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig) -> dict[str, float]:
     """Run `function(config, run_dir)` on `workers` through Ray Train V2; returns what rank 0 returned. Raises ray.train.TrainingFailedError."""
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     trainer = _trainer_class()(
@@ -29,6 +30,7 @@ def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConf
             use_gpu=workers.num_gpus_per_worker > 0,
             resources_per_worker={"CPU": workers.num_cpus_per_worker, **gpu_request(workers.num_gpus_per_worker), **workers.resources_per_worker},
         ),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.num_gpus_per_worker else "gloo"),  # offloaded shards meet on the CPU
         run_config=RunConfig(
             name=stage,
             storage_path=str(run_dir / "ray_train"),
@@ -69,6 +71,21 @@ def prepare_process(num_threads: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
 
 
+_is_train_worker = False
+
+
+def is_reclaimed() -> bool:
+    """Whether a machine of this worker group is about to be taken away (spot instances): the same answer on every rank, which meet here.
+
+    False outside Ray Train, and where RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0 says that nobody watches.
+    """
+    if not _is_train_worker or os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
+        return False
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
+
+
 def _trainer_class() -> Any:
     """TorchTrainer without Ray's PlacementGroupCleaner. That looks its controller up in whatever Ray it finds first on the machine, and takes the
     workers' resources away when another Ray answers that it knows no such controller (Ray 2.60). Ours needs no cleaning: it ends with the driver."""
@@ -84,6 +101,8 @@ def _trainer_class() -> Any:
 
 
 def _work(settings: dict[str, Any]) -> dict[str, float]:
+    global _is_train_worker
+    _is_train_worker = True
     prepare_process(settings["num_threads"])
     result: dict[str, float] = settings["function"](settings["config"], settings["run_dir"])
     return result

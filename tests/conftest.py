@@ -1,7 +1,28 @@
-"""Settings of every test run."""
+"""Settings of every test run, and the folder of real preference data."""
 
+import os
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 # Loaded machines make any deadline flaky; the same examples every time make a failure one that its author sees.
 settings.register_profile("rm_robust", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("rm_robust")
+
+DATA_VARIABLE = "RM_ROBUST_TEST_DATA"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--data", default=os.environ.get(DATA_VARIABLE), help=f"folder of real preference data (or {DATA_VARIABLE}); tests that want it skip without"
+    )
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    folder = request.config.getoption("--data")
+    if folder is None:
+        pytest.skip(f"needs real preference data: give its folder with --data or {DATA_VARIABLE}")
+    assert Path(folder).is_dir(), f"--data {folder}: no such folder"
+    return Path(folder)

@@ -11,13 +11,16 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 from rm_robust.chat import ChatFormat
 from rm_robust.config import ModelConfig
-from rm_robust.data_pipeline import TokenLimits, tokenise_text
+from rm_robust.packing import Layout
 from rm_robust.records import TokenGroup
 from rm_robust.rows import RowKind
+from rm_robust.rows_tokenising import STAGED_SCHEMA, TokenLimits, tokenise_text
 from rm_robust.sft.from_scratch import make_tokenizer, save_base_model
 from rm_robust.token_files import TOKEN_SCHEMA
 
 VOCABULARY_SIZE = 512
+TRAINED_ON_CPU = (Layout.SEGMENTS, Layout.PADDED)
+"""torch's FlexAttention has no backward pass there."""
 
 
 def tiny_qwen2_config(*, tie_word_embeddings: bool) -> Qwen2Config:
@@ -96,7 +99,7 @@ def save_tiny_language_model(folder: Path, *, seed: int = 0, num_positions: int 
 def write_token_groups(folder: Path, rows: list[dict[str, object]], *, kind: RowKind, chat: ChatFormat) -> None:
     """Tokenised rows as the data pipeline commits them for one scenario; `rows` as in a user's file, none of them dropped."""
     limits = TokenLimits(max_prompt_tokens=100, max_completion_tokens=100, max_dropped_fraction=0)
-    tokenised = [tokenise_text(json.dumps(row), scenario=folder.name, kind=kind, chat=chat, limits=limits) for row in rows]
+    tokenised = [token_row for row in rows for token_row in tokenise_text(json.dumps(row), scenario=folder.name, kind=kind, chat=chat, limits=limits)]
     assert not any(row["drop_reason"] for row in tokenised), tokenised
     folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(tokenised, schema=TOKEN_SCHEMA).drop_columns(["scenario", "drop_reason", "row_text"]), folder / "part-00000.parquet")
+    pq.write_table(pa.Table.from_pylist(tokenised, schema=STAGED_SCHEMA).select(TOKEN_SCHEMA.names), folder / "part-00000.parquet")

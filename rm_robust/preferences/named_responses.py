@@ -3,13 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from rm_robust.chat import as_messages, check_text
-from rm_robust.data_pipeline import list_files, read_lines
+from rm_robust.data_files import DataFile, list_files, read_lines, read_parquet_rows
 from rm_robust.errors import DataError
 from rm_robust.records import NamedResponse
 from rm_robust.rows import finite_number
@@ -23,13 +20,13 @@ def read_named_responses(paths: list[str]) -> list[NamedResponse]:
     return responses
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _rows(file: DataFile) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".parquet":
-        for number, row in enumerate(pq.read_table(file).to_pylist(), 1):
-            yield f"{file}, row {number}", row
+        for number, row in enumerate(read_parquet_rows(file), 1):
+            yield f"{file.path}, row {number}", row
         return
     for number, line in enumerate(read_lines(file), 1):
-        where = f"{file}, line {number}"
+        where = f"{file.path}, line {number}"
         if not line.strip():
             continue
         try:

@@ -7,10 +7,11 @@ from typing import Any
 
 from rm_robust.checkpoint import commit_directory
 from rm_robust.config import PipelineConfig
-from rm_robust.data_pipeline import Source, TokenLimits, check_sources, tokenise_sources
+from rm_robust.data_pipeline import Source, check_sources, tokenise_sources
 from rm_robust.preferences.named_responses import read_named_responses
 from rm_robust.preferences.scenarios import Scenarios, build_scenarios, choose_validation_prompts, manifest
 from rm_robust.rows import RowKind
+from rm_robust.rows_tokenising import TokenLimits
 from rm_robust.run_layout import RunLayout
 
 SCENARIO_FILES = ("train", "in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
@@ -26,8 +27,11 @@ def prepare_preferences(config: PipelineConfig, run_dir: Path) -> dict[str, Any]
     report = tokenise_sources(
         preference_sources(config, layout), chat_dir=Path(reward_model_base_dir(config, layout)), out_dir=layout.preference_tokens, limits=limits
     )
-    prompts = tokenise_sources([rloo_prompt_source(config, layout)], chat_dir=Path(layout.sft_model_dir(config)), out_dir=layout.rloo_prompts, limits=limits)
-    return {"preferences": asdict(report), "rloo_prompts": asdict(prompts)}
+    found = {"preferences": asdict(report)}
+    if prompt_source := rloo_prompt_source(config, layout):
+        prompts = tokenise_sources([prompt_source], chat_dir=Path(layout.sft_model_dir(config)), out_dir=layout.rloo_prompts, limits=limits)
+        found["rloo_prompts"] = asdict(prompts)
+    return found
 
 
 def check_preference_sources(config: PipelineConfig, run_dir: Path) -> None:
@@ -38,28 +42,30 @@ def check_preference_sources(config: PipelineConfig, run_dir: Path) -> None:
     if data.source == "responses":
         check_sources([Source("responses", tuple(data.responses), None)])
     if data.source != "embedded":
-        check_sources([rloo_prompt_source(config, layout)])
+        if prompt_source := rloo_prompt_source(config, layout):
+            check_sources([prompt_source])
         if config.sft.enabled:
             check_sources([Source("sft", tuple(data.sft), RowKind.DEMONSTRATION)])
 
 
 def token_limits(config: PipelineConfig) -> TokenLimits:
-    return TokenLimits(config.data.max_prompt_tokens, config.data.max_completion_tokens, config.data.max_dropped_fraction)
+    return TokenLimits(config.data.max_prompt_tokens, config.data.max_completion_tokens, config.data.max_dropped_fraction, config.data.overlong)
 
 
 def preference_sources(config: PipelineConfig, layout: RunLayout) -> list[Source]:
-    """One source a scenario: the files built from responses, or the user's own."""
+    """The files built from responses, one source a scenario; or the user's own: one source for each entry of data.train, since they have weights."""
     if config.data.source != "scenarios":
         return [Source(name, (str(layout.scenarios / f"{name}.jsonl"),), RowKind.RANKED) for name in SCENARIO_FILES]
     data = config.data
-    files = (data.train, data.in_domain, data.prompt_disjoint, data.response_disjoint, data.mutual_disjoint)
-    named = zip(SCENARIO_FILES, files, strict=True)
-    return [Source(name, tuple(paths), RowKind.PAIR if name == "train" else None) for name, paths in named if paths]
+    train = [Source("train", (entry.path,), RowKind.TRAINING_PAIRS, entry.weight) for entry in data.train]
+    validation = zip(SCENARIO_FILES[1:], (data.in_domain, data.prompt_disjoint, data.response_disjoint, data.mutual_disjoint), strict=True)
+    return train + [Source(name, tuple(paths), None) for name, paths in validation if paths]
 
 
-def rloo_prompt_source(config: PipelineConfig, layout: RunLayout) -> Source:
+def rloo_prompt_source(config: PipelineConfig, layout: RunLayout) -> Source | None:
+    """None: the run has no prompts for RLOO and ends before it."""
     paths = (str(layout.world / "rloo_prompts.jsonl"),) if config.data.source == "embedded" else tuple(config.data.rloo_prompts)
-    return Source("rloo_prompts", paths, RowKind.PROMPT)
+    return Source("rloo_prompts", paths, RowKind.PROMPT) if paths else None
 
 
 def reward_model_base_dir(config: PipelineConfig, layout: RunLayout) -> str:

@@ -1,10 +1,15 @@
-"""Agreement of scores with gold, as pure functions. Pairs are [chosen, rejected]; groups are K completions of one prompt."""
+"""Agreement of scores with gold, and what their distribution looks like, as pure functions.
+
+Pairs are [chosen, rejected]; groups are K completions of one prompt. Shapes: N scores, H hidden.
+"""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from scipy.stats import kendalltau
+from torch import Tensor
 
 Metric = Literal["accuracy", "kendall_tau_b"]
 
@@ -50,3 +55,30 @@ def mean_kendall_tau(scores: list[list[float]], gold_scores: list[list[float]]) 
         raise ValueError(f"Kendall's tau needs at least one prompt whose gold scores differ, got {undefined} with constant gold.")
     assert all(math.isfinite(tau) for tau in taus)
     return ScenarioResult("kendall_tau_b", sum(taus) / len(taus), len(taus) + undefined, undefined, constant_scores)
+
+
+def ordered_alike(scores: list[float], gold_scores: list[float]) -> list[bool]:
+    """For every pair of completions whose gold scores differ: whether the scores order it strictly the same way."""
+    ranked = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if gold_scores[i] > gold_scores[j]]
+    return [scores[i] > scores[j] for i, j in ranked]
+
+
+def skewness(values_N: Tensor) -> float:
+    """Third standardised moment (population); 0 for constant values, which have no side."""
+    centred_N = values_N.double() - values_N.double().mean()
+    deviation = centred_N.square().mean().sqrt()
+    return float((centred_N / deviation).pow(3).mean()) if deviation > 0 else 0.0
+
+
+def correlation(first_N: Tensor, second_N: Tensor) -> float:
+    """Pearson's; 0 when either is constant, which says nothing of the other."""
+    a_N, b_N = (x.double() - x.double().mean() for x in (first_N, second_N))
+    scale = a_N.norm() * b_N.norm()
+    return float((a_N * b_N).sum() / scale) if scale > 0 else 0.0
+
+
+def effective_rank(hidden_NH: Tensor) -> float:
+    """exp of the entropy of the normalised singular values, between 1 and min(N, H). Roy & Vetterli 2007; paper Eq. 32."""
+    singular_Q = torch.linalg.svdvals(hidden_NH.double())
+    p_Q = singular_Q / singular_Q.sum()
+    return float(torch.exp(torch.special.entr(p_Q).sum()))

@@ -4,37 +4,55 @@ Shapes: N completions, H hidden, T columns of a packed batch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from rm_robust.compute import EXACT, autocast
+from rm_robust.config import ComputeConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbone
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """`scores_N` (float32, raw); norms of the hidden state at the scored token, before and after the decoder's final norm (no gradient)."""
+    """`scores_N` (float32, raw); the hidden state at the scored token before and after the decoder's final norm (float32, no gradient)."""
 
     scores_N: Tensor
-    norm_before_final_norm_N: Tensor
-    norm_after_final_norm_N: Tensor
+    hidden_before_final_norm_NH: Tensor
+    hidden_after_final_norm_NH: Tensor
+
+    def detached(self) -> "ScoredBatch":
+        """The same numbers without the graph that keeps every activation."""
+        return replace(self, scores_N=self.scores_N.detach())
 
 
 def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrainedModel:
-    """A sequence-classification model on top of a causal language model; head drawn from N(0, 1/(H+1)) per weight (paper, after Eq. 2)."""
+    """A sequence-classification model on top of a causal language model; head drawn from N(0, 1/(H+1)) per weight (paper, after Eq. 2).
+
+    A trained reward model keeps its head. Raises CheckpointError when the directory lacks a backbone weight or has another number of scores.
+    """
     config = AutoConfig.from_pretrained(str(base_dir))
     config.num_labels = 1
     config.pad_token_id = pad_id
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(str(base_dir), config=config, dtype=torch.float32)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        str(base_dir), config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if info["mismatched_keys"]:
+        raise CheckpointError(f"{base_dir} has weights of other shapes: {sorted(info['mismatched_keys'])}; a reward model has one score (num_labels=1).")
+    missing = sorted(info["missing_keys"])
+    if missing and missing != ["score.weight"]:
+        raise CheckpointError(f"{base_dir} lacks trained weights for {missing}: they would be random. Save the whole model.")
+    if not missing:
+        return model  # type: ignore[no-any-return]
     generator = torch.Generator().manual_seed(seed)
     weight_1H = score_head(model).weight
     with torch.no_grad():
         weight_1H.copy_(torch.randn(weight_1H.shape, generator=generator) / math.sqrt(weight_1H.shape[1] + 1))
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -50,8 +68,13 @@ def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreT
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
-    """The H -> 1 linear layer. Raises CheckpointError for a head of another shape."""
+    """The H -> 1 linear layer that is trained and read. Raises CheckpointError for a head of another shape."""
     head = model.score
+    if not isinstance(head, nn.Linear):
+        from peft.utils.other import ModulesToSaveWrapper  # slow to import, and only adapters need it
+
+        if isinstance(head, ModulesToSaveWrapper):  # the untrained head beside the trained one
+            head = head.modules_to_save[str(head.active_adapter)]
     if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
         raise CheckpointError(f"{type(model).__name__} has the head {head}; only one bias-free linear layer to a single score is known.")
     return head
@@ -63,10 +86,11 @@ class PackedRewardModel(nn.Module):
     Makes the model's head float32, whatever the backbone is. Every weight is used by calling its module: ZeRO-3 gathers it only then.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout) -> None:
+    def __init__(self, model: PreTrainedModel, layout: Layout, compute: ComputeConfig = EXACT) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
+        self.compute = compute
         prepare_backbone(self.backbone, layout)
         score_head(model).float()
 
@@ -82,12 +106,12 @@ class PackedRewardModel(nn.Module):
         assert isinstance(final_norm, nn.Module), f"{type(self.backbone).__name__} has no final norm to read hidden norms at"
         handle = final_norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
         try:
-            hidden_TH = hidden_states(self.backbone, batch)
+            with autocast(batch.input_ids_RT.device, self.compute):
+                hidden_TH = hidden_states(self.backbone, batch)
         finally:
             handle.remove()
         scored_NH = hidden_TH[batch.scored_index_N]
-        scores_N = score_head(self.model)(scored_NH.float()).squeeze(1)
-        with torch.no_grad():
-            norm_before_N = before[0].flatten(0, 1)[batch.scored_index_N].float().norm(dim=1)
-            norm_after_N = scored_NH.float().norm(dim=1)
-        return ScoredBatch(scores_N, norm_before_N, norm_after_N)
+        with torch.autocast(scored_NH.device.type, enabled=False):
+            scores_N = score_head(self.model)(scored_NH.float()).squeeze(1)
+        before_NH = before[0].detach().flatten(0, 1)[batch.scored_index_N].float()
+        return ScoredBatch(scores_N, before_NH, scored_NH.detach().float())

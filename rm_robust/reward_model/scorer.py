@@ -8,7 +8,7 @@ import torch
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.errors import CheckpointError, ScoringError
-from rm_robust.packing import choose_layout, fill_bins, group_length, lay_out
+from rm_robust.packing import choose_layout, lay_out, micro_batches
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.model import PackedRewardModel, load_reward_model
 
@@ -70,11 +70,11 @@ class RewardScorer:
             if longest > self.max_length_tokens:
                 raise ScoringError(f"Input {index} has {longest} tokens (prompt + completion), the limit is {self.max_length_tokens}.")
         results: dict[int, ScoredGroup] = {}
-        for members in fill_bins([group_length(group) for group in groups], max_tokens_per_batch):
+        for members in micro_batches(groups, self.model.layout, max_tokens_per_batch):
             batch = lay_out([groups[i] for i in members], self.model.layout, pad_id=self.chat.pad_id).to(self.device)
             with torch.inference_mode():
                 scored = self.model(batch)
-            columns = [t.cpu() for t in (scored.scores_N, scored.norm_before_final_norm_N, scored.norm_after_final_norm_N)]
+            columns = [t.cpu() for t in (scored.scores_N, scored.hidden_before_final_norm_NH.norm(dim=1), scored.hidden_after_final_norm_NH.norm(dim=1))]
             at = 0
             for i in members:
                 end = at + len(groups[i].completion_ids)

@@ -3,22 +3,31 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from rm_robust.best_step import BestStep
 from rm_robust.chat import ChatFormat
-from rm_robust.checkpoint import commit_checkpoint
-from rm_robust.config import PipelineConfig
-from rm_robust.packing import choose_layout, fill_bins, group_length, lay_out
-from rm_robust.records import TokenGroup
+from rm_robust.compute import flops_per_token, prepare_for_training
+from rm_robust.config import PipelineConfig, RewardModelConfig
+from rm_robust.errors import DataError
+from rm_robust.experiment_trackers import open_trackers
+from rm_robust.packing import choose_layout, lay_out, micro_batches
+from rm_robust.records import PreferencePair
+from rm_robust.reward_model.checkpoint_files import commit_reward_model
+from rm_robust.reward_model.lora import add_adapters
+from rm_robust.reward_model.losses import ObjectiveSettings
+from rm_robust.reward_model.metrics import effective_rank, ordered_alike
 from rm_robust.reward_model.model import PackedRewardModel, new_reward_model, score_head
+from rm_robust.reward_model.objectives import Objective
 from rm_robust.reward_model.step import StepSettings, gather_rows, reward_model_step
 from rm_robust.run_layout import RunLayout
-from rm_robust.token_files import read_token_groups
+from rm_robust.token_files import TokenisedGroup, read_token_groups
 from rm_robust.train_engine import TrainEngine, create_engine, largest_over_ranks
 from rm_robust.training_loop import LoopSettings, batch_indices, rank_share, run_loop, steps_in
-from rm_robust.training_state import load_state, save_state
-from rm_robust.worker_group import worker_device
+from rm_robust.training_state import load_best, load_state, save_state
+from rm_robust.worker_group import is_reclaimed, worker_device
 
-LOGGED = ("reward_model/loss", "reward_model/accuracy", "reward_model/batch_mean_score", "reward_model/bsr_term", "reward_model/eval_accuracy")
+LOGGED = ("reward_model/loss", "reward_model/accuracy", "reward_model/batch_mean_score", "reward_model/penalty", "reward_model/in_domain_accuracy")
 
 
 def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
@@ -27,14 +36,17 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     device = worker_device()
     base_dir = settings.base_path or layout.sft_model_dir(config)
     chat = ChatFormat.load(base_dir)
-    pairs = [row.tokens for row in read_token_groups(layout.preference_tokens / "scenario=train")]
-    held_out = [row.tokens for row in read_token_groups(layout.preference_tokens / "scenario=in_domain")][: settings.num_evaluation_pairs]
+    pairs = training_pairs(read_token_groups(layout.preference_tokens / "scenario=train"), settings)
+    held_out = {name: read_token_groups(layout.preference_tokens / f"scenario={name}")[: settings.num_evaluation_pairs] for name in settings.evaluation_sets}
     torch.manual_seed(config.seed)
     model = new_reward_model(base_dir, pad_id=chat.pad_id, seed=config.seed)
-    packed = PackedRewardModel(model, choose_layout(model.config, device))
+    if settings.lora:
+        add_adapters(model, settings.lora)
+    prepare_for_training(model, settings.compute)
+    packed = PackedRewardModel(model, choose_layout(model.config, device), settings.compute)
     engine = create_engine(packed, strategy=settings.strategy, optimizer=settings.optimizer, device=device)
     num_steps = steps_in(len(pairs), settings.batch_size, settings.num_epochs)
-    step_settings = StepSettings(settings.objective, settings.bsr_coefficient, settings.bsr_scale, settings.max_tokens_per_micro_batch, chat.pad_id)
+    step_settings = StepSettings(objective_settings(settings), settings.max_tokens_per_micro_batch, chat.pad_id)
     first_step = load_state(engine, layout.reward_model_state)
 
     def train_step(step: int) -> dict[str, float]:
@@ -46,41 +58,92 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     def evaluate(step: int) -> dict[str, float]:
         if step % settings.evaluate_every_steps and step != num_steps:
             return {}
-        return {"reward_model/eval_accuracy": held_out_accuracy(engine, packed, held_out, step_settings, device=device)}
+        found: dict[str, float] = {}
+        for name, rows in held_out.items():
+            own = held_out_metrics(engine, packed, rows, step_settings, device=device)
+            found |= {f"reward_model/{name}_{key}": value for key, value in own.items()}
+        return found
 
-    run_loop(
+    best = BestStep(f"reward_model/{settings.best_metric}", settings.early_stopping_evaluations) if settings.best_metric else None
+    workers = settings.workers
+    num_done = run_loop(
         engine,
-        LoopSettings("reward_model", num_steps, settings.optimizer, settings.checkpoint_every_steps, LOGGED),
+        LoopSettings(
+            "reward_model",
+            num_steps,
+            settings.optimizer,
+            settings.checkpoint_every_steps,
+            LOGGED,
+            flops_per_token=flops_per_token(model),
+            peak_flops=workers.peak_flops_per_worker and workers.peak_flops_per_worker * workers.num_workers,
+        ),
         first_step=first_step,
         run_dir=run_dir,
         train_step=train_step,
         evaluate=evaluate,
-        commit=lambda step: save_state(engine, layout.reward_model_state, step),
+        commit=lambda step: save_state(
+            engine, layout.reward_model_state, step, num_kept=settings.num_kept_checkpoints, best_step=None if best is None else best.step
+        ),
+        best=best,
+        is_reclaimed=is_reclaimed,
+        trackers=lambda: open_trackers(config, run_dir, "reward_model"),
     )
+    if best is not None and best.step is not None:
+        load_best(engine, layout.reward_model_state, best.step)
+        num_done = best.step
     weights = engine.full_state_dict()
     if engine.rank == 0:
         state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-
-        def write(folder: Path) -> None:
-            model.save_pretrained(str(folder), state_dict=state)
-            chat.tokenizer.save_pretrained(str(folder))
-
-        training: dict[str, str | int | float] = {"objective": str(settings.objective), "num_steps": num_steps, "seed": config.seed}
-        commit_checkpoint(layout.reward_model_checkpoint, write, kind="reward_model", template_sha256=chat.template_sha256, training=training)
-    return {"num_steps": num_steps}
+        training: dict[str, str | int | float] = {"objective": str(settings.objective), "num_steps": num_done, "seed": config.seed}
+        commit_reward_model(layout.reward_model_checkpoint, model, state, chat, base_dir=base_dir, lora=settings.lora, training=training)
+    return {"num_steps": num_done}
 
 
-def held_out_accuracy(engine: TrainEngine, packed: PackedRewardModel, pairs: list[TokenGroup], settings: StepSettings, *, device: torch.device) -> float:
-    """Fraction of held-out pairs with chosen strictly above rejected; each rank scores its share."""
-    own = [pairs[i] for i in rank_share(list(range(len(pairs))), rank=engine.rank, world_size=engine.world_size)]
-    bins = fill_bins([group_length(pair) for pair in own], settings.max_tokens_per_micro_batch)
-    correct: list[float] = []
+def objective_settings(config: RewardModelConfig) -> ObjectiveSettings:
+    """What losses.py reads of the config."""
+    return ObjectiveSettings(
+        objective=config.objective,
+        bsr_coefficient=config.bsr_coefficient,
+        bsr_scale=config.bsr_scale,
+        bsr_scope=config.bsr_scope,
+        bsr_micro_pairs=config.bsr_micro_pairs or 1,
+        norm_epsilon=config.norm_epsilon,
+        norm_temperature=config.norm_temperature,
+        centering_coefficient=config.centering_coefficient,
+    )
+
+
+def training_pairs(rows: list[TokenisedGroup], config: RewardModelConfig) -> list[PreferencePair]:
+    """Pairs with the margins that the objective reads. Raises DataError when it wants the data's and a row has none."""
+    reads_column = config.objective is Objective.MARGIN and config.margin is None
+    without = [row.group_id for row in rows if row.margin is None]
+    if reads_column and without:
+        raise DataError(
+            f'objective = "margin" takes each pair\'s own margin, and {len(without)} of {len(rows)} training pairs have none (first: {without[0]}). '
+            "Give the column `margin`, or one margin for all with reward_model.margin."
+        )
+    return [PreferencePair(row.tokens, margin=(row.margin or 0.0) if reads_column else (config.margin or 0.0), weight=row.weight) for row in rows]
+
+
+def held_out_metrics(
+    engine: TrainEngine, packed: PackedRewardModel, rows: list[TokenisedGroup], settings: StepSettings, *, device: torch.device
+) -> dict[str, float]:
+    """`accuracy`: fraction of pairs of completions with different gold scores that the model orders alike (strictly); `effective_rank` of the hidden
+    states that are scored. Each rank scores its share."""
+    own = [rows[i] for i in rank_share(list(range(len(rows))), rank=engine.rank, world_size=engine.world_size)]
+    bins = micro_batches([row.tokens for row in own], packed.layout, settings.max_tokens_per_micro_batch)
+    is_right: list[float] = []
+    hidden: list[Tensor] = [torch.zeros(0, device=device)]
     for number in range(largest_over_ranks(len(bins), device)):
-        members = [own[i] for i in bins[number]] if number < len(bins) else pairs[:1]  # an idle rank takes part in the forward pass
-        batch = lay_out(members, packed.layout, pad_id=settings.pad_id).to(device)
+        members = [own[i] for i in bins[number]] if number < len(bins) else rows[:1]  # an idle rank takes part in the forward pass
+        batch = lay_out([row.tokens for row in members], packed.layout, pad_id=settings.pad_id).to(device)
         with torch.no_grad():
-            chosen_B, rejected_B = engine.forward(batch).scores_N.view(-1, 2).unbind(1)
+            scored = engine.forward(batch)
         if number < len(bins):
-            correct += (chosen_B > rejected_B).float().tolist()
-    all_correct, _ = gather_rows(torch.tensor(correct, device=device))
-    return float(all_correct.mean())
+            scores = scored.scores_N.split([len(row.gold_scores) for row in members])
+            is_right += [float(right) for row, own_scores in zip(members, scores, strict=True) for right in ordered_alike(own_scores.tolist(), row.gold_scores)]
+            hidden.append(scored.hidden_after_final_norm_NH.flatten())
+    all_right, _ = gather_rows(torch.tensor(is_right, device=device))
+    all_hidden, _ = gather_rows(torch.cat(hidden))
+    num_completions = sum(len(row.gold_scores) for row in rows)
+    return {"accuracy": float(all_right.mean()), "effective_rank": effective_rank(all_hidden.view(num_completions, -1))}

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from rm_robust.chat import ChatFormat
 from rm_robust.config import PipelineConfig
+from rm_robust.experiment_trackers import open_trackers
 from rm_robust.records import PromptCompletions
 from rm_robust.rloo.actors import RlooActors
 from rm_robust.rloo.advantages import leave_one_out_advantages, rewards_of
@@ -62,7 +63,8 @@ class Controller:
         first_step = self.actors.num_steps_done
         _drop_samples_after(self.layout.rloo_samples, first_step)
         self.actors.publish(version=first_step)
-        with MetricsWriter(self.layout.run_dir, "rloo", resume_step=first_step) as writer, self.pool:
+        sinks = open_trackers(self.config, self.layout.run_dir, "rloo")
+        with MetricsWriter(self.layout.run_dir, "rloo", resume_step=first_step, sinks=sinks) as writer, self.pool:
             for step in tqdm(range(first_step, self.settings.num_steps), desc="rloo", initial=first_step, total=self.settings.num_steps, mininterval=5):
                 metrics = self.step(step)
                 writer.write(step + 1, metrics)

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rm_robust.chat import ChatFormat
+from rm_robust.compute import prepare_for_training
 from rm_robust.config import PipelineConfig
-from rm_robust.packing import PackedBatch, choose_layout, fill_bins, group_length, lay_out
+from rm_robust.packing import PackedBatch, choose_layout, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy
 from rm_robust.records import PromptCompletions, TokenGroup
 from rm_robust.rloo.advantages import sequence_kl, sum_by_completion
@@ -68,8 +69,9 @@ class PolicyTrainer:
         temperature = self.config.rloo.temperature
         model = load_policy(sft_dir, dtype=torch.float32)
         layout = choose_layout(model.config, self.device)
-        self.policy = PackedPolicy(model, layout, temperature=temperature)
-        reference = PackedPolicy(load_policy(sft_dir, dtype=torch.float32), layout, temperature=temperature)
+        self.policy = PackedPolicy(model, layout, temperature=temperature, compute=self.config.rloo.compute)
+        prepare_for_training(model, self.config.rloo.compute)
+        reference = PackedPolicy(load_policy(sft_dir, dtype=torch.float32), layout, temperature=temperature, compute=self.config.rloo.compute)
         self.reference = reference.to(self.device).eval().requires_grad_(False)
         self.engine = create_engine(self.policy, strategy=self.config.rloo.strategy, optimizer=self.config.rloo.optimizer, device=self.device)
         return load_state(self.engine, self.layout.rloo_state)
@@ -93,7 +95,7 @@ class PolicyTrainer:
         """Log-probabilities of the sampled tokens under policy and reference; must precede `update`."""
         groups = [TokenGroup(p.prompt_ids, [c.token_ids for c in p.completions]) for p in completions]
         starts = _offsets([len(g.completion_ids) for g in groups])
-        bins = fill_bins([group_length(g) for g in groups], self.config.rloo.max_tokens_per_micro_batch)
+        bins = micro_batches(groups, self.policy.layout, self.config.rloo.max_tokens_per_micro_batch)
         self._micro_batches = []
         kl = [0.0] * starts[-1]
         entropies, gaps = [], []

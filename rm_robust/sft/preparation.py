@@ -5,13 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from rm_robust.checkpoint import commit_directory
 from rm_robust.config import PipelineConfig
-from rm_robust.data_pipeline import Source, TokenLimits, list_files, read_lines, tokenise_sources
+from rm_robust.data_files import HUB, list_files, read_lines, read_parquet_rows
+from rm_robust.data_pipeline import Source, tokenise_sources
 from rm_robust.errors import DataError
 from rm_robust.rows import RowKind, parse_demonstration
+from rm_robust.rows_tokenising import TokenLimits
 from rm_robust.run_layout import RunLayout
 from rm_robust.sft.from_scratch import make_tokenizer, save_base_model
 
@@ -31,10 +31,10 @@ def _texts(source: Source) -> list[str]:
     """Every turn and completion of the demonstrations, to train a tokenizer on; malformed rows are counted later, by the pipeline."""
     texts: list[str] = []
     for path in source.paths:
-        if path.startswith("hub:"):
-            raise DataError(f"A tokenizer from scratch needs local files, got {path}. Set model.path, or download the data set.")
+        if path.startswith(HUB):
+            raise DataError(f"A tokenizer from scratch needs files, got {path}. Set model.path, or download the data set.")
         for file in list_files(path):
-            rows = pq.read_table(file).to_pylist() if file.suffix == ".parquet" else map(_json_or_empty, read_lines(file))
+            rows = read_parquet_rows(file) if file.suffix == ".parquet" else map(_json_or_empty, read_lines(file))
             for row in rows:
                 try:
                     group = parse_demonstration(row)

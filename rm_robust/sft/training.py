@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 
 from rm_robust.chat import ChatFormat
+from rm_robust.compute import prepare_for_training
 from rm_robust.config import PipelineConfig
-from rm_robust.packing import choose_layout, fill_bins, group_length, lay_out
+from rm_robust.experiment_trackers import open_trackers
+from rm_robust.packing import choose_layout, group_length, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy
 from rm_robust.records import TokenGroup
 from rm_robust.run_layout import RunLayout
@@ -15,7 +17,7 @@ from rm_robust.token_files import read_token_groups
 from rm_robust.train_engine import TrainEngine, create_engine, largest_over_ranks
 from rm_robust.training_loop import LoopSettings, batch_indices, rank_share, run_loop, steps_in
 from rm_robust.training_state import load_state, save_state
-from rm_robust.worker_group import worker_device
+from rm_robust.worker_group import is_reclaimed, worker_device
 
 LOGGED = ("sft/loss", "sft/entropy", "sft/learning_rate", "throughput/tokens_per_s")
 
@@ -29,7 +31,8 @@ def train_sft(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
     groups = [row.tokens for row in read_token_groups(layout.sft_tokens / "scenario=sft")]
     torch.manual_seed(config.seed)
     model = load_policy(base_dir, dtype=torch.float32)
-    policy = PackedPolicy(model, choose_layout(model.config, device), temperature=1.0)
+    policy = PackedPolicy(model, choose_layout(model.config, device), temperature=1.0, compute=sft.compute)
+    prepare_for_training(model, sft.compute)
     engine = create_engine(policy, strategy=sft.strategy, optimizer=sft.optimizer, device=device)
     num_steps = steps_in(len(groups), sft.batch_size, sft.num_epochs)
     first_step = load_state(engine, layout.sft_state)
@@ -47,6 +50,8 @@ def train_sft(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
         train_step=train_step,
         evaluate=None,
         commit=lambda step: save_state(engine, layout.sft_state, step),
+        is_reclaimed=is_reclaimed,
+        trackers=lambda: open_trackers(config, run_dir, "sft"),
     )
     weights = engine.full_state_dict()
     if engine.rank == 0:
@@ -60,7 +65,7 @@ def sft_step(engine: TrainEngine, groups: list[TokenGroup], *, policy: PackedPol
     num_columns = torch.tensor(float(sum(group_length(g) for g in groups)), device=device)
     sums = torch.zeros(2, device=device)
     _sum_over_ranks(num_tokens)
-    bins = fill_bins([group_length(g) for g in groups], max_tokens)
+    bins = micro_batches(groups, policy.layout, max_tokens)
     num_rounds = largest_over_ranks(len(bins), device)
     for number in range(num_rounds):
         weight = float(number < len(bins))  # a rank with fewer micro-batches repeats its last one, which then counts for nothing

@@ -11,12 +11,15 @@ import ray
 
 from rm_robust.chat import ChatFormat
 from rm_robust.config import PipelineConfig
-from rm_robust.data_pipeline import Source, TokeniseReport, TokenLimits, tokenise_sources
+from rm_robust.data_pipeline import Source, TokeniseReport, tokenise_sources
 from rm_robust.errors import DataError
+from rm_robust.records import Overlong
 from rm_robust.rows import RowKind
+from rm_robust.rows_tokenising import TokenLimits
 from rm_robust.run_layout import RunLayout
 from rm_robust.sft.preparation import prepare_sft
 from rm_robust.token_files import read_token_groups
+from tests.s3_stand_in import served_bucket
 from tests.tiny_models import tiny_tokenizer
 
 NUM_ROWS = 300
@@ -25,7 +28,8 @@ LIMITS = TokenLimits(max_prompt_tokens=60, max_completion_tokens=40, max_dropped
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
+    credentials = {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything"}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", runtime_env={"env_vars": credentials})
     yield
     ray.shutdown()
 
@@ -46,17 +50,18 @@ def lines(numbers: range) -> list[str]:
     return [json.dumps(pair(number), ensure_ascii=False) for number in numbers]
 
 
-def tokenise(folder: Path, chat_dir: Path, *paths: Path, scenario: str = "train") -> TokeniseReport:
+def tokenise(folder: Path, chat_dir: Path, *paths: Path | str, scenario: str = "train") -> TokeniseReport:
     source = Source(scenario, tuple(str(path) for path in paths), RowKind.PAIR)
     return tokenise_sources([source], chat_dir=chat_dir, out_dir=folder / "tokens", limits=LIMITS)
 
 
-def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_by_reason(tmp_path: Path, chat_dir: Path) -> None:
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_by_reason(tmp_path: Path, chat_dir: Path, scheme: str) -> None:
     bad = ["", '{"prompt": "torn', json.dumps({**pair(1), "rejected": "green\u20281"}), json.dumps({**pair(1), "prompt": "red " * 90}), '{"prompt": "x"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines(range(200)) + bad), encoding="utf-8")
     (tmp_path / "deep").mkdir()
     pq.write_table(pa.Table.from_pylist([pair(number) for number in range(200, NUM_ROWS)]), tmp_path / "deep" / "b.parquet")
-    report = tokenise(tmp_path, chat_dir, tmp_path)
+    report = tokenise(tmp_path, chat_dir, f"{scheme}{tmp_path}")
     assert (report.num_read, report.num_kept) == ({"train": NUM_ROWS + 4}, {"train": NUM_ROWS})
     assert report.num_dropped == {"train": {"malformed": 2, "identical completions": 1, "prompt too long": 1}}
     assert len(report.examples) == 4
@@ -67,6 +72,18 @@ def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_
     for number in (0, 199, 200, 299):
         assert groups[number].tokens.prompt_ids == chat.prompt_ids(f"red {number}")
         assert groups[number].tokens.completion_ids == [chat.completion_ids(f"green\u2028{number}"), chat.completion_ids(f"seven {number}")]
+
+
+def test_a_bucket_is_read_by_rays_workers(tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3:// over its protocol, from a stand-in on this machine."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    pq.write_table(pa.Table.from_pylist([pair(number) for number in range(20, 30)]), tmp_path / "b.parquet")
+    objects = {"mine/a.jsonl": "\n".join(lines(range(20))).encode(), "mine/b.parquet": (tmp_path / "b.parquet").read_bytes()}
+    with served_bucket("rows", objects) as options:
+        report = tokenise(tmp_path, chat_dir, f"s3://rows/mine?{options}")
+    assert (report.num_kept, report.num_dropped) == ({"train": 30}, {"train": {}})
+    assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=train")] == [f"{number:04}" for number in range(30)]
 
 
 def test_several_scenarios_are_written_and_counted_apart(tmp_path: Path, chat_dir: Path) -> None:
@@ -80,16 +97,58 @@ def test_several_scenarios_are_written_and_counted_apart(tmp_path: Path, chat_di
     assert not list((tmp_path / "tokens").rglob("rows"))
 
 
+def test_weighted_sources_and_rankings_are_counted_apart_and_weigh_what_they_should(tmp_path: Path, chat_dir: Path) -> None:
+    """Two entries of one scenario: plain pairs, one of them cut; and two rankings of three, of which one has a tie."""
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*lines(range(5)), json.dumps({**pair(5), "prompt": "red " * 90})]), encoding="utf-8")
+    rankings = [
+        {"prompt_id": f"r{i}", "prompt": f"blue {i}", "completions": ["red", "green", "seven"], "gold_scores": scores}
+        for i, scores in enumerate(([1.0, 2.0, 3.0], [1.0, 2.0, 2.0]))
+    ]
+    pq.write_table(pa.Table.from_pylist(rankings), tmp_path / "rankings.parquet")
+    sources = [
+        Source("train", (str(tmp_path / "pairs.jsonl"),), RowKind.TRAINING_PAIRS),
+        Source("train", (f"file://{tmp_path}/rankings.parquet",), RowKind.TRAINING_PAIRS, weight=3.0),
+        Source("in_domain", (f"file://{tmp_path}/rankings.parquet",), None),
+    ]
+    limits = TokenLimits(60, 40, 0.05, Overlong.TRUNCATE_PROMPT_LEFT)
+    report = tokenise_sources(sources, chat_dir=chat_dir, out_dir=tmp_path / "tokens", limits=limits)
+    assert [(s.weight, s.num_read, s.num_kept, s.num_truncated, s.num_dropped) for s in report.sources] == [
+        (1.0, 6, 6, 1, {}),
+        (3.0, 2, 5, 0, {"tied scores": 1}),
+        (1.0, 2, 2, 0, {}),
+    ]
+    assert (report.num_read["train"], report.num_kept["train"], report.num_truncated["train"]) == (8, 11, 1)
+    assert report.num_dropped == {"train": {"tied scores": 1}, "in_domain": {}}
+    assert sorted(example["reason"].partition(":")[0] for example in report.examples) == ["prompt truncated", "tied scores"]
+    groups = read_token_groups(tmp_path / "tokens" / "scenario=train")
+    weights = {group.group_id: group.weight for group in groups}
+    assert all(weights[f"{number:04}"] == 1.0 for number in range(6))
+    assert sum(weight for group_id, weight in weights.items() if group_id.startswith("r0")) == pytest.approx(3.0)
+    assert {group_id: weight for group_id, weight in weights.items() if group_id.startswith("r1")} == {"r1:1>0": 1.5, "r1:2>0": 1.5}
+    assert max(len(group.tokens.prompt_ids) for group in groups) == 60
+    assert [len(group.gold_scores) for group in read_token_groups(tmp_path / "tokens" / "scenario=in_domain")] == [3, 3]
+
+
+def test_a_bad_source_is_not_hidden_by_a_large_good_one(tmp_path: Path, chat_dir: Path) -> None:
+    (tmp_path / "good.jsonl").write_text("\n".join(lines(range(100))), encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines(range(100, 103)), "{torn"]), encoding="utf-8")
+    sources = [Source("train", (str(tmp_path / name),), RowKind.TRAINING_PAIRS) for name in ("good.jsonl", "bad.jsonl")]
+    with pytest.raises(DataError, match=r"1 of 4 rows of 'train' \(.*bad.jsonl\) are malformed"):
+        tokenise_sources(sources, chat_dir=chat_dir, out_dir=tmp_path / "tokens", limits=LIMITS)
+
+
 def test_too_many_malformed_rows_fail_with_the_first_of_them_and_commit_nothing(tmp_path: Path, chat_dir: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join([*lines(range(10)), "{torn"]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"1 of 11 rows of 'train' are malformed, more than data.max_dropped_fraction = 0.05. First: .*in '{torn'"):
+    with pytest.raises(
+        DataError, match=r"1 of 11 rows of 'train' \(.*a.jsonl\) are malformed, more than data.max_dropped_fraction = 0.05. First: .*in '{torn'"
+    ):
         tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
     assert not (tmp_path / "tokens").exists()
 
 
 def test_a_source_of_which_nothing_is_left_fails_with_the_reasons(tmp_path: Path, chat_dir: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({**pair(1), "prompt": "red " * 90}))
-    with pytest.raises(DataError, match=r"No row of 'train' is left of 1 \(dropped: {'prompt too long': 1}\)"):
+    with pytest.raises(DataError, match=r"No row of 'train' \(.*a.jsonl\) is left of 1 \(dropped: {'prompt too long': 1}\)"):
         tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
 
 

@@ -18,27 +18,32 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from rm_robust.config import OptimizerConfig, StrategyConfig
-from rm_robust.packing import Layout, group_length, lay_out
+from rm_robust.compute import prepare_for_training
+from rm_robust.config import ComputeConfig, LoraConfig, OptimizerConfig, StrategyConfig
+from rm_robust.packing import Layout, group_length, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy
-from rm_robust.records import TokenGroup
-from rm_robust.reward_model.losses import BsrScale, Objective, objective_value
+from rm_robust.records import PreferencePair, TokenGroup
+from rm_robust.reward_model.lora import add_adapters
+from rm_robust.reward_model.losses import ObjectiveSettings, objective_value
 from rm_robust.reward_model.model import PackedRewardModel
+from rm_robust.reward_model.objectives import BsrScale, Objective
 from rm_robust.reward_model.step import StepSettings, reward_model_step
-from rm_robust.reward_model.training import held_out_accuracy
+from rm_robust.reward_model.training import held_out_metrics
 from rm_robust.sft.training import sft_step
+from rm_robust.token_files import TokenisedGroup
 from rm_robust.train_engine import TrainEngine, create_engine
 from rm_robust.training_state import load_state, save_state
 from tests.tiny_models import random_group, tiny_qwen2_config, tiny_reward_model
 
 CPU = torch.device("cpu")
 PAIRS = [random_group(Random(seed), num_completions=2) for seed in range(9)]
-HELD_OUT = [random_group(Random(seed), num_completions=2) for seed in range(20, 27)]
+HELD_OUT = [TokenisedGroup(str(seed), [], random_group(Random(seed), num_completions=3), [1.0, 0.0, 2.0], None) for seed in range(20, 27)]
 ONE_MICRO_BATCH, SEVERAL = 10_000, 45
 LEARNING_RATES = (0.5, 0.05, 0.05)
 """The first is large, so that the first step's gradient can be read off the weights: 1 ulp of a weight at 1 is 2e-7 of gradient."""
 COEFFICIENT = 0.02
 NO_CLIPPING = 1e6
+ADAPTERS = LoraConfig(rank=4, alpha=4)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Case:
     shares: tuple[int, ...]
     max_tokens: int = ONE_MICRO_BATCH
     max_gradient_norm: float = NO_CLIPPING
+    objective: Objective = Objective.BATCH_SUM_TO_ZERO
+    layout: Layout = Layout.SEGMENTS
+    lora: LoraConfig | None = None
+    compute: ComputeConfig = ComputeConfig()
 
 
 @dataclass(frozen=True)
@@ -67,19 +76,24 @@ StepFunction = Callable[[TrainEngine, nn.Module, Case, list[TokenGroup]], float]
 
 
 def settings_of(case: Case) -> StepSettings:
-    return StepSettings(Objective.BATCH_SUM_TO_ZERO, COEFFICIENT, BsrScale.PAIRS, case.max_tokens, pad_id=0)
+    return StepSettings(ObjectiveSettings(case.objective, COEFFICIENT, BsrScale.PAIRS), case.max_tokens, pad_id=0)
+
+
+def as_pairs(groups: list[TokenGroup]) -> list[PreferencePair]:
+    """Weights that differ, so that a pair that takes another's weight shows."""
+    return [PreferencePair(group, weight=float(len(group.prompt_ids))) for group in groups]
 
 
 def exact_step(engine: TrainEngine, module: nn.Module, case: Case, own: list[TokenGroup]) -> float:
     assert isinstance(module, PackedRewardModel)
-    return reward_model_step(engine, own, settings_of(case), model=module, device=CPU)["reward_model/loss"]
+    return reward_model_step(engine, as_pairs(own), settings_of(case), model=module, device=CPU)["reward_model/loss"]
 
 
 def local_mean_step(engine: TrainEngine, module: nn.Module, case: Case, own: list[TokenGroup]) -> float:
     """The negative control: every rank takes the penalty on its own mean, and gradients are averaged as usual."""
     scores_N = engine.forward(lay_out(own, Layout.SEGMENTS, pad_id=0)).scores_N
     coefficient = COEFFICIENT * len(PAIRS)
-    value = objective_value(scores_N.view(-1, 2), objective=Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=coefficient, bsr_scale=BsrScale.NONE)
+    value = objective_value(scores_N.view(-1, 2), ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, coefficient, BsrScale.NONE))
     engine.backward((scores_N * value.gradient_B2.flatten()).sum() * len(own) / len(PAIRS))
     return value.loss
 
@@ -89,11 +103,27 @@ def demonstration_step(engine: TrainEngine, module: nn.Module, case: Case, own: 
     return sft_step(engine, own, policy=module, pad_id=0, max_tokens=case.max_tokens, device=CPU)["sft/loss"]
 
 
-def new_module(step: StepFunction) -> nn.Module:
+def micro_mean_step(engine: TrainEngine, module: nn.Module, case: Case, own: list[TokenGroup]) -> float:
+    """The other one: as usual with accumulation, every micro-batch takes the penalty on its own mean."""
+    bins = micro_batches(own, Layout.SEGMENTS, case.max_tokens)
+    for number, members in enumerate(bins):
+        with engine.micro_batch(is_last=number == len(bins) - 1):
+            scores_N = engine.forward(lay_out([own[i] for i in members], Layout.SEGMENTS, pad_id=0)).scores_N
+            value = objective_value(scores_N.view(-1, 2), ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, COEFFICIENT * len(PAIRS), BsrScale.NONE))
+            engine.backward((scores_N * value.gradient_B2.flatten()).sum() * len(members) / len(PAIRS))
+    return value.loss
+
+
+def new_module(step: StepFunction, case: Case) -> nn.Module:
     if step is demonstration_step:
         torch.manual_seed(0)
         return PackedPolicy(Qwen2ForCausalLM(tiny_qwen2_config(tie_word_embeddings=True)), Layout.SEGMENTS, temperature=1.0)
-    return PackedRewardModel(tiny_reward_model(), Layout.SEGMENTS)
+    model = tiny_reward_model().eval()
+    if case.lora:
+        torch.manual_seed(0)
+        add_adapters(model, case.lora)
+    prepare_for_training(model, case.compute)
+    return PackedRewardModel(model, case.layout, case.compute)
 
 
 def new_engine(module: nn.Module, case: Case, *, kind: str) -> TrainEngine:
@@ -106,7 +136,7 @@ def whole_weights(engine: TrainEngine) -> dict[str, Tensor]:
 
 
 def run_case(case: Case, step: StepFunction, *, state_dir: Path | None = None) -> Outcome:
-    module = new_module(step)
+    module = new_module(step, case)
     engine = new_engine(module, case, kind="sgd")
     start = sum(case.shares[: engine.rank])
     own = PAIRS[start : start + case.shares[engine.rank]]
@@ -117,7 +147,7 @@ def run_case(case: Case, step: StepFunction, *, state_dir: Path | None = None) -
         weights.append(whole_weights(engine))
     accuracies = []
     if isinstance(module, PackedRewardModel):
-        accuracies = [held_out_accuracy(engine, module, HELD_OUT[:count], settings_of(case), device=CPU) for count in (1, len(HELD_OUT))]
+        accuracies = [held_out_metrics(engine, module, HELD_OUT[:count], settings_of(case), device=CPU)["accuracy"] for count in (1, len(HELD_OUT))]
     return Outcome(losses, norms, weights, accuracies, resume_gap(case, own, state_dir) if state_dir else 0.0)
 
 
@@ -129,7 +159,7 @@ def resume_gap(case: Case, own: list[TokenGroup], state_dir: Path) -> float:
             exact_step(engine, module, case, own)
             engine.step(1e-3)
 
-    module, restarted = new_module(exact_step), new_module(exact_step)
+    module, restarted = new_module(exact_step, case), new_module(exact_step, case)
     engine = new_engine(module, case, kind="adamw")
     train(engine, module, 2)
     save_state(engine, state_dir, 2)
@@ -156,7 +186,10 @@ def cases_of(strategy: StrategyConfig) -> dict[str, tuple[Case, StepFunction]]:
     return {
         "even": (Case(strategy, (4, 5)), exact_step),
         "micro": (Case(strategy, (8, 1), max_tokens=SEVERAL), exact_step),
+        "sum over pairs": (Case(strategy, (8, 1), max_tokens=SEVERAL, objective=Objective.BRADLEY_TERRY), exact_step),
         "clipped": (Case(strategy, (5, 4), max_gradient_norm=0.1), exact_step),
+        "padded": (Case(strategy, (5, 4), max_tokens=SEVERAL, layout=Layout.PADDED), exact_step),
+        "adapters": (Case(strategy, (4, 5), lora=ADAPTERS, compute=ComputeConfig(gradient_checkpointing=True)), exact_step),
         "sft": (Case(strategy, (8, 1), max_tokens=SEVERAL), demonstration_step),
     }
 
@@ -181,14 +214,35 @@ def single() -> Outcomes:
     """One process, one micro-batch, all groups: what every case must equal."""
     alone = Case(DDP, (len(PAIRS),))
     free = run_case(alone, exact_step)
-    others = {"clipped": run_case(replace(alone, max_gradient_norm=0.1), exact_step), "sft": run_case(alone, demonstration_step)}
+    bradley_terry = run_case(replace(alone, objective=Objective.BRADLEY_TERRY), exact_step)
+    others = {
+        "sum over pairs": bradley_terry,
+        "adapters": run_case(replace(alone, lora=ADAPTERS), exact_step),
+        "clipped": run_case(replace(alone, max_gradient_norm=0.1), exact_step),
+        "sft": run_case(alone, demonstration_step),
+    }
     return lambda name: others.get(name, free)
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    more = {"uneven": (Case(DDP, (7, 2)), exact_step), "local": (Case(DDP, (4, 5)), local_mean_step)}
+    more = {
+        "uneven": (Case(DDP, (7, 2)), exact_step),
+        "local": (Case(DDP, (4, 5)), local_mean_step),
+        "micro mean": (Case(DDP, (4, 5), max_tokens=SEVERAL), micro_mean_step),
+    }
     return run_in_two_processes(tmp_path_factory.mktemp("ddp"), cases_of(DDP) | more)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    strategy = StrategyConfig(kind="fsdp2")
+    more = {
+        "uneven": (Case(strategy, (7, 2)), exact_step),
+        "offloaded": (Case(StrategyConfig(kind="fsdp2", cpu_offload=True), (4, 5)), exact_step),
+        "local": (Case(strategy, (4, 5)), local_mean_step),
+    }
+    return run_in_two_processes(tmp_path_factory.mktemp("fsdp2"), cases_of(strategy) | more)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +262,14 @@ def assert_equal(actual: Outcome, expected: Outcome) -> None:
             torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     for name, gradient in first_gradients(expected).items():
         torch.testing.assert_close(first_gradients(actual)[name], gradient, atol=1e-6, rtol=0, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+    assert gradient_distance(actual, expected) < 1e-5
+
+
+def gradient_distance(actual: Outcome, expected: Outcome) -> float:
+    """Length of the difference of the first step's gradients over the length of the expected one."""
+    found, wanted = (torch.cat([gradient.flatten() for gradient in first_gradients(o).values()]).double() for o in (actual, expected))
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def first_gradients(outcome: Outcome) -> dict[str, Tensor]:
@@ -232,15 +294,25 @@ def test_two_ddp_workers_equal_one(ddp: Outcomes, single: Outcomes, name: str) -
     assert_equal(ddp(name), single(name))
 
 
-def test_a_local_mean_does_not_equal_one_worker(ddp: Outcomes, single: Outcomes) -> None:
+@pytest.mark.parametrize("name", [*NAMES, "uneven", "offloaded"])
+def test_two_fsdp2_workers_equal_one(fsdp2: Outcomes, single: Outcomes, name: str) -> None:
+    assert_equal(fsdp2(name), single(name))
+
+
+@pytest.mark.parametrize(("engines", "name"), [("ddp", "local"), ("ddp", "micro mean"), ("fsdp2", "local")])
+def test_a_mean_over_a_rank_or_a_micro_batch_does_not_equal_one_worker(request: pytest.FixtureRequest, single: Outcomes, engines: str, name: str) -> None:
+    outcome = request.getfixturevalue(engines)(name)
     with pytest.raises(AssertionError):
-        assert_equal(ddp("local"), single("free"))
-    expected = first_gradients(single("free"))
-    assert max(float((gradient - expected[name]).abs().max()) for name, gradient in first_gradients(ddp("local")).items()) > 1e-2
+        assert_equal(outcome, single("free"))
+    assert gradient_distance(outcome, single("free")) > 1e-2
 
 
 def test_ddp_killed_and_resumed_equals_not_killed(ddp: Outcomes) -> None:
     assert ddp("even").resume_gap == 0
+
+
+def test_fsdp2_killed_and_resumed_equals_not_killed(fsdp2: Outcomes) -> None:
+    assert fsdp2("even").resume_gap == 0
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """ChatFormat: one tokenisation, the template's own where text is ordinary, and no control token out of anybody's text."""
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -160,6 +161,8 @@ def with_pad_as_end_of_turn() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+DATED = "{{ '<|im_start|>system\\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML
+DATED_SYSTEM = CHATML.replace("message['content'] +", "message['content'] + (strftime_now('%d %b %Y') if message['role'] == 'system' else '') +")
 TRAINED_IN_ANOTHER_FORM = CHATML.replace("message['content'] +", "('Answer: ' if message['role'] == 'assistant' else '') + message['content'] +")
 
 
@@ -171,6 +174,8 @@ TRAINED_IN_ANOTHER_FORM = CHATML.replace("message['content'] +", "('Answer: ' if
         (without_pad(), "no pad token", "Set tokenizer.pad_token"),
         (with_template(CHATML.replace("'<|im_end|>' + ", "")), "does not end an assistant turn with a special token", "end the turn with"),
         (with_template(TRAINED_IN_ANOTHER_FORM), "does not continue its own generation prompt", "Use a template whose training and generation forms agree"),
+        (with_template(DATED), "writes the current date into the prompt", "Replace strftime_now(…) in tokenizer.chat_template by a fixed date"),
+        (with_template(DATED_SYSTEM), "writes the current date into the prompt", "Replace strftime_now(…)"),
         (with_template("{{ raise_exception('tools only') }}"), "tools only", "Use a template that renders one user turn"),
     ],
 )
@@ -180,6 +185,111 @@ def test_a_tokenizer_that_would_make_scores_wrong_is_refused_with_the_fix(tokeni
     assert "some/dir" in str(refused.value)
     assert problem in str(refused.value)
     assert fix in str(refused.value)
+
+
+def test_a_template_that_could_write_a_date_and_writes_a_fixed_one_is_kept_as_it_is() -> None:
+    """As Llama 3.1's: what counts is whether the text changes with the day, not whether the clock is named."""
+    fixed = "{% set day = strftime_now('%d %b %Y') if tools is defined and tools else '26 Jul 2024' %}{{ 'Today is ' + day + '\\n' }}" + CHATML
+    chat = ChatFormat(with_template(fixed), source="fixed")
+    assert chat.tokenizer.decode(chat.prompt_ids("red")).startswith("Today is 26 Jul 2024\n<|im_start|>user")
+
+
+WITHOUT_SYSTEM = CHATML.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")
+LAST_TWO_TURNS = CHATML.replace("{% for message in messages %}", "{% for message in messages[-2:] %}")
+SYSTEM_INSIDE_USER = (
+    "{% set ns = namespace(system='') %}{% for message in messages %}{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\\n' %}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + (ns.system if loop.last else '') + message['content'] + '<|im_end|>' + '\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SYSTEM: Message = {"role": "system", "content": "Answer in blue."}
+USER: Message = {"role": "user", "content": "Which is first?"}
+ASSISTANT: Message = {"role": "assistant", "content": "red"}
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_TEMPLATE.replace("{{ bos_token }}", ""), SYSTEM_INSIDE_USER, WITHOUT_SYSTEM, LAST_TWO_TURNS])
+@given(conversations(words))
+def test_prompts_that_differ_in_one_turn_have_different_ids_or_are_refused(template: str, messages: list[Message]) -> None:
+    tokenizer = with_template(template.replace("<|start_header_id|>", "<|im_start|>").replace("<|eot_id|>", "<|im_end|>"))
+    chat = ChatFormat(tokenizer, source="some/dir")
+    for index, message in enumerate(messages):
+        other = [*messages[:index], {**message, "content": message["content"] + " seven"}, *messages[index + 1 :]]
+        with contextlib.suppress(DataError):
+            assert chat.prompt_ids(messages) != chat.prompt_ids(other)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "dropped"),
+    [
+        (WITHOUT_SYSTEM, [SYSTEM, USER], "leaves out system turn 0 of these turns"),
+        (LAST_TWO_TURNS, [USER, ASSISTANT, USER], "leaves out user turn 0 of these turns"),
+    ],
+)
+def test_a_turn_that_the_template_drops_is_refused_by_name_and_other_rows_are_taken(template: str, messages: list[Message], dropped: str) -> None:
+    chat = ChatFormat(with_template(template), source="some/dir")
+    with pytest.raises(DataError) as refused:
+        chat.prompt_ids(messages)
+    assert dropped in str(refused.value)
+    assert "remove the turn from the row" in str(refused.value)
+    assert chat.prompt_ids([USER]) == chatml().prompt_ids([USER])
+
+
+def test_a_system_turn_that_the_template_puts_into_the_users_is_taken() -> None:
+    chat = ChatFormat(with_template(SYSTEM_INSIDE_USER), source="some/dir")
+    assert chat.prompt_ids([SYSTEM, USER]) == chat.prompt_ids("Answer in blue.\nWhich is first?")
+
+
+# What the released code did to a tokenizer (PAPER.md, 8.1)
+
+
+def test_the_tokenizers_own_template_is_used_and_kept_whatever_it_is(tmp_path: Path) -> None:
+    """The released code put its own template over that of every Instruct model."""
+    for chat in (chatml(), llama()):
+        own = chat.tokenizer.chat_template
+        chat.tokenizer.save_pretrained(tmp_path / chat.source)
+        loaded = ChatFormat.load(tmp_path / chat.source)
+        assert loaded.tokenizer.chat_template == own
+        assert loaded.tokenizer.decode(loaded.prompt_ids("red")) == loaded.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "red"}], tokenize=False, add_generation_prompt=True
+        )
+
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+@given(words)
+def test_the_scored_token_is_the_end_of_turn_under_the_released_template(completion: str) -> None:
+    """It ends a conversation in a newline, and the released code read the score there."""
+    chat = ChatFormat(with_template(ZEPHYR), source="zephyr")
+    naive = chat.tokenizer.apply_chat_template([USER, {"role": "assistant", "content": completion}], tokenize=True, return_dict=False)
+    ours = chat.prompt_ids([USER]) + chat.completion_ids(completion)
+    assert naive[-1] != chat.tokenizer.eos_token_id
+    assert ours[-1] == chat.tokenizer.eos_token_id
+    assert ours == naive[: len(ours)]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "Llama-3", "my-model"])
+def test_pad_and_end_of_turn_come_from_the_tokenizer_and_not_from_its_path(tmp_path: Path, name: str) -> None:
+    """The released code looked for "qwen" and "llama" in the path, and left other tokenizers without a pad token."""
+    tiny_tokenizer().save_pretrained(str(tmp_path / name))
+    chat = ChatFormat.load(tmp_path / name)
+    assert (chat.pad_id, chat.end_of_turn_id) == (PAD, TURN_END)
+    without_pad().save_pretrained(str(tmp_path / f"{name}-without-pad"))
+    with pytest.raises(ChatTemplateError, match="no pad token"):
+        ChatFormat.load(tmp_path / f"{name}-without-pad")
+
+
+def test_the_header_is_what_every_prompt_ends_in() -> None:
+    assert chatml().tokenizer.decode(chatml().header_ids) == "<|im_end|>\n<|im_start|>assistant\n"
+    assert llama().tokenizer.decode(llama().header_ids) == "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+@given(conversations(tricky.map("".join).filter(str.strip)))
+def test_no_prompt_ends_in_anything_else_than_the_header(messages: list[Message]) -> None:
+    for chat in (chatml(), llama()):
+        assert chat.prompt_ids(messages)[-len(chat.header_ids) :] == chat.header_ids
 
 
 def test_several_named_templates_are_refused(tmp_path: Path) -> None:

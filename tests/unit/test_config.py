@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from rm_robust.config import OptimizerConfig, PipelineConfig, RewardModelConfig, RlooConfig, Section, SftConfig
 from rm_robust.config_loading import load_config
-from rm_robust.reward_model.losses import BsrScale, Objective
+from rm_robust.reward_model.objectives import BsrScale, BsrScope, Objective
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.toml"))
 
@@ -57,6 +57,28 @@ def test_a_partly_given_section_keeps_the_defaults_of_the_section_around_it() ->
     assert config.reward_model == RewardModelConfig()
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"reward_model": {"objective": "hinge"}}, 'objective = "hinge" needs reward_model.margin > 0'),
+        ({"reward_model": {"objective": "bt", "bsr_coefficient": 0.1}}, 'reward_model.bsr_coefficient = 0.1 is not read by objective = "bt"'),
+        ({"reward_model": {"objective": "bsr", "margin": 0.1}}, "reward_model.margin = 0.1 is not read"),
+        ({"reward_model": {"bsr_scope": "micro"}}, "needs reward_model.bsr_micro_pairs"),
+        ({"reward_model": {"bsr_micro_pairs": 4}}, 'read only with bsr_scope = "micro"'),
+        ({"reward_model": {"preset": "released_code", "bsr_micro_pairs": 5}}, "must be a multiple"),
+        ({"reward_model": {"preset": "released_code", "bsr_micro_pairs": 4, "bsr_scale": "none"}}, 'bsr_scale = "none"'),
+        ({"reward_model": {"strategy": {"cpu_offload": True}}}, "needs something sharded"),
+    ],
+)
+def test_settings_of_an_objective_that_do_not_fit_are_refused(values: dict[str, Any], expected: str) -> None:
+    assert expected in problem_of(**values)
+
+
+def test_the_preset_is_the_released_codes_scope_and_scale() -> None:
+    settings = parse(reward_model={"preset": "released_code", "bsr_micro_pairs": 16}).reward_model
+    assert (settings.bsr_scope, settings.bsr_scale, settings.bsr_micro_pairs) == (BsrScope.MICRO, BsrScale.PAIRS, 16)
+
+
 def test_the_resolved_config_parses_to_itself() -> None:
     for path in CONFIGS:
         config = load_config(path, [])
@@ -95,11 +117,12 @@ def test_a_single_completion_per_prompt_is_refused_with_the_fix() -> None:
         ({"sft": {"optimizer": {"learning_rate": 0.0}}}, "sft.optimizer.learning_rate"),
         ({"sft": {"optimizer": {"learning_rate": 2e5}}}, "sft.optimizer.learning_rate"),
         ({"sft": {"optimizer": {"schedule": "square"}}}, "sft.optimizer.schedule"),
-        ({"reward_model": {"objective": "hinge"}}, "reward_model.objective"),
+        ({"reward_model": {"objective": "hinges"}}, "reward_model.objective"),
         ({"reward_model": {"bsr_coefficient": float("inf")}}, "reward_model.bsr_coefficient"),
         ({"reward_model": {"strategy": {"kind": "deepspeed", "zero_stage": 4}}}, "reward_model.strategy.zero_stage"),
         ({"rloo": {"temperature": 0}}, "rloo.temperature"),
         ({"data": {"max_dropped_fraction": 1.5}}, "data.max_dropped_fraction"),
+        ({"data": {"overlong": "truncate"}}, "data.overlong"),
         ({"serve": {"port": 65536}}, "serve.port"),
     ],
 )
@@ -135,7 +158,29 @@ def test_own_data_needs_its_own_judge_demonstrations_and_prompts() -> None:
     assert parse(data=FILES, serve={"gold": "judge"}).data.source == "scenarios"
     assert "judges only the embedded world" in problem_of(data=FILES)
     assert "needs data.sft" in problem_of(data={**FILES, "sft": []}, serve={"gold": "judge"})
-    assert "data.rloo_prompts is empty" in problem_of(data={**FILES, "rloo_prompts": []}, serve={"gold": "judge"})
+
+
+def test_training_sources_are_paths_or_tables_with_a_weight() -> None:
+    toml = 'train = ["a.jsonl", { path = "s3://bucket/b", weight = 2.0 }, { path = "c.jsonl" }]'
+    config = parse(data={**FILES, **tomllib.loads(toml)}, serve={"gold": "judge"})
+    assert [(entry.path, entry.weight) for entry in config.data.train] == [("a.jsonl", 1.0), ("s3://bucket/b", 2.0), ("c.jsonl", 1.0)]
+    assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"path": "a.jsonl", "weight": 0}, "data.train.0.weight: Input should be greater than 0"),
+        ({"path": "a.jsonl", "weight": -1.0}, "data.train.0.weight: Input should be greater than 0"),
+        ({"path": "a.jsonl", "weight": float("inf")}, "data.train.0.weight: Input should be a finite number"),
+        ({"path": "a.jsonl", "wieght": 2.0}, "data.train.0.wieght: Extra inputs are not permitted"),
+        ({"weight": 2.0}, "data.train.0.path: Field required"),
+        ("", "data.train.0.path: String should have at least 1 character"),
+        (5, "data.train.0: Input should be a valid dictionary or instance of WeightedPath"),
+    ],
+)
+def test_a_training_source_that_is_no_weighted_path_is_refused_by_its_place(entry: object, problem: str) -> None:
+    assert problem_of(data={**FILES, "train": [entry]}, serve={"gold": "judge"}).startswith(problem)
 
 
 def test_every_section_says_what_it_is() -> None:

@@ -9,18 +9,44 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    ["rm_robust.errors", "rm_robust.records"],
+    ["rm_robust.errors", "rm_robust.records", "rm_robust.reward_model.objectives"],
     ["rm_robust.reward_model.losses", "rm_robust.reward_model.metrics", "rm_robust.rloo.advantages", "rm_robust.rloo.losses"],  # pure maths
-    ["rm_robust.chat", "rm_robust.checkpoint", "rm_robust.config", "rm_robust.packing", "rm_robust.scoring", "rm_robust.token_files", "rm_robust.tracking"],
-    ["rm_robust.config_loading", "rm_robust.policy_model", "rm_robust.rows", "rm_robust.run_layout", "rm_robust.train_engine", "rm_robust.worker_group"],
-    ["rm_robust.data_pipeline", "rm_robust.deepspeed_engine", "rm_robust.training_loop", "rm_robust.training_state"],
+    [
+        "rm_robust.chat",
+        "rm_robust.checkpoint",
+        "rm_robust.config",
+        "rm_robust.data_files",
+        "rm_robust.estimates",
+        "rm_robust.packing",
+        "rm_robust.scoring",
+        "rm_robust.token_files",
+        "rm_robust.tracking",
+    ],
+    [
+        "rm_robust.best_step",
+        "rm_robust.compute",
+        "rm_robust.config_loading",
+        "rm_robust.rows",
+        "rm_robust.run_layout",
+        "rm_robust.train_engine",
+        "rm_robust.worker_group",
+    ],
+    [
+        "rm_robust.data_pipeline",
+        "rm_robust.experiment_trackers",
+        "rm_robust.deepspeed_engine",
+        "rm_robust.fsdp_engine",
+        "rm_robust.policy_model",
+        "rm_robust.training_loop",
+        "rm_robust.training_state",
+    ],
     ["rm_robust.embedded_world", "rm_robust.preferences", "rm_robust.sft", "rm_robust.reward_model", "rm_robust.rloo", "rm_robust.run_record"],  # stages
     ["serve", "rm_robust.report"],
     ["rm_robust.summary"],
     ["rm_robust.stages"],
     ["pipelines"],
 ]
-UPWARD = {("rm_robust.train_engine", "rm_robust.deepspeed_engine")}
+UPWARD = {("rm_robust.train_engine", "rm_robust.deepspeed_engine"), ("rm_robust.train_engine", "rm_robust.fsdp_engine")}
 """On purpose: create_engine imports the engine that the config names, inside the function."""
 HOMES = {
     "vllm": ["rm_robust.rloo.vllm_engine", "rm_robust.rloo.weight_sync", "rm_robust.rloo.gloo_weight_transfer"],

@@ -1,6 +1,7 @@
-"""Three ways to the same numbers: segments, padded rows, and plain transformers on one completion at a time."""
+"""Four ways to the same numbers: segments, FlexAttention, padded rows, and plain transformers on one completion at a time."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from random import Random
@@ -21,11 +22,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from rm_robust.packing import SEGMENT_MODEL_TYPES, Layout, choose_layout, fill_bins, group_length, lay_out
+from rm_robust.config import ComputeConfig
+from rm_robust.errors import CheckpointError
+from rm_robust.packing import SEGMENT_MODEL_TYPES, Layout, choose_layout, fill_bins, group_length, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.model import PackedRewardModel
-from tests.tiny_models import random_group, tiny_reward_model
+from tests.tiny_models import TRAINED_ON_CPU, random_group, tiny_reward_model
 
 PAD = 0
 CPU = torch.device("cpu")
@@ -91,23 +94,27 @@ def test_scores_and_gradients_are_the_same_in_segments_padded_and_one_at_a_time(
     expected_gradients = gradients_of(plain, (expected * weights_N).sum())
     for layout in Layout:
         model = copy.deepcopy(plain)
-        scores = packed_scores(model, groups, layout)
+        with torch.set_grad_enabled(layout in TRAINED_ON_CPU):
+            scores = packed_scores(model, groups, layout)
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
-        assert_close_gradients(gradients_of(model, (scores * weights_N).sum()), expected_gradients)
+        if layout in TRAINED_ON_CPU:
+            assert_close_gradients(gradients_of(model, (scores * weights_N).sum()), expected_gradients)
 
 
 REWARD_MODEL = tiny_reward_model()
-SEGMENTED, PADDED = copy.deepcopy(REWARD_MODEL), copy.deepcopy(REWARD_MODEL)
+LAID_OUT = {layout: copy.deepcopy(REWARD_MODEL) for layout in Layout}
 
 
-@given(seed=st.integers(0, 10**6), counts=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4))
+@given(seed=st.integers(0, 10**6), counts=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4), max_tokens=st.integers(1, 200))
 @settings(max_examples=20)
-def test_scores_do_not_depend_on_the_layout_or_on_what_is_packed_beside_them(seed: int, counts: list[int]) -> None:
+def test_scores_do_not_depend_on_the_layout_the_bin_size_or_on_what_is_packed_beside_them(seed: int, counts: list[int], max_tokens: int) -> None:
     groups = random_groups(seed, counts)
     with torch.inference_mode():
-        expected = single_scores(REWARD_MODEL, groups)
-        torch.testing.assert_close(packed_scores(SEGMENTED, groups, Layout.SEGMENTS), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(packed_scores(PADDED, groups, Layout.PADDED), expected, atol=1e-5, rtol=1e-5)
+        expected = single_scores(REWARD_MODEL, groups).split(counts)
+        for layout, model in LAID_OUT.items():
+            for members in micro_batches(groups, layout, max_tokens):
+                expected_part = torch.cat([expected[i] for i in members])
+                torch.testing.assert_close(packed_scores(model, [groups[i] for i in members], layout), expected_part, atol=1e-5, rtol=1e-5)
 
 
 def test_a_completion_neither_sees_nor_moves_its_siblings() -> None:
@@ -115,7 +122,8 @@ def test_a_completion_neither_sees_nor_moves_its_siblings() -> None:
     changed = TokenGroup(group.prompt_ids, [[5] * 40, group.completion_ids[1], [7, 8]])
     for layout in Layout:
         model = copy.deepcopy(REWARD_MODEL)
-        before, after = packed_scores(model, [group], layout), packed_scores(model, [changed], layout)
+        with torch.inference_mode():
+            before, after = packed_scores(model, [group], layout), packed_scores(model, [changed], layout)
         torch.testing.assert_close(before[1], after[1], atol=1e-5, rtol=1e-5)
         assert abs(before[0] - after[0]) > 1e-3
 
@@ -136,7 +144,7 @@ def test_token_logprobs_and_entropies_are_those_of_a_plain_forward(num_completio
     expected_M = torch.cat(logprobs)
     weights_M = torch.randn(len(expected_M))
     expected_gradients = gradients_of(plain, (expected_M * weights_M).sum())
-    for layout in Layout:
+    for layout in TRAINED_ON_CPU:
         model = copy.deepcopy(plain)
         batch = lay_out(groups, layout, pad_id=PAD)
         logprobs_M, entropy_M = PackedPolicy(model, layout, temperature=temperature)(batch)
@@ -144,6 +152,21 @@ def test_token_logprobs_and_entropies_are_those_of_a_plain_forward(num_completio
         torch.testing.assert_close(logprobs_M, expected_M, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(entropy_M, torch.cat(entropies), atol=1e-5, rtol=1e-5)
         assert_close_gradients(gradients_of(model, (logprobs_M * weights_M).sum()), expected_gradients)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only, and this machine has none")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_flex_trains_as_padded_rows_do_on_cuda(precision: str) -> None:
+    groups, cuda = random_groups(0, [1, 2, 4, 2, 1]), torch.device("cuda")
+    found = {}
+    for layout in (Layout.FLEX, Layout.PADDED):
+        packed = PackedRewardModel(copy.deepcopy(REWARD_MODEL), layout, ComputeConfig.model_validate({"precision": precision})).to(cuda)
+        scores = packed(lay_out(groups, layout, pad_id=PAD).to(cuda)).scores_N
+        gradients = gradients_of(packed.model, scores.square().sum())
+        found[layout] = scores.detach(), torch.cat([gradient.flatten() for gradient in gradients.values()])
+    tolerance = 1e-3 if precision == "float32" else 0.05
+    for flex, padded in zip(*found.values(), strict=True):
+        assert (flex - padded).norm() < tolerance * padded.norm()
 
 
 def test_segments_compute_every_prompt_once_and_no_padding() -> None:
@@ -170,10 +193,18 @@ def test_padding_with_a_token_that_occurs_in_the_text_changes_nothing() -> None:
 def test_segments_are_chosen_only_for_full_attention_decoders_on_cpu() -> None:
     for family in FAMILIES:
         assert choose_layout(config_of(family), CPU) is Layout.SEGMENTS
-        assert choose_layout(config_of(family), torch.device("cuda")) is Layout.PADDED
+        assert choose_layout(config_of(family), torch.device("cuda")) is Layout.FLEX
     assert choose_layout(MistralConfig(**SIZES, sliding_window=8), CPU) is Layout.PADDED
     assert choose_layout(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1), CPU) is Layout.PADDED
     assert choose_layout(PretrainedConfig(), CPU) is Layout.PADDED
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row_are_refused(rope_type: str) -> None:
+    config = config_of("llama")
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(CheckpointError, match=f"rope_type = '{rope_type}' scales positions by the longest text"):
+        choose_layout(config, CPU)
 
 
 def test_a_packed_model_saves_as_a_plain_transformers_model(tmp_path: Path) -> None:
@@ -198,6 +229,26 @@ def test_bins_hold_every_index_once_and_exceed_the_budget_only_with_a_single_lon
 def test_no_two_bins_would_fit_into_one(lengths: list[int], max_tokens: int) -> None:
     loads = sorted(sum(lengths[i] for i in members) for members in fill_bins(lengths, max_tokens))
     assert len(loads) == 1 or loads[0] + loads[1] > max_tokens
+
+
+@given(seed=st.integers(0, 10**6), counts=st.lists(st.sampled_from([1, 2, 4]), max_size=12), max_tokens=st.integers(1, 200))
+def test_padded_batches_hold_every_group_once_within_the_budget_and_sorted_by_length(seed: int, counts: list[int], max_tokens: int) -> None:
+    groups = random_groups(seed, counts)
+    widths = [len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups]
+    batches = micro_batches(groups, Layout.PADDED, max_tokens)
+    assert sorted(i for members in batches for i in members) == list(range(len(groups)))
+    for members in batches:
+        assert len(members) == 1 or lay_out([groups[i] for i in members], Layout.PADDED, pad_id=PAD).num_tokens <= max_tokens
+    for longer, shorter in itertools.pairwise(batches):
+        assert min(widths[i] for i in longer) >= max(widths[i] for i in shorter)
+
+
+def test_a_model_that_cannot_be_packed_is_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    choose_layout(MistralConfig(**SIZES, sliding_window=8), CPU)
+    choose_layout(config_of("qwen2"), CPU)
+    assert [record.getMessage() for record in caplog.records] == [
+        "mistral has sliding-window or hybrid layers: prompts are not shared, completions are computed in padded rows of like lengths"
+    ]
 
 
 @pytest.mark.parametrize("group", [TokenGroup([], [[1]]), TokenGroup([1], [[]]), TokenGroup([1], [])])

@@ -58,10 +58,10 @@ def add_reward_model(run_dir: Path) -> None:
             "stage": "reward_model", "step": step, "time": step, "reward_model/loss": 0.69 - 0.35 * progress + 0.03 * rng.normal(),
             "reward_model/accuracy": min(1.0, 0.5 + 0.36 * progress + 0.04 * rng.normal()), "reward_model/margin_mean": 1.6 * progress,
             "reward_model/batch_mean_score": 0.4 * math.exp(-step / 10) + 0.05 * rng.normal(), "reward_model/score_std": 0.2 + progress,
-            "reward_model/bsr_term": 0.01 * math.exp(-step / 10), "reward_model/hidden_norm_mean": 30 + 8 * progress,
+            "reward_model/penalty": 0.01 * math.exp(-step / 10), "reward_model/hidden_norm_mean": 30 + 8 * progress,
             "reward_model/hidden_norm_std": 1 + 2 * progress, "reward_model/gradient_norm": 2 - progress + 0.2 * rng.random(),
         }  # fmt: skip
-        rows.append(row | ({"reward_model/eval_accuracy": 0.5 + 0.32 * progress} if step % 25 == 0 else {}))
+        rows.append(row | ({"reward_model/in_domain_accuracy": 0.5 + 0.32 * progress} if step % 25 == 0 else {}))
     write_lines(run_dir / "metrics.jsonl", rows)
 
 

@@ -56,6 +56,17 @@ def test_ranked_rows_keep_the_order_of_completions_scores_and_models() -> None:
     assert (group.group_id, group.prompt, group.completions, group.gold_scores, group.models) == ("p", PROMPT, ["b", "a"], [0.0, 1.5], ["m2", "m1"])
 
 
+def test_the_lowest_rank_is_the_best_score() -> None:
+    row = {"prompt": "Name a colour.", "completions": ["b", "a", "c"], "ranks": [2, 1, 2]}
+    for kind in (RowKind.RANKED, RowKind.TRAINING_PAIRS, None):
+        assert parse_row(row, kind).gold_scores == [-2.0, -1.0, -2.0]
+
+
+def test_training_pairs_are_pairs_where_both_forms_are_given() -> None:
+    row = {"prompt": "x", "chosen": "a", "rejected": "b", "completions": ["a", "b", "c"], "gold_scores": [1, 2, 3]}
+    assert parse_row(row, RowKind.TRAINING_PAIRS) == parse_row(row, RowKind.PAIR)
+
+
 def test_the_released_files_are_ranked_rows_in_the_order_of_their_response_numbers() -> None:
     responses = {f"response_{number}_text": f"completion {number}" for number in (10, 2, 1)}
     row = {"instruction": "Name a colour.", **responses, "response_2_model": "m", "all_scores": [1, 2, 10]}
@@ -90,13 +101,17 @@ def test_a_prompt_row_has_no_completion() -> None:
         (RowKind.PAIR, {"prompt": "x", "chosen": "a", "rejected": 3}, "rejected is a int"),
         (RowKind.PAIR, {"prompt": "x", "chosen": [turn("a"), turn("b")], "rejected": [turn("a"), turn("c")]}, "must end with a user message"),
         (RowKind.PAIR, {"chosen": [USER, turn("a")], "rejected": [{**USER, "content": "?"}, turn("b")]}, "differ before their last turn"),
-        (RowKind.PAIR, {"chosen": "a", "rejected": "b"}, "chosen must be a list of messages"),
+        (RowKind.PAIR, {"chosen": "a", "rejected": "b"}, "chosen is text and there is no prompt"),
         (RowKind.PAIR, {"chosen": [turn("a")], "rejected": [turn("b")]}, "chosen must be a list of messages"),
         (RowKind.PAIR, {"prompt": "x", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is nan"),
         (RowKind.PAIR, {"prompt": "", "chosen": "a", "rejected": "b"}, "last user message of a prompt is empty"),
         (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1.0]}, "2 completions with 1 gold scores"),
         (RowKind.RANKED, {"prompt": "x", "completions": ["a"], "gold_scores": [1.0]}, "at least two of each"),
         (RowKind.RANKED, {"prompt": "x", "completions": "ab", "gold_scores": [1.0, 2.0]}, "'completions' is a str; it must be a list"),
+        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, 2], "ranks": [2, 1]}, "'gold_scores' and 'ranks' both order"),
+        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "ranks": [1, "2"]}, "rank 1 is '2'; it must be a finite number"),
+        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "ranks": [1]}, "2 completions with 1 gold scores or ranks"),
+        (RowKind.TRAINING_PAIRS, {"prompt": "x", "completions": ["a", "b"]}, "column 'chosen' is missing"),
         (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": 3}, "'gold_scores' is a int; it must be a list"),
         (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, None]}, "gold score 1 is None"),
         (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, 2], "models": "ab"}, "'models' is a str"),
@@ -115,7 +130,7 @@ def test_a_row_that_cannot_be_read_gives_its_reason(kind: RowKind, row: dict[str
     assert reason in str(refused.value)
 
 
-NAMES = ["prompt", "chosen", "rejected", "margin", "completions", "gold_scores", "models", "instruction", "all_scores"]
+NAMES = ["prompt", "ranks", "chosen", "rejected", "margin", "completions", "gold_scores", "models", "instruction", "all_scores"]
 COLUMNS = [*NAMES, "response_1_text", "response_x_text", "messages", "completion", "role", "content"]
 values: st.SearchStrategy[Any] = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.just("user"), st.just("assistant"), st.just(10**400)),
@@ -141,7 +156,9 @@ def test_finite_numbers_are_ints_and_floats_but_no_bools_and_nothing_beyond_a_do
 
 def test_kinds_are_told_by_columns() -> None:
     assert kind_of({"chosen", "rejected", "prompt"}) is RowKind.PAIR
+    assert kind_of({"chosen_ids", "rejected_ids"}) is kind_of({"input_ids_chosen", "input_ids_rejected"}) is RowKind.PAIR
     assert kind_of({"prompt", "completions", "gold_scores"}) is RowKind.RANKED
+    assert kind_of({"prompt", "completions", "ranks"}) is RowKind.RANKED
     assert kind_of({"instruction", "response_1_text", "all_scores"}) is RowKind.RANKED
     with pytest.raises(DataError, match=r"\['prompt', 'text'\] are neither pairs"):
         kind_of({"prompt", "text"})

@@ -20,6 +20,8 @@ def write_rows(path: Path, group_ids: list[str]) -> None:
             "prompt_ids": [7],
             "completion_ids": [[8], [9, 2]],
             "gold_scores": [1.0, 0.0],
+            "margin": 0.5,
+            "weight": 0.25,
         }
         for i in group_ids
     ]
@@ -31,7 +33,7 @@ def test_groups_are_read_whole_and_sorted_over_all_files(tmp_path: Path) -> None
     write_rows(tmp_path / "part-1.parquet", ["b"])
     groups = read_token_groups(tmp_path)
     assert [group.group_id for group in groups] == ["a", "b", "c"]
-    assert groups[0] == TokenisedGroup("a", [{"role": "user", "content": "a"}], TokenGroup([7], [[8], [9, 2]]), [1.0, 0.0], None)
+    assert groups[0] == TokenisedGroup("a", [{"role": "user", "content": "a"}], TokenGroup([7], [[8], [9, 2]]), [1.0, 0.0], margin=0.5, weight=0.25)
 
 
 def test_missing_and_empty_folders_are_told_apart(tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def test_steps_cover_the_epochs_and_are_at_least_one(num_rows: int, batch_size: 
 OPTIMIZER = OptimizerConfig(kind="sgd", learning_rate=0.1, max_gradient_norm=100)
 
 
-def run(run_dir: Path, *, first_step: int, num_steps: int = 5, fail_at: int | None = None) -> tuple[list[int], list[int], DdpEngine]:
+def run(
+    run_dir: Path, *, first_step: int, num_steps: int = 5, fail_at: int | None = None, reclaimed_from: int | None = None
+) -> tuple[list[int], list[int], DdpEngine]:
     """Steps trained, numbers of steps committed, engine. Step i has gradient i + 1 on the one weight."""
     trained: list[int] = []
     committed: list[int] = []
@@ -72,7 +74,16 @@ def run(run_dir: Path, *, first_step: int, num_steps: int = 5, fail_at: int | No
     def evaluate(step: int) -> dict[str, float]:
         return {"sft/held_out": 0.5} if step == 3 else {}
 
-    run_loop(engine, settings, first_step=first_step, run_dir=run_dir, train_step=train_step, evaluate=evaluate, commit=committed.append)
+    run_loop(
+        engine,
+        settings,
+        first_step=first_step,
+        run_dir=run_dir,
+        train_step=train_step,
+        evaluate=evaluate,
+        commit=committed.append,
+        is_reclaimed=lambda: reclaimed_from is not None and len(trained) >= reclaimed_from,
+    )
     return trained, committed, engine
 
 
@@ -100,6 +111,12 @@ def test_a_resumed_loop_goes_on_at_its_step_and_no_step_is_logged_twice(tmp_path
     trained, committed, _ = run(tmp_path, first_step=2)
     assert (trained, committed) == ([2, 3, 4], [4, 5])
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_machine_about_to_be_taken_away_commits_once_and_trains_on(tmp_path: Path) -> None:
+    trained, committed, _ = run(tmp_path, first_step=0, reclaimed_from=3)
+    assert (trained, committed) == ([0, 1, 2, 3, 4], [2, 3, 4, 5])
+    assert run(tmp_path / "unasked", first_step=0)[1] == [2, 4, 5]
 
 
 def test_a_loop_resumed_at_its_end_does_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from rm_robust.config import PipelineConfig
 from rm_robust.data_pipeline import Source
 from rm_robust.errors import DataError
 from rm_robust.preferences.preparation import check_preference_sources, preference_sources, reward_model_base_dir, rloo_prompt_source, token_limits
+from rm_robust.records import Overlong
 from rm_robust.rows import RowKind
 from rm_robust.run_layout import RunLayout
 
@@ -32,17 +33,21 @@ def test_scenarios_that_the_run_builds_are_ranked_rows_of_its_own() -> None:
 
 
 def test_ready_made_scenarios_are_the_users_files_and_only_those_that_there_are() -> None:
-    config = config_of(source="scenarios", train=["a.jsonl", "b.parquet"], in_domain=["i.jsonl"], mutual_disjoint=["m.jsonl"])
+    train = ["a.jsonl", {"path": "s3://bucket/b.parquet", "weight": 2.0}]
+    config = config_of(source="scenarios", train=train, in_domain=["i.jsonl", "j.jsonl"], mutual_disjoint=["m.jsonl"])
     assert preference_sources(config, LAYOUT) == [
-        Source("train", ("a.jsonl", "b.parquet"), RowKind.PAIR),
-        Source("in_domain", ("i.jsonl",), None),
+        Source("train", ("a.jsonl",), RowKind.TRAINING_PAIRS, 1.0),
+        Source("train", ("s3://bucket/b.parquet",), RowKind.TRAINING_PAIRS, 2.0),
+        Source("in_domain", ("i.jsonl", "j.jsonl"), None),
         Source("mutual_disjoint", ("m.jsonl",), None),
     ]
 
 
 def test_prompts_for_rloo_come_from_the_world_or_from_the_user() -> None:
-    assert rloo_prompt_source(config_of(), LAYOUT).paths == ("/runs/test/world/rloo_prompts.jsonl",)
-    assert rloo_prompt_source(config_of(source="scenarios", train=["t"], in_domain=["i"]), LAYOUT).paths == ("prompts.jsonl",)
+    own = {"source": "scenarios", "train": ["t"], "in_domain": ["i"]}
+    assert rloo_prompt_source(config_of(), LAYOUT) == Source("rloo_prompts", ("/runs/test/world/rloo_prompts.jsonl",), RowKind.PROMPT)
+    assert rloo_prompt_source(config_of(**own), LAYOUT) == Source("rloo_prompts", ("prompts.jsonl",), RowKind.PROMPT)
+    assert rloo_prompt_source(config_of(**own, rloo_prompts=[]), LAYOUT) is None
 
 
 def test_the_reward_model_grows_from_the_sft_model_unless_told_otherwise() -> None:
@@ -52,8 +57,10 @@ def test_the_reward_model_grows_from_the_sft_model_unless_told_otherwise() -> No
 
 
 def test_limits_are_the_configs() -> None:
-    limits = token_limits(config_of(max_prompt_tokens=50, max_completion_tokens=40, max_dropped_fraction=0.5))
+    limits = token_limits(config_of(max_prompt_tokens=50, max_completion_tokens=40, max_dropped_fraction=0.5, overlong="truncate_prompt_left"))
     assert (limits.max_prompt_tokens, limits.max_completion_tokens, limits.max_dropped_fraction) == (50, 40, 0.5)
+    assert limits.overlong is Overlong.TRUNCATE_PROMPT_LEFT
+    assert token_limits(config_of()).overlong is Overlong.DROP
 
 
 @pytest.mark.parametrize("missing", ["train", "in_domain", "mutual_disjoint", "sft", "rloo_prompts"])

@@ -42,6 +42,24 @@ def test_a_new_reward_model_keeps_the_language_models_backbone_and_names_its_pad
     assert (model.config.num_labels, model.config.pad_token_id) == (1, 5)
 
 
+def test_training_goes_on_from_a_trained_reward_model_with_its_own_head(tmp_path: Path) -> None:
+    """The released code draws a new one."""
+    trained = tiny_reward_model(seed=5)
+    trained.save_pretrained(tmp_path)
+    assert torch.equal(score_head(new_reward_model(tmp_path, pad_id=0, seed=0)).weight, score_head(trained).weight)
+
+
+def test_a_base_without_all_backbone_weights_or_with_several_scores_is_refused(base_dir: Path, tmp_path: Path) -> None:
+    model = Qwen2ForSequenceClassification.from_pretrained(base_dir, num_labels=1)
+    lost = "model.layers.1.mlp.up_proj.weight"
+    model.save_pretrained(tmp_path / "part", state_dict={name: weight for name, weight in model.state_dict().items() if name != lost})
+    with pytest.raises(CheckpointError, match=f"lacks trained weights for .*{lost}"):
+        new_reward_model(tmp_path / "part", pad_id=0, seed=0)
+    Qwen2ForSequenceClassification.from_pretrained(base_dir, num_labels=2).save_pretrained(tmp_path / "two")
+    with pytest.raises(CheckpointError, match="other shapes.*score.weight"):
+        new_reward_model(tmp_path / "two", pad_id=0, seed=0)
+
+
 def test_a_saved_reward_model_loads_with_equal_weights(tmp_path: Path) -> None:
     model = tiny_reward_model()
     model.save_pretrained(tmp_path)
@@ -79,8 +97,8 @@ def test_scores_are_float32_products_of_head_and_final_hidden_state_and_norms_ar
     hook.remove()
     scored = PackedRewardModel(model, Layout.SEGMENTS)(lay_out([group], Layout.SEGMENTS, pad_id=0))
     assert scored.scores_N.item() == pytest.approx((model.score.weight[0] @ last_H).item(), rel=1e-4)
-    assert scored.norm_after_final_norm_N.item() == pytest.approx(last_H.norm().item(), rel=1e-4)
-    assert scored.norm_before_final_norm_N.item() == pytest.approx(before_H[0].norm().item(), rel=1e-4)
+    assert scored.hidden_after_final_norm_NH.norm().item() == pytest.approx(last_H.norm().item(), rel=1e-4)
+    assert scored.hidden_before_final_norm_NH.norm().item() == pytest.approx(before_H[0].norm().item(), rel=1e-4)
 
 
 def test_a_bfloat16_backbone_still_gives_float32_scores_that_no_rounding_ties() -> None:
@@ -95,5 +113,5 @@ def test_a_bfloat16_backbone_still_gives_float32_scores_that_no_rounding_ties() 
 def test_scores_carry_a_gradient_and_norms_do_not() -> None:
     scored = PackedRewardModel(tiny_reward_model(), Layout.SEGMENTS)(lay_out([random_group(Random(0), num_completions=2)], Layout.SEGMENTS, pad_id=0))
     assert scored.scores_N.requires_grad
-    assert not scored.norm_before_final_norm_N.requires_grad
-    assert not scored.norm_after_final_norm_N.requires_grad
+    assert not scored.hidden_before_final_norm_NH.requires_grad
+    assert not scored.hidden_after_final_norm_NH.requires_grad

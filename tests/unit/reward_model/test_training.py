@@ -20,6 +20,7 @@ from rm_robust.rows import RowKind
 from rm_robust.run_layout import RunLayout
 from rm_robust.token_files import TokenisedGroup
 from rm_robust.tracking import read_metrics
+from rm_robust.training_state import committed_steps
 from tests.tiny_models import save_tiny_language_model, write_token_groups
 
 WORDS = ["red", "green", "blue", "river", "quiet"]
@@ -42,11 +43,12 @@ def prepared(run_dir: Path, base_dir: Path) -> Path:
     return run_dir
 
 
-def config_of(base_dir: Path, *, num_epochs: float, objective: str = "bsr") -> PipelineConfig:
+def config_of(base_dir: Path, *, num_epochs: float, objective: str = "bsr", **more: object) -> PipelineConfig:
     settings: dict[str, Any] = {
         "base_path": str(base_dir),
         "objective": objective,
-        "bsr_coefficient": 0.1,
+        **({"bsr_coefficient": 0.1} if objective == "bsr" else {}),
+        **more,
         "batch_size": 8,
         "num_epochs": num_epochs,
         "evaluate_every_steps": 4,
@@ -68,25 +70,50 @@ def test_training_learns_to_tell_the_pairs_apart(trained: Path) -> None:
     lines = read_metrics(trained, "reward_model")
     assert len(lines) == 12
     assert float(lines[-1]["reward_model/loss"]) < float(lines[0]["reward_model/loss"])
-    assert lines[-1]["reward_model/eval_accuracy"] == 1.0
-    assert ["reward_model/eval_accuracy" in line for line in lines] == [step % 4 == 0 for step in range(1, 13)]
+    assert lines[-1]["reward_model/in_domain_accuracy"] == 1.0
+    assert ["reward_model/in_domain_accuracy" in line for line in lines] == [step % 4 == 0 for step in range(1, 13)]
 
 
 def test_every_step_logs_the_objectives_parts_and_the_heads_norm(trained: Path) -> None:
     for line in read_metrics(trained, "reward_model"):
-        mean, term = float(line["reward_model/batch_mean_score"]), float(line["reward_model/bsr_term"])
-        assert line["reward_model/effective_bsr_coefficient"] == pytest.approx(0.1 * 8)
+        mean, term = float(line["reward_model/batch_mean_score"]), float(line["reward_model/penalty"])
+        assert line["reward_model/effective_coefficient"] == pytest.approx(0.1 * 8)
         assert term == pytest.approx(0.8 * mean**2, rel=1e-4, abs=1e-9)
-        assert float(line["reward_model/loss"]) == pytest.approx(float(line["reward_model/bradley_terry"]) + term, abs=1e-5)
+        assert float(line["reward_model/loss"]) == pytest.approx(float(line["reward_model/pair_loss"]) + term, abs=1e-5)
         assert float(line["reward_model/head_norm"]) == pytest.approx(1, abs=0.5)  # E ||W||² = H / (H + 1) at the start
+
+
+def test_the_best_evaluation_becomes_the_checkpoint_and_training_stops_early(base_dir: Path, tmp_path: Path) -> None:
+    """The pairs are learned at once, so that no later evaluation is better than the first perfect one."""
+    run_dir = prepared(tmp_path, base_dir)
+    config = config_of(base_dir, num_epochs=10, best_metric="in_domain_accuracy", early_stopping_evaluations=2, num_kept_checkpoints=2)
+    num_steps = train_reward_model(config, run_dir)["num_steps"]
+    lines = read_metrics(run_dir, "reward_model")
+    evaluations = {int(line["step"]): float(line["reward_model/in_domain_accuracy"]) for line in lines if "reward_model/in_domain_accuracy" in line}
+    best = min(step for step, value in evaluations.items() if value == max(evaluations.values()))
+    assert (num_steps, len(lines)) == (best, best + 8)
+    assert verify_checkpoint(RunLayout(run_dir).reward_model_checkpoint, "reward_model").training["num_steps"] == best
+    kept = committed_steps(RunLayout(run_dir).reward_model_state)
+    assert best in kept
+    assert kept[-1] == best + 8
+    assert len(kept) == 3
+    expected = prepared(tmp_path / "short", base_dir)
+    train_reward_model(config_of(base_dir, num_epochs=best * 8 / 32), expected)
+    manifests = [verify_checkpoint(RunLayout(d).reward_model_checkpoint, "reward_model") for d in (run_dir, expected)]
+    assert manifests[0].content_sha256 == manifests[1].content_sha256
+
+
+def test_the_margin_column_is_needed_where_the_objective_reads_it(base_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="32 of 32 training pairs have none"):
+        train_reward_model(config_of(base_dir, num_epochs=1, objective="margin"), prepared(tmp_path, base_dir))
 
 
 def test_the_objective_is_the_configs(base_dir: Path, trained: Path, tmp_path: Path) -> None:
     run_dir = prepared(tmp_path, base_dir)
     train_reward_model(config_of(base_dir, num_epochs=0.25, objective="bt"), run_dir)
     (first,), bsr = read_metrics(run_dir, "reward_model"), read_metrics(trained, "reward_model")[0]
-    assert (first["reward_model/bsr_term"], first["reward_model/effective_bsr_coefficient"]) == (0, 0)
-    assert first["reward_model/bradley_terry"] == bsr["reward_model/bradley_terry"]
+    assert (first["reward_model/penalty"], first["reward_model/effective_coefficient"]) == (0, 0)
+    assert first["reward_model/pair_loss"] == bsr["reward_model/pair_loss"]
     assert float(first["reward_model/loss"]) < float(bsr["reward_model/loss"])
 
 

@@ -1,0 +1,8 @@
+"""Everything up to the reward model's four-scenario table, and the report: full_rlhf.py without its policy."""
+
+import sys
+
+from rm_robust.stages import REWARD_MODEL_STAGES, main
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, REWARD_MODEL_STAGES))

@@ -1,0 +1,124 @@
+"""The jsonl and parquet files of a source: where a path or URI leads, what lies there, and its lines.
+
+A path is local; a URI (s3://bucket/folder, gs://…, abfs://…, hdfs://…, file:///…) is read through the filesystem that pyarrow has for its
+scheme, with the credentials that this filesystem finds in its environment (s3: AWS's variables, profile or instance role; options such as
+`?region=` or `?endpoint_override=` may follow the path). Every node that reads needs them. Tests read s3:// from a stand-in for its protocol on
+the same machine; no real object store has been read.
+"""
+
+import functools
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from rm_robust.errors import DataError
+
+HUB = "hub:"
+SUFFIXES = (".jsonl", ".parquet")
+_READ_AHEAD_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file. `root` (what the user named) tells the filesystem, `path` the file in it."""
+
+    root: str
+    path: str
+    num_bytes: int
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+
+def list_files(path: str) -> list[DataFile]:
+    """The jsonl or parquet files that a path or URI names: itself, or those in the folder. Raises DataError when nothing is there or can be reached."""
+    filesystem, inner = filesystem_of(path)
+    try:
+        found = filesystem.get_file_info(inner)
+        entries = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)) if found.type == pafs.FileType.Directory else [found]
+    except Exception as error:  # as in filesystem_of
+        raise _unreachable(path, error) from error
+    if found.type == pafs.FileType.NotFound:
+        raise DataError(f"There is no file or folder at {path if is_uri(path) else inner}.")
+    files = [DataFile(path, entry.path, entry.size) for entry in sorted(entries, key=lambda entry: entry.path) if entry.type == pafs.FileType.File]
+    if found.type == pafs.FileType.Directory:
+        files = [file for file in files if file.suffix in SUFFIXES]
+    if not files or {file.suffix for file in files} - {*SUFFIXES}:
+        raise DataError(f"{path} must be a .jsonl or .parquet file, or a folder with such files.")
+    return files
+
+
+def is_uri(path: str) -> bool:
+    return "://" in path
+
+
+@functools.lru_cache(maxsize=64)
+def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URI, and its place there. Raises DataError for a URI that pyarrow cannot read and a host that it cannot reach."""
+    if not is_uri(path):
+        return pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    if urlsplit(path).password is not None:
+        raise DataError(
+            f"A {urlsplit(path).scheme}:// URI holds a password, which would be written to config.resolved.json and logs. Take it out, and give the "
+            "credentials through the environment."
+        )
+    try:
+        filesystem, inner = pafs.FileSystem.from_uri(path)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{path} is no usable URI: {error}. Its scheme may be file, s3, gs, abfs or hdfs, its options those of pyarrow's filesystem."
+        ) from error
+    except Exception as error:  # pyarrow lets the errors of other libraries through: hf:// raises httpx's
+        raise _unreachable(path, error) from error
+    return filesystem, inner
+
+
+def open_file(root: str, path: str) -> io.BufferedReader:
+    """A DataFile's bytes, with seek and readline; object stores are asked for a mebibyte at a time."""
+    filesystem, _ = filesystem_of(root)
+    return io.BufferedReader(filesystem.open_input_file(path), _READ_AHEAD_BYTES)
+
+
+def read_lines(file: DataFile) -> Iterator[str]:
+    """The lines of a jsonl file. Only "\\n" ends one: JSON texts may hold what str.splitlines takes for a line end, U+2028 for example."""
+    with open_file(file.root, file.path) as lines:
+        for line in lines:
+            yield decoded(line)
+
+
+def read_parquet_rows(file: DataFile) -> list[dict[str, Any]]:
+    with open_file(file.root, file.path) as opened:
+        rows: list[dict[str, Any]] = pq.read_table(opened).to_pylist()
+    return rows
+
+
+def lines_from(root: str, path: str, *, start: int, num_bytes: int) -> list[str]:
+    """The lines that begin in [start, start + num_bytes) of a jsonl file."""
+    texts: list[str] = []
+    with open_file(root, path) as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # the rest of a line that began in an earlier piece
+        while file.tell() < start + num_bytes and (line := file.readline()):
+            texts.append(decoded(line))
+    return texts
+
+
+def decoded(line: bytes) -> str:
+    """A line's text without its end; one that is not UTF-8 becomes no JSON, so that it counts as malformed."""
+    try:
+        return line.rstrip(b"\r\n").decode()
+    except UnicodeDecodeError:
+        return "not UTF-8: " + line.decode(errors="replace")
+
+
+def _unreachable(path: str, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be reached: {error}. Check the address, the network and the credentials of this machine.")

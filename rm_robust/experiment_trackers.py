@@ -1,0 +1,72 @@
+"""Weights & Biases and MLflow, for those who set [tracking]: the metrics of metrics.jsonl, under the same names, one run of theirs a stage.
+
+A resumed stage goes on in the run that it began: both are found again by an identity made from the run directory and the stage.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rm_robust.config import PipelineConfig, TrackingConfig
+from rm_robust.errors import ConfigError
+from rm_robust.tracking import MetricsSink
+
+IDENTITY_TAG = "rm_robust.identity"
+
+
+def check_trackers(config: TrackingConfig) -> None:
+    """Raise ConfigError when a tracker is asked for whose package is not installed."""
+    for name, wanted, package in (("wandb_project", config.wandb_project, "wandb"), ("mlflow_experiment", config.mlflow_experiment, "mlflow")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"tracking.{name} = {wanted!r} needs the package {package}, which is not installed: pip install 'rm_robust[trackers]'.")
+
+
+def open_trackers(config: PipelineConfig, run_dir: Path, stage: str) -> list[MetricsSink]:
+    """Those that the config asks for. Call it where metrics are written: on rank 0 alone."""
+    identity = hashlib.sha256(f"{run_dir}/{stage}".encode()).hexdigest()[:32]
+    settings = config.model_dump(mode="json")
+    sinks: list[MetricsSink] = []
+    if config.tracking.wandb_project:
+        sinks.append(WandbSink(config.tracking.wandb_project, name=f"{config.name}/{stage}", identity=identity, run_dir=run_dir, settings=settings))
+    if config.tracking.mlflow_experiment:
+        sinks.append(MlflowSink(config.tracking.mlflow_experiment, config.tracking.mlflow_uri, name=f"{config.name}/{stage}", identity=identity))
+    return sinks
+
+
+class WandbSink:
+    """One W&B run. Steps at or below its last one, done again after a kill, are left out by W&B itself."""
+
+    def __init__(self, project: str, *, name: str, identity: str, run_dir: Path, settings: dict[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(run_dir), config=settings)
+
+    def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowSink:
+    """One MLflow run."""
+
+    def __init__(self, experiment: str, uri: str | None, *, name: str, identity: str) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+        found = self._client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+        runs = self._client.search_runs([experiment_id], filter_string=f"tags.`{IDENTITY_TAG}` = '{identity}'", max_results=1)
+        run = runs[0] if runs else self._client.create_run(experiment_id, run_name=name, tags={IDENTITY_TAG: identity})
+        self._run_id = run.info.run_id
+        self._client.update_run(self._run_id, status="RUNNING")
+
+    def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
+        for key, value in metrics.items():
+            self._client.log_metric(self._run_id, key, value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
