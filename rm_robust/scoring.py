@@ -1,11 +1,13 @@
 """The scoring contract over HTTP, and the client that other teams import (neither torch nor ray is needed).
 
     POST {base_url}/v1/score   {"inputs": [{"prompt": text or messages, "completions": [text, ...]}, ...]}
-    200                        {"model": "...", "checkpoint": "sha256:...", "results": [{"scores": [float, ...]}, ...]}
+    200                        {"model": "...", "checkpoint": "sha256:...", "template": "sha256:...",
+                                "results": [{"scores": [float, ...], "token_counts": {"prompt": int, "completions": [int, ...]}}, ...]}
     any other status           {"error": {"type": "...", "message": "..."}}
 
-Scores are raw (no sigmoid), one per completion, in the order of the request. A text prompt is one user turn. No inputs, or an input
-without completions, is a caller's mistake (422). An empty completion text is what a policy that stops at once writes, and is scored.
+`template` is the chat template's hash; it and `token_counts` are null where no tokens are made (the judge). Scores are raw (no sigmoid), one
+per completion, in the order of the request. A text prompt is one user turn. No inputs, or an input without completions, is a caller's
+mistake (422). An empty completion text is what a policy that stops at once writes, and is scored.
 
     with RewardClient("http://127.0.0.1:8000/proxy") as client:
         client.score([ScoreInput(prompt="Name a colour.", completions=["Blue.", "Seven."])]).scores  # [[1.3, -0.2]]
@@ -51,10 +53,21 @@ class ScoreRequest(BaseModel):
     inputs: list[ScoreInput] = Field(min_length=1)
 
 
+class TokenCounts(BaseModel):
+    """Tokens that were scored: of the prompt with its header, and of each completion with its end-of-turn token."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: int
+    completions: list[int]
+
+
 class ScoreResult(BaseModel):
     """Raw scores of one input's completions, in their order."""
 
     scores: list[Score]
+    token_counts: TokenCounts | None = None
+    """None from a scorer without tokens, and from a server of before this field."""
 
 
 class ScoreReply(BaseModel):
@@ -62,6 +75,8 @@ class ScoreReply(BaseModel):
 
     model: str
     checkpoint: str
+    template: str | None = None
+    """The chat template's hash; None from a scorer without one, and from a server of before this field."""
     results: list[ScoreResult]
 
     @property
@@ -239,7 +254,7 @@ def merge_replies(replies: Sequence[ScoreReply], spans: Sequence[range], *, expe
                 f"Inputs {span.start} to {span.stop - 1} were scored by {reply.model} {reply.checkpoint}, not by {first.model} {wanted}: "
                 "the checkpoint changed, and scores of two checkpoints cannot be compared. Score everything again."
             )
-    return ScoreReply(model=first.model, checkpoint=wanted, results=[result for reply in replies for result in reply.results])
+    return ScoreReply(model=first.model, checkpoint=wanted, template=first.template, results=[result for reply in replies for result in reply.results])
 
 
 def describe_failure(response: httpx.Response) -> str:

@@ -9,8 +9,8 @@ import torch
 from rm_robust.errors import DataError, ScoringError
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.scorer import RewardScorer
-from rm_robust.scoring import ScoreRequest
-from serve.scorer import Outcome, Refusal, Scored, invalid_request
+from rm_robust.scoring import ScoreRequest, ScoreResult, TokenCounts
+from serve.scorer import Outcome, Refusal, Scored, ServedModel, invalid_request
 from serve.settings import ScoringAppSettings
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,10 @@ class CheckpointScorer:
             max_length_tokens=settings.max_length_tokens,
             model_name=settings.model_name,
         )
+
+    def describe(self) -> ServedModel:
+        scorer = self._scorer
+        return ServedModel(scorer.model_name, scorer.checkpoint_id, scorer.chat.template_sha256, scorer.max_length_tokens)
 
     def score_requests(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
@@ -72,6 +76,11 @@ class CheckpointScorer:
         start = 0
         for groups in requests:
             end = start + len(groups)
-            outcomes.append(Scored(self._scorer.model_name, self._scorer.checkpoint_id, scores[start:end]))
+            results = [ScoreResult(scores=s, token_counts=token_counts(g)) for s, g in zip(scores[start:end], groups, strict=True)]
+            outcomes.append(Scored(self.describe(), results))
             start = end
         return outcomes
+
+
+def token_counts(group: TokenGroup) -> TokenCounts:
+    return TokenCounts(prompt=len(group.prompt_ids), completions=[len(ids) for ids in group.completion_ids])

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ray import serve
 
 from rm_robust.scoring import ScoreRequest
-from serve.scorer import Outcome, Scorer
+from serve.scorer import Outcome, Scorer, ServedModel
 from serve.settings import ScoringAppSettings
 
 STUCK_AFTER_S = 300.0
@@ -27,6 +27,10 @@ class ScorerReplica:
     @serve.batch
     async def score(self, requests: list[ScoreRequest]) -> list[Outcome]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._score_batch, requests)
+
+    async def describe(self) -> ServedModel:
+        """Beside the batches, but within the same queue limits: a full replica does not answer."""
+        return self._scorer.describe()
 
     def check_health(self) -> None:
         """Serve calls it every few seconds; raising replaces the replica."""

@@ -8,8 +8,8 @@ from rm_robust import embedded_world
 from rm_robust.embedded_world.gold_judge import gold_score
 from rm_robust.errors import DataError, RmRobustError
 from rm_robust.records import Message
-from rm_robust.scoring import ScoreRequest
-from serve.scorer import Outcome, Scored, invalid_request
+from rm_robust.scoring import ScoreRequest, ScoreResult
+from serve.scorer import Outcome, Scored, ServedModel, invalid_request
 from serve.settings import ScoringAppSettings
 
 
@@ -17,21 +17,24 @@ class EmbeddedJudgeScorer:
     """A Scorer on `gold_score`: single-turn prompts of the embedded world only; any other prompt is refused with 422."""
 
     def __init__(self, settings: ScoringAppSettings) -> None:
-        self._model_name = settings.model_name
-        self._checkpoint_id = source_sha256(Path(embedded_world.__path__[0]))
+        checkpoint_id = source_sha256(Path(embedded_world.__path__[0]))
+        self._served = ServedModel(settings.model_name, checkpoint_id, template=None, max_length_tokens=None)
+
+    def describe(self) -> ServedModel:
+        return self._served
 
     def score_requests(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         return [self._score(request) for request in requests]
 
     def _score(self, request: ScoreRequest) -> Outcome:
-        scores = []
+        results = []
         for index, item in enumerate(request.inputs):
             try:
                 prompt = single_turn_text(item.prompt)
-                scores.append([gold_score(prompt, completion) for completion in item.completions])
+                results.append(ScoreResult(scores=[gold_score(prompt, completion) for completion in item.completions]))
             except RmRobustError as error:
                 return invalid_request(f"inputs[{index}].prompt", error)
-        return Scored(self._model_name, self._checkpoint_id, scores)
+        return Scored(self._served, results)
 
 
 def single_turn_text(prompt: str | list[Message]) -> str:

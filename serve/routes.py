@@ -1,30 +1,53 @@
 """The HTTP side: checks bodies, passes requests to the scorer's handle, and gives every failure the same JSON shape.
 
 POST /v1/score   200 scores · 413 too long · 422 wrong body · 429 queue full (Retry-After) · 500 scoring failed · 503 no replica
+GET  /v1/models  200 what is served · 429 · 500 · 503 as above
+GET  /readyz     200: a replica of the scorer answers and has room · 503
 GET  /healthz    200: this process answers
 """
 
+import asyncio
 import logging
 import math
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from rm_robust.scoring import SCORE_PATH, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest, ScoreResult
-from serve.scorer import Refusal
+from rm_robust.scoring import SCORE_PATH, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest
+from serve.scorer import Outcome, Refusal, ServedModel
 
 logger = logging.getLogger(__name__)
+SCORER_FAILURES = (BackPressureError, DeploymentUnavailableError, RayActorError, RayTaskError)
+"""What a call of the scorer's handle raises when no score comes back; failure_response says what they become."""
+READY_WITHIN_S = 5.0
+"""A replica that takes longer to answer is not ready."""
 app = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None)
 """Without the documentation pages: they load scripts from the internet."""
 
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (413, 422, 429, 500, 503)}
+
+
+class ModelEntry(BaseModel):
+    """One served model. `template` and `max_length_tokens` are null for a scorer that makes no tokens."""
+
+    id: str
+    checkpoint: str
+    template: str | None
+    max_length_tokens: int | None
+
+
+class ModelList(BaseModel):
+    """In OpenAI's envelope, which clients of vLLM read."""
+
+    object: str = "list"
+    data: list[ModelEntry]
 
 
 def body_in_openapi() -> dict[str, Any]:
@@ -50,6 +73,17 @@ def overloaded_response(error: BackPressureError) -> Response:
     response = error_response(error.status_code, "overloaded", "The queue of this scorer is full; try again after Retry-After seconds.")
     response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
     return response
+
+
+def failure_response(error: BackPressureError | DeploymentUnavailableError | RayActorError | RayTaskError) -> Response:
+    """What a call of the scorer's handle that raised becomes."""
+    if isinstance(error, BackPressureError):
+        return overloaded_response(error)
+    if isinstance(error, RayTaskError):
+        logger.error("the scorer failed", exc_info=error)
+        return error_response(500, "internal_error", "The scorer failed; the reason is in the server's log.")
+    logger.warning("no replica: %s", error)
+    return error_response(503, "unavailable", "The scorer has no replica that can answer now; try again.")
 
 
 def describe_invalid_body(error: ValidationError) -> str:
@@ -79,20 +113,36 @@ class ScoringRoutes:
         except ValidationError as error:
             return error_response(422, "invalid_request", describe_invalid_body(error))
         try:
-            outcome = await self._scorer.score.remote(body)
-        except BackPressureError as error:
-            return overloaded_response(error)
-        except (DeploymentUnavailableError, RayActorError) as error:
-            logger.warning("no replica: %s", error)
-            return error_response(503, "unavailable", "The scorer has no replica that can answer now; try again.")
-        except RayTaskError:
-            logger.exception("the scorer failed")
-            return error_response(500, "internal_error", "The scorer failed; the reason is in the server's log.")
+            outcome: Outcome = await self._scorer.score.remote(body)
+        except SCORER_FAILURES as error:
+            return failure_response(error)
         if isinstance(outcome, Refusal):
             return error_response(outcome.status, outcome.type, outcome.message)
-        results = [ScoreResult(scores=scores) for scores in outcome.scores]
-        reply = ScoreReply(model=outcome.model, checkpoint=outcome.checkpoint, results=results)
+        served = outcome.served
+        reply = ScoreReply(model=served.model, checkpoint=served.checkpoint, template=served.template, results=outcome.results)
         return Response(reply.model_dump_json(), media_type="application/json")
+
+    @app.get("/v1/models", response_model=ModelList, responses={status: ERRORS[status] for status in (429, 500, 503)})
+    async def models(self) -> Response:
+        try:
+            served: ServedModel = await self._scorer.describe.remote()
+        except SCORER_FAILURES as error:
+            return failure_response(error)
+        entry = ModelEntry(id=served.model, checkpoint=served.checkpoint, template=served.template, max_length_tokens=served.max_length_tokens)
+        return Response(ModelList(data=[entry]).model_dump_json(), media_type="application/json")
+
+    @app.get("/readyz", responses={503: ERRORS[503]})
+    async def readyz(self) -> Response:
+        answer = self._scorer.describe.remote()
+        try:
+            await asyncio.wait_for(answer, READY_WITHIN_S)
+        except TimeoutError:
+            answer.cancel()  # type: ignore[no-untyped-call]
+            return error_response(503, "not_ready", f"No replica of the scorer answered within {READY_WITHIN_S:.0f} s.")
+        except SCORER_FAILURES as error:
+            logger.info("not ready: %s", error)
+            return error_response(503, "not_ready", "No replica of the scorer has room for a request.")
+        return Response('{"status":"ready"}', media_type="application/json")
 
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:

@@ -1,22 +1,32 @@
 """What a scorer behind the HTTP contract must do. checkpoint_scorer.py and judge_scorer.py do it; deployment.py calls it.
 
 requests of one batch ──score_requests──► one Scored or one Refusal per request, in order
+nothing               ──describe────────► the ServedModel
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rm_robust.scoring import ScoreRequest
+from rm_robust.scoring import ScoreRequest, ScoreResult
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a replica has loaded. `template` and `max_length_tokens` are None for a scorer that makes no tokens."""
+
+    model: str
+    checkpoint: str
+    template: str | None
+    max_length_tokens: int | None
 
 
 @dataclass(frozen=True)
 class Scored:
     """Raw scores of one request, input by input, and the model they come from: it travels with them, so it is never another's."""
 
-    model: str
-    checkpoint: str
-    scores: list[list[float]]
+    served: ServedModel
+    results: list[ScoreResult]
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,9 @@ Outcome = Scored | Refusal
 
 class Scorer(Protocol):
     """Loaded once per replica; called by one thread at a time."""
+
+    def describe(self) -> ServedModel:
+        """What is loaded; immediate."""
 
     def score_requests(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
         """One outcome per request, in order. A request that cannot be scored is refused alone: its batch mates get their scores."""

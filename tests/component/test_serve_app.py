@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from unittest.mock import ANY
 
 import httpx
 import pytest
@@ -121,9 +122,43 @@ def test_a_single_request_gets_plain_transformers_raw_score_and_the_contracts_sh
     item = ScoreInput(prompt="red green blue", completions=["seven apple"])
     response = httpx.post(f"{services.proxy}/v1/score", json=score_body(item))
     assert response.status_code == 200
-    checkpoint = read_manifest(services.checkpoint_dir).content_sha256
+    manifest = read_manifest(services.checkpoint_dir)
     expected = plain.score("red green blue", "seven apple")
-    assert response.json() == {"model": "tiny", "checkpoint": checkpoint, "results": [{"scores": [pytest.approx(expected, abs=TOLERANCE)]}]}
+    prompt = plain.tokenizer.apply_chat_template([{"role": "user", "content": "red green blue"}], add_generation_prompt=True, return_dict=False)
+    completion = plain.tokenizer("seven apple", add_special_tokens=False)["input_ids"]
+    counts = {"prompt": len(prompt), "completions": [len(completion) + 1]}  # and its end of turn
+    assert response.json() == {
+        "model": "tiny",
+        "checkpoint": manifest.content_sha256,
+        "template": manifest.template_sha256,
+        "results": [{"scores": [pytest.approx(expected, abs=TOLERANCE)], "token_counts": counts}],
+    }
+
+
+def test_the_models_are_listed_with_their_identity_and_limit(services: Services) -> None:
+    manifest = read_manifest(services.checkpoint_dir)
+    tiny = {"id": "tiny", "checkpoint": manifest.content_sha256, "template": manifest.template_sha256, "max_length_tokens": 256}
+    assert httpx.get(f"{services.proxy}/v1/models").json() == {"object": "list", "data": [tiny]}
+    judge = {"id": "judge", "checkpoint": ANY, "template": None, "max_length_tokens": None}
+    assert httpx.get(f"{services.judge}/v1/models").json() == {"object": "list", "data": [judge]}
+
+
+def test_a_scorer_is_ready_while_it_has_room_and_alive_without(services: Services) -> None:
+    async def probe_while_full() -> list[tuple[int, int]]:
+        async with httpx.AsyncClient(base_url=services.crowded, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+            busy = [asyncio.create_task(client.post("/v1/score", json=score_body(slow))) for _ in range(40)]
+            probes = []
+            while not all(task.done() for task in busy):
+                probes.append(((await client.get("/readyz")).status_code, (await client.get("/healthz")).status_code))
+            await asyncio.gather(*busy)
+            return probes
+
+    slow = ScoreInput(prompt=next(distinct_prompts(Random(7))), completions=["seven"] * 20_000)
+    probes = asyncio.run(probe_while_full())
+    assert {alive for _, alive in probes} == {200}
+    assert 503 in {ready for ready, _ in probes}
+    response = httpx.get(f"{services.crowded}/readyz")
+    assert (response.status_code, response.json()) == (200, {"status": "ready"})
 
 
 def test_raw_scores_are_not_squashed(services: Services) -> None:
@@ -240,6 +275,8 @@ def test_the_judge_serves_exactly_the_gold_score(services: Services) -> None:
     assert reply.scores == [[gold_score(prompt, c) for c in item.completions] for prompt, item in zip(plain_prompts, inputs, strict=True)]
     assert reply.model == "judge"
     assert reply.checkpoint.startswith("sha256:")
+    assert reply.template is None
+    assert {result.token_counts for result in reply.results} == {None}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rm_robust.errors import ConfigError, ScoringError
-from rm_robust.scoring import AsyncRewardClient, RewardClient, ScoreInput, backoff_s, split_inputs
+from rm_robust.scoring import AsyncRewardClient, RewardClient, ScoreInput, TokenCounts, backoff_s, split_inputs
 
 CHECKPOINT_A, CHECKPOINT_B = "sha256:aaaa", "sha256:bbbb"
 
@@ -298,3 +298,18 @@ def test_a_client_that_was_never_closed_does_not_keep_the_program_alive() -> Non
 def test_inputs_are_split_between_and_never_within(counts: list[int], spans: list[tuple[int, int]]) -> None:
     inputs = [ScoreInput(prompt="p", completions=["x"] * count) for count in counts]
     assert split_inputs(inputs, 2) == [range(start, end) for start, end in spans]
+
+
+def test_what_a_newer_server_adds_is_kept_for_every_chunk_and_an_older_server_may_lack_it() -> None:
+    def newer(_: int, inputs: list[dict[str, Any]]) -> Answer:
+        results = [{"scores": [1.0], "token_counts": {"prompt": len(item["prompt"]), "completions": [2]}} for item in inputs]
+        return Answer(body=json.dumps({"model": "m", "checkpoint": CHECKPOINT_A, "template": "sha256:t", "results": results}).encode())
+
+    inputs = [ScoreInput(prompt="p" * length, completions=["1"]) for length in (1, 2, 3)]
+    with serving(newer) as server, RewardClient(server.url, max_completions_per_request=1) as client:
+        reply = client.score(inputs)
+    assert reply.template == "sha256:t"
+    assert [result.token_counts for result in reply.results] == [TokenCounts(prompt=length, completions=[2]) for length in (1, 2, 3)]
+    with serving(lambda _, inputs: scored(right_scores(inputs))) as server, RewardClient(server.url) as client:
+        older = client.score(inputs)
+    assert (older.template, older.results[0].token_counts) == (None, None)

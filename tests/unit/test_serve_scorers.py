@@ -28,7 +28,7 @@ def request(*completions: str) -> ScoreRequest:
 
 def scores_of(outcome: Outcome) -> list[list[float]]:
     assert isinstance(outcome, Scored)
-    return outcome.scores
+    return [result.scores for result in outcome.results]
 
 
 @pytest.fixture(scope="module")
