@@ -46,9 +46,9 @@ lint: $(INSTALLED)  ## ruff and mypy
 	ruff format --check .
 	mypy
 
-serve: $(INSTALLED)  ## a reward model over HTTP: make serve CHECKPOINT=runs/tiny_cpu/checkpoints/reward_model [PORT=8000]
+serve: $(INSTALLED)  ## a reward model over HTTP: make serve CHECKPOINT=runs/tiny_cpu/checkpoints/reward_model KEYS=keys.toml [PORT=8000]
 	@test -n "$(CHECKPOINT)" || { echo "make serve needs a checkpoint: make serve CHECKPOINT=runs/tiny_cpu/checkpoints/reward_model" >&2; exit 2; }
-	python -m serve --checkpoint "$(CHECKPOINT)" --port $(PORT)
+	python -m serve --checkpoint "$(CHECKPOINT)" --port $(PORT) $(if $(KEYS),--keys "$(KEYS)") $(if $(INSECURE_NO_AUTH),--insecure-no-auth)
 
 bench-training: has-data .venv/.installed-bench  ## training throughput against TRL, within 15 minutes: make bench-training [DATA=../shared/data]
 	python -m tests.bench.training --data "$(DATA)"

@@ -371,7 +371,7 @@ class ServeConfig(Section):
     @classmethod
     def _loopback_only(cls, value: str) -> str:
         if value not in ("127.0.0.1", "localhost"):
-            raise ValueError("scorers have no keys yet, so they listen on loopback only; set serve.host to 127.0.0.1")
+            raise ValueError("a run's scorers are for the run alone, so they listen on loopback only; set serve.host to 127.0.0.1")
         return value
 
 

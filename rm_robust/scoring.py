@@ -15,6 +15,7 @@ mistake (422). An empty completion text is what a policy that stops at once writ
 
 import asyncio
 import logging
+import os
 import random
 import threading
 from collections.abc import Coroutine, Sequence
@@ -29,6 +30,7 @@ from rm_robust.records import Message
 logger = logging.getLogger(__name__)
 
 SCORE_PATH = "/v1/score"
+KEY_VARIABLE = "RM_ROBUST_API_KEY"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 10.0
 CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 """Failures of the connection, not of the request: scoring has no side effects, so sending it again is safe."""
@@ -100,17 +102,20 @@ class ClientOptions(TypedDict, total=False):
     max_retries: int  # after connection errors, 429 and 5xx; no other failure is tried again
     max_completions_per_request: int  # longer lists are sent as several requests; one input is never split
     max_concurrent_requests: int
+    api_key: str | None  # sent as a bearer token, and never logged; None: the one in RM_ROBUST_API_KEY, if that is set
     expected_checkpoint: str | None  # "sha256:…" that every score must come from; None: any, but one for all requests of a call
 
 
-DEFAULT_OPTIONS = ClientOptions(timeout_s=60.0, max_retries=8, max_completions_per_request=64, max_concurrent_requests=8, expected_checkpoint=None)
+DEFAULT_OPTIONS = ClientOptions(
+    timeout_s=60.0, max_retries=8, max_completions_per_request=64, max_concurrent_requests=8, api_key=None, expected_checkpoint=None
+)
 
 
 class AsyncRewardClient:
     """Scores lists of any length; a call returns every score or raises ScoringError. Use it within one event loop, and close it."""
 
     def __init__(self, base_url: str, **options: Unpack[ClientOptions]) -> None:
-        """Raises ConfigError for a URL that is not HTTP."""
+        """Raises ConfigError for a URL that is not HTTP, and for a key that no header can carry."""
         settings = DEFAULT_OPTIONS | options
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(f"A scoring URL starts with http:// or https://, got {base_url!r}.")
@@ -121,7 +126,8 @@ class AsyncRewardClient:
         self._expected_checkpoint = settings["expected_checkpoint"]
         self._slots = asyncio.Semaphore(settings["max_concurrent_requests"])
         limits = httpx.Limits(max_connections=settings["max_concurrent_requests"])
-        self._http = httpx.AsyncClient(timeout=self._timeout_s, limits=limits, mounts=NO_PROXY_FOR_LOOPBACK)
+        headers = {"content-type": "application/json", **key_header(settings["api_key"])}
+        self._http = httpx.AsyncClient(timeout=self._timeout_s, limits=limits, mounts=NO_PROXY_FOR_LOOPBACK, headers=headers)
 
     async def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
         """Scores of all inputs in order. Raises ScoringError naming the inputs and the reason; nothing partial is returned."""
@@ -161,7 +167,7 @@ class AsyncRewardClient:
         for attempt in range(num_attempts):
             retry_after_s = 0.0
             try:
-                response = await self._http.post(self._url, content=body, headers={"content-type": "application/json"})
+                response = await self._http.post(self._url, content=body)
             except CONNECTION_ERRORS as error:
                 reason = f"{type(error).__name__} {error}".strip()
             except httpx.HTTPError as error:
@@ -210,6 +216,16 @@ class RewardClient:
             return future.result()
         finally:
             future.cancel()
+
+
+def key_header(api_key: str | None) -> dict[str, str]:
+    """The Authorization header of a key, or of the one in the environment; nothing where there is none."""
+    key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
+    if key is None:
+        return {}
+    if not (key.isascii() and key.isprintable() and key) or " " in key:
+        raise ConfigError(f"The API key (api_key, or {KEY_VARIABLE}) must be printable ASCII without spaces; it has {len(key)} characters.")
+    return {"authorization": f"Bearer {key}"}
 
 
 def split_inputs(inputs: Sequence[ScoreInput], max_completions: int) -> list[range]:

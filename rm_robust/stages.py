@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import TrainingFailedError
@@ -30,6 +30,9 @@ from rm_robust.sft.preparation import prepare_sft
 from rm_robust.sft.training import train_sft
 from rm_robust.summary import summary_lines, write_summary
 from rm_robust.worker_group import quieten_libraries, run_on_workers
+
+if TYPE_CHECKING:
+    from serve.keys import ApiKey
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +147,8 @@ def evaluation_stage(run: Run) -> None:
 def rloo_stage(run: Run) -> None:
     def work() -> dict[str, Any]:
         connect_to_ray()
-        with served_scorers(run) as (proxy_url, gold_url):
-            return run_rloo(run.config, run.run_dir, proxy_url=proxy_url, gold_url=gold_url)
+        with served_scorers(run) as (proxy_url, gold_url, api_key):
+            return run_rloo(run.config, run.run_dir, proxy_url=proxy_url, gold_url=gold_url, api_key=api_key)
 
     _announce(RunLayout(run.run_dir), "rloo", work)
 
@@ -157,20 +160,24 @@ def report_stage(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def served_scorers(run: Run) -> Iterator[tuple[str, str]]:
-    """Serve the proxy reward model and the gold judge; both applications are deleted afterwards."""
+def served_scorers(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Serve the proxy reward model and the gold judge: their URLs, and a key that this run alone has. Both are deleted afterwards."""
+    from serve.keys import new_key
     from serve.launch import delete_scorer, deploy_scorer, start_serve
 
     config = run.config
+    api_key, entry = new_key("run")
     start_serve(config.serve.host, config.serve.port)
     names = (f"{config.name}-proxy", f"{config.name}-gold")
     try:
         proxy_url = deploy_scorer(
-            _scorer(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint), app_name=names[0], route_prefix=f"/{names[0]}"
+            _scorer(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint, entry),
+            app_name=names[0],
+            route_prefix=f"/{names[0]}",
         )
         gold = None if config.serve.gold == "embedded" else Path(config.serve.gold).absolute()
-        gold_url = deploy_scorer(_scorer(config.serve.gold_replica, "gold", gold), app_name=names[1], route_prefix=f"/{names[1]}")
-        yield proxy_url, gold_url
+        gold_url = deploy_scorer(_scorer(config.serve.gold_replica, "gold", gold, entry), app_name=names[1], route_prefix=f"/{names[1]}")
+        yield proxy_url, gold_url, api_key
     finally:
         for name in names:
             delete_scorer(name)
@@ -193,7 +200,7 @@ def connect_to_ray() -> None:
     )
 
 
-def _scorer(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None) -> Any:
+def _scorer(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None, api_key: "ApiKey") -> Any:
     from serve.settings import ScoringAppSettings
 
     return ScoringAppSettings(
@@ -202,6 +209,7 @@ def _scorer(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None
         checkpoint_dir=checkpoint_dir,
         embedded_judge=checkpoint_dir is None,
         device="cuda" if replica.num_gpus else "cpu",
+        api_keys=(api_key,),
     )
 
 

@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 
 from rm_robust.errors import ConfigError
 from serve.deployment import ScorerReplica
+from serve.keys import KEYS_VARIABLE, keys_from_environment
 from serve.routes import ScoringRoutes
 from serve.settings import ScoringAppSettings
 
@@ -32,17 +33,30 @@ SHARED_OPTIONS: dict[str, Any] = {
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Application builder for YAML `args`. Raises ConfigError naming each wrong field."""
+    """Application builder for YAML `args`; keys that they leave out come from RM_ROBUST_API_KEYS where Serve builds the application.
+
+    Raises ConfigError naming each wrong field (and repeating no value: one may be a key).
+    """
     try:
         settings = ScoringAppSettings.model_validate(args)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, p['loc'])) or 'args'}: {p['msg']}" for p in error.errors(include_url=False)]
-        raise ConfigError("The scoring application's args are not valid:\n  " + "\n  ".join(problems)) from error
+        raise ConfigError("The scoring application's args are not valid:\n  " + "\n  ".join(problems)) from None
+    if not settings.api_keys and not settings.insecure_no_auth:
+        settings = settings.model_copy(update={"api_keys": keys_from_environment()})
     return build_scoring_app(settings)
 
 
 def build_scoring_app(settings: ScoringAppSettings) -> Application:
-    """One scorer behind its routes. The routes only parse and pass on, so they ask for no CPU of their own."""
+    """One scorer behind its routes. The routes only parse and pass on, so they ask for no CPU of their own.
+
+    Raises ConfigError for settings without keys that do not say insecure_no_auth.
+    """
+    if not settings.api_keys and not settings.insecure_no_auth:
+        raise ConfigError(
+            f"The scorer {settings.model_name!r} has no keys. Make one with `python -m serve.keys NAME` and name the file of its line, set api_keys, or "
+            f"{KEYS_VARIABLE}; or set insecure_no_auth, which answers clients on the same machine only."
+        )
     scorer = serve.deployment(
         name="scorer",
         num_replicas=settings.num_replicas,
@@ -59,4 +73,4 @@ def build_scoring_app(settings: ScoringAppSettings) -> Application:
         ray_actor_options={"num_cpus": 0},
         **SHARED_OPTIONS,
     )(ScoringRoutes)
-    return routes.bind(scorer.bind(settings))
+    return routes.bind(scorer.bind(settings), settings.api_keys)

@@ -1,10 +1,10 @@
-"""Starts Serve on loopback and deploys scorers on it, waiting until they answer.
+"""Starts Serve and deploys scorers on it, waiting until they answer.
 
-Loopback only: there are no keys yet, and Ray's own token does not guard Serve's port. One proxy, on the head node, where the driver of a
+On loopback, unless the scorers have keys: Ray's own token does not guard Serve's port. One proxy, on the head node, where the driver of a
 job runs; work on other nodes calls the scorer's handle instead.
 
 HAProxy (`RAY_SERVE_ENABLE_HA_PROXY=1` in the environment of the process that first starts Serve) replaces the Python proxy and costs far
-less CPU per request, but it binds 0.0.0.0 whatever host is given, and so do the replicas' own HTTP ports: it has to wait for keys. It
+less CPU per request, but it binds 0.0.0.0 whatever host is given, and so do the replicas' own HTTP ports: it is not used. It
 also takes the fixed ports 9101 and 8404 and one temp folder per machine unless RAY_SERVE_HAPROXY_* say otherwise.
 """
 
@@ -32,9 +32,8 @@ POLL_EVERY_S = 0.2
 def start_serve(host: str, port: int) -> str:
     """Start Serve on this Ray cluster, or find it running; returns the "http://host:port" it listens on. Port 0 takes a free one.
 
-    Raises ConfigError for a host that is not loopback and for a port that is taken. A Serve that already runs keeps its own port.
+    Raises ConfigError for a port that is taken. A Serve that already runs keeps its own host and port.
     """
-    refuse_open_host(host)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # a line or two per call otherwise
     running = running_http_options()
     if running is None:
@@ -42,7 +41,6 @@ def start_serve(host: str, port: int) -> str:
         refuse_taken_port(host, port)
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port), logging_config=QUIET)
         return f"http://{host}:{port}"
-    refuse_open_host(running.host or "")
     if port not in (0, running.port):
         logger.info("Serve already runs on port %d of this Ray cluster; port %d is not used", running.port, port)
     return f"http://{running.host}:{running.port}"
@@ -51,8 +49,9 @@ def start_serve(host: str, port: int) -> str:
 def deploy_scorer(settings: ScoringAppSettings, app_name: str, route_prefix: str, *, deadline_s: float = 180.0) -> str:
     """Deploy (or replace) one scorer after start_serve; returns its base URL once `/healthz` answers and every replica is up.
 
-    Raises CheckpointError before anything is deployed when the directory is no intact reward model, ConfigError with Serve's reasons when
-    the deployment fails or is not up after `deadline_s` (it is left as it is, to be looked at or deleted).
+    Raises CheckpointError before anything is deployed when the directory is no intact reward model, ConfigError for a scorer without keys on
+    an open host, and with Serve's reasons when the deployment fails or is not up after `deadline_s` (it is left as it is, to be looked at or
+    deleted).
     """
     if settings.checkpoint_dir is not None:
         checkpoint_dir = settings.checkpoint_dir.absolute()
@@ -60,6 +59,7 @@ def deploy_scorer(settings: ScoringAppSettings, app_name: str, route_prefix: str
         settings = settings.model_copy(update={"checkpoint_dir": checkpoint_dir})
     running = running_http_options()
     assert running is not None, "start_serve comes before deploy_scorer"
+    refuse_open_host(running.host or "", settings)
     base_url = f"http://{running.host}:{running.port}{route_prefix.rstrip('/')}"
     target = serve.RunTarget(build_scoring_app(settings), name=app_name, route_prefix=route_prefix)
     started_s = time.monotonic()
@@ -103,9 +103,10 @@ def running_http_options() -> HTTPOptions | None:
     return None if client is None else client.http_config
 
 
-def refuse_open_host(host: str) -> None:
-    if host not in LOOPBACK_HOSTS:
-        raise ConfigError(f"Scorers have no keys yet, so they listen on loopback only: host is {host!r}, use '127.0.0.1'.")
+def refuse_open_host(host: str, settings: ScoringAppSettings) -> None:
+    """Raise ConfigError for a scorer without keys on a host that others can reach."""
+    if host not in LOOPBACK_HOSTS and not settings.api_keys:
+        raise ConfigError(f"A scorer without keys listens on loopback only: host is {host!r}, use '127.0.0.1', or give it keys.")
 
 
 def free_port(host: str) -> int:

@@ -1,5 +1,6 @@
 """The HTTP side: checks bodies, passes requests to the scorer's handle, and gives every failure the same JSON shape.
 
+Every path but the last two: 401 without a key · 429 beyond the key's own limit (keys.py)
 POST /v1/score   200 scores · 413 too long · 422 wrong body · 429 queue full (Retry-After) · 500 scoring failed · 503 no replica
 GET  /v1/models  200 what is served · 429 · 500 · 503 as above
 GET  /readyz     200: a replica of the scorer answers and has room · 503
@@ -20,7 +21,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from rm_robust.scoring import SCORE_PATH, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest
+from rm_robust.scoring import SCORE_PATH, ErrorReply, ScoreReply, ScoreRequest
+from serve.keys import ApiKey, Guard, RequireKey, error_reply
 from serve.scorer import Outcome, Refusal, ServedModel
 
 logger = logging.getLogger(__name__)
@@ -30,8 +32,9 @@ READY_WITHIN_S = 5.0
 """A replica that takes longer to answer is not ready."""
 app = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None)
 """Without the documentation pages: they load scripts from the internet."""
+app.add_middleware(RequireKey)
 
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (413, 422, 429, 500, 503)}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (401, 413, 422, 429, 500, 503)}
 
 
 class ModelEntry(BaseModel):
@@ -64,8 +67,7 @@ async def unknown_route(_: Request, error: HTTPException) -> Response:
 
 
 def error_response(status: int, error_type: str, message: str) -> Response:
-    body = ErrorReply(error=ErrorDetail(type=error_type, message=message))
-    return Response(body.model_dump_json(), status_code=status, media_type="application/json")
+    return error_reply(status, error_type, message, {})
 
 
 def overloaded_response(error: BackPressureError) -> Response:
@@ -102,8 +104,9 @@ def describe_invalid_body(error: ValidationError) -> str:
 class ScoringRoutes:
     """Holds no model: it answers while the scorer works."""
 
-    def __init__(self, scorer: "DeploymentHandle[Any]") -> None:
+    def __init__(self, scorer: "DeploymentHandle[Any]", api_keys: tuple[ApiKey, ...]) -> None:
         self._scorer = scorer
+        self.guard = Guard(api_keys)
 
     @app.post(SCORE_PATH, response_model=ScoreReply, responses=ERRORS, openapi_extra=body_in_openapi())
     async def score(self, request: Request) -> Response:
@@ -122,7 +125,7 @@ class ScoringRoutes:
         reply = ScoreReply(model=served.model, checkpoint=served.checkpoint, template=served.template, results=outcome.results)
         return Response(reply.model_dump_json(), media_type="application/json")
 
-    @app.get("/v1/models", response_model=ModelList, responses={status: ERRORS[status] for status in (429, 500, 503)})
+    @app.get("/v1/models", response_model=ModelList, responses={status: ERRORS[status] for status in (401, 429, 500, 503)})
     async def models(self) -> Response:
         try:
             served: ServedModel = await self._scorer.describe.remote()

@@ -35,13 +35,16 @@ logger = logging.getLogger(__name__)
 LOGGED = ("rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "rloo/completion_tokens_mean", "time/step_s")
 
 
-def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy_url: str, gold_url: str) -> dict[str, Any]:
-    """Train the policy to checkpoints/policy, resuming from the last committed state. Ray must be up and both URLs must serve scores."""
+def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy_url: str, gold_url: str, api_key: str) -> dict[str, Any]:
+    """Train the policy to checkpoints/policy, resuming from the last committed state.
+
+    Ray must be up, and both URLs must serve scores to the holder of `api_key`.
+    """
     timeout_s = config.serve.request_timeout_s
     with (
         RlooActors(config, run_dir) as actors,
-        RewardClient(proxy_url, timeout_s=timeout_s) as proxy,
-        RewardClient(gold_url, timeout_s=timeout_s) as gold,
+        RewardClient(proxy_url, timeout_s=timeout_s, api_key=api_key) as proxy,
+        RewardClient(gold_url, timeout_s=timeout_s, api_key=api_key) as gold,
     ):
         controller = Controller(config, run_dir, actors, proxy, gold)
         return controller.run()

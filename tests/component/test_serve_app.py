@@ -16,30 +16,37 @@ import pytest
 import ray
 import torch
 from ray import serve
+from starlette.routing import Route
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.embedded_world.gold_judge import gold_score
-from rm_robust.errors import CheckpointError, ConfigError
+from rm_robust.errors import CheckpointError, ConfigError, ScoringError
 from rm_robust.records import Message
 from rm_robust.scoring import RewardClient, ScoreInput
+from serve.keys import OPEN_PATHS, new_key
 from serve.launch import delete_scorer, deploy_scorer, start_serve
+from serve.routes import app
 from serve.settings import ScoringAppSettings
 from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
 
 START_DEADLINE_S = 180
 TOLERANCE = 1e-4
+ALICE, ALICE_ENTRY = new_key("alice")
+BOB, BOB_ENTRY = new_key("bob")
+BOBS_REQUESTS_PER_MINUTE = 3
 
 
 @dataclass(frozen=True)
 class Services:
-    """`proxy` serves a tiny checkpoint; `crowded` is a judge that works on one request at a time and lets two wait."""
+    """`proxy` serves a tiny checkpoint; `crowded` is a judge that works on one request at a time and lets two wait; `guarded` is one with keys."""
 
     base: str
     proxy: str
     judge: str
     crowded: str
+    guarded: str
     checkpoint_dir: Path
 
 
@@ -55,14 +62,17 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=ray_dir, log_to_driver=False)
         try:
             base = start_serve("127.0.0.1", 0)
-            model = ScoringAppSettings(model_name="tiny", checkpoint_dir=checkpoint_dir, batch_wait_s=0.02)
-            judge = ScoringAppSettings(model_name="judge", embedded_judge=True)
+            model = ScoringAppSettings(model_name="tiny", checkpoint_dir=checkpoint_dir, batch_wait_s=0.02, insecure_no_auth=True)
+            judge = ScoringAppSettings(model_name="judge", embedded_judge=True, insecure_no_auth=True)
+            keys = (ALICE_ENTRY, BOB_ENTRY.model_copy(update={"requests_per_minute": BOBS_REQUESTS_PER_MINUTE}))
+            guarded = ScoringAppSettings(model_name="judge", embedded_judge=True, api_keys=keys)
             crowded = judge.model_copy(update={"max_batch_size": 1, "max_ongoing_requests": 1, "max_queued_requests": 2})
             yield Services(
                 base=base,
                 proxy=deploy_scorer(model, "proxy", "/proxy", deadline_s=START_DEADLINE_S),
                 judge=deploy_scorer(judge, "judge", "/judge", deadline_s=START_DEADLINE_S),
                 crowded=deploy_scorer(crowded, "crowded", "/crowded", deadline_s=START_DEADLINE_S),
+                guarded=deploy_scorer(guarded, "guarded", "/guarded", deadline_s=START_DEADLINE_S),
                 checkpoint_dir=checkpoint_dir,
             )
         finally:
@@ -312,6 +322,48 @@ def test_the_openapi_schema_describes_the_contract_without_dangling_references(s
     assert "$defs" not in json.dumps(schema)
 
 
+DECLARED = sorted((method, route.path) for route in app.routes if isinstance(route, Route) for method in route.methods or ())
+UNKNOWN = [("GET", "/"), ("POST", "/nothing"), ("GET", "/v1/score/"), ("GET", "/healthz/"), ("GET", "/healthz/../v1/models"), ("GET", "//healthz")]
+
+
+WRONG_HEADERS = {"none": None, "wrong": "Bearer wrong", "scheme": f"Basic {ALICE}", "bare": ALICE, "hash": f"Bearer {ALICE_ENTRY.sha256}"}
+
+
+@pytest.mark.parametrize(("method", "path"), [*DECLARED, *UNKNOWN])
+@pytest.mark.parametrize("header", WRONG_HEADERS.values(), ids=WRONG_HEADERS.keys())
+def test_no_path_but_health_answers_anything_but_401_without_a_key(services: Services, method: str, path: str, header: str | None) -> None:
+    headers = {} if header is None else {"authorization": header}
+    response = httpx.request(method, services.guarded + path, headers=headers)
+    if path in OPEN_PATHS:
+        assert response.status_code == 200
+    else:
+        assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+        assert method == "HEAD" or set(response.json()["error"]) == {"type", "message"}
+
+
+def test_every_route_of_the_app_is_one_that_the_keys_test_asks() -> None:
+    assert {type(route) for route in app.routes if not isinstance(route, Route)} == set()
+    assert ("POST", "/v1/score") in DECLARED
+
+
+def test_the_holder_of_a_key_gets_scores_and_others_an_error_that_says_why(services: Services) -> None:
+    prompt = next(distinct_prompts(Random(9)))
+    item = ScoreInput(prompt=prompt, completions=["seven"])
+    with RewardClient(services.guarded, api_key=ALICE) as client:
+        assert client.score([item]).scores == [[gold_score(prompt, "seven")]]
+    with RewardClient(services.guarded, api_key="wrong") as client, pytest.raises(ScoringError, match="HTTP 401: A valid key is needed"):
+        client.score([item])
+    assert httpx.get(f"{services.guarded}/nothing", headers={"authorization": f"Bearer {ALICE}"}).status_code == 404
+
+
+def test_a_key_with_a_rate_limit_gets_429_beyond_it_and_others_go_on(services: Services) -> None:
+    responses = [httpx.get(f"{services.guarded}/v1/models", headers={"authorization": f"Bearer {BOB}"}) for _ in range(BOBS_REQUESTS_PER_MINUTE + 1)]
+    assert [response.status_code for response in responses] == [200] * BOBS_REQUESTS_PER_MINUTE + [429]
+    assert responses[-1].json()["error"]["type"] == "rate_limited"
+    assert 0 < int(responses[-1].headers["retry-after"]) <= 60
+    assert httpx.get(f"{services.guarded}/v1/models", headers={"authorization": f"Bearer {ALICE}"}).status_code == 200
+
+
 def test_serve_listens_on_loopback_only(services: Services) -> None:
     assert services.base.startswith("http://127.0.0.1:")
     port = int(services.base.rsplit(":", 1)[1])
@@ -325,17 +377,17 @@ def test_a_serve_that_already_runs_is_used_with_its_own_port(services: Services)
 
 def test_what_is_no_reward_model_is_refused_before_anything_is_deployed(services: Services, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint directory"):
-        deploy_scorer(ScoringAppSettings(model_name="x", checkpoint_dir=tmp_path / "missing"), "broken", "/broken")
+        deploy_scorer(ScoringAppSettings(model_name="x", insecure_no_auth=True, checkpoint_dir=tmp_path / "missing"), "broken", "/broken")
     altered = tmp_path / "altered"
     shutil.copytree(services.checkpoint_dir, altered)
     (altered / "config.json").write_text((altered / "config.json").read_text() + " ")
     with pytest.raises(CheckpointError, match="altered after its commit"):
-        deploy_scorer(ScoringAppSettings(model_name="x", checkpoint_dir=altered), "broken", "/broken")
+        deploy_scorer(ScoringAppSettings(model_name="x", insecure_no_auth=True, checkpoint_dir=altered), "broken", "/broken")
     assert "broken" not in serve.status().applications
 
 
 def test_a_replica_that_cannot_load_fails_the_deployment_with_the_reason(services: Services) -> None:
-    settings = ScoringAppSettings(model_name="x", checkpoint_dir=services.checkpoint_dir, max_length_tokens=NUM_POSITIONS + 1)
+    settings = ScoringAppSettings(model_name="x", insecure_no_auth=True, checkpoint_dir=services.checkpoint_dir, max_length_tokens=NUM_POSITIONS + 1)
     with pytest.raises(ConfigError, match=f"max_length_tokens={NUM_POSITIONS + 1} exceeds the {NUM_POSITIONS} positions"):
         deploy_scorer(settings, "broken", "/broken", deadline_s=START_DEADLINE_S)
     delete_scorer("broken")
@@ -343,7 +395,7 @@ def test_a_replica_that_cannot_load_fails_the_deployment_with_the_reason(service
 
 def test_a_scorer_that_is_not_up_at_its_deadline_is_an_error_that_says_what_the_cluster_has(services: Services) -> None:
     with pytest.raises(ConfigError, match=r"not up after 0 s: .*the cluster has .*'CPU': 4"):
-        deploy_scorer(ScoringAppSettings(model_name="late", embedded_judge=True), "late", "/late", deadline_s=0)
+        deploy_scorer(ScoringAppSettings(model_name="late", embedded_judge=True, insecure_no_auth=True), "late", "/late", deadline_s=0)
     delete_scorer("late")
 
 

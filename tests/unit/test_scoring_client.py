@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rm_robust.errors import ConfigError, ScoringError
-from rm_robust.scoring import AsyncRewardClient, RewardClient, ScoreInput, TokenCounts, backoff_s, split_inputs
+from rm_robust.scoring import KEY_VARIABLE, AsyncRewardClient, RewardClient, ScoreInput, TokenCounts, backoff_s, split_inputs
 
 CHECKPOINT_A, CHECKPOINT_B = "sha256:aaaa", "sha256:bbbb"
 
@@ -48,6 +48,8 @@ def refused(status: int, message: str, **headers: str) -> Answer:
 class Server:
     url: str
     num_requests: int = 0
+    authorization: str | None = None
+    """Of the last request."""
     num_in_flight: int = 0
     most_in_flight: int = 0
     connections: set[tuple[str, int]] = field(default_factory=set)
@@ -62,6 +64,7 @@ def serving(behaviour: Behaviour) -> Iterator[Server]:
 
         def do_POST(self) -> None:
             assert self.path == "/prefix/v1/score"
+            server.authorization = self.headers["authorization"]
             inputs = json.loads(self.rfile.read(int(self.headers["content-length"])))["inputs"]
             with lock:
                 number = server.num_requests
@@ -105,6 +108,11 @@ def right_reply(inputs: list[ScoreInput]) -> list[list[float]]:
 @pytest.fixture(autouse=True)
 def no_real_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rm_robust.scoring.FIRST_BACKOFF_S", 0.001)
+
+
+@pytest.fixture(autouse=True)
+def no_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 def test_importing_the_client_loads_neither_torch_nor_ray_nor_transformers() -> None:
@@ -313,3 +321,22 @@ def test_what_a_newer_server_adds_is_kept_for_every_chunk_and_an_older_server_ma
     with serving(lambda _, inputs: scored(right_scores(inputs))) as server, RewardClient(server.url) as client:
         older = client.score(inputs)
     assert (older.template, older.results[0].token_counts) == (None, None)
+
+
+def test_the_key_is_sent_as_a_bearer_token_and_the_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    with serving(lambda _, inputs: scored(right_scores(inputs))) as server:
+        for variable, argument in ((None, None), ("rmk_environment", None), ("rmk_environment", "rmk_argument")):
+            if variable is not None:
+                monkeypatch.setenv(KEY_VARIABLE, variable)
+            with RewardClient(server.url, api_key=argument) as client:
+                client.score(numbered_inputs(1))
+            sent.append(server.authorization)
+    assert sent == [None, "Bearer rmk_environment", "Bearer rmk_argument"]
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\nbreak", "clé"])
+def test_a_key_that_no_header_can_carry_is_refused_without_being_repeated(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"it has {len(key)} characters") as caught:
+        AsyncRewardClient("http://127.0.0.1:9", api_key=key)
+    assert not key or key not in str(caught.value)

@@ -12,10 +12,16 @@ from ray.serve.schema import ServeDeploySchema
 
 from rm_robust.errors import ConfigError
 from serve.app import build
+from serve.keys import KEYS_VARIABLE, new_key
 from serve.launch import refuse_open_host, refuse_taken_port
 from serve.settings import ScoringAppSettings
 
 YAML = Path(__file__).parents[2] / "serve" / "reward_model.yaml"
+
+
+@pytest.fixture(autouse=True)
+def no_keys_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def test_the_yamls_args_build_an_application(deployed: ServeDeploySchema) -> Non
 
 def test_the_yaml_repeats_the_defaults_it_shows(deployed: ServeDeploySchema) -> None:
     shown = deployed.applications[0].args
-    chosen = {"model_name", "checkpoint_dir", "num_cpus"}
+    chosen = {"model_name", "checkpoint_dir", "num_cpus", "api_keys"}
     defaults = ScoringAppSettings(model_name="m", embedded_judge=True).model_dump()
     assert {name: shown[name] for name in shown.keys() - chosen} == {name: defaults[name] for name in shown.keys() - chosen}
 
@@ -45,6 +51,9 @@ WRONG_ARGS: list[tuple[dict[str, Any], str]] = [
     ({"model_name": "m", "embedded_judge": True, "device": "cuda"}, "num_gpus > 0 go together"),
     ({"model_name": "m", "embedded_judge": True, "num_gpus": 1}, "num_gpus > 0 go together"),
     ({"model_name": "m", "embedded_judge": True, "max_batch_size": 65}, "can never fill"),
+    ({"model_name": "m", "embedded_judge": True, "insecure_no_auth": True, "api_keys": [new_key("a")[1]]}, "set one of them"),
+    ({"model_name": "m", "embedded_judge": True, "api_keys": [{"name": "a", "sha256": "x"}]}, "api_keys.0.sha256: String should match"),
+    ({"model_name": "m", "embedded_judge": True}, "'m' has no keys"),
     ({"embedded_judge": True}, "model_name: Field required"),
     ({"model_name": "m", "embedded_judge": True, "sigmoid": True}, "sigmoid: Extra inputs"),
 ]
@@ -56,6 +65,11 @@ def test_args_that_cannot_work_are_a_config_error_that_names_them(args: dict[str
         build(args)
 
 
+def test_keys_that_the_args_leave_out_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEYS_VARIABLE, f'a = {{ sha256 = "{new_key("a")[1].sha256}" }}')
+    assert isinstance(build({"model_name": "m", "embedded_judge": True}), Application)
+
+
 def test_settings_are_frozen() -> None:
     settings = ScoringAppSettings(model_name="m", embedded_judge=True)
     with pytest.raises(ValidationError):
@@ -63,9 +77,11 @@ def test_settings_are_frozen() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", ""])
-def test_a_host_that_others_can_reach_is_refused_while_there_are_no_keys(host: str) -> None:
-    with pytest.raises(ConfigError, match=f"no keys yet.*{host!r}"):
-        refuse_open_host(host)
+def test_a_host_that_others_can_reach_is_for_scorers_with_keys(host: str) -> None:
+    settings = ScoringAppSettings(model_name="m", embedded_judge=True, insecure_no_auth=True)
+    with pytest.raises(ConfigError, match=f"without keys.*{host!r}"):
+        refuse_open_host(host, settings)
+    refuse_open_host(host, ScoringAppSettings(model_name="m", embedded_judge=True, api_keys=(new_key("a")[1],)))
 
 
 def test_a_port_that_is_taken_is_refused_with_its_number() -> None:
