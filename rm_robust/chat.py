@@ -3,12 +3,14 @@
 A conversation becomes `prompt_ids` (every turn before the completion, plus the assistant header) and `completion_ids` (the completion's
 text plus the template's end-of-turn token). The end-of-turn token is the scored position; what a template writes after it (ChatML: a
 newline) is not part of the completion. No begin-of-sequence token is ever added beyond the one that the template writes itself, and the
-text of a special token inside a message is encoded as plain text. A template that writes today's date is refused, since the same text would
-have other ids tomorrow; so is a conversation of which the template leaves a turn out.
+text of a special token inside a message is encoded as plain text. A conversation that a caller has rendered becomes the same ids, if it ends
+with its end-of-turn token and has the template's begin-of-sequence token as often as the template writes it. A template that writes today's
+date is refused, since the same text would have other ids tomorrow; so is a conversation of which the template leaves a turn out.
 """
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,16 @@ ROLES = ("system", "user", "assistant")
 _PROBE = "rm robust probe"
 _PROBE_ENDS = ("probe", "7", "?", "(é)", "。")
 """Contents with different last characters: what their prompts end in all the same is the template's own."""
+
+
+@dataclass(frozen=True)
+class RenderedConversation:
+    """A conversation that came rendered, as prompt_ids and completion_ids would have made it."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    was_cut: bool
+    """What the template writes after the end of turn was there, and was left off."""
 
 
 class ChatFormat:
@@ -56,6 +68,7 @@ class ChatFormat:
         probes = [self.prompt_ids(content) for content in _PROBE_ENDS]
         self.header_ids = _common_suffix(probes)
         """What every prompt ends in: the end of the user's turn and the assistant header."""
+        self.header_text = self._find_header_text()
         bos = tokenizer.bos_token_id
         self.bos_ids: list[int] = [bos] if bos is not None and probes[0][0] == bos else []
         """The begin-of-sequence token, where the template writes one."""
@@ -92,6 +105,52 @@ class ChatFormat:
         if token_ids and token_ids[-1] == self.end_of_turn_id:
             token_ids = token_ids[:-1]
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def rendered_text(self, text: str) -> RenderedConversation:
+        """A rendered conversation. The text after the last assistant header is the completion, and holds no control token but its last one.
+
+        Raises DataError for text without an assistant turn, without its end-of-turn token, or with another number of begin-of-sequence tokens
+        than the template writes: each would have a score, and a wrong one.
+        """
+        check_text(text, "The conversation")
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
+        was_cut = bool(self.text_after_turn) and text.endswith(end + self.text_after_turn)
+        text = text.removesuffix(self.text_after_turn) if was_cut else text
+        if not text.endswith(end):
+            raise DataError(f"The conversation does not end with {end!r}, the end-of-turn token of the chat template, where the score is read; add it.")
+        before, header, completion = text.removesuffix(end).rpartition(self.header_text) if self.header_text else ("", "", "")
+        if not header:
+            raise DataError(f"The conversation has no assistant turn: the chat template writes {self.header_text!r} before it.")
+        prompt_ids = self._encode(before + header, control_tokens=True)
+        self._check_begin(prompt_ids)
+        return RenderedConversation(prompt_ids, self.completion_ids(completion), was_cut)
+
+    def rendered_ids(self, token_ids: list[int]) -> RenderedConversation:
+        """As rendered_text, of a conversation that is tokenised already. Raises DataError for the same, and for an unknown id."""
+        unknown = [token_id for token_id in token_ids if not 0 <= token_id < len(self.tokenizer)]
+        if unknown:
+            raise DataError(f"Token id {unknown[0]} is not one of the tokenizer's {len(self.tokenizer)}.")
+        after = self._encode(self.text_after_turn, control_tokens=True)
+        was_cut = bool(after) and token_ids[-len(after) - 1 :] == [self.end_of_turn_id, *after]
+        token_ids = token_ids[: -len(after)] if was_cut else token_ids
+        if token_ids[-1:] != [self.end_of_turn_id]:
+            end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)
+            raise DataError(f"The token ids do not end with {self.end_of_turn_id}, {end!r}, the end of turn where the score is read; add it.")
+        self._check_begin(token_ids)
+        size = len(self.header_ids)
+        starts = [end for end in range(len(token_ids) - 1, size - 1, -1) if token_ids[end - size : end] == self.header_ids] if size else []
+        if not starts:
+            raise DataError(f"The token ids have no assistant turn: the chat template writes {self.header_ids} before it.")
+        return RenderedConversation(token_ids[: starts[0]], token_ids[starts[0] :], was_cut)
+
+    def _check_begin(self, token_ids: list[int]) -> None:
+        """Raise DataError unless the begin-of-sequence token is there as often as the template writes it: once, or not at all."""
+        bos = self.tokenizer.bos_token_id
+        found = next((index for index, token_id in enumerate(token_ids) if token_id != bos), len(token_ids))
+        if bos is not None and found != len(self.bos_ids):
+            raise DataError(
+                f"The conversation begins with {found} begin-of-sequence tokens {self.tokenizer.bos_token!r}; the chat template writes {len(self.bos_ids)}."
+            )
 
     def _encode(self, text: str, *, control_tokens: bool) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control_tokens)
@@ -148,6 +207,11 @@ class ChatFormat:
                     f"The chat template of {self.source} writes the current date into the prompt, so the same text would have other token ids, and other "
                     "scores, on another day. Replace strftime_now(…) in tokenizer.chat_template by a fixed date, e.g. '26 Jul 2024', and save it."
                 )
+
+    def _find_header_text(self) -> str:
+        """The text of header_ids, or a little more where several tokens share a character."""
+        rendered = [self._render([{"role": "user", "content": content}], add_generation_prompt=True) for content in _PROBE_ENDS]
+        return os.path.commonprefix([text[::-1] for text in rendered])[::-1]
 
     def _find_end_of_turn(self) -> tuple[int, str]:
         """The special token that the template writes right after an assistant turn's content, and the text after it."""

@@ -73,4 +73,4 @@ def build_scoring_app(settings: ScoringAppSettings) -> Application:
         ray_actor_options={"num_cpus": 0},
         **SHARED_OPTIONS,
     )(ScoringRoutes)
-    return routes.bind(scorer.bind(settings), settings.api_keys)
+    return routes.bind(scorer.bind(settings), settings)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,11 +10,19 @@ import torch
 from rm_robust.errors import DataError, ScoringError
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.scorer import RewardScorer
-from rm_robust.scoring import ScoreRequest, ScoreResult, TokenCounts
-from serve.scorer import Outcome, Refusal, Scored, ServedModel, invalid_request
+from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult, TokenCounts
+from serve.scorer import DialectRequest, Outcome, Part, Refusal, Scored, ServedModel, invalid_request, parts_of
 from serve.settings import ScoringAppSettings
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """One request's token ids, and how many of its conversations were cut after their end of turn."""
+
+    groups: list[TokenGroup]
+    num_cut: int
 
 
 class CheckpointScorer:
@@ -34,9 +43,9 @@ class CheckpointScorer:
         scorer = self._scorer
         return ServedModel(scorer.model_name, scorer.checkpoint_id, scorer.chat.template_sha256, scorer.max_length_tokens)
 
-    def score_requests(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
+    def score_requests(self, requests: Sequence[ScoreRequest | DialectRequest]) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
-        accepted: dict[int, list[TokenGroup]] = {}
+        accepted: dict[int, Tokenised] = {}
         for index, request in enumerate(requests):
             tokenised = self._tokenise(request)
             if isinstance(tokenised, Refusal):
@@ -46,38 +55,46 @@ class CheckpointScorer:
         outcomes |= zip(accepted, self._score(list(accepted.values())), strict=True)
         return [outcomes[index] for index in range(len(requests))]
 
-    def _tokenise(self, request: ScoreRequest) -> list[TokenGroup] | Refusal:
-        """One group per input; 422 for a conversation the template cannot take, 413 for more tokens than the limit."""
-        chat, limit = self._scorer.chat, self._scorer.max_length_tokens
-        groups = []
-        for index, item in enumerate(request.inputs):
+    def _tokenise(self, request: ScoreRequest | DialectRequest) -> Tokenised | Refusal:
+        """422 for a conversation the template cannot take or would not have written, 413 for more tokens than the limit."""
+        limit = self._scorer.max_length_tokens
+        groups, num_cut = [], 0
+        for part in parts_of(request):
             try:
-                prompt_ids = chat.prompt_ids(item.prompt)
+                group, was_cut = self._token_group(part)
             except DataError as error:
-                return invalid_request(f"inputs[{index}].prompt", error)
-            completion_ids = [chat.completion_ids(completion) for completion in item.completions]
-            lengths = [len(prompt_ids) + len(ids) for ids in completion_ids]
+                return invalid_request(part.prompt_field, error)
+            lengths = [len(group.prompt_ids) + len(ids) for ids in group.completion_ids]
             if max(lengths) > limit:
-                where = f"inputs[{index}].completions[{lengths.index(max(lengths))}]"
+                where = part.completion_field.format(lengths.index(max(lengths)))
                 return Refusal(413, "too_long", f"{where} has {max(lengths)} tokens with its prompt, the limit max_length_tokens is {limit}.")
-            groups.append(TokenGroup(prompt_ids, completion_ids))
-        return groups
+            groups.append(group)
+            num_cut += was_cut
+        return Tokenised(groups, num_cut)
 
-    def _score(self, requests: list[list[TokenGroup]]) -> list[Outcome]:
+    def _token_group(self, part: Part) -> tuple[TokenGroup, bool]:
+        """The part's token ids, and whether something after its end of turn was left off. Raises DataError."""
+        chat, content = self._scorer.chat, part.content
+        if isinstance(content, ScoreInput):
+            return TokenGroup(chat.prompt_ids(content.prompt), [chat.completion_ids(completion) for completion in content.completions]), False
+        whole = chat.rendered_text(content) if isinstance(content, str) else chat.rendered_ids(content)
+        return TokenGroup(whole.prompt_ids, [whole.completion_ids]), whole.was_cut
+
+    def _score(self, requests: list[Tokenised]) -> list[Outcome]:
         """All requests in one pass; when one of them makes it fail, each alone, so that only that one is refused."""
         try:
-            scores = self._scorer.score_groups([group for groups in requests for group in groups])
+            scores = self._scorer.score_groups([group for request in requests for group in request.groups])
         except ScoringError as error:
             if len(requests) > 1:
-                return [outcome for groups in requests for outcome in self._score([groups])]
+                return [outcome for request in requests for outcome in self._score([request])]
             logger.error("a request was refused: %s", error)
             return [Refusal(500, "scoring_failed", str(error))]
         outcomes: list[Outcome] = []
         start = 0
-        for groups in requests:
-            end = start + len(groups)
-            results = [ScoreResult(scores=s, token_counts=token_counts(g)) for s, g in zip(scores[start:end], groups, strict=True)]
-            outcomes.append(Scored(self.describe(), results))
+        for request in requests:
+            end = start + len(request.groups)
+            results = [ScoreResult(scores=s, token_counts=token_counts(g)) for s, g in zip(scores[start:end], request.groups, strict=True)]
+            outcomes.append(Scored(self.describe(), results, request.num_cut))
             start = end
         return outcomes
 

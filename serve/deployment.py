@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ray import serve
 
 from rm_robust.scoring import ScoreRequest
-from serve.scorer import Outcome, Scorer, ServedModel
+from serve.scorer import DialectRequest, Outcome, Scorer, ServedModel
 from serve.settings import ScoringAppSettings
 
 STUCK_AFTER_S = 300.0
@@ -15,7 +15,7 @@ STUCK_AFTER_S = 300.0
 
 
 class ScorerReplica:
-    """`handle.score.remote(ScoreRequest)` gives Scored or Refusal; whole requests are batched, never split."""
+    """`handle.score.remote(ScoreRequest or DialectRequest)` gives Scored or Refusal; whole requests are batched, never split."""
 
     def __init__(self, settings: ScoringAppSettings) -> None:
         self._scorer = load_scorer(settings)
@@ -25,7 +25,7 @@ class ScorerReplica:
         self.score.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
 
     @serve.batch
-    async def score(self, requests: list[ScoreRequest]) -> list[Outcome]:
+    async def score(self, requests: list[ScoreRequest | DialectRequest]) -> list[Outcome]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._score_batch, requests)
 
     async def describe(self) -> ServedModel:
@@ -38,7 +38,7 @@ class ScorerReplica:
         if started_s is not None and time.monotonic() - started_s > STUCK_AFTER_S:
             raise RuntimeError(f"a batch has been running for more than {STUCK_AFTER_S:.0f} s")
 
-    def _score_batch(self, requests: list[ScoreRequest]) -> list[Outcome]:
+    def _score_batch(self, requests: list[ScoreRequest | DialectRequest]) -> list[Outcome]:
         self._batch_started_s = time.monotonic()
         try:
             return self._scorer.score_requests(requests)

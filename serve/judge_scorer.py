@@ -8,8 +8,8 @@ from rm_robust import embedded_world
 from rm_robust.embedded_world.gold_judge import gold_score
 from rm_robust.errors import DataError, RmRobustError
 from rm_robust.records import Message
-from rm_robust.scoring import ScoreRequest, ScoreResult
-from serve.scorer import Outcome, Scored, ServedModel, invalid_request
+from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult
+from serve.scorer import DialectRequest, Outcome, Scored, ServedModel, invalid_request, parts_of
 from serve.settings import ScoringAppSettings
 
 
@@ -23,17 +23,20 @@ class EmbeddedJudgeScorer:
     def describe(self) -> ServedModel:
         return self._served
 
-    def score_requests(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
+    def score_requests(self, requests: Sequence[ScoreRequest | DialectRequest]) -> list[Outcome]:
         return [self._score(request) for request in requests]
 
-    def _score(self, request: ScoreRequest) -> Outcome:
+    def _score(self, request: ScoreRequest | DialectRequest) -> Outcome:
         results = []
-        for index, item in enumerate(request.inputs):
+        for part in parts_of(request):
+            item = part.content
+            if not isinstance(item, ScoreInput):
+                return invalid_request(part.prompt_field, "The embedded judge has no chat template, so it takes no rendered conversation; use messages.")
             try:
                 prompt = single_turn_text(item.prompt)
                 results.append(ScoreResult(scores=[gold_score(prompt, completion) for completion in item.completions]))
             except RmRobustError as error:
-                return invalid_request(f"inputs[{index}].prompt", error)
+                return invalid_request(part.prompt_field, error)
         return Scored(self._served, results)
 
 

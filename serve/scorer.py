@@ -8,7 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rm_robust.scoring import ScoreRequest, ScoreResult
+from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to score, and what the caller's body calls it, for refusals."""
+
+    content: ScoreInput | str | list[int]
+    """A prompt with its completions; or a whole conversation, rendered by the caller, as text or token ids."""
+    prompt_field: str
+    completion_field: str
+    """With `{}` where the completion's number stands."""
+
+
+@dataclass(frozen=True)
+class DialectRequest:
+    """What a client of another server asks (dialects.py)."""
+
+    parts: list[Part]
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,8 @@ class Scored:
 
     served: ServedModel
     results: list[ScoreResult]
+    num_cut: int = 0
+    """Rendered conversations of which what follows the end of turn was left off."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,7 @@ class Refusal:
     status: int
     type: str
     message: str
+    retry_after_s: float | None = None
 
 
 Outcome = Scored | Refusal
@@ -47,8 +68,14 @@ class Scorer(Protocol):
     def describe(self) -> ServedModel:
         """What is loaded; immediate."""
 
-    def score_requests(self, requests: Sequence[ScoreRequest]) -> list[Outcome]:
+    def score_requests(self, requests: Sequence[ScoreRequest | DialectRequest]) -> list[Outcome]:
         """One outcome per request, in order. A request that cannot be scored is refused alone: its batch mates get their scores."""
+
+
+def parts_of(request: ScoreRequest | DialectRequest) -> list[Part]:
+    if isinstance(request, DialectRequest):
+        return request.parts
+    return [Part(item, f"inputs[{index}].prompt", f"inputs[{index}].completions[{{}}]") for index, item in enumerate(request.inputs)]
 
 
 def invalid_request(where: str, reason: object) -> Refusal:

@@ -321,6 +321,75 @@ def test_half_a_surrogate_pair_is_refused_as_data() -> None:
         chatml().completion_ids(half)
 
 
+def rendered(chat: ChatFormat, messages: list[Message], completion: str) -> str:
+    return str(chat.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False))
+
+
+@given(conversations(words), words)
+def test_a_rendered_conversation_has_the_ids_of_its_messages(messages: list[Message], completion: str) -> None:
+    for chat in (chatml(), llama()):
+        text = rendered(chat, messages, completion)
+        expected = (chat.prompt_ids(messages), chat.completion_ids(completion))
+        found = [chat.rendered_text(text), chat.rendered_ids(expected[0] + expected[1])]
+        assert [(whole.prompt_ids, whole.completion_ids) for whole in found] == [expected, expected]
+        assert [whole.was_cut for whole in found] == [chat is chatml(), False]
+
+
+def test_what_the_template_writes_after_the_end_of_turn_may_be_there_or_not() -> None:
+    chat = chatml()
+    text = rendered(chat, [{"role": "user", "content": "red"}], "green")
+    assert text.endswith("<|im_end|>\n")
+    with_newline, without = chat.rendered_text(text), chat.rendered_text(text.removesuffix("\n"))
+    assert (with_newline.was_cut, without.was_cut) == (True, False)
+    assert (with_newline.prompt_ids, with_newline.completion_ids) == (without.prompt_ids, without.completion_ids)
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert chat.rendered_ids(ids) == with_newline
+
+
+@pytest.mark.parametrize("completion", ["", "\n", "\n\nred", " red", "red<|im_end|>green", "<|im_start|>"])
+def test_a_rendered_completion_keeps_its_own_tokens_at_both_ends(completion: str) -> None:
+    whole = chatml().rendered_text(f"<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>")
+    assert whole.prompt_ids == chatml().prompt_ids("red")
+    assert whole.completion_ids == chatml().completion_ids(completion)
+
+
+LLAMA_TEXT = rendered(llama(), [{"role": "user", "content": "red"}], "green")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LLAMA_TEXT.removesuffix("<|eot_id|>"), r"does not end with '<\|eot_id\|>', the end-of-turn token"),
+        (LLAMA_TEXT + "\n", r"does not end with '<\|eot_id\|>'"),
+        ("<|begin_of_text|>" + LLAMA_TEXT, r"begins with 2 begin-of-sequence tokens '<\|begin_of_text\|>'; the chat template writes 1"),
+        (LLAMA_TEXT.removeprefix("<|begin_of_text|>"), "begins with 0 begin-of-sequence tokens"),
+        ("red green<|eot_id|>", "has no assistant turn"),
+        ("", "does not end with"),
+        (json.loads('"\\ud800"'), "not valid Unicode"),
+    ],
+)
+def test_rendered_text_that_would_get_a_wrong_score_is_refused(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        llama().rendered_text(text)
+
+
+def test_token_ids_that_would_get_a_wrong_score_are_refused() -> None:
+    chat = llama()
+    ids = chat.tokenizer(LLAMA_TEXT, add_special_tokens=False)["input_ids"]
+    chat.rendered_ids(ids)
+    for wrong, message in [
+        (ids[:-1], "do not end with"),
+        ([], "do not end with"),
+        ([0, *ids], "begins with 2 begin-of-sequence tokens"),
+        (ids[1:], "begins with 0 begin-of-sequence tokens"),
+        ([0, ids[-1]], "have no assistant turn"),
+        ([*ids[:-1], len(chat.tokenizer), ids[-1]], f"Token id {len(chat.tokenizer)} is not one"),
+        ([-1, *ids], "Token id -1 is not one"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            chat.rendered_ids(wrong)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -1,0 +1,262 @@
+"""What other reward servers' clients send and expect, translated: nobody has to change a client to be scored here.
+
+    body ──parts──► Parts (what the scorer takes) ──ScorerReplica──► Scored ──reply──► the reply that the client knows
+
+OpenRLHF  POST /get_reward             openrlhf/cli/serve_rm.py at 3c3be623
+vLLM      POST /classify, /pooling     vllm/entrypoints/pooling/{classify,pooling}/protocol.py of 0.32.0
+TEI       POST /predict, /rerank       router/src/http/types.rs of text-embeddings-inference at 0d124dc
+
+The same conversation has the same raw score in all of them and in /v1/score. What would change it is refused by its field: truncation,
+text without its end-of-turn token, a doubled begin-of-sequence token, an option that is not known here. Three things differ on purpose.
+vLLM squashes through a sigmoid unless `use_activation` is false; here it must be true. vLLM reads the score at the last token of the text;
+here it is the end of turn, and what the template writes after that is left off. TEI's pair [a, b] is prompt and completion.
+
+A reply has no room for more than its dialect knows, so headers say the rest: X-RM-Robust-Activation (`none` or `sigmoid`),
+X-RM-Robust-Checkpoint, and X-RM-Robust-Cut, the number of texts that were cut after their end of turn.
+"""
+
+import math
+import time
+import uuid
+from typing import Any, ClassVar, Literal, Protocol, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+
+from rm_robust.records import Message
+from rm_robust.scoring import ScoreInput
+from serve.scorer import Part, Refusal, Scored
+
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
+TEI_ERROR_TYPES = {401: "Unauthorized", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
+
+
+class DialectBody(Protocol):
+    """One dialect's request."""
+
+    @property
+    def squashes(self) -> bool:
+        """The reply holds sigmoids of the scores, because this dialect's client asked for that or did not say no."""
+
+    def parts(self, model_name: str) -> list[Part] | Refusal:
+        """What to score, in order; a Refusal for another model than the served one."""
+
+    def reply(self, scored: Scored) -> Any:
+        """The JSON of the 200 reply."""
+
+    @staticmethod
+    def error(refusal: Refusal) -> dict[str, Any]:
+        """The JSON of a failure."""
+
+
+class OpenRlhfBody(BaseModel):
+    """`query`: rendered conversations, special tokens kept. `prompts` and `labels` are for custom rewards, and not read."""
+
+    model_config = STRICT
+
+    query: list[str] = Field(min_length=1)
+    prompts: list[Any] | None = None
+    labels: list[Any] | None = None
+
+    squashes: ClassVar[bool] = False
+
+    def parts(self, model_name: str) -> list[Part]:
+        return [rendered(text, f"query[{index}]") for index, text in enumerate(self.query)]
+
+    def reply(self, scored: Scored) -> dict[str, Any]:
+        scores = flat_scores(scored)
+        return {"rewards": scores, "scores": scores, "extra_logs": {"dummy_scores": scores}}
+
+    @staticmethod
+    def error(refusal: Refusal) -> dict[str, Any]:
+        return {"error": {"type": refusal.type, "message": refusal.message}}
+
+
+class VllmBody(BaseModel):
+    """What /classify and /pooling have in common. No token is ever added: `add_special_tokens` is taken, and changes nothing."""
+
+    model_config = STRICT
+
+    model: str | None = None
+    input: str | list[str] | list[StrictInt] | list[list[StrictInt]] | None = None
+    """Rendered conversations, as text or token ids."""
+    messages: list[Message] | None = None
+    """One conversation, the completion last."""
+    use_activation: bool | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: Literal[False] = False
+    continue_final_message: Literal[False] = False
+    truncate_prompt_tokens: None = None
+    encoding_format: Literal["float"] = "float"
+    user: str | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _is_not_empty(cls, value: str | list[Any] | None) -> str | list[Any] | None:
+        if value is not None and not value:
+            raise ValueError("there is nothing to score")
+        return value
+
+    @field_validator("messages")
+    @classmethod
+    def _ends_with_the_completion(cls, value: list[Message] | None) -> list[Message] | None:
+        incomplete = [index for index, message in enumerate(value or []) if set(message) < {"role", "content"}]
+        if incomplete:
+            raise ValueError(f"message {incomplete[0]} needs a role and a content")
+        if value is not None and (len(value) < 2 or value[-1]["role"] != "assistant"):
+            raise ValueError("the last of at least two messages must be the assistant's: it is what is scored")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("give either `input` or `messages`")
+        return self
+
+    @property
+    def squashes(self) -> bool:
+        return self.use_activation is True
+
+    def parts(self, model_name: str) -> list[Part] | Refusal:
+        if self.model not in (None, model_name):
+            return Refusal(404, "model_not_found", f"model: this scorer serves {model_name!r} only.")
+        if self.messages is not None:
+            item = ScoreInput(prompt=self.messages[:-1], completions=[self.messages[-1]["content"]])
+            return [Part(item, "messages", f"messages[{len(self.messages) - 1}]")]
+        if isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):  # the union holds ids alone, or none
+            return [rendered(self.input, "input")]
+        several = cast(list[str | list[int]], self.input)
+        return [rendered(content, f"input[{index}]") for index, content in enumerate(several)]
+
+    @staticmethod
+    def error(refusal: Refusal) -> dict[str, Any]:
+        return {"error": {"message": refusal.message, "type": refusal.type, "param": None, "code": refusal.status}}
+
+
+class ClassifyBody(VllmBody):
+    """vLLM's /classify: the score is `probs[0]`, raw or not."""
+
+    def reply(self, scored: Scored) -> dict[str, Any]:
+        scores = activated(scored, squash=self.squashes)
+        data = [{"index": index, "label": "LABEL_0", "probs": [score], "num_classes": 1} for index, score in enumerate(scores)]
+        return vllm_envelope("classify", scored, data)
+
+
+class PoolingBody(VllmBody):
+    """vLLM's /pooling."""
+
+    task: Literal["classify"] | None = None
+
+    def reply(self, scored: Scored) -> dict[str, Any]:
+        scores = activated(scored, squash=self.squashes)
+        return vllm_envelope("pool", scored, [{"index": index, "object": "pooling", "data": [score]} for index, score in enumerate(scores)])
+
+
+class TeiPredictBody(BaseModel):
+    """TEI's /predict: a rendered conversation, a pair [prompt, completion], or a batch of [conversation] and [prompt, completion]."""
+
+    model_config = STRICT
+
+    inputs: str | list[str] | list[list[str]]
+    truncate: Literal[False] = False
+    truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
+    raw_scores: bool = False
+
+    @field_validator("inputs")
+    @classmethod
+    def _singles_and_pairs(cls, value: str | list[str] | list[list[str]]) -> str | list[str] | list[list[str]]:
+        for sequence in sequences_of(value):
+            if len(sequence) not in (1, 2):
+                raise ValueError("a string, a pair [string, string], or a batch [[string], [string, string], ...]")
+        return value
+
+    @property
+    def squashes(self) -> bool:
+        return not self.raw_scores
+
+    def parts(self, model_name: str) -> list[Part]:
+        is_batch = isinstance(self.inputs, list) and isinstance(self.inputs[0], list)
+        return [pair_or_rendered(sequence, f"inputs[{index}]" if is_batch else "inputs") for index, sequence in enumerate(sequences_of(self.inputs))]
+
+    def reply(self, scored: Scored) -> list[Any]:
+        predictions = [[{"score": score, "label": "LABEL_0"}] for score in activated(scored, squash=self.squashes)]
+        return predictions if isinstance(self.inputs, list) and isinstance(self.inputs[0], list) else predictions[0]
+
+    @staticmethod
+    def error(refusal: Refusal) -> dict[str, Any]:
+        return tei_error(refusal)
+
+
+class TeiRerankBody(BaseModel):
+    """TEI's /rerank: `query` is the prompt, `texts` are its completions; the reply is sorted, the best first."""
+
+    model_config = STRICT
+
+    query: str
+    texts: list[str] = Field(min_length=1)
+    truncate: Literal[False] = False
+    truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
+    raw_scores: bool = False
+    return_text: bool = False
+
+    @property
+    def squashes(self) -> bool:
+        return not self.raw_scores
+
+    def parts(self, model_name: str) -> list[Part]:
+        return [Part(ScoreInput(prompt=self.query, completions=self.texts), "query", "texts[{}]")]
+
+    def reply(self, scored: Scored) -> list[dict[str, Any]]:
+        (result,) = scored.results
+        order = sorted(range(len(self.texts)), key=lambda index: -result.scores[index])
+        scores = activated(scored, squash=self.squashes)
+        return [{"index": index, **({"text": self.texts[index]} if self.return_text else {}), "score": scores[index]} for index in order]
+
+    @staticmethod
+    def error(refusal: Refusal) -> dict[str, Any]:
+        return tei_error(refusal)
+
+
+def rendered(content: str | list[int], field: str) -> Part:
+    return Part(content, field, field)
+
+
+def pair_or_rendered(sequence: list[str], field: str) -> Part:
+    if len(sequence) == 1:
+        return rendered(sequence[0], field)
+    return Part(ScoreInput(prompt=sequence[0], completions=[sequence[1]]), f"{field}[0]", f"{field}[1]")
+
+
+def sequences_of(inputs: str | list[str] | list[list[str]]) -> list[list[str]]:
+    """TEI's three forms as one list of [text] and [prompt, completion]. An empty list becomes [[]], which is neither."""
+    if isinstance(inputs, str):
+        return [[inputs]]
+    if inputs and isinstance(inputs[0], list):
+        return inputs
+    return [cast(list[str], inputs)]
+
+
+def flat_scores(scored: Scored) -> list[float]:
+    return [score for result in scored.results for score in result.scores]
+
+
+def activated(scored: Scored, *, squash: bool) -> list[float]:
+    """The scores in order, raw, or each through a sigmoid."""
+    return [sigmoid(score) for score in flat_scores(scored)] if squash else flat_scores(scored)
+
+
+def sigmoid(score: float) -> float:
+    """1 / (1 + e^-score), without overflow."""
+    return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
+
+
+def vllm_envelope(kind: str, scored: Scored, data: list[dict[str, Any]]) -> dict[str, Any]:
+    """vLLM's reply around `data`. A scorer that makes no tokens reports none."""
+    counts = [result.token_counts for result in scored.results if result.token_counts is not None]
+    num_tokens = sum(count.prompt + sum(count.completions) for count in counts)
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0, "prompt_tokens_details": None}
+    model, created = scored.served.model, int(time.time())
+    return {"id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": created, "model": model, "data": data, "usage": usage}
+
+
+def tei_error(refusal: Refusal) -> dict[str, Any]:
+    return {"error": refusal.message, "error_type": TEI_ERROR_TYPES.get(refusal.status, "Backend")}
