@@ -8,6 +8,9 @@
 Keys have 256 random bits, so a plain hash gives nothing away. A key is taken back by deleting its line and deploying again. The pipeline
 makes a key of its own for each run (rm_robust/stages.py), so its scorers are guarded as well. Without keys (`insecure_no_auth`) only clients
 on the same machine are answered.
+
+Ray Serve's proxy stands before all this and answers two paths of its own to anybody: /-/healthz, and /-/routes (route prefixes and application
+names). Let the TLS proxy in front of an open port refuse /-/.
 """
 
 import argparse
