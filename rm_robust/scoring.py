@@ -279,3 +279,11 @@ def describe_failure(response: httpx.Response) -> str:
         return f"HTTP {response.status_code}: {ErrorReply.model_validate_json(response.content).error.message}"
     except ValidationError:
         return f"HTTP {response.status_code}: {response.text[:200]}"
+
+
+if __name__ == "__main__":
+    import sys
+
+    from rm_robust.score_files import main
+
+    sys.exit(main())

@@ -67,6 +67,7 @@ def test_a_partly_given_section_keeps_the_defaults_of_the_section_around_it() ->
         ({"reward_model": {"bsr_micro_pairs": 4}}, 'read only with bsr_scope = "micro"'),
         ({"reward_model": {"preset": "released_code", "bsr_micro_pairs": 5}}, "must be a multiple"),
         ({"reward_model": {"preset": "released_code", "bsr_micro_pairs": 4, "bsr_scale": "none"}}, 'bsr_scale = "none"'),
+        ({"reward_model": {"preset": "released_code", "bsr_micro_pairs": 4, "bsr_scope": "step"}}, 'bsr_scope = "step"'),
         ({"reward_model": {"strategy": {"cpu_offload": True}}}, "needs something sharded"),
     ],
 )

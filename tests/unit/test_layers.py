@@ -28,6 +28,7 @@ LAYERS = [
         "rm_robust.config_loading",
         "rm_robust.rows",
         "rm_robust.run_layout",
+        "rm_robust.score_files",
         "rm_robust.train_engine",
         "rm_robust.worker_group",
     ],
