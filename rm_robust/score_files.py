@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RmRobustError as error:
         print(f"error: {error}\nWhat is in {out} stays; the same command goes on from there.", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on where {out} ends", file=sys.stderr)
         return 130
@@ -60,9 +63,7 @@ def score_file(client: RewardClient, data: Path, out: Path) -> int:
         while batch := list(itertools.islice(lines, INPUTS_AT_A_TIME)):
             reply = client.score([_input(data, number, line) for number, line in batch])
             if checkpoint not in (None, reply.checkpoint):
-                raise DataError(
-                    f"{out} holds scores of {checkpoint}, the server now has {reply.checkpoint}; scores of two checkpoints cannot be compared. Name another --out."
-                )
+                raise DataError(f"{out} holds scores of {checkpoint}, the server now has {reply.checkpoint}: they cannot be compared. Name another --out.")
             checkpoint = reply.checkpoint
             rows = ({"line": n, "scores": s, "model": reply.model, "checkpoint": checkpoint} for (n, _), s in zip(batch, reply.scores, strict=True))
             _append(target, rows)

@@ -47,8 +47,12 @@ LAYERS = [
     ["rm_robust.stages"],
     ["pipelines"],
 ]
-UPWARD = {("rm_robust.train_engine", "rm_robust.deepspeed_engine"), ("rm_robust.train_engine", "rm_robust.fsdp_engine")}
-"""On purpose: create_engine imports the engine that the config names, inside the function."""
+UPWARD = {
+    ("rm_robust.train_engine", "rm_robust.deepspeed_engine"),
+    ("rm_robust.train_engine", "rm_robust.fsdp_engine"),
+    ("rm_robust.scoring", "rm_robust.score_files"),
+}
+"""On purpose: create_engine imports the engine that the config names, inside the function; `python -m rm_robust.scoring` is a command's name."""
 HOMES = {
     "vllm": ["rm_robust.rloo.vllm_engine", "rm_robust.rloo.weight_sync", "rm_robust.rloo.gloo_weight_transfer"],
     "deepspeed": ["rm_robust.deepspeed_engine"],

@@ -106,3 +106,8 @@ def test_a_foreign_or_longer_output_file_is_refused(tmp_path: Path, capsys: pyte
         assert main(["score", "--url", server.url, str(data), "--out", str(out)]) == 1
         assert f"has {NUM_LINES + 1} lines" in capsys.readouterr().err
         assert server.num_requests == 0
+
+
+def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", "--url", "http://127.0.0.1:1", str(tmp_path / "no.jsonl")]) == 1
+    assert f"{tmp_path}/no.jsonl: No such file" in capsys.readouterr().err
