@@ -88,13 +88,18 @@ def run(config: PipelineConfig, run_dir: Path, *, kill: bool) -> None:
 
 CASES = {
     "ddp, 1 worker": ({"kind": "ddp"}, 1),
+    "fsdp2, 1 worker": ({"kind": "fsdp2"}, 1),
+    "ZeRO-2, 1 worker": ({"kind": "deepspeed", "zero_stage": 2}, 1),
     "ddp, 2 workers": ({"kind": "ddp"}, 2),
     "fsdp2, 2 workers": ({"kind": "fsdp2"}, 2),
     "ZeRO-2, 2 workers": ({"kind": "deepspeed", "zero_stage": 2}, 2),
 }
 
 
-@pytest.mark.parametrize("name", [name if "ZeRO" not in name else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+IN_EVERY_RUN = ("ddp, 1 worker", "ddp, 2 workers", "fsdp2, 2 workers")
+
+
+@pytest.mark.parametrize("name", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def test_a_killed_run_ends_as_one_never_killed(name: str, base_dir: Path, tmp_path: Path) -> None:
     strategy, num_workers = CASES[name]
     config = config_of(base_dir, strategy, num_workers)
