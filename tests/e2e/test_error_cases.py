@@ -207,7 +207,7 @@ def test_too_many_malformed_rows(user_files: UserFiles, launcher: Launcher) -> N
     refused = launcher.pipeline("prepare_preferences.py", *user_files.arguments())
     assert refused.wait() == 2
     message = the_error(refused.output())
-    assert "2 of 40 rows of 'train' are malformed, more than data.max_dropped_fraction = 0.01" in message
+    assert f"2 of 40 rows of 'train' ({user_files.train}) are malformed, more than data.max_dropped_fraction = 0.01" in message
     assert "Mend the rows, or raise the fraction" in message
     assert not (user_files.folder / "run" / "stages").exists()
     assert not (user_files.folder / "run" / "preferences" / "tokens").exists()
