@@ -38,7 +38,7 @@ class BestStep:
         """Take up the evaluations of the first `first_step` steps. Every rank calls it: rank 0 reads."""
         found: list[dict[int, float]] = [{}]
         if not dist.is_initialized() or dist.get_rank() == 0:
-            lines = read_metrics(run_dir, stage) if (run_dir / "metrics.jsonl").exists() else []
+            lines = read_metrics(run_dir, stage)
             found[0] = {int(line["step"]): float(line[self.metric]) for line in lines if self.metric in line and int(line["step"]) <= first_step}
         if dist.is_initialized():
             dist.broadcast_object_list(found)

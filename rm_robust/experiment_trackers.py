@@ -26,9 +26,9 @@ def check_trackers(config: TrackingConfig) -> None:
 def open_trackers(config: PipelineConfig, run_dir: Path, stage: str) -> list[MetricsSink]:
     """Those that the config asks for. Call it where metrics are written: on rank 0 alone."""
     identity = hashlib.sha256(f"{run_dir}/{stage}".encode()).hexdigest()[:32]
-    settings = config.model_dump(mode="json")
     sinks: list[MetricsSink] = []
     if config.tracking.wandb_project:
+        settings = config.model_dump(mode="json")
         sinks.append(WandbSink(config.tracking.wandb_project, name=f"{config.name}/{stage}", identity=identity, run_dir=run_dir, settings=settings))
     if config.tracking.mlflow_experiment:
         sinks.append(MlflowSink(config.tracking.mlflow_experiment, config.tracking.mlflow_uri, name=f"{config.name}/{stage}", identity=identity))

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rm_robust.config import OptimizerConfig
-from rm_robust.train_engine import new_optimizer
+from rm_robust.train_engine import clip_and_update, new_optimizer
 
 
 class FsdpEngine:
@@ -29,7 +29,7 @@ class FsdpEngine:
         self.module = module if cpu_offload else module.to(device)
         for layer in decoder_layers(module):
             fully_shard(layer, mesh=mesh, offload_policy=offload)
-        self.sharded: FSDPModule = fully_shard(module, mesh=mesh, offload_policy=offload)
+        fully_shard(module, mesh=mesh, offload_policy=offload)
         self.optimizer = new_optimizer(module, optimizer)  # after sharding: it must hold the shards
 
     def forward(self, *inputs: Any) -> Any:
@@ -42,12 +42,7 @@ class FsdpEngine:
         (global_sum_term * self.world_size).backward()  # FSDP averages over ranks; the sum is wanted
 
     def step(self, learning_rate: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_gradient_norm, error_if_nonfinite=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(whole(norm))
+        return float(whole(clip_and_update(self.module, self.optimizer, learning_rate, max_gradient_norm=self.max_gradient_norm)))
 
     def save(self, folder: Path) -> None:
         module_state, optimizer_state = get_state_dict(self.module, self.optimizer)

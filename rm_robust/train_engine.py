@@ -81,6 +81,16 @@ def new_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
 
 
+def clip_and_update(module: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, *, max_gradient_norm: float) -> Tensor:
+    """One update at `learning_rate`, gradients clipped before and cleared after; returns their norm before clipping. RuntimeError when it is not finite."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_gradient_norm, error_if_nonfinite=True)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def learning_rate_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
     """Learning rate of step `step` (0-based) of `num_steps`: linear warm-up to the peak, then constant, linear or cosine to zero."""
     num_warmup = math.ceil(config.warmup_fraction * num_steps)
@@ -117,12 +127,7 @@ class DdpEngine:
         (global_sum_term * self.world_size).backward()  # DistributedDataParallel averages over ranks; the sum is wanted
 
     def step(self, learning_rate: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_gradient_norm, error_if_nonfinite=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return float(clip_and_update(self.module, self.optimizer, learning_rate, max_gradient_norm=self.max_gradient_norm))
 
     def save(self, folder: Path) -> None:
         if self.rank == 0:

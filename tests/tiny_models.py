@@ -67,7 +67,7 @@ def random_group(rng: Random, *, num_completions: int, max_prompt_tokens: int = 
     return TokenGroup(ids(max_prompt_tokens), [ids(max_completion_tokens) for _ in range(num_completions)])
 
 
-def tiny_reward_model(*, seed: int = 0) -> Qwen2ForSequenceClassification:
+def tiny_reward_model(*, seed: int = 0, num_positions: int = 128) -> Qwen2ForSequenceClassification:
     """A random reward model whose scores differ well between token groups, about N(0, 1)."""
     config = Qwen2Config(
         vocab_size=330,
@@ -76,7 +76,7 @@ def tiny_reward_model(*, seed: int = 0) -> Qwen2ForSequenceClassification:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=num_positions,
         initializer_range=0.1,
         num_labels=1,
         bos_token_id=None,

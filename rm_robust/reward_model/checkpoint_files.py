@@ -13,6 +13,7 @@ from rm_robust.checkpoint import Manifest, commit_checkpoint
 from rm_robust.config import LoraConfig
 from rm_robust.reward_model.lora import add_adapters, save_merged
 from rm_robust.reward_model.model import new_reward_model
+from rm_robust.tracking import write_json_atomic
 
 
 def commit_reward_model(
@@ -58,11 +59,11 @@ def add_no_second_bos(folder: Path) -> None:
     tokenizer must not put another one before it. Our own path never lets it."""
     tokenizer = _read(folder / "tokenizer.json")
     tokenizer["post_processor"] = None
-    _write(folder / "tokenizer.json", tokenizer)
+    write_json_atomic(folder / "tokenizer.json", tokenizer)
     config = _read(folder / "tokenizer_config.json")
     if "add_bos_token" in config:
         config["add_bos_token"] = False
-        _write(folder / "tokenizer_config.json", config)
+        write_json_atomic(folder / "tokenizer_config.json", config)
 
 
 def write_for_transformers_4(folder: Path) -> None:
@@ -77,19 +78,15 @@ def write_for_transformers_4(folder: Path) -> None:
         config["rope_theta"] = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-        _write(folder / "config.json", config)
+        write_json_atomic(folder / "config.json", config)
     tokenizer = _read(folder / "tokenizer_config.json")
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
-    _write(folder / "tokenizer_config.json", tokenizer)
+    write_json_atomic(folder / "tokenizer_config.json", tokenizer)
 
 
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     return content
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

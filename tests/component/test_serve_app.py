@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from unittest.mock import ANY
 
 import httpx
 import pytest
-import ray
 import torch
 from ray import serve
 from starlette.routing import Route
@@ -29,6 +27,7 @@ from serve.keys import OPEN_PATHS, new_key
 from serve.launch import delete_scorer, deploy_scorer, start_serve
 from serve.routes import app
 from serve.settings import ScoringAppSettings
+from tests.local_serve import local_serve
 from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
 
 START_DEADLINE_S = 180
@@ -53,32 +52,20 @@ class Services:
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny_rm")
-    ray_dir = tempfile.mkdtemp(prefix="rs")  # short: Ray puts Unix sockets below it
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("RAY_TMPDIR", ray_dir)
-        environment.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
-        environment.delenv("RAY_ADDRESS", raising=False)
-        ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=ray_dir, log_to_driver=False)
-        try:
-            base = start_serve("127.0.0.1", 0)
-            model = ScoringAppSettings(model_name="tiny", checkpoint_dir=checkpoint_dir, batch_wait_s=0.02, insecure_no_auth=True)
-            judge = ScoringAppSettings(model_name="judge", embedded_judge=True, insecure_no_auth=True)
-            keys = (ALICE_ENTRY, BOB_ENTRY.model_copy(update={"requests_per_minute": BOBS_REQUESTS_PER_MINUTE}))
-            guarded = ScoringAppSettings(model_name="judge", embedded_judge=True, api_keys=keys)
-            crowded = judge.model_copy(update={"max_batch_size": 1, "max_ongoing_requests": 1, "max_queued_requests": 2})
-            yield Services(
-                base=base,
-                proxy=deploy_scorer(model, "proxy", "/proxy", deadline_s=START_DEADLINE_S),
-                judge=deploy_scorer(judge, "judge", "/judge", deadline_s=START_DEADLINE_S),
-                crowded=deploy_scorer(crowded, "crowded", "/crowded", deadline_s=START_DEADLINE_S),
-                guarded=deploy_scorer(guarded, "guarded", "/guarded", deadline_s=START_DEADLINE_S),
-                checkpoint_dir=checkpoint_dir,
-            )
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-    shutil.rmtree(ray_dir, ignore_errors=True)
+    with local_serve(num_cpus=4) as base:
+        model = ScoringAppSettings(model_name="tiny", checkpoint_dir=checkpoint_dir, batch_wait_s=0.02, insecure_no_auth=True)
+        judge = ScoringAppSettings(model_name="judge", embedded_judge=True, insecure_no_auth=True)
+        keys = (ALICE_ENTRY, BOB_ENTRY.model_copy(update={"requests_per_minute": BOBS_REQUESTS_PER_MINUTE}))
+        guarded = ScoringAppSettings(model_name="judge", embedded_judge=True, api_keys=keys)
+        crowded = judge.model_copy(update={"max_batch_size": 1, "max_ongoing_requests": 1, "max_queued_requests": 2})
+        yield Services(
+            base=base,
+            proxy=deploy_scorer(model, "proxy", "/proxy", deadline_s=START_DEADLINE_S),
+            judge=deploy_scorer(judge, "judge", "/judge", deadline_s=START_DEADLINE_S),
+            crowded=deploy_scorer(crowded, "crowded", "/crowded", deadline_s=START_DEADLINE_S),
+            guarded=deploy_scorer(guarded, "guarded", "/guarded", deadline_s=START_DEADLINE_S),
+            checkpoint_dir=checkpoint_dir,
+        )
 
 
 class PlainTransformers:

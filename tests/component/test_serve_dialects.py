@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from pydantic import TypeAdapter
-from ray import serve
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rm_robust.checkpoint import read_manifest
@@ -23,8 +19,9 @@ from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.embedded_world.gold_judge import gold_score
 from rm_robust.records import Message
 from rm_robust.scoring import RewardClient, ScoreInput
-from serve.launch import deploy_scorer, start_serve
+from serve.launch import deploy_scorer
 from serve.settings import ScoringAppSettings
+from tests.local_serve import local_serve
 from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
 
 TOLERANCE = 1e-5
@@ -56,22 +53,10 @@ class Conversation:
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny_rm")
-    ray_dir = tempfile.mkdtemp(prefix="rd")  # short: Ray puts Unix sockets below it
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("RAY_TMPDIR", ray_dir)
-        environment.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
-        environment.delenv("RAY_ADDRESS", raising=False)
-        ray.init(address="local", num_cpus=3, include_dashboard=False, _temp_dir=ray_dir, log_to_driver=False)
-        try:
-            start_serve("127.0.0.1", 0)
-            model = ScoringAppSettings(model_name="tiny", checkpoint_dir=checkpoint_dir, insecure_no_auth=True)
-            judge = ScoringAppSettings(model_name="judge", embedded_judge=True, insecure_no_auth=True)
-            yield Services(deploy_scorer(model, "proxy", "/proxy"), deploy_scorer(judge, "judge", "/judge"), checkpoint_dir)
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-    shutil.rmtree(ray_dir, ignore_errors=True)
+    with local_serve(num_cpus=3):
+        model = ScoringAppSettings(model_name="tiny", checkpoint_dir=checkpoint_dir, insecure_no_auth=True)
+        judge = ScoringAppSettings(model_name="judge", embedded_judge=True, insecure_no_auth=True)
+        yield Services(deploy_scorer(model, "proxy", "/proxy"), deploy_scorer(judge, "judge", "/judge"), checkpoint_dir)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import PreTrainedModel, Qwen2ForSequenceClassification
 
 from rm_robust.packing import Layout, lay_out
 from rm_robust.records import TokenGroup
@@ -15,7 +15,7 @@ from rm_robust.reward_model.losses import ObjectiveSettings, objective_value
 from rm_robust.reward_model.model import PackedRewardModel
 from rm_robust.reward_model.objectives import BsrScale, Objective
 from tests.bench.preference_pairs import hh_rlhf_dialogues
-from tests.tiny_models import TRAINED_ON_CPU, tiny_tokenizer
+from tests.tiny_models import TRAINED_ON_CPU, tiny_reward_model, tiny_tokenizer
 
 MAX_TOKENS = 512
 BSR = ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=0.05, bsr_scale=BsrScale.PAIRS)
@@ -41,20 +41,7 @@ def groups_of(data_dir: Path, num_completions: int) -> list[TokenGroup]:
 
 @pytest.fixture(scope="module")
 def model() -> Qwen2ForSequenceClassification:
-    config = Qwen2Config(
-        vocab_size=330,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        initializer_range=0.05,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return Qwen2ForSequenceClassification(config)
+    return tiny_reward_model(num_positions=MAX_TOKENS)
 
 
 def gradients(model: PreTrainedModel, scores_N: Tensor, num_completions: int) -> dict[str, Tensor]:
