@@ -30,6 +30,12 @@ class Manifest:
     template_sha256: str
     training: dict[str, str | int | float]
 
+    @property
+    def calibration(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of a reward model's scores on held-out pairs; None where they were not measured."""
+        mean, std = self.training.get("score_mean"), self.training.get("score_std")
+        return (float(mean), float(std)) if mean is not None and std is not None and float(std) > 0 else None
+
 
 def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
     """`write` fills an empty folder beside `target`, which becomes `target` in one rename, whole or not at all; one writer at a time.

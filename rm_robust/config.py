@@ -338,9 +338,14 @@ class EvaluationConfig(Section):
 
 
 class ReplicaConfig(Section):
-    """One served scorer."""
+    """One served model: its replicas, and what they are asked at a time."""
 
     num_replicas: int = Field(default=1, ge=1)
+    """Replicas that are always up."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """While batches queue, more are started, up to this many. None: never more than `num_replicas`."""
+    upscale_delay_s: float = Field(default=10, ge=0)
+    downscale_delay_s: float = Field(default=300, ge=0)
     num_threads: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.5, ge=0)
     num_gpus: float = Field(default=0, ge=0)
@@ -348,11 +353,16 @@ class ReplicaConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length_tokens: int = Field(default=256, ge=2)
     """Prompt + completion; longer inputs are refused with 413."""
-    max_batch_size: int = Field(default=16, ge=1)
-    """Requests per forward."""
-    batch_wait_s: float = Field(default=0.004, ge=0)
-    max_ongoing_requests: int = Field(default=64, ge=1)
-    max_queued_requests: int = Field(default=512, ge=1)
+    max_batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens of one forward; a longer input has one of its own."""
+    share_prompts: bool = True
+    """Compute a prompt once for all the requests of a batch that have it."""
+
+    @model_validator(mode="after")
+    def _scales_up(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(f"max_replicas = {self.max_replicas} is less than num_replicas = {self.num_replicas}; raise it, or leave it out")
+        return self
 
 
 class ServeConfig(Section):
@@ -362,7 +372,8 @@ class ServeConfig(Section):
     port: int = Field(default=8000, ge=0, le=65535)
     """0: a free port."""
     gold: str = "embedded"
-    """`embedded`: the world's own judge; otherwise a committed reward-model checkpoint directory."""
+    """`embedded`: the world's own judge; a committed reward-model checkpoint directory; or the http(s) URL of a scoring service, whose first model
+    is asked with the key in RM_ROBUST_API_KEY."""
     proxy_replica: ReplicaConfig = ReplicaConfig()
     gold_replica: ReplicaConfig = ReplicaConfig()
     request_timeout_s: float = Field(default=60, gt=0)
@@ -373,6 +384,10 @@ class ServeConfig(Section):
         if value not in ("127.0.0.1", "localhost"):
             raise ValueError("a run's scorers are for the run alone, so they listen on loopback only; set serve.host to 127.0.0.1")
         return value
+
+    @property
+    def gold_url(self) -> str | None:
+        return self.gold if self.gold.startswith(("http://", "https://")) else None
 
 
 class RlooConfig(Section):

@@ -126,6 +126,21 @@ def fill_bins(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
+def share_prompts(groups: list[TokenGroup]) -> tuple[list[TokenGroup], list[tuple[int, int]]]:
+    """Groups of equal prompts as one, and where each one's completions are now: (index of its group, number of its first completion there)."""
+    shared: dict[tuple[int, ...], TokenGroup] = {}
+    index_of: dict[tuple[int, ...], int] = {}
+    places = []
+    for group in groups:
+        key = tuple(group.prompt_ids)
+        if key not in shared:
+            index_of[key] = len(shared)
+            shared[key] = TokenGroup(group.prompt_ids, [])
+        places.append((index_of[key], len(shared[key].completion_ids)))
+        shared[key].completion_ids.extend(group.completion_ids)
+    return list(shared.values()), places
+
+
 def micro_batches(groups: list[TokenGroup], layout: Layout, max_tokens: int) -> list[list[int]]:
     """Indices into `groups`, each batch within `max_tokens` columns, padding included (a larger group gets a batch of its own).
 

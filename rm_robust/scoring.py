@@ -1,13 +1,15 @@
 """The scoring contract over HTTP, and the client that other teams import (neither torch nor ray is needed).
 
     POST {base_url}/v1/score   {"inputs": [{"prompt": text or messages, "completions": [text, ...]}, ...]}
+                               and, if wanted, "model": "…" (of GET /v1/models; otherwise its first), "calibrated": true
     200                        {"model": "...", "checkpoint": "sha256:...", "template": "sha256:...",
                                 "results": [{"scores": [float, ...], "token_counts": {"prompt": int, "completions": [int, ...]}}, ...]}
     any other status           {"error": {"type": "...", "message": "..."}}
 
 `template` is the chat template's hash; it and `token_counts` are null where no tokens are made (the judge). Scores are raw (no sigmoid), one
-per completion, in the order of the request. A text prompt is one user turn. No inputs, or an input without completions, is a caller's
-mistake (422). An empty completion text is what a policy that stops at once writes, and is scored.
+per completion, in the order of the request; calibrated ones, (raw - mean) / std, come with "calibration": {"mean": …, "std": …}. A text prompt is
+one user turn. No inputs, or an input without completions, is a caller's mistake (422). An empty completion text is what a policy that stops at
+once writes, and is scored.
 
     with RewardClient("http://127.0.0.1:8000/proxy") as client:
         client.score([ScoreInput(prompt="Name a colour.", completions=["Blue.", "Seven."])]).scores  # [[1.3, -0.2]]
@@ -19,10 +21,11 @@ import os
 import random
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import Annotated, Self, TypedDict, TypeVar, Unpack
+from typing import Annotated, Any, NoReturn, Protocol, Self, TypedDict, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tqdm import tqdm
 
 from rm_robust.errors import ConfigError, ScoringError
 from rm_robust.records import Message
@@ -50,9 +53,13 @@ class ScoreInput(BaseModel):
 
 
 class ScoreRequest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     inputs: list[ScoreInput] = Field(min_length=1)
+    model: str | None = None
+    """One of GET /v1/models; None: the first of them."""
+    calibrated: bool = Field(default=False, strict=True)
+    """True: (score - mean) / std of the checkpoint's held-out scores in place of the raw score."""
 
 
 class TokenCounts(BaseModel):
@@ -72,6 +79,13 @@ class ScoreResult(BaseModel):
     """None from a scorer without tokens, and from a server of before this field."""
 
 
+class Calibration(BaseModel):
+    """A calibrated score is (raw score - mean) / std."""
+
+    mean: float
+    std: float
+
+
 class ScoreReply(BaseModel):
     """`results[i]` belongs to `inputs[i]`; all of them come from the one `checkpoint`. Fields that a newer server adds are ignored."""
 
@@ -79,6 +93,8 @@ class ScoreReply(BaseModel):
     checkpoint: str
     template: str | None = None
     """The chat template's hash; None from a scorer without one, and from a server of before this field."""
+    calibration: Calibration | None = None
+    """What calibrated scores were made with; None for raw ones."""
     results: list[ScoreResult]
 
     @property
@@ -95,6 +111,13 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
+class Scorer(Protocol):
+    """Whatever scores lists of any length: RewardClient over HTTP, serve.cluster_scorer.ClusterScorer inside a Ray cluster."""
+
+    def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
+        """Scores of all inputs in order, from one checkpoint. Raises ScoringError; nothing partial is returned."""
+
+
 class ClientOptions(TypedDict, total=False):
     """Keyword arguments of both clients. Defaults: DEFAULT_OPTIONS."""
 
@@ -104,10 +127,21 @@ class ClientOptions(TypedDict, total=False):
     max_concurrent_requests: int
     api_key: str | None  # sent as a bearer token, and never logged; None: the one in RM_ROBUST_API_KEY, if that is set
     expected_checkpoint: str | None  # "sha256:…" that every score must come from; None: any, but one for all requests of a call
+    model: str | None  # one of the server's models; None: its first
+    calibrated: bool  # (score - mean) / std of the checkpoint's held-out scores in place of raw scores
+    show_progress: bool  # a bar on stderr, in completions
 
 
 DEFAULT_OPTIONS = ClientOptions(
-    timeout_s=60.0, max_retries=8, max_completions_per_request=64, max_concurrent_requests=8, api_key=None, expected_checkpoint=None
+    timeout_s=60.0,
+    max_retries=8,
+    max_completions_per_request=64,
+    max_concurrent_requests=8,
+    api_key=None,
+    expected_checkpoint=None,
+    model=None,
+    calibrated=False,
+    show_progress=False,
 )
 
 
@@ -124,6 +158,7 @@ class AsyncRewardClient:
         self._max_retries = settings["max_retries"]
         self._max_completions = settings["max_completions_per_request"]
         self._expected_checkpoint = settings["expected_checkpoint"]
+        self._model, self._calibrated, self._show_progress = settings["model"], settings["calibrated"], settings["show_progress"]
         self._slots = asyncio.Semaphore(settings["max_concurrent_requests"])
         limits = httpx.Limits(max_connections=settings["max_concurrent_requests"])
         headers = {"content-type": "application/json", **key_header(settings["api_key"])}
@@ -134,13 +169,15 @@ class AsyncRewardClient:
         if not inputs:
             raise ScoringError("There is nothing to score: the list of inputs is empty.")
         spans = split_inputs(inputs, self._max_completions)
-        tasks = [asyncio.create_task(self._score_span(inputs, span)) for span in spans]
-        try:
-            replies = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        num_completions = sum(len(item.completions) for item in inputs)
+        with tqdm(desc="score", unit=" completions", total=num_completions, disable=not self._show_progress, mininterval=1) as bar:
+            tasks = [asyncio.create_task(self._score_span(inputs, span, bar)) for span in spans]
+            try:
+                replies = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
         return merge_replies(replies, spans, expected_checkpoint=self._expected_checkpoint)
 
     async def aclose(self) -> None:
@@ -152,11 +189,14 @@ class AsyncRewardClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _score_span(self, inputs: Sequence[ScoreInput], span: range) -> ScoreReply:
+    async def _score_span(self, inputs: Sequence[ScoreInput], span: range, bar: "tqdm[NoReturn]") -> ScoreReply:
         part = [inputs[i] for i in span]
+        request = request_for(part, model=self._model, calibrated=self._calibrated)
         async with self._slots:
             try:
-                return check_reply(await self._post(ScoreRequest(inputs=part).model_dump_json()), part)
+                reply = check_reply(await self._post(request.model_dump_json(exclude_unset=True)), request)
+                bar.update(sum(len(item.completions) for item in part))
+                return reply
             except ScoringError as error:
                 note = f" (an index in this message counts from input {span.start})" if span.start else ""
                 raise ScoringError(f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} at {self._url} failed: {error}{note}") from error
@@ -245,13 +285,29 @@ def backoff_s(attempt: int, *, retry_after_s: float) -> float:
     return min(MAX_BACKOFF_S, retry_after_s) + doubling_s * random.uniform(0.5, 1.0)
 
 
-def check_reply(body: bytes, inputs: Sequence[ScoreInput]) -> ScoreReply:
-    """Parse a 200 body. Raises ScoringError unless there is exactly one finite number per completion, input by input."""
+def request_for(inputs: Sequence[ScoreInput], *, model: str | None, calibrated: bool) -> ScoreRequest:
+    """With the fields that were asked for and no others, so that a server of before them understands the rest."""
+    asked: dict[str, Any] = {"model": model, "calibrated": calibrated or None}
+    return ScoreRequest(inputs=list(inputs), **{name: value for name, value in asked.items() if value is not None})
+
+
+def check_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
+    """Parse a 200 body. Raises ScoringError as check_scores."""
     try:
         reply = ScoreReply.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ScoringError(f"the reply is malformed at {'.'.join(map(str, first['loc'])) or 'its start'}: {first['msg']}") from error
+    return check_scores(reply, request)
+
+
+def check_scores(reply: ScoreReply, request: ScoreRequest) -> ScoreReply:
+    """The reply, if it has exactly one finite number per completion, input by input, of the kind and model that were asked for; else ScoringError."""
+    inputs = request.inputs
+    if request.model not in (None, reply.model):
+        raise ScoringError(f"the reply is from the model {reply.model!r}, asked was {request.model!r}")
+    if request.calibrated and reply.calibration is None:
+        raise ScoringError("the scores are raw, asked were calibrated ones: the server does not know them")
     if len(reply.results) != len(inputs):
         raise ScoringError(f"the reply has {len(reply.results)} results for {len(inputs)} inputs")
     for index, (result, item) in enumerate(zip(reply.results, inputs, strict=True)):

@@ -26,13 +26,14 @@ from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
 from rm_robust.rloo.controller import run_rloo
 from rm_robust.run_layout import RunLayout
+from rm_robust.scoring import RewardClient, Scorer
 from rm_robust.sft.preparation import prepare_sft
 from rm_robust.sft.training import train_sft
 from rm_robust.summary import summary_lines, write_summary
 from rm_robust.worker_group import quieten_libraries, run_on_workers
 
 if TYPE_CHECKING:
-    from serve.keys import ApiKey
+    from serve.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def check_inputs(run: Run) -> None:
     check_preference_sources(config, run.run_dir)
     for path in {config.model.path, config.reward_model.base_path} - {None}:
         ChatFormat.load(str(path))
-    if config.serve.gold != "embedded":
+    if config.serve.gold != "embedded" and config.serve.gold_url is None:
         verify_checkpoint(Path(config.serve.gold), "reward_model")
 
 
@@ -147,8 +148,8 @@ def evaluation_stage(run: Run) -> None:
 def rloo_stage(run: Run) -> None:
     def work() -> dict[str, Any]:
         connect_to_ray()
-        with served_scorers(run) as (proxy_url, gold_url, api_key):
-            return run_rloo(run.config, run.run_dir, proxy_url=proxy_url, gold_url=gold_url, api_key=api_key)
+        with served_scorers(run) as (proxy, gold):
+            return run_rloo(run.config, run.run_dir, proxy=proxy, gold=gold)
 
     _announce(RunLayout(run.run_dir), "rloo", work)
 
@@ -160,27 +161,31 @@ def report_stage(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def served_scorers(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Serve the proxy reward model and the gold judge: their URLs, and a key that this run alone has. Both are deleted afterwards."""
+def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
+    """Serve the proxy reward model and the gold judge in this cluster, and reach them without HTTP; a gold judge elsewhere is reached over HTTP.
+
+    Over HTTP this service answers nobody: its one key is thrown away. It is deleted afterwards.
+    """
+    from serve.cluster_scorer import ClusterScorer
     from serve.keys import new_key
-    from serve.launch import delete_scorer, deploy_scorer, start_serve
+    from serve.launch import delete_service, deploy_service, start_serve
+    from serve.settings import ServiceLimits, ServiceSettings
 
     config = run.config
-    api_key, entry = new_key("run")
+    proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
+    gold = served_model(config.serve.gold_replica, "gold", None if config.serve.gold == "embedded" else Path(config.serve.gold).absolute())
+    gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
     start_serve(config.serve.host, config.serve.port)
-    names = (f"{config.name}-proxy", f"{config.name}-gold")
+    settings = ServiceSettings(models=(proxy,) if gold_url else (proxy, gold), api_keys=(new_key("run")[1],), limits=ServiceLimits(request_timeout_s=timeout_s))
     try:
-        proxy_url = deploy_scorer(
-            _scorer(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint, entry),
-            app_name=names[0],
-            route_prefix=f"/{names[0]}",
-        )
-        gold = None if config.serve.gold == "embedded" else Path(config.serve.gold).absolute()
-        gold_url = deploy_scorer(_scorer(config.serve.gold_replica, "gold", gold, entry), app_name=names[1], route_prefix=f"/{names[1]}")
-        yield proxy_url, gold_url, api_key
+        deploy_service(settings, app_name=config.name, route_prefix=f"/{config.name}")
+        with contextlib.ExitStack() as stack:
+            if gold_url:
+                yield ClusterScorer(config.name, "proxy"), stack.enter_context(RewardClient(gold_url, timeout_s=timeout_s))
+            else:
+                yield ClusterScorer(config.name, "proxy"), ClusterScorer(config.name, "gold")
     finally:
-        for name in names:
-            delete_scorer(name)
+        delete_service(config.name)
 
 
 def connect_to_ray() -> None:
@@ -200,16 +205,16 @@ def connect_to_ray() -> None:
     )
 
 
-def _scorer(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None, api_key: "ApiKey") -> Any:
-    from serve.settings import ScoringAppSettings
+def served_model(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None) -> "ModelSettings":
+    """The embedded judge, without a checkpoint."""
+    from serve.settings import ModelSettings
 
-    return ScoringAppSettings(
+    return ModelSettings(
         **replica.model_dump(),
         model_name=model_name,
         checkpoint_dir=checkpoint_dir,
         embedded_judge=checkpoint_dir is None,
         device="cuda" if replica.num_gpus else "cpu",
-        api_keys=(api_key,),
     )
 
 

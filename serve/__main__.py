@@ -1,49 +1,67 @@
-"""Serves one scorer on this machine, in the foreground, until Ctrl-C.
+"""Serves reward models on this machine, in the foreground, until Ctrl-C.
 
 python -m serve --checkpoint runs/tiny_cpu/checkpoints/reward_model --keys keys.toml --port 8000
+python -m serve --service service.toml --keys keys.toml              several models, ensembles, limits: the fields of serve/settings.py
 python -m serve --embedded-judge --insecure-no-auth --port 8000
+
+SIGHUP reads the checkpoint's path, the service file and the keys again: a new checkpoint takes the old one's place without a failed request,
+and a key that is no longer in the file is no longer accepted. Ctrl-C, or SIGTERM, stops taking requests, answers those at hand, and ends.
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import os
 import signal
 import sys
+import tomllib
 from pathlib import Path
 from random import Random
 
 import ray
+import uvicorn
+from pydantic import ValidationError
 from ray import serve
 
 from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
 from rm_robust.scoring import KEY_VARIABLE, SCORE_PATH
-from serve.keys import KEYS_VARIABLE, ApiKey, keys_from_environment, read_keys
-from serve.launch import deploy_scorer, refuse_open_host, refuse_taken_port, start_serve
-from serve.settings import ScoringAppSettings
+from serve.front import Front
+from serve.keys import KEYS_VARIABLE, ApiKey, Guard, keys_from_environment, read_keys
+from serve.launch import deploy_models, free_port, refuse_open_host, refuse_taken_port, start_serve_without_http
+from serve.routes import scoring_api
+from serve.settings import ModelSettings, ServiceSettings
 
+logger = logging.getLogger(__name__)
 MOST_TOKENS_BY_DEFAULT = 4096
+KEEP_ALIVE_S = 75
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m serve", description="Serve one scorer on this machine until Ctrl-C.")
+    parser = argparse.ArgumentParser(prog="python -m serve", description="Serve reward models on this machine until Ctrl-C.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, help="a committed reward-model checkpoint directory")
+    what.add_argument("--service", type=Path, help="a TOML file with the fields of ServiceSettings (serve/settings.py)")
     what.add_argument("--embedded-judge", action="store_true", help="the embedded world's gold judge")
     parser.add_argument("--keys", type=Path, help=f"the file of the keys that are accepted (default: the keys in {KEYS_VARIABLE})")
     parser.add_argument("--insecure-no-auth", action="store_true", help="accept requests without a key, from this machine only")
     parser.add_argument("--host", default="127.0.0.1", help="loopback only, unless there are keys (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--max-length-tokens", type=int, help=f"prompt + completion (default: what the model takes, at most {MOST_TOKENS_BY_DEFAULT})")
+    one = parser.add_argument_group("of --checkpoint; a service file says these itself")
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    one.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights; scores are always float32 (default: %(default)s)")
+    one.add_argument("--replicas", type=int, default=1, help="default: %(default)s")
+    one.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each replica (default: the machine's cores, %(default)s)")
+    one.add_argument("--max-length-tokens", type=int, help=f"prompt + completion (default: what the model takes, at most {MOST_TOKENS_BY_DEFAULT})")
+    one.add_argument("--no-prompt-sharing", action="store_true", help="compute a prompt for each request, also where a batch has it twice")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("httpx", "ray.serve"):  # a line per request and a dozen per deployment
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        serve_until_interrupted(settings_from(arguments), arguments.host, arguments.port)
+        asyncio.run(serve_until_interrupted(arguments))
     except RmRobustError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -52,20 +70,47 @@ def main() -> int:
     return 0
 
 
-def settings_from(arguments: argparse.Namespace) -> ScoringAppSettings:
-    """Raises CheckpointError when the checkpoint cannot be one, ConfigError as keys_from."""
-    shared = {
-        "device": arguments.device,
-        "num_gpus": 1 if arguments.device == "cuda" else 0,
-        "num_threads": os.cpu_count() or 1,
-        "api_keys": keys_from(arguments),
-        "insecure_no_auth": arguments.insecure_no_auth,
-    }
+def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
+    """Raises CheckpointError when the checkpoint cannot be one, ConfigError for wrong settings and as keys_from."""
+    keys = keys_from(arguments)
+    who = {"api_keys": keys, "insecure_no_auth": arguments.insecure_no_auth}
+    try:
+        if arguments.service is not None:
+            return ServiceSettings.model_validate({**read_service(arguments.service), **who})
+        return ServiceSettings.model_validate({"models": [model_from(arguments)], **who})
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in error.errors(include_url=False)]
+        raise ConfigError("The service's settings are not valid:\n  " + "\n  ".join(problems)) from None
+
+
+def read_service(path: Path) -> dict[str, object]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"The service file {path} cannot be read: {error.strerror}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from error
+    wrong = sorted({"api_keys", "insecure_no_auth"} & table.keys())
+    if wrong:
+        raise ConfigError(f"{path} says {wrong[0]}; who may ask is said by --keys, {KEYS_VARIABLE} or --insecure-no-auth alone.")
+    return table
+
+
+def model_from(arguments: argparse.Namespace) -> ModelSettings:
     if arguments.embedded_judge:
-        return ScoringAppSettings(model_name="embedded_judge", embedded_judge=True, **shared)
+        return ModelSettings(model_name="embedded_judge", embedded_judge=True)
     checkpoint_dir = arguments.checkpoint.absolute()
-    max_length_tokens = arguments.max_length_tokens or min(MOST_TOKENS_BY_DEFAULT, num_positions(checkpoint_dir))
-    return ScoringAppSettings(model_name=checkpoint_dir.name, checkpoint_dir=checkpoint_dir, max_length_tokens=max_length_tokens, **shared)
+    return ModelSettings(
+        model_name=checkpoint_dir.name,
+        checkpoint_dir=checkpoint_dir,
+        max_length_tokens=arguments.max_length_tokens or min(MOST_TOKENS_BY_DEFAULT, num_positions(checkpoint_dir)),
+        device=arguments.device,
+        dtype=arguments.dtype,
+        num_gpus=1 if arguments.device == "cuda" else 0,
+        num_replicas=arguments.replicas,
+        num_threads=arguments.threads,
+        share_prompts=not arguments.no_prompt_sharing,
+    )
 
 
 def keys_from(arguments: argparse.Namespace) -> tuple[ApiKey, ...]:
@@ -86,18 +131,25 @@ def num_positions(checkpoint_dir: Path) -> int:
     return int(config["max_position_embeddings"])
 
 
-def serve_until_interrupted(settings: ScoringAppSettings, host: str, port: int) -> None:
-    """Start a Ray of its own and the scorer on it; both end with this function, after the requests in progress."""
-    refuse_open_host(host, settings)
-    refuse_taken_port(host, port)
+async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
+    """Start a Ray of its own, the models on it and the HTTP server here; all end with this function, after the requests in progress."""
+    settings = settings_from(arguments)
+    refuse_open_host(arguments.host, settings)
+    port = arguments.port or free_port(arguments.host)
+    refuse_taken_port(arguments.host, port)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not take the core that the front needs
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     ray.init(address="local", include_dashboard=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # in place of Ray's own: `kill` stops as cleanly as Ctrl-C
     try:
-        start_serve(host, port)
-        base_url = deploy_scorer(settings, "scorer", "/")
-        print(f"\n{settings.model_name} answers at {base_url}{SCORE_PATH}. Ctrl-C stops it. Try:\n\n{curl_example(base_url, settings)}\n", flush=True)
-        while True:
-            signal.pause()
+        start_serve_without_http()
+        front = Front(settings, deploy_models(settings))
+        await front.start()
+        guard = Guard(settings.api_keys)
+        server = http_server(front, guard, arguments.host, port)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: reload_in_background(arguments, settings, front, guard))
+        base_url = f"http://{arguments.host}:{port}"
+        print(f"\n{', '.join(front.model_names)} at {base_url}{SCORE_PATH}. Ctrl-C stops it. Try:\n\n{curl_example(base_url, settings)}\n", flush=True)
+        await server.serve()  # until SIGINT or SIGTERM; it answers what it has begun
     finally:
         for stop in (signal.SIGINT, signal.SIGTERM):  # a second one must not leave processes behind
             signal.signal(stop, signal.SIG_IGN)
@@ -105,9 +157,40 @@ def serve_until_interrupted(settings: ScoringAppSettings, host: str, port: int) 
         ray.shutdown()
 
 
-def curl_example(base_url: str, settings: ScoringAppSettings) -> str:
-    """A request that this scorer answers with 200 (the judge knows only its own world's prompts)."""
-    prompt = next(distinct_prompts(Random(0))) if settings.embedded_judge else "Name a colour."
+def http_server(front: Front, guard: Guard, host: str, port: int) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(scoring_api(front, guard), host=host, port=port, access_log=False, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S)
+    )
+
+
+RELOADS: set[asyncio.Task[None]] = set()
+"""The event loop itself keeps only a weak reference."""
+
+
+def reload_in_background(arguments: argparse.Namespace, running: ServiceSettings, front: Front, guard: Guard) -> None:
+    task = asyncio.create_task(reload(arguments, running, front, guard))
+    RELOADS.add(task)
+    task.add_done_callback(RELOADS.discard)
+
+
+async def reload(arguments: argparse.Namespace, running: ServiceSettings, front: Front, guard: Guard) -> None:
+    """What SIGHUP does. Settings that are wrong leave everything as it is, and so do models that this front does not know."""
+    try:
+        settings = settings_from(arguments)
+        if [model.model_name for model in settings.models] != [model.model_name for model in running.models] or settings.ensembles != running.ensembles:
+            raise ConfigError("Models and ensembles cannot be added or taken away while the service runs; start it again.")
+        guard.replace_keys(settings.api_keys)
+        await asyncio.to_thread(deploy_models, settings)
+        served = await front.models()
+    except RmRobustError as error:
+        logger.error("not reloaded: %s", error)
+    else:
+        logger.info("reloaded: %s", ", ".join(f"{model.model} {model.checkpoint}" for model in served))
+
+
+def curl_example(base_url: str, settings: ServiceSettings) -> str:
+    """A request that the first model answers with 200 (the judge knows only its own world's prompts)."""
+    prompt = next(distinct_prompts(Random(0))) if settings.models[0].embedded_judge else "Name a colour."
     body = json.dumps({"inputs": [{"prompt": prompt, "completions": ["Blue.", "Seven."]}]}).replace("'", r"\u0027")
     key = f' -H "authorization: Bearer ${KEY_VARIABLE}"' if settings.api_keys else ""
     return f"  curl -s {base_url}{SCORE_PATH}{key} -H 'content-type: application/json' -d '{body}'"

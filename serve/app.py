@@ -1,35 +1,73 @@
-"""The Serve application: HTTP routes in front of the scorer's replicas.
+"""The Serve application: the HTTP side in front of the replicas of every model.
 
-    proxy ─HTTP─► ScoringRoutes ─handle─► ScorerReplica × num_replicas
+    proxy ─HTTP─► FrontReplica ─handles─► ScorerReplica × num_replicas, for each model
 
-`serve.app:build` is the import path for `serve run`, `serve deploy` (reward_model.yaml) and KubeRay.
+`serve.app:build` is the import path for `serve run`, `serve deploy` (reward_model.yaml) and KubeRay. `python -m serve` has the same front in its
+own process instead, and no proxy.
 """
 
+import hashlib
+import time
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rm_robust.errors import ConfigError
-from serve.deployment import ScorerReplica
-from serve.keys import KEYS_VARIABLE, keys_from_environment
-from serve.routes import ScoringRoutes
-from serve.settings import ScoringAppSettings
+from rm_robust.scoring import ScoreReply, ScoreRequest
+from serve.deployment import ScorerReplica, WhatToLoad, scorer_options
+from serve.front import Front
+from serve.keys import KEYS_VARIABLE, Guard, keys_from_environment
+from serve.routes import score_reply, scoring_api
+from serve.scorer import Refusal
+from serve.settings import ModelSettings, ServiceSettings
 
-QUEUE_FULL = BackpressureConfig(status_code=429, retry_after_s=1)
-NUM_REQUESTS_BEING_REFUSED = 1000
-"""Room in the routes beyond the scorer's own limits, so that they, and not Serve's proxy, answer a burst's overflow with our error body."""
+FRONT_BEYOND_LIMITS = 1000
+"""Room beyond the queues' own limits, so that the front, and not Serve's proxy, refuses a burst's overflow with our error body."""
+ANY_CHECKPOINT = Path("the one of user_config")
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Serve logs a line per request and a dozen per deployment otherwise."""
 SHARED_OPTIONS: dict[str, Any] = {
-    "backpressure_config": QUEUE_FULL,
     "max_constructor_retry_count": 2,  # a checkpoint that does not load will not load the twentieth time (Serve's default)
     "graceful_shutdown_wait_loop_s": 0.5,
     "logging_config": QUIET,
 }
+
+
+def front_api() -> ASGIApp:
+    """What Serve hands HTTP requests to: the ASGI side of the FrontReplica in this process, which is made after this."""
+
+    async def api(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # there is nothing to do then, and Serve sends it before there is a FrontReplica
+            for step in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{step}.complete"})
+            return
+        await serve.get_replica_context().servable_object.api(scope, receive, send)  # type: ignore[attr-defined]
+
+    return api
+
+
+@serve.ingress(front_api)
+class FrontReplica:
+    """Holds no model: it answers while replicas work. In the same cluster, `handle.score.remote(ScoreRequest)` does without HTTP."""
+
+    def __init__(self, settings: ServiceSettings, handles: "dict[str, DeploymentHandle[Any]]") -> None:
+        self._front = Front(settings, handles)
+        self.api: ASGIApp = scoring_api(self._front, Guard(settings.api_keys))
+
+    async def reconfigure(self, _: dict[str, int]) -> None:
+        """Called before the first request."""
+        await self._front.start()
+
+    async def score(self, request: ScoreRequest) -> ScoreReply | Refusal:
+        outcome = await self._front.score(request, request.model)
+        return outcome if isinstance(outcome, Refusal) else score_reply(request, outcome)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -38,39 +76,57 @@ def build(args: dict[str, Any]) -> Application:
     Raises ConfigError naming each wrong field (and repeating no value: one may be a key).
     """
     try:
-        settings = ScoringAppSettings.model_validate(args)
+        settings = ServiceSettings.model_validate(args)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, p['loc'])) or 'args'}: {p['msg']}" for p in error.errors(include_url=False)]
         raise ConfigError("The scoring application's args are not valid:\n  " + "\n  ".join(problems)) from None
     if not settings.api_keys and not settings.insecure_no_auth:
         settings = settings.model_copy(update={"api_keys": keys_from_environment()})
-    return build_scoring_app(settings)
+    return service_app(settings)
 
 
-def build_scoring_app(settings: ScoringAppSettings) -> Application:
-    """One scorer behind its routes. The routes only parse and pass on, so they ask for no CPU of their own.
+def service_app(settings: ServiceSettings) -> Application:
+    """Every model behind one front. The front asks for no CPU of its own.
 
     Raises ConfigError for settings without keys that do not say insecure_no_auth.
     """
-    if not settings.api_keys and not settings.insecure_no_auth:
-        raise ConfigError(
-            f"The scorer {settings.model_name!r} has no keys. Make one with `python -m serve.keys NAME` and name the file of its line, set api_keys, or "
-            f"{KEYS_VARIABLE}; or set insecure_no_auth, which answers clients on the same machine only."
-        )
-    scorer = serve.deployment(
-        name="scorer",
-        num_replicas=settings.num_replicas,
-        max_ongoing_requests=settings.max_ongoing_requests,
-        max_queued_requests=settings.max_queued_requests,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "resources": settings.resources},
-        **SHARED_OPTIONS,
-    )(ScorerReplica)
-    num_accepted = settings.num_replicas * settings.max_ongoing_requests + settings.max_queued_requests
-    routes = serve.deployment(
-        name="routes",
-        max_ongoing_requests=num_accepted + NUM_REQUESTS_BEING_REFUSED,
-        max_queued_requests=num_accepted + NUM_REQUESTS_BEING_REFUSED,
+    refuse_no_keys(settings)
+    num_accepted = settings.limits.max_queued_requests * len(settings.models) + FRONT_BEYOND_LIMITS
+    front = serve.deployment(
+        name="front",
+        num_replicas=settings.num_fronts,
+        max_ongoing_requests=num_accepted,
+        user_config={"version": 0},
         ray_actor_options={"num_cpus": 0},
         **SHARED_OPTIONS,
-    )(ScoringRoutes)
-    return routes.bind(scorer.bind(settings), settings)
+    )(FrontReplica)
+    # The front knows a model by its settings, but a change of checkpoint alone must leave the front as it is: it learns of that from the replicas.
+    known = settings.model_copy(update={"models": tuple(without_checkpoint(model) for model in settings.models)})
+    return front.bind(known, {model.model_name: scorer_app(model, settings) for model in settings.models})
+
+
+def scorer_app(model: ModelSettings, settings: ServiceSettings) -> Application:
+    """One model's replicas. Deploying it again with another checkpoint, and no other change, swaps the checkpoint in the replicas that are there."""
+    checkpoint_dir = None if model.checkpoint_dir is None else str(model.checkpoint_dir)
+    what = WhatToLoad(checkpoint_dir=checkpoint_dir, generation=time.time_ns())
+    known, timeout_s = without_checkpoint(model), settings.limits.batch_timeout_s
+    deployment = serve.deployment(name=scorer_name(model), user_config=dict(what), **scorer_options(model), **SHARED_OPTIONS)(ScorerReplica)
+    version = hashlib.sha256(f"{known.model_dump_json()} {timeout_s}".encode()).hexdigest()  # without one, every deployment is a new one to Serve
+    return deployment.options(_internal=True, version=version).bind(known, timeout_s)
+
+
+def without_checkpoint(model: ModelSettings) -> ModelSettings:
+    """The same for every checkpoint of the model, so that Serve sees no change."""
+    return model if model.checkpoint_dir is None else model.model_copy(update={"checkpoint_dir": ANY_CHECKPOINT})
+
+
+def scorer_name(model: ModelSettings) -> str:
+    return f"scorer_{model.model_name}"
+
+
+def refuse_no_keys(settings: ServiceSettings) -> None:
+    if not settings.api_keys and not settings.insecure_no_auth:
+        raise ConfigError(
+            f"The service of {settings.models[0].model_name!r} has no keys. Make one with `python -m serve.keys NAME` and name the file of its line, set "
+            f"api_keys, or {KEYS_VARIABLE}; or set insecure_no_auth, which answers clients on the same machine only."
+        )

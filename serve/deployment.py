@@ -1,57 +1,113 @@
-"""One scorer in one Serve replica: requests gather into batches, and one thread works through them beside the event loop."""
+"""One model in one Serve replica: one thread computes batches beside the event loop, another loads the checkpoint that replaces the first."""
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypedDict
 
 from ray import serve
 
-from rm_robust.scoring import ScoreRequest
-from serve.scorer import DialectRequest, Outcome, Scorer, ServedModel
-from serve.settings import ScoringAppSettings
+from rm_robust.errors import RmRobustError
+from serve.scorer import Batch, BatchScorer, BatchScores, OtherGeneration, ServedModel
+from serve.settings import ModelSettings
 
-STUCK_AFTER_S = 300.0
-"""A batch that takes longer hangs (a driver or kernel that never returns): the health check fails and Serve replaces the replica."""
+logger = logging.getLogger(__name__)
+
+
+class WhatToLoad(TypedDict):
+    """Serve's `user_config`: a deployment that changes nothing else reconfigures the replicas that are there."""
+
+    checkpoint_dir: str | None
+    generation: int
 
 
 class ScorerReplica:
-    """`handle.score.remote(ScoreRequest or DialectRequest)` gives Scored or Refusal; whole requests are batched, never split."""
+    """`handle.score.remote(Batch)` gives BatchScores, or OtherGeneration for a batch that was prepared for another checkpoint."""
 
-    def __init__(self, settings: ScoringAppSettings) -> None:
-        self._scorer = load_scorer(settings)
+    def __init__(self, settings: ModelSettings, batch_timeout_s: float) -> None:
+        self._settings, self._batch_timeout_s = settings, batch_timeout_s
+        self._id = serve.get_replica_context().replica_tag
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")
+        self._scorer: BatchScorer | None = None
+        self._reload_error: str | None = None
         self._batch_started_s: float | None = None
-        self.score.set_max_batch_size(settings.max_batch_size)  # type: ignore[attr-defined]  # serve.batch adds both setters
-        self.score.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
 
-    @serve.batch
-    async def score(self, requests: list[ScoreRequest | DialectRequest]) -> list[Outcome]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._score_batch, requests)
+    async def reconfigure(self, what: WhatToLoad) -> None:
+        """Load a checkpoint while the one before goes on scoring. One that cannot be loaded leaves that in place; without one, it is fatal.
+
+        Raises CheckpointError for the first checkpoint.
+        """
+        try:
+            loaded = await asyncio.to_thread(load_scorer, self._settings, what)
+        except RmRobustError as error:
+            if self._scorer is None:
+                raise
+            logger.error("the checkpoint %s is not served: %s", what["checkpoint_dir"], error)
+            self._reload_error = str(error)
+            return
+        self._scorer, self._reload_error = loaded, None
+
+    async def score(self, batch: Batch) -> BatchScores | OtherGeneration:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._score, batch)
 
     async def describe(self) -> ServedModel:
-        """Beside the batches, but within the same queue limits: a full replica does not answer."""
-        return self._scorer.describe()
+        assert self._scorer is not None, "Serve reconfigures a replica before its first call"
+        served = self._scorer.served
+        return served if self._reload_error is None else ServedModel(**{**served.__dict__, "reload_error": self._reload_error})
 
     def check_health(self) -> None:
         """Serve calls it every few seconds; raising replaces the replica."""
         started_s = self._batch_started_s
-        if started_s is not None and time.monotonic() - started_s > STUCK_AFTER_S:
-            raise RuntimeError(f"a batch has been running for more than {STUCK_AFTER_S:.0f} s")
+        if started_s is not None and time.monotonic() - started_s > self._batch_timeout_s:
+            raise RuntimeError(f"a batch has been running for more than {self._batch_timeout_s:g} s")
 
-    def _score_batch(self, requests: list[ScoreRequest | DialectRequest]) -> list[Outcome]:
+    def _score(self, batch: Batch) -> BatchScores | OtherGeneration:
+        assert self._scorer is not None
+        scorer = self._scorer  # the one of this whole batch
+        if scorer.served.generation != batch.generation:
+            return OtherGeneration(scorer.served)
         self._batch_started_s = time.monotonic()
         try:
-            return self._scorer.score_requests(requests)
+            return BatchScores(self._id, scorer.score(batch.contents))
         finally:
             self._batch_started_s = None
 
 
-def load_scorer(settings: ScoringAppSettings) -> Scorer:
-    """The scorer that the settings name; imported here so that a judge's replica never loads torch models."""
-    if settings.checkpoint_dir is None:
-        from serve.judge_scorer import EmbeddedJudgeScorer
+def load_scorer(settings: ModelSettings, what: WhatToLoad) -> BatchScorer:
+    """The model that the settings name; imported here so that a judge's replica never loads torch models."""
+    if what["checkpoint_dir"] is None:
+        from serve.judge_scorer import JudgeScorer
 
-        return EmbeddedJudgeScorer(settings)
+        return JudgeScorer(settings, what["generation"])
     from serve.checkpoint_scorer import CheckpointScorer
 
-    return CheckpointScorer(settings, settings.checkpoint_dir)
+    return CheckpointScorer(settings, Path(what["checkpoint_dir"]), what["generation"])
+
+
+def scorer_options(settings: ModelSettings) -> dict[str, Any]:
+    """Serve's options for the model's replicas. A front sends batches: two per replica keep it busy, and more than that are load to scale by."""
+    scaling: dict[str, Any] = {"num_replicas": settings.num_replicas}
+    if settings.max_replicas is not None:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": settings.num_replicas,
+                "max_replicas": settings.max_replicas,
+                "target_ongoing_requests": NUM_BATCHES_PER_REPLICA,
+                "upscale_delay_s": settings.upscale_delay_s,
+                "downscale_delay_s": settings.downscale_delay_s,
+                "look_back_period_s": max(LOOK_BACK_AT_LEAST_S, min(settings.upscale_delay_s, LOOK_BACK_AT_MOST_S)),
+            }
+        }
+    return scaling | {
+        "max_ongoing_requests": NUM_BATCHES_PER_REPLICA + 1,  # and somebody who asks what is loaded
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 10.0,
+        "ray_actor_options": {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "resources": settings.resources},
+    }
+
+
+NUM_BATCHES_PER_REPLICA = 2
+"""One is computed, and one waits."""
+LOOK_BACK_AT_LEAST_S, LOOK_BACK_AT_MOST_S = 2.0, 30.0

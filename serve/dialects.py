@@ -37,8 +37,12 @@ class DialectBody(Protocol):
     def squashes(self) -> bool:
         """The reply holds sigmoids of the scores, because this dialect's client asked for that or did not say no."""
 
-    def parts(self, model_name: str) -> list[Part] | Refusal:
-        """What to score, in order; a Refusal for another model than the served one."""
+    @property
+    def wanted_model(self) -> str | None:
+        """The model that the body names, if it can."""
+
+    def parts(self) -> list[Part]:
+        """What to score, in order."""
 
     def reply(self, scored: Scored) -> Any:
         """The JSON of the 200 reply."""
@@ -58,8 +62,9 @@ class OpenRlhfBody(BaseModel):
     labels: list[Any] | None = None
 
     squashes: ClassVar[bool] = False
+    wanted_model: ClassVar[None] = None
 
-    def parts(self, model_name: str) -> list[Part]:
+    def parts(self) -> list[Part]:
         return [rendered(text, f"query[{index}]") for index, text in enumerate(self.query)]
 
     def reply(self, scored: Scored) -> dict[str, Any]:
@@ -116,9 +121,11 @@ class VllmBody(BaseModel):
     def squashes(self) -> bool:
         return self.use_activation is True
 
-    def parts(self, model_name: str) -> list[Part] | Refusal:
-        if self.model not in (None, model_name):
-            return Refusal(404, "model_not_found", f"model: this scorer serves {model_name!r} only.")
+    @property
+    def wanted_model(self) -> str | None:
+        return self.model
+
+    def parts(self) -> list[Part]:
         if self.messages is not None:
             item = ScoreInput(prompt=self.messages[:-1], completions=[self.messages[-1]["content"]])
             return [Part(item, "messages", f"messages[{len(self.messages) - 1}]")]
@@ -169,11 +176,13 @@ class TeiPredictBody(BaseModel):
                 raise ValueError("a string, a pair [string, string], or a batch [[string], [string, string], ...]")
         return value
 
+    wanted_model: ClassVar[None] = None
+
     @property
     def squashes(self) -> bool:
         return not self.raw_scores
 
-    def parts(self, model_name: str) -> list[Part]:
+    def parts(self) -> list[Part]:
         is_batch = isinstance(self.inputs, list) and isinstance(self.inputs[0], list)
         return [pair_or_rendered(sequence, f"inputs[{index}]" if is_batch else "inputs") for index, sequence in enumerate(sequences_of(self.inputs))]
 
@@ -198,11 +207,13 @@ class TeiRerankBody(BaseModel):
     raw_scores: bool = False
     return_text: bool = False
 
+    wanted_model: ClassVar[None] = None
+
     @property
     def squashes(self) -> bool:
         return not self.raw_scores
 
-    def parts(self, model_name: str) -> list[Part]:
+    def parts(self) -> list[Part]:
         return [Part(ScoreInput(prompt=self.query, completions=self.texts), "query", "texts[{}]")]
 
     def reply(self, scored: Scored) -> list[dict[str, Any]]:

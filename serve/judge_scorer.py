@@ -1,4 +1,4 @@
-"""Scores requests with the embedded world's gold judge."""
+"""The embedded world's gold judge, both halves: what it cannot judge is refused in the front, the rest is scored by replicas."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,37 +7,49 @@ from pathlib import Path
 from rm_robust import embedded_world
 from rm_robust.embedded_world.gold_judge import gold_score
 from rm_robust.errors import DataError, RmRobustError
-from rm_robust.records import Message
-from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult
-from serve.scorer import DialectRequest, Outcome, Scored, ServedModel, invalid_request, parts_of
-from serve.settings import ScoringAppSettings
+from rm_robust.records import Message, TokenGroup
+from rm_robust.scoring import ScoreInput, TokenCounts
+from serve.scorer import Prepared, Refusal, Request, ServedModel, WorkItem, invalid_request, parts_of
+from serve.settings import ModelSettings
+
+CHARACTERS_PER_TOKEN = 4
+"""The judge makes no tokens; batches and queues count its text as if."""
 
 
-class EmbeddedJudgeScorer:
-    """A Scorer on `gold_score`: single-turn prompts of the embedded world only; any other prompt is refused with 422."""
+class JudgePreparer:
+    """A Preparer: single-turn prompts of the embedded world only; any other prompt is refused with 422."""
 
-    def __init__(self, settings: ScoringAppSettings) -> None:
-        checkpoint_id = source_sha256(Path(embedded_world.__path__[0]))
-        self._served = ServedModel(settings.model_name, checkpoint_id, template=None, max_length_tokens=None)
-
-    def describe(self) -> ServedModel:
-        return self._served
-
-    def score_requests(self, requests: Sequence[ScoreRequest | DialectRequest]) -> list[Outcome]:
-        return [self._score(request) for request in requests]
-
-    def _score(self, request: ScoreRequest | DialectRequest) -> Outcome:
-        results = []
+    def prepare(self, request: Request) -> Prepared | Refusal:
+        items = []
         for part in parts_of(request):
             item = part.content
             if not isinstance(item, ScoreInput):
                 return invalid_request(part.prompt_field, "The embedded judge has no chat template, so it takes no rendered conversation; use messages.")
             try:
                 prompt = single_turn_text(item.prompt)
-                results.append(ScoreResult(scores=[gold_score(prompt, completion) for completion in item.completions]))
+                gold_score(prompt, "")
             except RmRobustError as error:
                 return invalid_request(part.prompt_field, error)
-        return Scored(self._served, results)
+            num_tokens = [1 + len(text) // CHARACTERS_PER_TOKEN for text in (prompt, *item.completions)]
+            items.append(WorkItem(ScoreInput(prompt=prompt, completions=item.completions), hash(prompt), num_tokens[0], sum(num_tokens[1:])))
+        counts: list[TokenCounts | None] = [None] * len(items)
+        return Prepared(items, counts)
+
+
+class JudgeScorer:
+    """A BatchScorer on `gold_score`."""
+
+    def __init__(self, settings: ModelSettings, generation: int) -> None:
+        checkpoint_id = source_sha256(Path(embedded_world.__path__[0]))
+        self.served = ServedModel(settings.model_name, checkpoint_id, template=None, max_length_tokens=None, generation=generation)
+
+    def score(self, contents: Sequence[TokenGroup | ScoreInput]) -> list[list[float] | str]:
+        results: list[list[float] | str] = []
+        for item in contents:
+            assert isinstance(item, ScoreInput), "the judge scores text"
+            assert isinstance(item.prompt, str), "JudgePreparer makes the prompt one text"
+            results.append([gold_score(item.prompt, completion) for completion in item.completions])
+        return results
 
 
 def single_turn_text(prompt: str | list[Message]) -> str:

@@ -29,12 +29,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ray import serve
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rm_robust.errors import ConfigError
 from rm_robust.scoring import ErrorDetail, ErrorReply
+from serve.pages import PAGES, page_response
+from serve.request_id import ERROR_HEADER
 
 KEYS_VARIABLE = "RM_ROBUST_API_KEYS"
 OPEN_PATHS = ("/healthz", "/readyz")
@@ -61,6 +62,9 @@ class RateLimit:
     def __init__(self, requests_per_minute: int) -> None:
         self._admitted_s: deque[float] = deque(maxlen=requests_per_minute)
 
+    def allows_as_much_as(self, other: "RateLimit") -> bool:
+        return self._admitted_s.maxlen == other._admitted_s.maxlen
+
     def wait_s(self, now_s: float) -> float:
         """0.0 when the request of now is admitted, and counted; otherwise the seconds until one would be."""
         full = len(self._admitted_s) == self._admitted_s.maxlen
@@ -74,8 +78,14 @@ class Guard:
     """Who may pass: the holders of `keys`, or, with none, whoever is on this machine."""
 
     def __init__(self, keys: Sequence[ApiKey]) -> None:
+        self._limits: dict[str, RateLimit] = {}
+        self.replace_keys(keys)
+
+    def replace_keys(self, keys: Sequence[ApiKey]) -> None:
+        """Accept these keys, and no others, from the next request on. A limit that stays remembers what it has admitted."""
+        limits = {key.name: RateLimit(key.requests_per_minute) for key in keys if key.requests_per_minute is not None}
+        self._limits = {name: self._limits[name] if name in self._limits and self._limits[name].allows_as_much_as(new) else new for name, new in limits.items()}
         self._keys = keys
-        self._limits = {key.name: RateLimit(key.requests_per_minute) for key in keys if key.requests_per_minute is not None}
 
     def refusal(self, scope: Scope, now_s: float) -> Response | None:
         """The reply for an HTTP request that may not pass, None for one that may."""
@@ -92,16 +102,18 @@ class Guard:
 
 
 class RequireKey:
-    """ASGI middleware in front of every route, unknown ones too. The guard is the ingress object's, which knows the settings."""
+    """ASGI middleware in front of every route, unknown ones too. A browser without a key gets the page, which asks for one, with status 401."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app, self._guard = app, guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].removeprefix(scope["root_path"]) not in OPEN_PATHS:
-            guard: Guard = serve.get_replica_context().servable_object.guard  # type: ignore[attr-defined]
-            refusal = guard.refusal(scope, time.monotonic())
+        path = scope["path"].removeprefix(scope["root_path"]) if scope["type"] == "http" else None
+        if path is not None and path not in OPEN_PATHS:
+            refusal = self._guard.refusal(scope, time.monotonic())
             if refusal is not None:
+                if refusal.status_code == 401 and scope["method"] == "GET" and path in PAGES:
+                    refusal = page_response(PAGES[path], status=401)
                 await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -125,7 +137,7 @@ def unauthorised(message: str) -> Response:
 
 def error_reply(status: int, error_type: str, message: str, headers: dict[str, str]) -> Response:
     body = ErrorReply(error=ErrorDetail(type=error_type, message=message))
-    return Response(body.model_dump_json(), status_code=status, headers=headers, media_type="application/json")
+    return Response(body.model_dump_json(), status_code=status, headers={ERROR_HEADER: error_type, **headers}, media_type="application/json")
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:

@@ -1,11 +1,12 @@
-"""Starts Serve and deploys scorers on it, waiting until they answer.
+"""Starts Serve and deploys models on it, waiting until they answer.
 
-On loopback, unless the scorers have keys: Ray's own token does not guard Serve's port. One proxy, on the head node, where the driver of a
-job runs; work on other nodes calls the scorer's handle instead.
+Two ways in. `deploy_service` is a whole service below a route prefix of Serve's own proxy, which the pipeline and clusters use. `deploy_models`
+is the replicas alone, for `python -m serve`, whose front has an HTTP server of its own: Serve's Python proxy costs 11 ms of CPU per request, and
+its HAProxy (`RAY_SERVE_ENABLE_HA_PROXY=1`) binds 0.0.0.0 on the replicas' own HTTP ports and the fixed ports 9101 and 8404, whatever host is given,
+and shows every client as one of this machine. On a cluster whose ports are closed to others it is the faster ingress, and the same application
+runs behind it.
 
-HAProxy (`RAY_SERVE_ENABLE_HA_PROXY=1` in the environment of the process that first starts Serve) replaces the Python proxy and costs far
-less CPU per request, but it binds 0.0.0.0 whatever host is given, and so do the replicas' own HTTP ports: it is not used. It
-also takes the fixed ports 9101 and 8404 and one temp folder per machine unless RAY_SERVE_HAPROXY_* say otherwise.
+On loopback, unless there are keys: Ray's own token does not guard Serve's port.
 """
 
 import logging
@@ -15,14 +16,15 @@ import time
 import httpx
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client  # the one way to ask a running Serve for its host and port
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.errors import ConfigError
-from serve.app import QUIET, build_scoring_app
-from serve.settings import ScoringAppSettings
+from serve.app import QUIET, refuse_no_keys, scorer_app, service_app
+from serve.settings import ModelSettings, ServiceSettings
 
 logger = logging.getLogger(__name__)
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost")
@@ -46,44 +48,82 @@ def start_serve(host: str, port: int) -> str:
     return f"http://{running.host}:{running.port}"
 
 
-def deploy_scorer(settings: ScoringAppSettings, app_name: str, route_prefix: str, *, deadline_s: float = 180.0) -> str:
-    """Deploy (or replace) one scorer after start_serve; returns its base URL once `/healthz` answers and every replica is up.
+def start_serve_without_http() -> None:
+    """For a front that has an HTTP server of its own."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
 
-    Raises CheckpointError before anything is deployed when the directory is no intact reward model, ConfigError for a scorer without keys on
+
+def deploy_service(settings: ServiceSettings, app_name: str, route_prefix: str, *, deadline_s: float = 180.0) -> str:
+    """Deploy (or replace) one service after start_serve; returns its base URL once `/healthz` answers and every replica is up.
+
+    Raises CheckpointError before anything is deployed when a directory is no intact reward model, ConfigError for a service without keys on
     an open host, and with Serve's reasons when the deployment fails or is not up after `deadline_s` (it is left as it is, to be looked at or
     deleted).
     """
-    if settings.checkpoint_dir is not None:
-        checkpoint_dir = settings.checkpoint_dir.absolute()
-        verify_checkpoint(checkpoint_dir, "reward_model")  # the replica does too; here its error keeps its class and costs no deployment
-        settings = settings.model_copy(update={"checkpoint_dir": checkpoint_dir})
+    settings = with_verified_checkpoints(settings)
     running = running_http_options()
-    assert running is not None, "start_serve comes before deploy_scorer"
+    assert running is not None, "start_serve comes before deploy_service"
     refuse_open_host(running.host or "", settings)
     base_url = f"http://{running.host}:{running.port}{route_prefix.rstrip('/')}"
-    target = serve.RunTarget(build_scoring_app(settings), name=app_name, route_prefix=route_prefix)
     started_s = time.monotonic()
-    serve.run_many([target], wait_for_applications_running=False)
-    while not is_up(app_name, base_url):
-        if time.monotonic() - started_s > deadline_s:
-            raise ConfigError(f"The scorer {app_name!r} is not up after {deadline_s:.0f} s: {why_not_up(app_name)}")
-        time.sleep(POLL_EVERY_S)
-    logger.info("scorer %s serves %s at %s after %.1f s", app_name, settings.model_name, base_url, time.monotonic() - started_s)
+    serve.run_many([serve.RunTarget(service_app(settings), name=app_name, route_prefix=route_prefix)], wait_for_applications_running=False)
+    wait_until_up([app_name], deadline_s=deadline_s, base_url=base_url)
+    names = ", ".join(model.model_name for model in settings.models)
+    logger.info("service %s serves %s at %s after %.1f s", app_name, names, base_url, time.monotonic() - started_s)
     return base_url
 
 
-def delete_scorer(app_name: str) -> None:
-    """Take one scorer down, after the requests it is working on. Others stay."""
+def deploy_models(settings: ServiceSettings, *, deadline_s: float = 180.0) -> "dict[str, DeploymentHandle[object]]":
+    """Deploy the replicas of every model, each an application of its own without HTTP; returns their handles once all are up.
+
+    Called again, it swaps what has changed; a change of checkpoint alone is a swap in place. Raises as deploy_service.
+    """
+    refuse_no_keys(settings)
+    settings = with_verified_checkpoints(settings)
+    targets = [serve.RunTarget(scorer_app(model, settings), name=model.model_name, route_prefix=None) for model in settings.models]
+    serve.run_many(targets, wait_for_applications_running=False)
+    wait_until_up([model.model_name for model in settings.models], deadline_s=deadline_s)
+    return {model.model_name: serve.get_app_handle(model.model_name) for model in settings.models}
+
+
+def delete_service(app_name: str) -> None:
+    """Take one service down, after the requests it is working on. Others stay."""
     serve.delete(app_name)
 
 
-def is_up(app_name: str, base_url: str) -> bool:
-    """Every replica is up and the proxy routes to them. Raises ConfigError when the deployment has failed for good."""
+def with_verified_checkpoints(settings: ServiceSettings) -> ServiceSettings:
+    """With absolute paths. The replicas verify too; here an error keeps its class and costs no deployment."""
+
+    def verified(model: ModelSettings) -> ModelSettings:
+        if model.checkpoint_dir is None:
+            return model
+        checkpoint_dir = model.checkpoint_dir.resolve()
+        verify_checkpoint(checkpoint_dir, "reward_model")
+        return model.model_copy(update={"checkpoint_dir": checkpoint_dir})
+
+    return settings.model_copy(update={"models": tuple(verified(model) for model in settings.models)})
+
+
+def wait_until_up(app_names: list[str], *, deadline_s: float, base_url: str | None = None) -> None:
+    """Until every replica is up and, with a URL, the proxy routes to them. Raises ConfigError with Serve's reasons."""
+    started_s = time.monotonic()
+    while not all(is_up(app_name, base_url) for app_name in app_names):
+        if time.monotonic() - started_s > deadline_s:
+            late = next(app_name for app_name in app_names if not is_up(app_name, base_url))
+            raise ConfigError(f"The service {late!r} is not up after {deadline_s:.0f} s: {why_not_up(late)}")
+        time.sleep(POLL_EVERY_S)
+
+
+def is_up(app_name: str, base_url: str | None) -> bool:
+    """Raises ConfigError when the deployment has failed for good."""
     status = serve.status().applications[app_name].status
     if status == ApplicationStatus.DEPLOY_FAILED:
-        raise ConfigError(f"The scorer {app_name!r} could not be started: {why_not_up(app_name)}")
+        raise ConfigError(f"The service {app_name!r} could not be started: {why_not_up(app_name)}")
     if status != ApplicationStatus.RUNNING:
         return False
+    if base_url is None:
+        return True
     try:
         return httpx.get(f"{base_url}/healthz", timeout=5, trust_env=False).status_code == 200
     except httpx.TransportError:
@@ -103,10 +143,10 @@ def running_http_options() -> HTTPOptions | None:
     return None if client is None else client.http_config
 
 
-def refuse_open_host(host: str, settings: ScoringAppSettings) -> None:
-    """Raise ConfigError for a scorer without keys on a host that others can reach."""
+def refuse_open_host(host: str, settings: ServiceSettings) -> None:
+    """Raise ConfigError for a service without keys on a host that others can reach."""
     if host not in LOOPBACK_HOSTS and not settings.api_keys:
-        raise ConfigError(f"A scorer without keys listens on loopback only: host is {host!r}, use '127.0.0.1', or give it keys.")
+        raise ConfigError(f"A service without keys listens on loopback only: host is {host!r}, use '127.0.0.1', or give it keys.")
 
 
 def free_port(host: str) -> int:

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 from starlette.responses import Response
 
 PageName = Literal["page", "docs"]
+PAGES: dict[str, PageName] = {"/": "page", "/docs": "docs"}
+"""Their paths."""
 
 
 def content_security_policy(html: str) -> str:

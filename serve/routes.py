@@ -1,10 +1,14 @@
-"""The HTTP side: checks bodies, passes requests to the scorer's handle, and gives every failure the same JSON shape.
+"""The HTTP side: reads bodies within their limits, passes requests to the front, and gives every failure the same JSON shape.
 
 Every path but the last two: 401 without a key · 429 beyond the key's own limit (keys.py)
-POST /v1/score   200 scores · 413 too long · 422 wrong body · 429 queue full (Retry-After) · 500 scoring failed · 503 no replica
+POST /v1/score   200 scores · 404 unknown model · 413 too long, too many, too large · 422 wrong body · 429 queue full (Retry-After)
+                 500 scoring failed · 504 no scores in time
 POST /get_reward, /classify, /pooling, /predict, /rerank   the same scores and statuses, in other servers' JSON (dialects.py)
-GET  /v1/models  200 what is served · 429 · 500 · 503 as above
-GET  /readyz     200: a replica of the scorer answers and has room · 503
+GET  /v1/models  200 what is served · 503 no replica answers
+GET  /metrics    200 Prometheus' text format
+GET  /, /docs    200 pages for people; both work without internet
+GET  /openapi.json
+GET  /readyz     200: every model has a replica that answers, and room · 503
 GET  /healthz    200: this process answers
 """
 
@@ -15,43 +19,45 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
-from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
-from rm_robust.scoring import SCORE_PATH, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest
+from rm_robust.scoring import SCORE_PATH, Calibration, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest
 from serve.dialects import ClassifyBody, DialectBody, OpenRlhfBody, PoolingBody, TeiPredictBody, TeiRerankBody
+from serve.front import NO_ANSWER, Front
 from serve.keys import Guard, RequireKey, error_reply
-from serve.scorer import DialectRequest, Outcome, Refusal, ServedModel
-from serve.settings import ScoringAppSettings
+from serve.metrics import CountRequests
+from serve.pages import PAGES, page_response
+from serve.request_id import ERROR_HEADER, AddRequestId
+from serve.scorer import DialectRequest, Outcome, Refusal, Scored
+from serve.scorer import Request as ScoringRequest
 
 logger = logging.getLogger(__name__)
-SCORER_FAILURES = (BackPressureError, DeploymentUnavailableError, RayActorError, RayTaskError)
-"""What a call of the scorer's handle raises when no score comes back; refusal_of says what it becomes."""
-READY_WITHIN_S = 5.0
-"""A replica that takes longer to answer is not ready."""
-app = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None)
-"""Without the documentation pages: they load scripts from the internet."""
-app.add_middleware(RequireKey)
+router = APIRouter()
+Shape = Callable[[Refusal], dict[str, Any]]
 
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (401, 413, 422, 429, 500, 503)}
-
-DIALECT_ERRORS: dict[int | str, dict[str, Any]] = {status: {"description": HTTPStatus(status).phrase} for status in (401, 404, 413, 422, 429, 500, 503)}
+STATUSES = (401, 404, 413, 422, 429, 500, 503, 504)
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply, "description": HTTPStatus(status).phrase} for status in STATUSES}
+DIALECT_ERRORS: dict[int | str, dict[str, Any]] = {status: {"description": HTTPStatus(status).phrase} for status in STATUSES}
 """Their bodies have the dialect's own shape, but for a missing key (ErrorReply)."""
+CLIENT_WENT_AWAY = 499
+"""nginx's status for it; nobody reads this reply."""
 
 
 class ModelEntry(BaseModel):
-    """One served model. `template` and `max_length_tokens` are null for a scorer that makes no tokens."""
+    """One served model. `template`, `max_length_tokens` and `calibration` are null where there are none."""
 
     id: str
     checkpoint: str
     template: str | None
     max_length_tokens: int | None
+    calibration: Calibration | None
+    reload_error: str | None
+    """Why the newest deployment's checkpoint is not this one."""
 
 
 class ModelList(BaseModel):
@@ -59,6 +65,19 @@ class ModelList(BaseModel):
 
     object: str = "list"
     data: list[ModelEntry]
+
+
+def scoring_api(front: Front, guard: Guard) -> ASGIApp:
+    """The whole HTTP side of one front, as ASGI."""
+    api = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None)  # without FastAPI's own pages: they load scripts from the internet
+    api.state.front = front
+    api.include_router(router)
+    api.add_exception_handler(HTTPException, unknown_route)
+    api.add_exception_handler(ClientDisconnect, client_went_away)
+    api.add_exception_handler(Exception, internal_error)
+    routes = frozenset(route.path for route in api.routes if hasattr(route, "path"))
+    guarded = RequireKey(api, guard)
+    return AddRequestId(CountRequests(guarded, front.metrics, routes))
 
 
 def body_in_openapi(body: type[BaseModel]) -> dict[str, Any]:
@@ -79,31 +98,177 @@ def without_references(schema: Any, definitions: dict[str, Any]) -> Any:
     return {name: without_references(part, definitions) for name, part in schema.items()}
 
 
-@app.exception_handler(HTTPException)
-async def unknown_route(_: Request, error: HTTPException) -> Response:
+@router.post(SCORE_PATH, response_model=ScoreReply, responses=ERRORS, openapi_extra=body_in_openapi(ScoreRequest))
+async def score(request: Request) -> Response:
+    """Raw scores of completions, in the order of the request."""
+    # The body is parsed here, not by FastAPI: one parser, which also refuses what is not UTF-8 or nests without end, with one error shape.
+    content = await body_within_limit(request)
+    if isinstance(content, Refusal):
+        return refusal_response(content)
+    try:
+        body = ScoreRequest.model_validate_json(content)
+    except ValidationError as error:
+        return refusal_response(Refusal(422, "invalid_request", describe_invalid_body(error)))
+    outcome = await outcome_for_client(request, body, body.model)
+    if isinstance(outcome, Refusal):
+        return refusal_response(outcome)
+    return Response(score_reply(body, outcome).model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+def score_reply(request: ScoreRequest, scored: Scored) -> ScoreReply:
+    """The native reply. Fields that were not asked for are left out of its JSON."""
+    served = scored.served
+    reply = ScoreReply(model=served.model, checkpoint=served.checkpoint, template=served.template, results=scored.results)
+    if request.calibrated and served.calibration is not None:
+        mean, std = served.calibration
+        reply.calibration = Calibration(mean=mean, std=std)
+    return reply
+
+
+@router.post("/get_reward", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(OpenRlhfBody))
+async def open_rlhf(request: Request) -> Response:
+    """Raw scores of rendered conversations, as OpenRLHF's serve_rm."""
+    return await answer_dialect(request, OpenRlhfBody)
+
+
+@router.post("/classify", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(ClassifyBody))
+async def vllm_classify(request: Request) -> Response:
+    """As vLLM's /classify; raw scores unless use_activation is true."""
+    return await answer_dialect(request, ClassifyBody)
+
+
+@router.post("/pooling", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(PoolingBody))
+async def vllm_pooling(request: Request) -> Response:
+    """As vLLM's /pooling; raw scores unless use_activation is true."""
+    return await answer_dialect(request, PoolingBody)
+
+
+@router.post("/predict", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(TeiPredictBody))
+async def tei_predict(request: Request) -> Response:
+    """As text-embeddings-inference's /predict; a pair is prompt and completion."""
+    return await answer_dialect(request, TeiPredictBody)
+
+
+@router.post("/rerank", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(TeiRerankBody))
+async def tei_rerank(request: Request) -> Response:
+    """As text-embeddings-inference's /rerank; the texts are completions of the query."""
+    return await answer_dialect(request, TeiRerankBody)
+
+
+@router.get("/v1/models", response_model=ModelList, responses={status: ERRORS[status] for status in (401, 429, 503)})
+async def models(request: Request) -> Response:
+    """What is served."""
+    try:
+        served_models = await front_of(request).models()
+    except NO_ANSWER as error:
+        logger.warning("no replica: %s", error)
+        return error_reply(503, "unavailable", "A model has no replica that can answer now; try again.", {})
+    entries = [
+        ModelEntry(
+            id=served.model,
+            checkpoint=served.checkpoint,
+            template=served.template,
+            max_length_tokens=served.max_length_tokens,
+            calibration=None if served.calibration is None else Calibration(mean=served.calibration[0], std=served.calibration[1]),
+            reload_error=served.reload_error,
+        )
+        for served in served_models
+    ]
+    return Response(ModelList(data=entries).model_dump_json(), media_type="application/json")
+
+
+@router.get("/metrics", responses={401: ERRORS[401], 429: ERRORS[429]})
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    return front_of(request).metrics.text()
+
+
+@router.get("/readyz", responses={503: ERRORS[503]})
+async def readyz(request: Request) -> Response:
+    """Whether every model has a replica that answers, and room."""
+    why_not = await front_of(request).why_not_ready()
+    if why_not is not None:
+        return error_reply(503, "not_ready", why_not, {})
+    return Response('{"status":"ready"}', media_type="application/json")
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """Whether this process answers."""
+    return {"status": "alive"}
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    return page_response(PAGES["/"], status=200)
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    return page_response(PAGES["/docs"], status=200)
+
+
+async def unknown_route(_: Request, error: Exception) -> Response:
     """404 and 405 of paths below the route prefix."""
-    return error_reply(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), str(error.detail), {})
+    assert isinstance(error, HTTPException)
+    return error_reply(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), str(error.detail), dict(error.headers or {}))
+
+
+async def client_went_away(request: Request, _: Exception) -> Response:
+    front_of(request).metrics.cancelled.inc()
+    return error_reply(CLIENT_WENT_AWAY, "client_went_away", "The client closed the connection before the reply.", {})
+
+
+async def internal_error(request: Request, error: Exception) -> Response:
+    """What nobody foresaw; the traceback is in the log, under the request's id."""
+    logger.error("request %s failed", request.scope.get("request_id"), exc_info=error)
+    return error_reply(500, "internal_error", "The server failed; the reason is in its log, under this request's id.", {})
+
+
+def front_of(request: Request) -> Front:
+    front: Front = request.app.state.front
+    return front
+
+
+async def body_within_limit(request: Request) -> bytes | Refusal:
+    """The whole body; 413 as soon as it is known to be too large."""
+    limit = front_of(request).settings.limits.max_body_bytes
+    too_large = Refusal(413, "body_too_large", f"The body is larger than max_body_bytes = {limit}; send fewer inputs at a time.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        return too_large
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            return too_large
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def outcome_for_client(request: Request, body: ScoringRequest, model_name: str | None) -> Outcome:
+    """The front's outcome, while the client waits for it. Raises ClientDisconnect when it no longer does; the request has then left the queue."""
+    scoring = asyncio.ensure_future(front_of(request).score(body, model_name))
+    gone = asyncio.ensure_future(request.receive())  # after the body, the next message is that the client went away
+    try:
+        await asyncio.wait((scoring, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not scoring.done():
+            raise ClientDisconnect
+        return scoring.result()
+    finally:
+        gone.cancel()
+        scoring.cancel()
 
 
 def native_error(refusal: Refusal) -> dict[str, Any]:
     return ErrorReply(error=ErrorDetail(type=refusal.type, message=refusal.message)).model_dump()
 
 
-def refusal_response(refusal: Refusal, shape: Callable[[Refusal], dict[str, Any]] = native_error) -> Response:
-    headers = {} if refusal.retry_after_s is None else {"Retry-After": str(math.ceil(refusal.retry_after_s))}
+def refusal_response(refusal: Refusal, shape: Shape = native_error) -> Response:
+    headers = {ERROR_HEADER: refusal.type}
+    if refusal.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(refusal.retry_after_s))
     return JSONResponse(shape(refusal), status_code=refusal.status, headers=headers)
-
-
-def refusal_of(error: BackPressureError | DeploymentUnavailableError | RayActorError | RayTaskError) -> Refusal:
-    """What a call of the scorer's handle that raised becomes. Status and Retry-After of a full queue are its BackpressureConfig's."""
-    if isinstance(error, BackPressureError):
-        message = "The queue of this scorer is full; try again after Retry-After seconds."
-        return Refusal(error.status_code, "overloaded", message, error.retry_after_s or 1)
-    if isinstance(error, RayTaskError):
-        logger.error("the scorer failed", exc_info=error)
-        return Refusal(500, "internal_error", "The scorer failed; the reason is in the server's log.")
-    logger.warning("no replica: %s", error)
-    return Refusal(503, "unavailable", "The scorer has no replica that can answer now; try again.")
 
 
 def describe_invalid_body(error: ValidationError) -> str:
@@ -118,93 +283,19 @@ def describe_invalid_body(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-@serve.ingress(app)  # takes a copy of `app` and of this module as they are here: what they use must stand above
-class ScoringRoutes:
-    """Holds no model: it answers while the scorer works."""
-
-    def __init__(self, scorer: "DeploymentHandle[Any]", settings: ScoringAppSettings) -> None:
-        self._scorer = scorer
-        self._model_name = settings.model_name
-        self.guard = Guard(settings.api_keys)
-
-    @app.post(SCORE_PATH, response_model=ScoreReply, responses=ERRORS, openapi_extra=body_in_openapi(ScoreRequest))
-    async def score(self, request: Request) -> Response:
-        # The body is parsed here, not by FastAPI: one parser, which also refuses what is not UTF-8 or nests without end, with one error shape.
-        try:
-            body = ScoreRequest.model_validate_json(await request.body())
-        except ValidationError as error:
-            return refusal_response(Refusal(422, "invalid_request", describe_invalid_body(error)))
-        outcome = await self._outcome(body)
-        if isinstance(outcome, Refusal):
-            return refusal_response(outcome)
-        served = outcome.served
-        reply = ScoreReply(model=served.model, checkpoint=served.checkpoint, template=served.template, results=outcome.results)
-        return Response(reply.model_dump_json(), media_type="application/json")
-
-    @app.post("/get_reward", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(OpenRlhfBody))
-    async def open_rlhf(self, request: Request) -> Response:
-        return await self._answer(request, OpenRlhfBody)
-
-    @app.post("/classify", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(ClassifyBody))
-    async def vllm_classify(self, request: Request) -> Response:
-        return await self._answer(request, ClassifyBody)
-
-    @app.post("/pooling", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(PoolingBody))
-    async def vllm_pooling(self, request: Request) -> Response:
-        return await self._answer(request, PoolingBody)
-
-    @app.post("/predict", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(TeiPredictBody))
-    async def tei_predict(self, request: Request) -> Response:
-        return await self._answer(request, TeiPredictBody)
-
-    @app.post("/rerank", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(TeiRerankBody))
-    async def tei_rerank(self, request: Request) -> Response:
-        return await self._answer(request, TeiRerankBody)
-
-    @app.get("/v1/models", response_model=ModelList, responses={status: ERRORS[status] for status in (401, 429, 500, 503)})
-    async def models(self) -> Response:
-        try:
-            served: ServedModel = await self._scorer.describe.remote()
-        except SCORER_FAILURES as error:
-            return refusal_response(refusal_of(error))
-        entry = ModelEntry(id=served.model, checkpoint=served.checkpoint, template=served.template, max_length_tokens=served.max_length_tokens)
-        return Response(ModelList(data=[entry]).model_dump_json(), media_type="application/json")
-
-    @app.get("/readyz", responses={503: ERRORS[503]})
-    async def readyz(self) -> Response:
-        answer = self._scorer.describe.remote()
-        try:
-            await asyncio.wait_for(answer, READY_WITHIN_S)
-        except TimeoutError:
-            answer.cancel()  # type: ignore[no-untyped-call]
-            return error_reply(503, "not_ready", f"No replica of the scorer answered within {READY_WITHIN_S:.0f} s.", {})
-        except SCORER_FAILURES as error:
-            logger.info("not ready: %s", error)
-            return error_reply(503, "not_ready", "No replica of the scorer has room for a request.", {})
-        return Response('{"status":"ready"}', media_type="application/json")
-
-    @app.get("/healthz")
-    async def healthz(self) -> dict[str, str]:
-        return {"status": "alive"}
-
-    async def _answer(self, request: Request, dialect: type[OpenRlhfBody | ClassifyBody | PoolingBody | TeiPredictBody | TeiRerankBody]) -> Response:
-        """One request of a dialect, scored as every other, and its reply or failure in that dialect's JSON."""
-        try:
-            body: DialectBody = dialect.model_validate_json(await request.body())
-        except ValidationError as error:
-            return refusal_response(Refusal(422, "invalid_request", describe_invalid_body(error)), dialect.error)
-        parts = body.parts(self._model_name)
-        outcome = parts if isinstance(parts, Refusal) else await self._outcome(DialectRequest(parts))
-        if isinstance(outcome, Refusal):
-            return refusal_response(outcome, dialect.error)
-        headers = {"X-RM-Robust-Activation": "sigmoid" if body.squashes else "none", "X-RM-Robust-Checkpoint": outcome.served.checkpoint}
-        if outcome.num_cut:
-            headers["X-RM-Robust-Cut"] = str(outcome.num_cut)
-        return JSONResponse(body.reply(outcome), headers=headers)
-
-    async def _outcome(self, request: ScoreRequest | DialectRequest) -> Outcome:
-        try:
-            outcome: Outcome = await self._scorer.score.remote(request)
-        except SCORER_FAILURES as error:
-            return refusal_of(error)
-        return outcome
+async def answer_dialect(request: Request, dialect: type[OpenRlhfBody | ClassifyBody | PoolingBody | TeiPredictBody | TeiRerankBody]) -> Response:
+    """One request of a dialect, scored as every other, and its reply or failure in that dialect's JSON."""
+    content = await body_within_limit(request)
+    if isinstance(content, Refusal):
+        return refusal_response(content, dialect.error)
+    try:
+        body: DialectBody = dialect.model_validate_json(content)
+    except ValidationError as error:
+        return refusal_response(Refusal(422, "invalid_request", describe_invalid_body(error)), dialect.error)
+    outcome = await outcome_for_client(request, DialectRequest(body.parts()), body.wanted_model)
+    if isinstance(outcome, Refusal):
+        return refusal_response(outcome, dialect.error)
+    headers = {"X-RM-Robust-Activation": "sigmoid" if body.squashes else "none", "X-RM-Robust-Checkpoint": outcome.served.checkpoint}
+    if outcome.num_cut:
+        headers["X-RM-Robust-Cut"] = str(outcome.num_cut)
+    return JSONResponse(body.reply(outcome), headers=headers)

@@ -1,14 +1,16 @@
-"""What a scorer behind the HTTP contract must do. checkpoint_scorer.py and judge_scorer.py do it; deployment.py calls it.
+"""What goes between the HTTP side and a model's replicas.
 
-requests of one batch ──score_requests──► one Scored or one Refusal per request, in order
-nothing               ──describe────────► the ServedModel
+    request ──Preparer──► work items, in the front    ──Batch──► BatchScorer, in a replica ──► scores, item by item
+
+checkpoint_preparer.py with checkpoint_scorer.py, and judge_scorer.py, are the two kinds of model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult
+from rm_robust.records import TokenGroup
+from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult, TokenCounts
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,67 @@ class DialectRequest:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a replica has loaded. `template` and `max_length_tokens` are None for a scorer that makes no tokens."""
+    """What a replica has loaded. `template`, `max_length_tokens` and `calibration` are None where there are none."""
 
     model: str
     checkpoint: str
     template: str | None
     max_length_tokens: int | None
+    calibration: tuple[float, float] | None = None
+    """Mean and standard deviation of the scores on held-out pairs, from the manifest."""
+    checkpoint_dir: str | None = None
+    generation: int = 0
+    """Grows with every deployment of the model, so that of two checkpoints the newer one is known."""
+    reload_error: str | None = None
+    """Why the newest deployment's checkpoint is not this one."""
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One input as a replica takes it. Its cost is what it adds to a batch."""
+
+    content: TokenGroup | ScoreInput
+    prompt_key: int
+    """Equal for equal prompts: a batch computes them once."""
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_completion_tokens
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request's work items, in order, with the token counts of the reply."""
+
+    items: list[WorkItem]
+    counts: list[TokenCounts | None]
+    num_cut: int = 0
+    """Rendered conversations of which what follows the end of turn was left off."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items for one forward, prepared for the checkpoint of `generation`."""
+
+    generation: int
+    contents: list[TokenGroup | ScoreInput]
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Raw scores item by item; a text says why that item alone has none."""
+
+    replica: str
+    results: list[list[float] | str]
+
+
+@dataclass(frozen=True)
+class OtherGeneration:
+    """The replica has another checkpoint than the batch was prepared for, and scored nothing."""
+
+    served: ServedModel
 
 
 @dataclass(frozen=True)
@@ -46,7 +103,6 @@ class Scored:
     served: ServedModel
     results: list[ScoreResult]
     num_cut: int = 0
-    """Rendered conversations of which what follows the end of turn was left off."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +116,26 @@ class Refusal:
 
 
 Outcome = Scored | Refusal
+Request = ScoreRequest | DialectRequest
 
 
-class Scorer(Protocol):
-    """Loaded once per replica; called by one thread at a time."""
+class Preparer(Protocol):
+    """The front's half of a model. One thread at a time."""
 
-    def describe(self) -> ServedModel:
-        """What is loaded; immediate."""
-
-    def score_requests(self, requests: Sequence[ScoreRequest | DialectRequest]) -> list[Outcome]:
-        """One outcome per request, in order. A request that cannot be scored is refused alone: its batch mates get their scores."""
+    def prepare(self, request: Request) -> Prepared | Refusal:
+        """The request as work items; 422 for what the model cannot take, 413 for what is too long."""
 
 
-def parts_of(request: ScoreRequest | DialectRequest) -> list[Part]:
+class BatchScorer(Protocol):
+    """A replica's half of a model. One thread at a time."""
+
+    served: ServedModel
+
+    def score(self, contents: Sequence[TokenGroup | ScoreInput]) -> list[list[float] | str]:
+        """One entry an item, in order. An item that cannot be scored fails alone: its batch mates get their scores."""
+
+
+def parts_of(request: Request) -> list[Part]:
     if isinstance(request, DialectRequest):
         return request.parts
     return [Part(item, f"inputs[{index}].prompt", f"inputs[{index}].completions[{{}}]") for index, item in enumerate(request.inputs)]

@@ -59,9 +59,9 @@ class RewardScorer:
             max_length_tokens=max_length_tokens,
         )
 
-    def score_groups(self, groups: list[TokenGroup]) -> list[list[float]]:
+    def score_groups(self, groups: list[TokenGroup], *, max_tokens_per_batch: int = 8192) -> list[list[float]]:
         """Raw scores, one list a group, in order. Raises ScoringError for an over-long input or a non-finite score."""
-        return [scored.scores for scored in self.score_groups_with_norms(groups, max_tokens_per_batch=8192)]
+        return [scored.scores for scored in self.score_groups_with_norms(groups, max_tokens_per_batch=max_tokens_per_batch)]
 
     def score_groups_with_norms(self, groups: list[TokenGroup], *, max_tokens_per_batch: int) -> list[ScoredGroup]:
         """As score_groups, with hidden norms; batches hold at most `max_tokens_per_batch` tokens (or one group)."""

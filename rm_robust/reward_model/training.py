@@ -91,10 +91,14 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     if best is not None and best.step is not None:
         load_best(engine, layout.reward_model_state, best.step)
         num_done = best.step
+    calibration = {}
+    if held_out:
+        own = held_out_metrics(engine, packed, next(iter(held_out.values())), step_settings, device=device)
+        calibration = {key: own[key] for key in ("score_mean", "score_std")}
     weights = engine.full_state_dict()
     if engine.rank == 0:
         state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        training: dict[str, str | int | float] = {"objective": str(settings.objective), "num_steps": num_done, "seed": config.seed}
+        training: dict[str, str | int | float] = {"objective": str(settings.objective), "num_steps": num_done, "seed": config.seed, **calibration}
         commit_reward_model(layout.reward_model_checkpoint, model, state, chat, base_dir=base_dir, lora=settings.lora, training=training)
     return {"num_steps": num_done}
 
@@ -129,10 +133,11 @@ def held_out_metrics(
     engine: TrainEngine, packed: PackedRewardModel, rows: list[TokenisedGroup], settings: StepSettings, *, device: torch.device
 ) -> dict[str, float]:
     """`accuracy`: fraction of pairs of completions with different gold scores that the model orders alike (strictly); `effective_rank` of the hidden
-    states that are scored. Each rank scores its share."""
+    states that are scored; `score_mean` and `score_std` (population). Each rank scores its share."""
     own = [rows[i] for i in rank_share(list(range(len(rows))), rank=engine.rank, world_size=engine.world_size)]
     bins = micro_batches([row.tokens for row in own], packed.layout, settings.max_tokens_per_micro_batch)
     is_right: list[float] = []
+    own_scores_M: list[Tensor] = [torch.zeros(0, device=device)]
     hidden: list[Tensor] = [torch.zeros(0, device=device)]
     for number in range(largest_over_ranks(len(bins), device)):
         members = [own[i] for i in bins[number]] if number < len(bins) else rows[:1]  # an idle rank takes part in the forward pass
@@ -142,8 +147,15 @@ def held_out_metrics(
         if number < len(bins):
             scores = scored.scores_N.split([len(row.gold_scores) for row in members])
             is_right += [float(right) for row, own_scores in zip(members, scores, strict=True) for right in ordered_alike(own_scores.tolist(), row.gold_scores)]
+            own_scores_M.append(scored.scores_N.float())
             hidden.append(scored.hidden_after_final_norm_NH.flatten())
     all_right, _ = gather_rows(torch.tensor(is_right, device=device))
+    all_scores, _ = gather_rows(torch.cat(own_scores_M))
     all_hidden, _ = gather_rows(torch.cat(hidden))
     num_completions = sum(len(row.gold_scores) for row in rows)
-    return {"accuracy": float(all_right.mean()), "effective_rank": effective_rank(all_hidden.view(num_completions, -1))}
+    return {
+        "accuracy": float(all_right.mean()),
+        "effective_rank": effective_rank(all_hidden.view(num_completions, -1)),
+        "score_mean": float(all_scores.mean()),
+        "score_std": float(all_scores.std(correction=0)),
+    }

@@ -26,7 +26,7 @@ from rm_robust.rloo.advantages import leave_one_out_advantages, rewards_of
 from rm_robust.rloo.rollout import RolloutScores, check_completions, generation_requests, prompts_of_step, split_evenly
 from rm_robust.rloo.step_metrics import rollout_metrics
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import RewardClient, ScoreInput
+from rm_robust.scoring import ScoreInput, Scorer
 from rm_robust.token_files import TokenisedGroup, read_token_groups
 from rm_robust.tracking import MetricsWriter, log_step, write_text_atomic
 
@@ -35,25 +35,16 @@ logger = logging.getLogger(__name__)
 LOGGED = ("rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "rloo/completion_tokens_mean", "time/step_s")
 
 
-def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy_url: str, gold_url: str, api_key: str) -> dict[str, Any]:
-    """Train the policy to checkpoints/policy, resuming from the last committed state.
-
-    Ray must be up, and both URLs must serve scores to the holder of `api_key`.
-    """
-    timeout_s = config.serve.request_timeout_s
-    with (
-        RlooActors(config, run_dir) as actors,
-        RewardClient(proxy_url, timeout_s=timeout_s, api_key=api_key) as proxy,
-        RewardClient(gold_url, timeout_s=timeout_s, api_key=api_key) as gold,
-    ):
-        controller = Controller(config, run_dir, actors, proxy, gold)
-        return controller.run()
+def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scorer) -> dict[str, Any]:
+    """Train the policy to checkpoints/policy, resuming from the last committed state. Ray must be up, and both must answer."""
+    with RlooActors(config, run_dir) as actors:
+        return Controller(config, run_dir, actors, proxy, gold).run()
 
 
 class Controller:
     """One step after the other; every completion is trained once, under the version that sampled it."""
 
-    def __init__(self, config: PipelineConfig, run_dir: Path, actors: RlooActors, proxy: RewardClient, gold: RewardClient) -> None:
+    def __init__(self, config: PipelineConfig, run_dir: Path, actors: RlooActors, proxy: Scorer, gold: Scorer) -> None:
         self.config, self.settings, self.layout = config, config.rloo, RunLayout(run_dir)
         self.actors, self.proxy, self.gold = actors, proxy, gold
         self.chat = ChatFormat.load(self.layout.sft_model_dir(config))
@@ -116,7 +107,7 @@ class Controller:
         return completions
 
     def score(self, prompts: list[TokenisedGroup], completions: list[PromptCompletions]) -> RolloutScores:
-        """Proxy and gold scores of every completion, asked at the same time over HTTP."""
+        """Proxy and gold scores of every completion, asked at the same time."""
         with self.timed("time/score_s"):
             inputs = [
                 ScoreInput(prompt=prompt.prompt, completions=[self.chat.completion_text(c.token_ids) for c in answer.completions])

@@ -19,9 +19,8 @@ from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.embedded_world.gold_judge import gold_score
 from rm_robust.records import Message
 from rm_robust.scoring import RewardClient, ScoreInput
-from serve.launch import deploy_scorer
-from serve.settings import ScoringAppSettings
-from tests.local_serve import local_serve
+from serve.settings import ModelSettings, ServiceSettings
+from tests.local_serve import local_ray, local_service
 from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
 
 TOLERANCE = 1e-5
@@ -53,10 +52,10 @@ class Conversation:
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny_rm")
-    with local_serve(num_cpus=3):
-        model = ScoringAppSettings(model_name="tiny", checkpoint_dir=checkpoint_dir, insecure_no_auth=True)
-        judge = ScoringAppSettings(model_name="judge", embedded_judge=True, insecure_no_auth=True)
-        yield Services(deploy_scorer(model, "proxy", "/proxy"), deploy_scorer(judge, "judge", "/judge"), checkpoint_dir)
+    tiny = ServiceSettings(models=(ModelSettings(model_name="tiny", checkpoint_dir=checkpoint_dir),), insecure_no_auth=True)
+    judge = ServiceSettings(models=(ModelSettings(model_name="judge", embedded_judge=True),), insecure_no_auth=True)
+    with local_ray(num_cpus=3), local_service(tiny) as proxy, local_service(judge) as gold:
+        yield Services(proxy.url, gold.url, checkpoint_dir)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +192,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("classify", {"input": [5, 6]}, 422, "input: The token ids do not end with "),
     ("classify", {"input": [[10**9]]}, 422, "input[0]: Token id 1000000000 is not one"),
     ("classify", {"input": TOO_LONG}, 413, f"the limit max_length_tokens is {NUM_POSITIONS}"),
-    ("classify", {"input": GOOD, "model": "gpt"}, 404, "model: this scorer serves 'tiny' only"),
+    ("classify", {"input": GOOD, "model": "gpt"}, 404, "model: there is no 'gpt', this service has tiny"),
     ("classify", {"input": GOOD, "truncate_prompt_tokens": 5}, 422, "truncate_prompt_tokens: "),
     ("classify", {"messages": [{"role": "user", "content": "red"}]}, 422, "messages: "),
     ("classify", {"messages": [{"role": "robot", "content": "red"}, {"role": "assistant", "content": "x"}]}, 422, "messages: Message 0 has role 'robot'"),

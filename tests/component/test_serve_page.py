@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,19 +9,14 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import uvicorn
-from pydantic import ValidationError
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
 
-from rm_robust.errors import DataError
 from rm_robust.records import Message, TokenGroup
 from rm_robust.reward_model.scorer import RewardScorer
-from rm_robust.scoring import ErrorDetail, ErrorReply, ScoreReply, ScoreRequest, ScoreResult, TokenCounts
-from serve.pages import PageName, page_response
-from serve.routes import app as real_app
+from rm_robust.scoring import ErrorReply, ScoreRequest
+from serve.keys import new_key
+from serve.launch import deploy_service, start_serve
+from serve.settings import ModelSettings, ServiceSettings
+from tests.local_serve import local_ray, local_service
 from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model
 
 CHROMIUM = shutil.which("chromium")
@@ -36,7 +28,6 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: 
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 CHROMIUM_ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DEADLINE_S = 30
-KEY = "rmk_the-key-of-this-test"
 PHONE = {"width": 375, "height": 667}
 PROMPT = "please list the red river"
 COMPLETIONS = ["the river is red", "seven quiet stone", "green and blue and green", "", "answer not please\nof apple"]
@@ -56,72 +47,16 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The open one is the Serve application below a route prefix, the guarded one is what `python -m serve` runs."""
     checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny")
-    scorer = load_scorer(checkpoint_dir)
-    routes = [*scoring_routes("/open", scorer, key=None), *scoring_routes("/guarded", scorer, key=KEY)]
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        base = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        wait_until_answering(base + "/open/v1/models")
-        yield Service(f"{base}/open/", f"{base}/guarded/", KEY, checkpoint_dir)
-        server.should_exit = True
-        thread.join(DEADLINE_S)
-
-
-def scoring_routes(prefix: str, scorer: RewardScorer, *, key: str | None) -> list[BaseRoute]:
-    """The two pages below `prefix`, and what they ask, answered by the scorer in the contract's own models."""
-
-    def refusal(request: Request) -> Response | None:
-        allowed = key is None or request.headers.get("authorization") == f"Bearer {key}"
-        return None if allowed else error_response(401, "unauthorized", "A valid key is needed.")
-
-    def page(name: PageName) -> "Route":
-        return Route("/" if name == "page" else "/docs", lambda request: page_response(name, status=401 if refusal(request) else 200))
-
-    async def models(request: Request) -> Response:
-        entry = {
-            "id": scorer.model_name,
-            "checkpoint": scorer.checkpoint_id,
-            "template": scorer.chat.template_sha256,
-            "max_length_tokens": scorer.max_length_tokens,
-        }
-        return refusal(request) or JSONResponse({"object": "list", "data": [entry]})
-
-    async def score(request: Request) -> Response:
-        refused = refusal(request)
-        if refused:
-            return refused
-        try:
-            return score_response(scorer, ScoreRequest.model_validate_json(await request.body()))
-        except (ValidationError, DataError) as error:
-            return error_response(422, "invalid_request", str(error))
-
-    async def openapi(request: Request) -> Response:
-        return refusal(request) or JSONResponse(real_app.openapi())
-
-    below: list[BaseRoute] = [
-        page("page"),
-        page("docs"),
-        Route("/v1/models", models),
-        Route("/v1/score", score, methods=["POST"]),
-        Route("/openapi.json", openapi),
-    ]
-    without_slash = Route(prefix, lambda request: page_response("page", status=401 if refusal(request) else 200))
-    return [without_slash, Mount(prefix, routes=below)]
-
-
-def score_response(scorer: RewardScorer, request: ScoreRequest) -> Response:
-    groups = [token_group(scorer, item.prompt, item.completions) for item in request.inputs]
-    counts = [TokenCounts(prompt=len(group.prompt_ids), completions=[len(ids) for ids in group.completion_ids]) for group in groups]
-    results = [ScoreResult(scores=scores, token_counts=count) for scores, count in zip(scorer.score_groups(groups), counts, strict=True)]
-    reply = ScoreReply(model=scorer.model_name, checkpoint=scorer.checkpoint_id, template=scorer.chat.template_sha256, results=results)
-    return Response(reply.model_dump_json(), media_type="application/json")
-
-
-def error_response(status: int, error_type: str, message: str) -> Response:
-    return JSONResponse(ErrorReply(error=ErrorDetail(type=error_type, message=message)).model_dump(), status_code=status)
+    key, entry = new_key("alice")
+    with local_ray(num_cpus=4):
+        start_serve("127.0.0.1", 0)
+        model = ModelSettings(model_name="tiny", checkpoint_dir=checkpoint_dir)
+        open_url = deploy_service(ServiceSettings(models=(model,), insecure_no_auth=True), "open", "/open")
+        guarded = ServiceSettings(models=(model.model_copy(update={"model_name": "tiny_guarded"}),), api_keys=(entry,))
+        with local_service(guarded) as running:
+            yield Service(f"{open_url}/", f"{running.url}/", key, checkpoint_dir)
 
 
 def load_scorer(checkpoint_dir: Path) -> RewardScorer:
@@ -130,17 +65,6 @@ def load_scorer(checkpoint_dir: Path) -> RewardScorer:
 
 def token_group(scorer: RewardScorer, prompt: str | list[Message], completions: list[str]) -> TokenGroup:
     return TokenGroup(scorer.chat.prompt_ids(prompt), [scorer.chat.completion_ids(completion) for completion in completions])
-
-
-def wait_until_answering(url: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        try:
-            httpx.get(url, timeout=1, trust_env=False).raise_for_status()
-        except httpx.TransportError:
-            continue
-        return
-    raise TimeoutError(f"{url} did not answer within {DEADLINE_S} s")
 
 
 @dataclass(frozen=True)

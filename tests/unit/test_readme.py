@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 from rm_robust.config import PipelineConfig
+from serve.settings import ServiceSettings
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
@@ -13,7 +14,8 @@ LISTED_FOLDERS = ("requirements", "pipelines", "rm_robust", "serve")
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [block for name, block in blocks if name == language]
 
 
 def listed_paths(tree: str) -> set[str]:
@@ -45,9 +47,10 @@ def test_a_tree_is_read_by_its_indentation() -> None:
     assert listed_paths("a.md  x\nb/\n  c.py  y\n  d/  z\n    e.py\n  f.py\ng.py") == {"a.md", "b/c.py", "b/d/e.py", "b/f.py", "g.py"}
 
 
-def test_the_example_config_is_valid() -> None:
-    (example,) = code_blocks("toml")
-    assert PipelineConfig.model_validate(tomllib.loads(example)).name == "mine"
+def test_the_example_config_and_service_are_valid() -> None:
+    config, service = code_blocks("toml")
+    assert PipelineConfig.model_validate(tomllib.loads(config)).name == "mine"
+    assert ServiceSettings.model_validate(tomllib.loads(service)).ensembles[0].members == ("proxy", "second")
 
 
 def test_every_make_target_that_is_named_exists() -> None:

@@ -11,10 +11,10 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from rm_robust.errors import ConfigError
-from serve.app import build
+from serve.app import build, scorer_name
 from serve.keys import KEYS_VARIABLE, new_key
 from serve.launch import refuse_open_host, refuse_taken_port
-from serve.settings import ScoringAppSettings
+from serve.settings import ModelSettings, ServiceLimits, ServiceSettings
 
 YAML = Path(__file__).parents[2] / "serve" / "reward_model.yaml"
 
@@ -39,23 +39,42 @@ def test_the_yamls_args_build_an_application(deployed: ServeDeploySchema) -> Non
 
 
 def test_the_yaml_repeats_the_defaults_it_shows(deployed: ServeDeploySchema) -> None:
-    shown = deployed.applications[0].args
-    chosen = {"model_name", "checkpoint_dir", "num_cpus", "api_keys"}
-    defaults = ScoringAppSettings(model_name="m", embedded_judge=True).model_dump()
+    (shown,) = deployed.applications[0].args["models"]
+    chosen = {"model_name", "checkpoint_dir", "num_cpus", "max_replicas"}
+    defaults = ModelSettings(model_name="m", embedded_judge=True).model_dump()
     assert {name: shown[name] for name in shown.keys() - chosen} == {name: defaults[name] for name in shown.keys() - chosen}
+    limits = deployed.applications[0].args["limits"]
+    assert limits == ServiceLimits().model_dump()
 
 
+def test_the_yamls_swap_names_the_deployment_and_checkpoint_of_its_model(deployed: ServeDeploySchema) -> None:
+    (shown,) = deployed.applications[0].args["models"]
+    (scorer,) = deployed.applications[0].deployments
+    assert scorer.name == scorer_name(ModelSettings.model_validate(shown))
+    assert scorer.user_config == {"checkpoint_dir": shown["checkpoint_dir"], "generation": 1}
+
+
+JUDGE = {"model_name": "m", "embedded_judge": True}
+TWO = [JUDGE, {"model_name": "n", "embedded_judge": True}]
 WRONG_ARGS: list[tuple[dict[str, Any], str]] = [
-    ({"model_name": "m"}, "either checkpoint_dir or embedded_judge"),
-    ({"model_name": "m", "checkpoint_dir": "/x", "embedded_judge": True}, "either checkpoint_dir or embedded_judge"),
-    ({"model_name": "m", "embedded_judge": True, "device": "cuda"}, "num_gpus > 0 go together"),
-    ({"model_name": "m", "embedded_judge": True, "num_gpus": 1}, "num_gpus > 0 go together"),
-    ({"model_name": "m", "embedded_judge": True, "max_batch_size": 65}, "can never fill"),
-    ({"model_name": "m", "embedded_judge": True, "insecure_no_auth": True, "api_keys": [new_key("a")[1]]}, "set one of them"),
-    ({"model_name": "m", "embedded_judge": True, "api_keys": [{"name": "a", "sha256": "x"}]}, "api_keys.0.sha256: String should match"),
-    ({"model_name": "m", "embedded_judge": True}, "'m' has no keys"),
-    ({"embedded_judge": True}, "model_name: Field required"),
-    ({"model_name": "m", "embedded_judge": True, "sigmoid": True}, "sigmoid: Extra inputs"),
+    ({"models": [{"model_name": "m"}]}, "either checkpoint_dir or embedded_judge"),
+    ({"models": [JUDGE | {"checkpoint_dir": "/x"}]}, "either checkpoint_dir or embedded_judge"),
+    ({"models": [JUDGE | {"device": "cuda"}]}, "num_gpus > 0 go together"),
+    ({"models": [JUDGE | {"num_gpus": 1}]}, "num_gpus > 0 go together"),
+    ({"models": [JUDGE | {"num_replicas": 3, "max_replicas": 2}]}, "max_replicas = 2 is less than num_replicas = 3"),
+    ({"models": [JUDGE], "insecure_no_auth": True, "api_keys": [new_key("a")[1]]}, "set one of them"),
+    ({"models": [JUDGE], "api_keys": [{"name": "a", "sha256": "x"}]}, "api_keys.0.sha256: String should match"),
+    ({"models": [JUDGE]}, "'m' has no keys"),
+    ({"models": []}, "models: Tuple should have at least 1 item"),
+    ({"models": [JUDGE, JUDGE]}, "model names must differ, these do not: m"),
+    ({"models": TWO, "ensembles": [{"model_name": "m", "members": ["m", "n"]}]}, "model names must differ"),
+    ({"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "x"]}]}, "the members of e must be different models"),
+    ({"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "m"]}]}, "the members of e must be different models"),
+    ({"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "n"], "aggregation": "max"}]}, "ensembles.0.aggregation: Input should be 'mean'"),
+    ({"models": [{"embedded_judge": True}]}, "models.0.model_name: Field required"),
+    ({"models": [{"model_name": "a b", "embedded_judge": True}]}, "models.0.model_name: String should match"),
+    ({"models": [JUDGE | {"sigmoid": True}]}, "models.0.sigmoid: Extra inputs"),
+    ({"models": [JUDGE], "limits": {"max_body_bytes": 0}}, "limits.max_body_bytes: Input should be greater"),
 ]
 
 
@@ -67,21 +86,21 @@ def test_args_that_cannot_work_are_a_config_error_that_names_them(args: dict[str
 
 def test_keys_that_the_args_leave_out_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEYS_VARIABLE, f'a = {{ sha256 = "{new_key("a")[1].sha256}" }}')
-    assert isinstance(build({"model_name": "m", "embedded_judge": True}), Application)
+    assert isinstance(build({"models": [JUDGE]}), Application)
 
 
 def test_settings_are_frozen() -> None:
-    settings = ScoringAppSettings(model_name="m", embedded_judge=True)
+    settings = ServiceSettings.model_validate({"models": [JUDGE]})
     with pytest.raises(ValidationError):
-        settings.model_name = "n"  # type: ignore[misc]
+        settings.num_fronts = 2  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", ""])
 def test_a_host_that_others_can_reach_is_for_scorers_with_keys(host: str) -> None:
-    settings = ScoringAppSettings(model_name="m", embedded_judge=True, insecure_no_auth=True)
+    settings = ServiceSettings.model_validate({"models": [JUDGE], "insecure_no_auth": True})
     with pytest.raises(ConfigError, match=f"without keys.*{host!r}"):
         refuse_open_host(host, settings)
-    refuse_open_host(host, ScoringAppSettings(model_name="m", embedded_judge=True, api_keys=(new_key("a")[1],)))
+    refuse_open_host(host, ServiceSettings.model_validate({"models": [JUDGE], "api_keys": [new_key("a")[1]]}))
 
 
 def test_a_port_that_is_taken_is_refused_with_its_number() -> None:

@@ -30,7 +30,7 @@ def pair(prompt: str, completion: str) -> ScoreInput:
 
 def test_open_rlhf_gets_one_raw_score_a_query_under_its_three_names() -> None:
     body = parse(OpenRlhfBody, query=[RED, BLUE], prompts=["red", "blue"], labels=["", ""])
-    assert body.parts("m") == [Part(RED, "query[0]", "query[0]"), Part(BLUE, "query[1]", "query[1]")]
+    assert body.parts() == [Part(RED, "query[0]", "query[0]"), Part(BLUE, "query[1]", "query[1]")]
     assert body.reply(scored(3.5, -2.0)) == {"rewards": [3.5, -2.0], "scores": [3.5, -2.0], "extra_logs": {"dummy_scores": [3.5, -2.0]}}
 
 
@@ -44,13 +44,13 @@ def test_open_rlhf_gets_one_raw_score_a_query_under_its_three_names() -> None:
     ],
 )
 def test_vllms_four_forms_of_input_are_one_or_several_conversations(sent: object, parts: list[Part]) -> None:
-    assert parse(ClassifyBody, input=sent).parts("m") == parts
-    assert parse(PoolingBody, model="m", input=sent).parts("m") == parts
+    assert parse(ClassifyBody, input=sent).parts() == parts
+    assert parse(PoolingBody, model="m", input=sent).parts() == parts
 
 
 def test_vllms_messages_are_the_prompt_and_the_completion_last() -> None:
     turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "green"}]
-    assert parse(ClassifyBody, messages=turns).parts("m") == [Part(ScoreInput(prompt=turns[:1], completions=["green"]), "messages", "messages[1]")]
+    assert parse(ClassifyBody, messages=turns).parts() == [Part(ScoreInput(prompt=turns[:1], completions=["green"]), "messages", "messages[1]")]
 
 
 @pytest.mark.parametrize(("use_activation", "expected"), [(None, [0.0, 2.0]), (False, [0.0, 2.0]), (True, [0.5, 1 / (1 + math.exp(-2))])])
@@ -68,11 +68,11 @@ def test_vllms_pooling_has_the_score_as_its_vector() -> None:
     assert parse(PoolingBody, input=RED, task="classify").reply(scored(-3.0))["data"] == [{"index": 0, "object": "pooling", "data": [-3.0]}]
 
 
-def test_another_model_than_the_served_one_is_refused() -> None:
-    refusal = parse(ClassifyBody, model="gpt", input=RED).parts("m")
-    assert isinstance(refusal, Refusal)
-    assert (refusal.status, refusal.type) == (404, "model_not_found")
-    assert ClassifyBody.error(refusal) == {"error": {"message": refusal.message, "type": "model_not_found", "param": None, "code": 404}}
+def test_only_vllms_bodies_name_a_model() -> None:
+    assert parse(ClassifyBody, model="gpt", input=RED).wanted_model == "gpt"
+    assert parse(PoolingBody, input=RED).wanted_model is None
+    assert parse(OpenRlhfBody, query=[RED]).wanted_model is None
+    assert ClassifyBody.error(Refusal(404, "model_not_found", "m"))["error"] == {"message": "m", "type": "model_not_found", "param": None, "code": 404}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_another_model_than_the_served_one_is_refused() -> None:
 )
 def test_teis_strings_pairs_and_batches_are_told_apart_as_there(sent: object, parts: list[Part], expected: list[Any]) -> None:
     body = parse(TeiPredictBody, inputs=sent, raw_scores=True)
-    assert body.parts("m") == parts
+    assert body.parts() == parts
     assert body.reply(scored(*[1.0, 2.0][: len(parts)])) == expected
 
 
@@ -105,7 +105,7 @@ def test_tei_squashes_unless_raw_scores_are_asked_for() -> None:
 def test_rerank_sorts_the_best_first_and_repeats_texts_only_when_asked() -> None:
     ranked = Scored(SERVED, [ScoreResult(scores=[-1.0, 3.0, 0.0])])
     body = parse(TeiRerankBody, query="red", texts=["a", "b", "c"], raw_scores=True, return_text=True)
-    assert body.parts("m") == [Part(ScoreInput(prompt="red", completions=["a", "b", "c"]), "query", "texts[{}]")]
+    assert body.parts() == [Part(ScoreInput(prompt="red", completions=["a", "b", "c"]), "query", "texts[{}]")]
     assert body.reply(ranked) == [{"index": 1, "text": "b", "score": 3.0}, {"index": 2, "text": "c", "score": 0.0}, {"index": 0, "text": "a", "score": -1.0}]
     assert parse(TeiRerankBody, query="red", texts=["a", "b", "c"]).reply(ranked)[1] == {"index": 2, "score": 0.5}
 

@@ -13,7 +13,7 @@ from starlette.types import Scope
 from rm_robust.errors import ConfigError
 from serve.__main__ import curl_example, keys_from
 from serve.keys import KEYS_VARIABLE, ApiKey, Guard, RateLimit, main, matching_key, new_key, parse_keys, read_keys
-from serve.settings import ScoringAppSettings
+from serve.settings import ModelSettings, ServiceSettings
 
 ALICE, ALICE_ENTRY = new_key("alice")
 BOB, BOB_ENTRY = new_key("bob")
@@ -158,6 +158,7 @@ def test_the_command_line_needs_keys_or_the_word_that_there_are_none(tmp_path: P
 
 
 def test_the_printed_example_sends_a_key_where_one_is_needed() -> None:
-    guarded = ScoringAppSettings(model_name="m", embedded_judge=True, api_keys=KEYS)
+    judge = (ModelSettings(model_name="m", embedded_judge=True),)
+    guarded = ServiceSettings(models=judge, api_keys=KEYS)
     assert '-H "authorization: Bearer $RM_ROBUST_API_KEY"' in curl_example("http://x", guarded)
-    assert "authorization" not in curl_example("http://x", ScoringAppSettings(model_name="m", embedded_judge=True))
+    assert "authorization" not in curl_example("http://x", ServiceSettings(models=judge))
