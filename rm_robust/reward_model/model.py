@@ -56,14 +56,24 @@ def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrai
 
 
 def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A trained reward model as transformers loads it. Raises CheckpointError unless every weight, the head above all, came from the files."""
+    """A trained reward model as transformers loads it.
+
+    Raises CheckpointError unless every weight, the head above all, came from the files, and every weight of the files is used.
+    """
     config = AutoConfig.from_pretrained(str(checkpoint_dir))
     if config.num_labels != 1:
         raise CheckpointError(f"{checkpoint_dir} has num_labels={config.num_labels}; a reward model has one score (num_labels=1).")
-    model, info = AutoModelForSequenceClassification.from_pretrained(str(checkpoint_dir), dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(str(checkpoint_dir), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    if info["mismatched_keys"]:
+        raise CheckpointError(f"{checkpoint_dir} has weights of other shapes than its config.json says: {sorted(info['mismatched_keys'])}.")
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{checkpoint_dir} lacks trained weights for {missing}: a score from them would be random. Save the whole model.")
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        raise CheckpointError(
+            f"{checkpoint_dir} has weights that {type(model).__name__} does not use: {unused}. It is another model than its config.json says."
+        )
     return model  # type: ignore[no-any-return]
 
 
@@ -101,17 +111,22 @@ class PackedRewardModel(nn.Module):
         return backbone
 
     def forward(self, batch: PackedBatch) -> ScoredBatch:
-        before: list[Tensor] = []
-        final_norm = self.backbone.norm
-        assert isinstance(final_norm, nn.Module), f"{type(self.backbone).__name__} has no final norm to read hidden norms at"
-        handle = final_norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
-        try:
-            with autocast(batch.input_ids_RT.device, self.compute):
-                hidden_TH = hidden_states(self.backbone, batch)
-        finally:
-            handle.remove()
+        with autocast(batch.input_ids_RT.device, self.compute):
+            before_TH, hidden_TH = states_around_final_norm(self.backbone, batch)
         scored_NH = hidden_TH[batch.scored_index_N]
         with torch.autocast(scored_NH.device.type, enabled=False):
             scores_N = score_head(self.model)(scored_NH.float()).squeeze(1)
-        before_NH = before[0].detach().flatten(0, 1)[batch.scored_index_N].float()
-        return ScoredBatch(scores_N, before_NH, scored_NH.detach().float())
+        return ScoredBatch(scores_N, before_TH[batch.scored_index_N].float(), scored_NH.detach().float())
+
+
+def states_around_final_norm(backbone: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Hidden states of every column before the decoder's final norm (no gradient) and after it, both [R*T, H]."""
+    before: list[Tensor] = []
+    final_norm = backbone.norm
+    assert isinstance(final_norm, nn.Module), f"{type(backbone).__name__} has no final norm to read hidden norms at"
+    handle = final_norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+    try:
+        hidden_TH = hidden_states(backbone, batch)
+    finally:
+        handle.remove()
+    return before[0].detach().flatten(0, 1), hidden_TH

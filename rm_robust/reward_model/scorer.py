@@ -8,9 +8,9 @@ import torch
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.errors import CheckpointError, ScoringError
-from rm_robust.packing import choose_layout, lay_out, micro_batches
+from rm_robust.packing import lay_out, micro_batches
 from rm_robust.records import TokenGroup
-from rm_robust.reward_model.model import PackedRewardModel, load_reward_model
+from rm_robust.reward_model.architectures import ScoringModel, load_packed_reward_model
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,7 @@ class ScoredGroup:
 class RewardScorer:
     """A loaded reward model with its chat format and identity."""
 
-    def __init__(
-        self, model: PackedRewardModel, chat: ChatFormat, *, checkpoint_id: str, model_name: str, device: torch.device, max_length_tokens: int
-    ) -> None:
+    def __init__(self, model: ScoringModel, chat: ChatFormat, *, checkpoint_id: str, model_name: str, device: torch.device, max_length_tokens: int) -> None:
         self.model = model
         self.chat = chat
         self.checkpoint_id = checkpoint_id
@@ -45,13 +43,12 @@ class RewardScorer:
         chat = ChatFormat.load(checkpoint_dir)
         if chat.template_sha256 != manifest.template_sha256:
             raise CheckpointError(f"{checkpoint_dir} was trained with template {manifest.template_sha256}, its tokenizer now has {chat.template_sha256}.")
-        model = load_reward_model(checkpoint_dir, dtype=getattr(torch, dtype))
-        limit = model.config.max_position_embeddings
+        model = load_packed_reward_model(checkpoint_dir, chat, dtype=getattr(torch, dtype), device=torch.device(device))
+        limit = model.backbone.config.max_position_embeddings
         if max_length_tokens > limit:
             raise CheckpointError(f"max_length_tokens={max_length_tokens} exceeds the {limit} positions of {checkpoint_dir}; lower it.")
-        packed = PackedRewardModel(model, choose_layout(model.config, torch.device(device))).to(device).eval()
         return cls(
-            packed,
+            model,
             chat,
             checkpoint_id=manifest.content_sha256,
             model_name=model_name or checkpoint_dir.name,
