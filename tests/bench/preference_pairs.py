@@ -69,7 +69,7 @@ def _turns(prompt: str) -> list[Message]:
 
 def tokenise(pairs: list[TextPair], *, vocab_size: int, folder: Path) -> Corpus:
     """A tokenizer trained on the pairs' text, saved into `folder`, and the pairs in its tokens."""
-    tokenizer = make_tokenizer(_texts(pairs), vocab_size=vocab_size)
+    tokenizer = make_tokenizer(texts_of(pairs), vocab_size=vocab_size)
     assert len(tokenizer) == vocab_size, f"the text gives only {len(tokenizer)} tokens"
     chat = ChatFormat(tokenizer, source=str(folder))
     groups: list[TokenGroup] = []
@@ -81,7 +81,7 @@ def tokenise(pairs: list[TextPair], *, vocab_size: int, folder: Path) -> Corpus:
     return Corpus(chat, fitting, len(groups) - len(fitting), len(pairs) - len(groups))
 
 
-def _texts(pairs: list[TextPair]) -> Iterable[str]:
+def texts_of(pairs: list[TextPair]) -> Iterable[str]:
     for pair in pairs:
         yield from (message["content"] for message in pair.prompt)
         yield from (pair.chosen, pair.rejected)
