@@ -51,7 +51,9 @@ class LoadClient:
     """The parent's end: one process, idle until `run`."""
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen([sys.executable, "-m", "tests.bench.load_client"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # Not `-m`: as __main__ it would pickle its classes under that name.
+        command = [sys.executable, "-c", "from tests.bench.load_client import main; main()"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,7 +138,3 @@ def cpu_seconds(process_id: int) -> float:
         except psutil.NoSuchProcess:
             continue
     return total
-
-
-if __name__ == "__main__":
-    main()

@@ -158,6 +158,6 @@ def wait_until_ready(runs: list[Running]) -> None:
 
 def is_ready(server: Server) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{server.port}{server.ready_path}", timeout=10, trust_env=False).status_code == 200
+        return httpx.get(f"http://127.0.0.1:{server.port}{server.ready_path}", timeout=10, trust_env=False, verify=False).status_code == 200
     except httpx.TransportError:
         return False
