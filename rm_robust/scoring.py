@@ -24,7 +24,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Annotated, Any, NoReturn, Protocol, Self, TypedDict, TypeVar, Unpack
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
 from tqdm import tqdm
 
 from rm_robust.errors import ConfigError, ScoringError
@@ -42,20 +42,48 @@ NO_PROXY_FOR_LOOPBACK: dict[str, httpx.AsyncBaseTransport | None] = {f"all://{ho
 Score = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 T = TypeVar("T")
 
+TURN_SCHEMA = {
+    "type": "object",
+    "title": "Message",
+    "properties": {
+        "role": {"type": "string", "enum": ["system", "user", "assistant"], "description": "Who speaks."},
+        "content": {"type": "string", "description": "Text; a special token in it is plain text."},
+    },
+    "required": ["role", "content"],
+    "additionalProperties": {"type": "string", "description": "Not read."},
+}
+Turn = Annotated[Message, WithJsonSchema(TURN_SCHEMA)]
+# A list's first wrong item says enough: a body may hold a million of them, and each would cost a kilobyte to describe.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Turns = Annotated[list[Turn], Field(fail_fast=True)]
+# For the schema alone: the chat format refuses an empty prompt, and says more.
+NOT_EMPTY_TEXT = Field(json_schema_extra={"minLength": 1})
+NO_EMPTY_LIST = Field(json_schema_extra={"minItems": 1})
+
 
 class ScoreInput(BaseModel):
     """One prompt and the K >= 1 completions of it to score."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    prompt: str | list[Message]
-    completions: list[str] = Field(min_length=1)
+    prompt: Annotated[str, NOT_EMPTY_TEXT] | Annotated[Turns, NO_EMPTY_LIST]
+    """One user turn as text, or messages, of which the last is the user's."""
+    completions: Texts = Field(min_length=1)
+    """Texts to score as the assistant's next turn; an empty one is scored too."""
+
+
+EXAMPLE_INPUT: dict[str, JsonValue] = {"prompt": "Name a colour.", "completions": ["Blue.", "Seven."]}
 
 
 class ScoreRequest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    """Prompts, each with its completions."""
 
-    inputs: list[ScoreInput] = Field(min_length=1)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, json_schema_extra={"examples": [{"inputs": [EXAMPLE_INPUT]}]}
+    )
+
+    inputs: Annotated[list[ScoreInput], Field(fail_fast=True)] = Field(min_length=1)
+    """Scored in this order."""
     model: str | None = None
     """One of GET /v1/models; None: the first of them."""
     calibrated: bool = Field(default=False, strict=True)
@@ -65,16 +93,21 @@ class ScoreRequest(BaseModel):
 class TokenCounts(BaseModel):
     """Tokens that were scored: of the prompt with its header, and of each completion with its end-of-turn token."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     prompt: int
+    """Tokens of the prompt."""
     completions: list[int]
+    """Tokens of each completion."""
 
 
 class ScoreResult(BaseModel):
-    """Raw scores of one input's completions, in their order."""
+    """Scores of one input's completions, in their order."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     scores: list[Score]
+    """Raw, or calibrated if the request says so."""
     token_counts: TokenCounts | None = None
     """None from a scorer without tokens, and from a server of before this field."""
 
@@ -82,20 +115,29 @@ class ScoreResult(BaseModel):
 class Calibration(BaseModel):
     """A calibrated score is (raw score - mean) / std."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     mean: float
+    """Of the raw scores on held-out pairs."""
     std: float
+    """Their standard deviation."""
 
 
 class ScoreReply(BaseModel):
     """`results[i]` belongs to `inputs[i]`; all of them come from the one `checkpoint`. Fields that a newer server adds are ignored."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     model: str
+    """Which one answered."""
     checkpoint: str
+    """The hash of its weights and tokenizer."""
     template: str | None = None
     """The chat template's hash; None from a scorer without one, and from a server of before this field."""
     calibration: Calibration | None = None
     """What calibrated scores were made with; None for raw ones."""
     results: list[ScoreResult]
+    """One for each input."""
 
     @property
     def scores(self) -> list[list[float]]:
@@ -103,11 +145,19 @@ class ScoreReply(BaseModel):
 
 
 class ErrorDetail(BaseModel):
+    """Why a request got no scores."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     type: str
+    """A word for programs; the header X-RM-Robust-Error says the same."""
     message: str
+    """What was wrong, and the field or the limit."""
 
 
 class ErrorReply(BaseModel):
+    """The body of every failure of the service's own paths."""
+
     error: ErrorDetail
 
 

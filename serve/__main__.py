@@ -161,7 +161,7 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
 
 def http_server(front: Front, guard: Guard, host: str, port: int) -> uvicorn.Server:
     api = ReadWholeBody(scoring_api(front, guard))
-    return uvicorn.Server(uvicorn.Config(api, host=host, port=port, access_log=False, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S))
+    return uvicorn.Server(uvicorn.Config(api, host=host, port=port, ws="none", access_log=False, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S))
 
 
 RELOADS: set[asyncio.Task[None]] = set()

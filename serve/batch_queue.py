@@ -37,6 +37,8 @@ REPLICA_SEEN_WITHIN_S = 15.0
 """A replica that answered within it counts as one that can work."""
 INLINE_CHARACTERS = 16_384
 """Of a request that is prepared on the event loop (about 2 ms); larger ones go to a thread."""
+CHARACTERS_OF_A_MESSAGE = 64
+"""What a message costs to prepare beside its text, as so many characters."""
 MAX_RETRY_AFTER_S = 30
 
 
@@ -356,6 +358,6 @@ def num_characters(request: Request) -> int:
         elif isinstance(content, str):
             total += len(content)
         else:
-            prompt = content.prompt if isinstance(content.prompt, str) else "".join(message.get("content", "") for message in content.prompt)
-            total += len(prompt) + sum(map(len, content.completions))
+            turns = [content.prompt] if isinstance(content.prompt, str) else [message.get("content", "") for message in content.prompt]
+            total += sum(CHARACTERS_OF_A_MESSAGE + len(text) for text in (*turns, *content.completions))
     return total

@@ -1,5 +1,6 @@
 """Requests to token ids, for a committed reward-model checkpoint; chat.py makes them, as it does in training."""
 
+import json
 from pathlib import Path
 
 from rm_robust.chat import ChatFormat
@@ -20,6 +21,8 @@ class CheckpointPreparer:
         if self._chat.template_sha256 != served.template:
             raise CheckpointError(f"{served.checkpoint_dir} now has the template {self._chat.template_sha256}, its replica loaded {served.template}.")
         self._max_length_tokens = served.max_length_tokens
+        self._vocab_size = int(json.loads((Path(served.checkpoint_dir) / "config.json").read_text())["vocab_size"])
+        """Of the model; its tokenizer may know more tokens."""
 
     def prepare(self, request: Request) -> Prepared | Refusal:
         items: list[WorkItem] = []
@@ -47,4 +50,7 @@ class CheckpointPreparer:
         if isinstance(content, ScoreInput):
             return TokenGroup(chat.prompt_ids(content.prompt), [chat.completion_ids(completion) for completion in content.completions]), False
         whole = chat.rendered_text(content) if isinstance(content, str) else chat.rendered_ids(content)
+        largest = max(*whole.prompt_ids, *whole.completion_ids)
+        if largest >= self._vocab_size:  # the model would fail, and its whole batch with it
+            raise DataError(f"The model has no token {largest}, {chat.tokenizer.convert_ids_to_tokens(largest)!r}; it knows {self._vocab_size}.")
         return TokenGroup(whole.prompt_ids, [whole.completion_ids]), whole.was_cut

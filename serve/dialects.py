@@ -18,15 +18,41 @@ X-RM-Robust-Checkpoint, and X-RM-Robust-Cut, the number of texts that were cut a
 import math
 import time
 import uuid
-from typing import Any, ClassVar, Literal, Protocol, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StrictInt, WithJsonSchema, field_validator, model_validator
 
-from rm_robust.records import Message
-from rm_robust.scoring import ScoreInput
+from rm_robust.scoring import NOT_EMPTY_TEXT, ScoreInput, Texts, Turns
+from serve.dialect_replies import (
+    ClassifyReply,
+    OpenRlhfReply,
+    PoolingReply,
+    TeiErrorReply,
+    TeiPrediction,
+    TeiPredictReply,
+    TeiRank,
+    VllmErrorReply,
+    VllmReply,
+)
 from serve.scorer import Part, Refusal, Scored
 
-STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
+
+
+def must_be_false(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is possible here")
+    return value
+
+
+OnlyFalse = Annotated[bool, AfterValidator(must_be_false), WithJsonSchema({"type": "boolean", "const": False})]
+"""Literal[False] takes 0 too."""
+OneOrTwoTexts = Annotated[Texts, Field(min_length=1, max_length=2)]
+SomeTexts = Annotated[Texts, Field(min_length=1)]
+EXAMPLE_RENDERED = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\nBlue.<|im_end|>\n"
+"""In ChatML; a model with another template wants its own."""
+EXAMPLE_MESSAGES: list[JsonValue] = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]
 TEI_ERROR_TYPES = {401: "Unauthorized", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
 
 
@@ -48,18 +74,21 @@ class DialectBody(Protocol):
         """The JSON of the 200 reply."""
 
     @staticmethod
-    def error(refusal: Refusal) -> dict[str, Any]:
+    def error(refusal: Refusal) -> Any:
         """The JSON of a failure."""
 
 
 class OpenRlhfBody(BaseModel):
-    """`query`: rendered conversations, special tokens kept. `prompts` and `labels` are for custom rewards, and not read."""
+    """As OpenRLHF's trainer sends it."""
 
-    model_config = STRICT
+    model_config = STRICT | ConfigDict(json_schema_extra={"examples": [{"query": [EXAMPLE_RENDERED]}]})
 
-    query: list[str] = Field(min_length=1)
+    query: SomeTexts
+    """Rendered conversations, special tokens kept."""
     prompts: list[Any] | None = None
+    """For custom rewards; not read."""
     labels: list[Any] | None = None
+    """For custom rewards; not read."""
 
     squashes: ClassVar[bool] = False
     wanted_model: ClassVar[None] = None
@@ -67,7 +96,7 @@ class OpenRlhfBody(BaseModel):
     def parts(self) -> list[Part]:
         return [rendered(text, f"query[{index}]") for index, text in enumerate(self.query)]
 
-    def reply(self, scored: Scored) -> dict[str, Any]:
+    def reply(self, scored: Scored) -> OpenRlhfReply:
         scores = flat_scores(scored)
         return {"rewards": scores, "scores": scores, "extra_logs": {"dummy_scores": scores}}
 
@@ -77,38 +106,39 @@ class OpenRlhfBody(BaseModel):
 
 
 class VllmBody(BaseModel):
-    """What /classify and /pooling have in common. No token is ever added: `add_special_tokens` is taken, and changes nothing."""
+    """What /classify and /pooling have in common: either `input` or `messages`."""
 
-    model_config = STRICT
+    model_config = STRICT | ConfigDict(json_schema_extra={"examples": [{"messages": EXAMPLE_MESSAGES}, {"input": [EXAMPLE_RENDERED]}]})
 
     model: str | None = None
-    input: str | list[str] | list[StrictInt] | list[list[StrictInt]] | None = None
-    """Rendered conversations, as text or token ids."""
-    messages: list[Message] | None = None
+    """One of GET /v1/models; None: the first of them."""
+    input: Annotated[str, Field(min_length=1)] | SomeTexts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)] | None = None
+    """One or several rendered conversations, as text or token ids."""
+    messages: Annotated[Turns, Field(min_length=2)] | None = None
     """One conversation, the completion last."""
     use_activation: bool | None = None
+    """True: sigmoids of the scores."""
     add_special_tokens: bool | None = None
-    add_generation_prompt: Literal[False] = False
-    continue_final_message: Literal[False] = False
+    """Changes nothing: no token is ever added."""
+    add_generation_prompt: OnlyFalse = False
+    """True would score a turn that nobody has written."""
+    continue_final_message: OnlyFalse = False
+    """True would leave off the end of turn, where the score is read."""
     truncate_prompt_tokens: None = None
+    """Nothing is ever truncated."""
     encoding_format: Literal["float"] = "float"
+    """Scores are JSON numbers."""
     user: str | None = None
-
-    @field_validator("input")
-    @classmethod
-    def _is_not_empty(cls, value: str | list[Any] | None) -> str | list[Any] | None:
-        if value is not None and not value:
-            raise ValueError("there is nothing to score")
-        return value
+    """Not read."""
 
     @field_validator("messages")
     @classmethod
-    def _ends_with_the_completion(cls, value: list[Message] | None) -> list[Message] | None:
+    def _ends_with_the_completion(cls, value: Turns | None) -> Turns | None:
         incomplete = [index for index, message in enumerate(value or []) if set(message) < {"role", "content"}]
         if incomplete:
             raise ValueError(f"message {incomplete[0]} needs a role and a content")
-        if value is not None and (len(value) < 2 or value[-1]["role"] != "assistant"):
-            raise ValueError("the last of at least two messages must be the assistant's: it is what is scored")
+        if value is not None and value[-1]["role"] != "assistant":
+            raise ValueError("the last message must be the assistant's: it is what is scored")
         return value
 
     @model_validator(mode="after")
@@ -135,46 +165,50 @@ class VllmBody(BaseModel):
         return [rendered(content, f"input[{index}]") for index, content in enumerate(several)]
 
     @staticmethod
-    def error(refusal: Refusal) -> dict[str, Any]:
+    def error(refusal: Refusal) -> VllmErrorReply:
         return {"error": {"message": refusal.message, "type": refusal.type, "param": None, "code": refusal.status}}
 
 
 class ClassifyBody(VllmBody):
     """vLLM's /classify: the score is `probs[0]`, raw or not."""
 
-    def reply(self, scored: Scored) -> dict[str, Any]:
+    def reply(self, scored: Scored) -> ClassifyReply:
         scores = activated(scored, squash=self.squashes)
-        data = [{"index": index, "label": "LABEL_0", "probs": [score], "num_classes": 1} for index, score in enumerate(scores)]
-        return vllm_envelope("classify", scored, data)
+        return {
+            **vllm_envelope("classify", scored),
+            "data": [{"index": index, "label": "LABEL_0", "probs": [score], "num_classes": 1} for index, score in enumerate(scores)],
+        }
 
 
 class PoolingBody(VllmBody):
-    """vLLM's /pooling."""
+    """vLLM's /pooling: the score is `data[0]`, raw or not."""
 
     task: Literal["classify"] | None = None
+    """A reward model's only one."""
 
-    def reply(self, scored: Scored) -> dict[str, Any]:
+    def reply(self, scored: Scored) -> PoolingReply:
         scores = activated(scored, squash=self.squashes)
-        return vllm_envelope("pool", scored, [{"index": index, "object": "pooling", "data": [score]} for index, score in enumerate(scores)])
+        return {
+            **vllm_envelope("pool", scored),
+            "data": [{"index": index, "object": "pooling", "data": [score]} for index, score in enumerate(scores)],
+        }
 
 
 class TeiPredictBody(BaseModel):
-    """TEI's /predict: a rendered conversation, a pair [prompt, completion], or a batch of [conversation] and [prompt, completion]."""
+    """TEI's /predict."""
 
-    model_config = STRICT
+    model_config = STRICT | ConfigDict(
+        json_schema_extra={"examples": [{"inputs": [["Name a colour.", "Blue."], ["Name a colour.", "Seven."]], "raw_scores": True}]}
+    )
 
-    inputs: str | list[str] | list[list[str]]
-    truncate: Literal[False] = False
+    inputs: str | OneOrTwoTexts | Annotated[list[OneOrTwoTexts], Field(min_length=1, fail_fast=True)]
+    """A rendered conversation, a pair [prompt, completion], or a batch of [conversation] and [prompt, completion]."""
+    truncate: OnlyFalse = False
+    """Nothing is ever truncated."""
     truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
+    """Not read."""
     raw_scores: bool = False
-
-    @field_validator("inputs")
-    @classmethod
-    def _singles_and_pairs(cls, value: str | list[str] | list[list[str]]) -> str | list[str] | list[list[str]]:
-        for sequence in sequences_of(value):
-            if len(sequence) not in (1, 2):
-                raise ValueError("a string, a pair [string, string], or a batch [[string], [string, string], ...]")
-        return value
+    """False: sigmoids of the scores."""
 
     wanted_model: ClassVar[None] = None
 
@@ -186,26 +220,32 @@ class TeiPredictBody(BaseModel):
         is_batch = isinstance(self.inputs, list) and isinstance(self.inputs[0], list)
         return [pair_or_rendered(sequence, f"inputs[{index}]" if is_batch else "inputs") for index, sequence in enumerate(sequences_of(self.inputs))]
 
-    def reply(self, scored: Scored) -> list[Any]:
-        predictions = [[{"score": score, "label": "LABEL_0"}] for score in activated(scored, squash=self.squashes)]
+    def reply(self, scored: Scored) -> TeiPredictReply:
+        predictions: list[list[TeiPrediction]] = [[{"score": score, "label": "LABEL_0"}] for score in activated(scored, squash=self.squashes)]
         return predictions if isinstance(self.inputs, list) and isinstance(self.inputs[0], list) else predictions[0]
 
     @staticmethod
-    def error(refusal: Refusal) -> dict[str, Any]:
+    def error(refusal: Refusal) -> TeiErrorReply:
         return tei_error(refusal)
 
 
 class TeiRerankBody(BaseModel):
-    """TEI's /rerank: `query` is the prompt, `texts` are its completions; the reply is sorted, the best first."""
+    """TEI's /rerank; the reply is sorted, the best first."""
 
-    model_config = STRICT
+    model_config = STRICT | ConfigDict(json_schema_extra={"examples": [{"query": "Name a colour.", "texts": ["Blue.", "Seven."], "raw_scores": True}]})
 
-    query: str
-    texts: list[str] = Field(min_length=1)
-    truncate: Literal[False] = False
+    query: Annotated[str, NOT_EMPTY_TEXT]
+    """The prompt: one user turn."""
+    texts: SomeTexts
+    """Its completions."""
+    truncate: OnlyFalse = False
+    """Nothing is ever truncated."""
     truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
+    """Not read."""
     raw_scores: bool = False
+    """False: sigmoids of the scores."""
     return_text: bool = False
+    """True: the reply repeats the texts."""
 
     wanted_model: ClassVar[None] = None
 
@@ -216,14 +256,16 @@ class TeiRerankBody(BaseModel):
     def parts(self) -> list[Part]:
         return [Part(ScoreInput(prompt=self.query, completions=self.texts), "query", "texts[{}]")]
 
-    def reply(self, scored: Scored) -> list[dict[str, Any]]:
+    def reply(self, scored: Scored) -> list[TeiRank]:
         (result,) = scored.results
         order = sorted(range(len(self.texts)), key=lambda index: -result.scores[index])
         scores = activated(scored, squash=self.squashes)
-        return [{"index": index, **({"text": self.texts[index]} if self.return_text else {}), "score": scores[index]} for index in order]
+        if self.return_text:
+            return [{"index": index, "text": self.texts[index], "score": scores[index]} for index in order]
+        return [{"index": index, "score": scores[index]} for index in order]
 
     @staticmethod
-    def error(refusal: Refusal) -> dict[str, Any]:
+    def error(refusal: Refusal) -> TeiErrorReply:
         return tei_error(refusal)
 
 
@@ -238,12 +280,12 @@ def pair_or_rendered(sequence: list[str], field: str) -> Part:
 
 
 def sequences_of(inputs: str | list[str] | list[list[str]]) -> list[list[str]]:
-    """TEI's three forms as one list of [text] and [prompt, completion]. An empty list becomes [[]], which is neither."""
+    """TEI's three forms as one list of [text] and [prompt, completion]."""
     if isinstance(inputs, str):
         return [[inputs]]
-    if inputs and isinstance(inputs[0], list):
+    if isinstance(inputs[0], list):
         return inputs
-    return [cast(list[str], inputs)]
+    return [inputs]
 
 
 def flat_scores(scored: Scored) -> list[float]:
@@ -260,14 +302,18 @@ def sigmoid(score: float) -> float:
     return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
-def vllm_envelope(kind: str, scored: Scored, data: list[dict[str, Any]]) -> dict[str, Any]:
-    """vLLM's reply around `data`. A scorer that makes no tokens reports none."""
+def vllm_envelope(kind: str, scored: Scored) -> VllmReply:
+    """vLLM's reply but for its `data`. A scorer that makes no tokens reports none."""
     counts = [result.token_counts for result in scored.results if result.token_counts is not None]
     num_tokens = sum(count.prompt + sum(count.completions) for count in counts)
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0, "prompt_tokens_details": None}
-    model, created = scored.served.model, int(time.time())
-    return {"id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": created, "model": model, "data": data, "usage": usage}
+    return {
+        "id": f"{kind}-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": scored.served.model,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0, "prompt_tokens_details": None},
+    }
 
 
-def tei_error(refusal: Refusal) -> dict[str, Any]:
+def tei_error(refusal: Refusal) -> TeiErrorReply:
     return {"error": refusal.message, "error_type": TEI_ERROR_TYPES.get(refusal.status, "Backend")}

@@ -128,7 +128,11 @@ def matching_key(authorization: Sequence[bytes], keys: Sequence[ApiKey]) -> ApiK
 
 
 def is_on_this_machine(scope: Scope) -> bool:
-    return scope["client"] is not None and ipaddress.ip_address(scope["client"][0]).is_loopback
+    """The client's address may be what a proxy on this machine says of it (X-Forwarded-For), and that need not be an address."""
+    try:
+        return scope["client"] is not None and ipaddress.ip_address(scope["client"][0]).is_loopback
+    except ValueError:
+        return False
 
 
 def unauthorised(message: str) -> Response:

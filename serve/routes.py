@@ -15,18 +15,19 @@ GET  /healthz    200: this process answers
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from rm_robust.scoring import SCORE_PATH, Calibration, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest
+from serve.dialect_replies import ClassifyReply, OpenRlhfReply, PoolingReply, TeiErrorReply, TeiPredictReply, TeiRank, VllmErrorReply
 from serve.dialects import ClassifyBody, DialectBody, OpenRlhfBody, PoolingBody, TeiPredictBody, TeiRerankBody
 from serve.front import NO_ANSWER, Front
 from serve.keys import Guard, RequireKey, error_reply
@@ -38,24 +39,41 @@ from serve.scorer import Request as ScoringRequest
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
-Shape = Callable[[Refusal], dict[str, Any]]
+Shape = Callable[[Refusal], Mapping[str, Any]]
 
-STATUSES = (401, 404, 413, 422, 429, 500, 503, 504)
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply, "description": HTTPStatus(status).phrase} for status in STATUSES}
-DIALECT_ERRORS: dict[int | str, dict[str, Any]] = {status: {"description": HTTPStatus(status).phrase} for status in STATUSES}
-"""Their bodies have the dialect's own shape, but for a missing key (ErrorReply)."""
+STATUSES = {
+    401: "No key, or one that is not known.",
+    404: "There is no such model.",
+    413: "Too long, too many, or too large; the message names the limit.",
+    422: "The body is wrong; the message names the field.",
+    429: "The queue is full, or the key has used up its minute: wait for Retry-After seconds.",
+    500: "Scoring failed; the log has the request's id.",
+    503: "A model has no replica that can answer now; try again.",
+    504: "No scores in time; try again.",
+}
 CLIENT_WENT_AWAY = 499
 """nginx's status for it; nobody reads this reply."""
+MANY_PROBLEMS = 1000
+"""Of one body. To describe more of them costs more than it tells."""
+LONGEST_FIELD = 60
+"""Characters of a field's name that a message repeats: an unknown one is the caller's own text."""
 
 
 class ModelEntry(BaseModel):
     """One served model. `template`, `max_length_tokens` and `calibration` are null where there are none."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
+    """The name that requests give."""
     checkpoint: str
+    """The hash of its weights and tokenizer."""
     template: str | None
+    """The chat template's hash."""
     max_length_tokens: int | None
+    """The longest conversation that is scored."""
     calibration: Calibration | None
+    """What calibrated scores are made with."""
     reload_error: str | None
     """Why the newest deployment's checkpoint is not this one."""
 
@@ -63,13 +81,41 @@ class ModelEntry(BaseModel):
 class ModelList(BaseModel):
     """In OpenAI's envelope, which clients of vLLM read."""
 
-    object: str = "list"
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    object: Literal["list"] = "list"
+    """OpenAI's word for a list."""
     data: list[ModelEntry]
+    """The first one answers requests that name none."""
+
+
+class Ready(BaseModel):
+    """Every model has a replica that answers, and room."""
+
+    status: Literal["ready"] = "ready"
+
+
+class Alive(BaseModel):
+    """This process answers."""
+
+    status: Literal["alive"] = "alive"
+
+
+def failures(*statuses: int, shape: Any = ErrorReply) -> dict[int | str, dict[str, Any]]:
+    """Of one route, for /openapi.json. Keys are refused in our own shape, whatever the dialect's is (`shape`)."""
+    both = shape if shape is ErrorReply else shape | ErrorReply
+    shapes = {401: ErrorReply, 429: both, 500: both}
+    return {status: {"model": shapes.get(status, shape), "description": STATUSES[status]} for status in statuses}
+
+
+SCORING_FAILURES = (401, 413, 422, 429, 500, 504)
 
 
 def scoring_api(front: Front, guard: Guard) -> ASGIApp:
     """The whole HTTP side of one front, as ASGI."""
-    api = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None)  # without FastAPI's own pages: they load scripts from the internet
+    # Without FastAPI's own pages, which load scripts from the internet, and without its redirects to a path with or without a slash: a client
+    # would send the body again to an address made of its Host header, with http:// behind a proxy that speaks https.
+    api = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None, redirect_slashes=False)
     api.state.front = front
     api.include_router(router)
     api.add_exception_handler(HTTPException, unknown_route)
@@ -98,7 +144,13 @@ def without_references(schema: Any, definitions: dict[str, Any]) -> Any:
     return {name: without_references(part, definitions) for name, part in schema.items()}
 
 
-@router.post(SCORE_PATH, response_model=ScoreReply, responses=ERRORS, openapi_extra=body_in_openapi(ScoreRequest))
+@router.post(
+    SCORE_PATH,
+    summary="Score completions",
+    response_model=ScoreReply,
+    responses=failures(*SCORING_FAILURES, 404),
+    openapi_extra=body_in_openapi(ScoreRequest),
+)
 async def score(request: Request) -> Response:
     """Raw scores of completions, in the order of the request."""
     # The body is parsed here, not by FastAPI: one parser, which also refuses what is not UTF-8 or nests without end, with one error shape.
@@ -125,39 +177,69 @@ def score_reply(request: ScoreRequest, scored: Scored) -> ScoreReply:
     return reply
 
 
-@router.post("/get_reward", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(OpenRlhfBody))
+@router.post(
+    "/get_reward",
+    summary="Score rendered conversations (OpenRLHF)",
+    response_model=OpenRlhfReply,
+    responses=failures(*SCORING_FAILURES),
+    openapi_extra=body_in_openapi(OpenRlhfBody),
+)
 async def open_rlhf(request: Request) -> Response:
     """Raw scores of rendered conversations, as OpenRLHF's serve_rm."""
     return await answer_dialect(request, OpenRlhfBody)
 
 
-@router.post("/classify", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(ClassifyBody))
+@router.post(
+    "/classify",
+    summary="Score rendered conversations or messages (vLLM)",
+    response_model=ClassifyReply,
+    responses=failures(*SCORING_FAILURES, 404, shape=VllmErrorReply),
+    openapi_extra=body_in_openapi(ClassifyBody),
+)
 async def vllm_classify(request: Request) -> Response:
     """As vLLM's /classify; raw scores unless use_activation is true."""
     return await answer_dialect(request, ClassifyBody)
 
 
-@router.post("/pooling", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(PoolingBody))
+@router.post(
+    "/pooling",
+    summary="Score rendered conversations or messages (vLLM)",
+    response_model=PoolingReply,
+    responses=failures(*SCORING_FAILURES, 404, shape=VllmErrorReply),
+    openapi_extra=body_in_openapi(PoolingBody),
+)
 async def vllm_pooling(request: Request) -> Response:
     """As vLLM's /pooling; raw scores unless use_activation is true."""
     return await answer_dialect(request, PoolingBody)
 
 
-@router.post("/predict", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(TeiPredictBody))
+@router.post(
+    "/predict",
+    summary="Score rendered conversations or pairs (text-embeddings-inference)",
+    response_model=TeiPredictReply,
+    responses=failures(*SCORING_FAILURES, shape=TeiErrorReply),
+    openapi_extra=body_in_openapi(TeiPredictBody),
+)
 async def tei_predict(request: Request) -> Response:
     """As text-embeddings-inference's /predict; a pair is prompt and completion."""
     return await answer_dialect(request, TeiPredictBody)
 
 
-@router.post("/rerank", responses=DIALECT_ERRORS, openapi_extra=body_in_openapi(TeiRerankBody))
+@router.post(
+    "/rerank",
+    summary="Order a prompt's completions by their scores (text-embeddings-inference)",
+    response_model=list[TeiRank],
+    responses=failures(*SCORING_FAILURES, shape=TeiErrorReply),
+    openapi_extra=body_in_openapi(TeiRerankBody),
+)
 async def tei_rerank(request: Request) -> Response:
     """As text-embeddings-inference's /rerank; the texts are completions of the query."""
     return await answer_dialect(request, TeiRerankBody)
 
 
-@router.get("/v1/models", response_model=ModelList, responses={status: ERRORS[status] for status in (401, 429, 503)})
+@router.get("/v1/models", summary="List the models", response_model=ModelList, responses=failures(401, 429, 503))
 async def models(request: Request) -> Response:
-    """What is served."""
+    """What is served: names, checkpoints, how long a conversation may be."""
     try:
         served_models = await front_of(request).models()
     except NO_ANSWER as error:
@@ -177,25 +259,25 @@ async def models(request: Request) -> Response:
     return Response(ModelList(data=entries).model_dump_json(), media_type="application/json")
 
 
-@router.get("/metrics", responses={401: ERRORS[401], 429: ERRORS[429]})
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=failures(401, 429))
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
+    """Requests, refusals by reason, latency quantiles, queue, batches, tokens, mean and std of the scores, as Prometheus reads them."""
     return front_of(request).metrics.text()
 
 
-@router.get("/readyz", responses={503: ERRORS[503]})
+@router.get("/readyz", summary="Ready to score?", response_model=Ready, responses=failures(503))
 async def readyz(request: Request) -> Response:
-    """Whether every model has a replica that answers, and room."""
+    """200 when every model has a replica that answers, and room in its queue."""
     why_not = await front_of(request).why_not_ready()
     if why_not is not None:
         return error_reply(503, "not_ready", why_not, {})
-    return Response('{"status":"ready"}', media_type="application/json")
+    return Response(Ready().model_dump_json(), media_type="application/json")
 
 
-@router.get("/healthz")
-async def healthz() -> dict[str, str]:
-    """Whether this process answers."""
-    return {"status": "alive"}
+@router.get("/healthz", summary="Alive?")
+async def healthz() -> Alive:
+    """200 while this process answers."""
+    return Alive()
 
 
 @router.get("/", include_in_schema=False)
@@ -208,9 +290,11 @@ async def docs() -> Response:
     return page_response(PAGES["/docs"], status=200)
 
 
-async def unknown_route(_: Request, error: Exception) -> Response:
-    """404 and 405 of paths below the route prefix."""
+async def unknown_route(request: Request, error: Exception) -> Response:
+    """404 and 405 of paths below the route prefix. The bare prefix is the page's address without its slash."""
     assert isinstance(error, HTTPException)
+    if request.method == "GET" and request.scope["root_path"] and request.scope["path"] == request.scope["root_path"]:
+        return RedirectResponse(request.scope["root_path"] + "/")
     return error_reply(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), str(error.detail), dict(error.headers or {}))
 
 
@@ -235,7 +319,7 @@ async def body_within_limit(request: Request) -> bytes | Refusal:
     limit = front_of(request).settings.limits.max_body_bytes
     too_large = Refusal(413, "body_too_large", f"The body is larger than max_body_bytes = {limit}; send fewer inputs at a time.")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
+    if declared.isdecimal() and (len(declared) > 20 or int(declared) > limit):  # int itself refuses thousands of digits
         return too_large
     chunks, size = [], 0
     async for chunk in request.stream():
@@ -272,11 +356,13 @@ def refusal_response(refusal: Refusal, shape: Shape = native_error) -> Response:
 
 
 def describe_invalid_body(error: ValidationError) -> str:
-    """The first three problems as `inputs[0].completions: …`. The body's own text is not repeated."""
+    """The first three problems as `inputs[0].completions: …`. The body's own text is not repeated, but for the start of an unknown field's name."""
+    if error.error_count() > MANY_PROBLEMS:
+        return f"body: {error.error_count()} fields are wrong or unknown; GET /openapi.json says which there are."
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     lines = []
     for problem in problems[:3]:
-        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part:.{LONGEST_FIELD}}" for part in problem["loc"]).lstrip(".")
         lines.append(f"{field or 'body'}: {problem['msg']}")
     if len(problems) > 3:
         lines.append(f"and {len(problems) - 3} more problems")

@@ -19,7 +19,7 @@ def text(rng: Random, *, num_words: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(num_words))
 
 
-def save_tiny_reward_model(folder: Path, *, seed: int = 0, **training: float) -> Path:
+def save_tiny_reward_model(folder: Path, *, seed: int = 0, weight_scale: float = 4, **training: float) -> Path:
     """About 30,000 parameters, scores around N(0, 1); `folder` becomes the committed checkpoint. `training` is what its manifest says besides the seed."""
     rng = Random(seed)
     tokenizer = make_tokenizer([text(rng, num_words=20) for _ in range(50)], vocab_size=320)
@@ -30,7 +30,7 @@ def save_tiny_reward_model(folder: Path, *, seed: int = 0, **training: float) ->
     model = new_reward_model(base, pad_id=chat.pad_id, seed=seed)
     with torch.no_grad():
         for weight in model.model.layers.parameters():
-            weight.mul_(4)  # so that a score depends on every token, not on the last one alone
+            weight.mul_(weight_scale)  # so that a score depends on every token, not on the last one alone
 
     def write(target: Path) -> None:
         model.save_pretrained(target)
