@@ -353,8 +353,8 @@ class ReplicaConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length_tokens: int = Field(default=256, ge=2)
     """Prompt + completion; longer inputs are refused with 413."""
-    max_batch_tokens: int = Field(default=4096, ge=1)
-    """Tokens of one forward; a longer input has one of its own."""
+    max_batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens of one forward; a longer input has one of its own. 2,048 keeps a small model's activations in a CPU's cache; GPUs want more."""
     share_prompts: bool = True
     """Compute a prompt once for all the requests of a batch that have it."""
 

@@ -33,6 +33,7 @@ from serve.keys import KEYS_VARIABLE, ApiKey, Guard, keys_from_environment, read
 from serve.launch import deploy_models, free_port, refuse_open_host, refuse_taken_port, start_serve_without_http
 from serve.routes import scoring_api
 from serve.settings import ModelSettings, ServiceSettings
+from serve.whole_body import ReadWholeBody
 
 logger = logging.getLogger(__name__)
 MOST_TOKENS_BY_DEFAULT = 4096
@@ -140,6 +141,7 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not take the core that the front needs
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     ray.init(address="local", include_dashboard=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; with Ray's handler an orderly end would have status 15
     try:
         start_serve_without_http()
         front = Front(settings, deploy_models(settings))
@@ -158,7 +160,7 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
 
 
 def http_server(front: Front, guard: Guard, host: str, port: int) -> uvicorn.Server:
-    api = scoring_api(front, guard)
+    api = ReadWholeBody(scoring_api(front, guard))
     return uvicorn.Server(uvicorn.Config(api, host=host, port=port, ws="none", access_log=False, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S))
 
 

@@ -7,6 +7,7 @@ own process instead, and no proxy.
 """
 
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from serve.settings import ModelSettings, ServiceSettings
 FRONT_BEYOND_LIMITS = 1000
 """Room beyond the queues' own limits, so that the front, and not Serve's proxy, refuses a burst's overflow with our error body."""
 ANY_CHECKPOINT = Path("the one of user_config")
+HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Serve logs a line per request and a dozen per deployment otherwise."""
 SHARED_OPTIONS: dict[str, Any] = {
@@ -130,3 +132,5 @@ def refuse_no_keys(settings: ServiceSettings) -> None:
             f"The service of {settings.models[0].model_name!r} has no keys. Make one with `python -m serve.keys NAME` and name the file of its line, set "
             f"api_keys, or {KEYS_VARIABLE}; or set insecure_no_auth, which answers clients on the same machine only."
         )
+    if settings.insecure_no_auth and os.environ.get(HAPROXY_VARIABLE) == "1":
+        raise ConfigError(f"{HAPROXY_VARIABLE} = 1 makes every client look like one of this machine, so insecure_no_auth would answer anybody. Use keys.")

@@ -132,6 +132,8 @@ class BatchQueue:
             self._on_loop, self._in_thread = preparers
             self._served = served
             for job in [job for job in self._jobs if job.is_admitted]:
+                if job not in self._jobs:  # given up while another was being prepared
+                    continue
                 prepared = self._on_loop.prepare(job.request)
                 self._num_queued_tokens -= job.num_tokens
                 job.num_tokens = 0

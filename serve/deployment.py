@@ -103,7 +103,8 @@ def scorer_options(settings: ModelSettings) -> dict[str, Any]:
     return scaling | {
         "max_ongoing_requests": NUM_BATCHES_PER_REPLICA + 1,  # and somebody who asks what is loaded
         "health_check_period_s": 2.0,
-        "health_check_timeout_s": 10.0,
+        "health_check_timeout_s": 5.0,  # three times in a row
+        "graceful_shutdown_timeout_s": 10.0,  # a swap waits for a hung replica's end; a batch that is cut off by it is scored by another
         "ray_actor_options": {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "resources": settings.resources},
     }
 

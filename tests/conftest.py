@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--data", default=os.environ.get(DATA_VARIABLE), help=f"folder of real preference data (or {DATA_VARIABLE}); tests that want it skip without"
     )
+    parser.addoption("--load-seconds", type=float, default=600.0, help="how long test_serve_mixed_load.py asks (default: %(default)s)")
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ def text(rng: Random, *, num_words: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(num_words))
 
 
-def save_tiny_reward_model(folder: Path, *, seed: int = 0, weight_scale: float = 4) -> Path:
-    """About 30,000 parameters, scores around N(0, 1); `folder` becomes the committed checkpoint."""
+def save_tiny_reward_model(folder: Path, *, seed: int = 0, weight_scale: float = 4, **training: float) -> Path:
+    """About 30,000 parameters, scores around N(0, 1); `folder` becomes the committed checkpoint. `training` is what its manifest says besides the seed."""
     rng = Random(seed)
     tokenizer = make_tokenizer([text(rng, num_words=20) for _ in range(50)], vocab_size=320)
     config = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=1, num_kv_heads=1, max_position_embeddings=NUM_POSITIONS)
@@ -36,5 +36,5 @@ def save_tiny_reward_model(folder: Path, *, seed: int = 0, weight_scale: float =
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
-    commit_checkpoint(folder, write, kind="reward_model", template_sha256=chat.template_sha256, training={"seed": seed})
+    commit_checkpoint(folder, write, kind="reward_model", template_sha256=chat.template_sha256, training={"seed": seed, **training})
     return folder

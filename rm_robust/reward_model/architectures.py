@@ -8,12 +8,13 @@ import torch
 
 from rm_robust.chat import ChatFormat
 from rm_robust.errors import CheckpointError
-from rm_robust.packing import choose_layout
+from rm_robust.packing import Layout, choose_layout
 from rm_robust.reward_model import armorm
 from rm_robust.reward_model.armorm import PackedArmoRM, load_armorm
 from rm_robust.reward_model.model import PackedRewardModel, load_reward_model
+from rm_robust.reward_model.scoring_forward import ScoringForward
 
-ScoringModel = PackedRewardModel | PackedArmoRM
+ScoringModel = PackedRewardModel | ScoringForward | PackedArmoRM
 
 ONE_SCORE = "ForSequenceClassification"
 """How transformers ends the names of the decoders that it gives one linear head."""
@@ -27,7 +28,8 @@ def load_packed_reward_model(checkpoint_dir: Path, chat: ChatFormat, *, dtype: t
         layout = choose_layout(multi_objective.model.config, device)
         return PackedArmoRM(multi_objective, layout, chat.header_ids).to(device).eval()
     model = load_reward_model(checkpoint_dir, dtype=dtype)
-    return PackedRewardModel(model, choose_layout(model.config, device)).to(device).eval()
+    packed = PackedRewardModel(model, choose_layout(model.config, device)).to(device).eval()
+    return ScoringForward(packed) if packed.layout is Layout.SEGMENTS else packed
 
 
 def known_architecture(checkpoint_dir: Path) -> str:

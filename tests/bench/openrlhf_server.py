@@ -1,4 +1,5 @@
-"""OpenRLHF's reward server, rewritten without its DeepSpeed and flash-attn imports: what openrlhf/cli/serve_rm.py does at commit 3c3be623.
+"""OpenRLHF's reward server, rewritten without its DeepSpeed and flash-attn imports: the logic of openrlhf/cli/serve_rm.py (compared with a copy
+that names no commit; its handler and reply are those of 3c3be623).
 
     python -m tests.bench.openrlhf_server --checkpoint DIR --port 5000 --threads 1
 

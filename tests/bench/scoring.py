@@ -30,16 +30,14 @@ from rm_robust.config import ModelConfig
 from tests.bench.load_client import LoadClient, LoadJob, LoadResult, cpu_seconds
 from tests.bench.preference_pairs import MAX_SEQUENCE_TOKENS, TextPair, hh_rlhf_dialogues, texts_of
 from tests.bench.scoring_figures import ratio_of_rounds, token_limit
-from tests.bench.scoring_report import OURS, OURS_NO_SHARING, Measured, figures_of, print_table
+from tests.bench.scoring_report import Measured, figures_of, print_table
 from tests.bench.scoring_requests import Candidates, Left, Reference, best_of_n_lists, dialogues, save_scoring_checkpoint
-from tests.bench.scoring_servers import Running, Server, openrlhf, rm_robust, running, vllm, wait_until_ready
+from tests.bench.scoring_servers import OURS_NO_SHARING, Running, Server, openrlhf, rm_robust, running, vllm, wait_until_ready
 
 SIZES = {
     "small": ModelConfig(hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=1024, max_position_embeddings=1024),
     "large": ModelConfig(hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4, vocab_size=4096, max_position_embeddings=1024),
 }
-OUR_FLAGS: dict[str, list[str]] = {OURS: []}
-"""What `python -m serve` is started with, for each variant. TODO-LEAD: add OURS_NO_SHARING: ["--no-prompt-sharing"] once the flag is there."""
 NUM_CLIENTS = 64
 """Each sends one warm-up request before the clock starts."""
 NUM_LIST_CLIENTS = 16
@@ -47,7 +45,7 @@ NUM_LIST_CLIENTS = 16
 MOST_LISTS_PER_ROUND = 64
 MOST_LIST_ROUNDS = 3
 NUMBERS_OF_THREADS = (1, 2)
-"""A peer is measured with the one that is quicker for it."""
+"""Every server is measured with the one that is quicker for it."""
 NUM_CALIBRATION_REQUESTS = 128
 IDLE_S = 3.0
 JSON = {"Content-Type": "application/json"}
@@ -144,17 +142,18 @@ def measure_size(size: str, folder: Path, client: LoadClient, pairs: list[TextPa
 
         peers = start(*(openrlhf(checkpoint, num_threads=number) for number in NUMBERS_OF_THREADS))
         vllms = start(*(vllm(checkpoint, num_threads=number, has_prefix_caching=False) for number in NUMBERS_OF_THREADS))
-        ours = start(*(rm_robust(checkpoint, name=name, flags=flags, folder=folder) for name, flags in OUR_FLAGS.items()))
+        ours = start(*(rm_robust(checkpoint, num_threads=number, shares_prompts=False, folder=folder) for number in NUMBERS_OF_THREADS))
         wait_until_ready([*peers, *vllms, *ours])
         calibration = rounds[0][: NUM_CLIENTS + NUM_CALIBRATION_REQUESTS]
-        peer, without_caching = (quickest(bench, runs, calibration) for runs in (peers, vllms))
+        peer, without_caching, without_sharing = (quickest(bench, runs, calibration) for runs in (peers, vllms, ours))
         [with_caching] = start(vllm(checkpoint, num_threads=NUMBERS_OF_THREADS[vllms.index(without_caching)], has_prefix_caching=True))
-        wait_until_ready([with_caching])
-        everyone = [peer, without_caching, with_caching, *ours]
+        [sharing] = start(rm_robust(checkpoint, num_threads=NUMBERS_OF_THREADS[ours.index(without_sharing)], shares_prompts=True, folder=folder))
+        wait_until_ready([with_caching, sharing])
+        everyone = [peer, without_caching, with_caching, without_sharing, sharing]
         print_idle(everyone)
         measured = alternate(bench, rounds, everyone)
         print_table(f"{size}, {arguments.rounds} rounds of {arguments.requests} requests", measured)
-        list_figures = compare_lists(bench, list_rounds, ours, everyone)
+        list_figures = compare_lists(bench, list_rounds, [sharing, without_sharing], everyone)
     return figures_of(size, measured) | list_figures
 
 
@@ -180,7 +179,7 @@ def print_idle(runs: list[Running]) -> None:
 
 
 def quickest(bench: Bench, runs: list[Running], conversations: list[Candidates]) -> Running:
-    """The one of a peer's numbers of threads that is quickest here, by two short runs of each, alternated; the others are ended.
+    """The one of a server's numbers of threads that is quickest here, by two short runs of each, alternated; the others are ended.
 
     None of them caches anything, so the texts may come again.
     """

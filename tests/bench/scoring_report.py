@@ -5,9 +5,7 @@ from statistics import median
 
 from tests.bench.load_client import LoadResult
 from tests.bench.scoring_figures import percentile, ratio_of_rounds
-from tests.bench.scoring_servers import OPENRLHF, VLLM, VLLM_CACHING
-
-OURS, OURS_NO_SHARING = "rm_robust", "rm_robust, no prompt sharing"
+from tests.bench.scoring_servers import OPENRLHF, OURS, OURS_NO_SHARING, VLLM, VLLM_CACHING
 
 
 @dataclass

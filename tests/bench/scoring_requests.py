@@ -24,6 +24,9 @@ from tests.bench.preference_pairs import MAX_SEQUENCE_TOKENS, SEED, TextPair
 
 VLLM_MODEL_NAME = "reward_model"
 NUM_COMPLETIONS_OF_A_LIST = 4
+LIST_TOKENS = 512
+SPARE_TOKENS = 8
+"""A cut text may have a few tokens more than it was cut to."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,18 @@ def dialogues(pairs: Sequence[TextPair], chat: ChatFormat) -> tuple[list[Candida
 
 
 def best_of_n_lists(data_dir: Path, chat: ChatFormat) -> tuple[list[Candidates], Left]:
-    """Lists of rmb_bon.parquet: the best answer and three worse ones, shuffled."""
+    """Lists of rmb_bon.parquet: the best answer and three worse ones, cut so that a conversation has at most LIST_TOKENS, shuffled."""
     rows = pq.read_table(data_dir / "rmb_bon.parquet", columns=["messages", "best", "losers"]).to_pylist()
     num_losers = NUM_COMPLETIONS_OF_A_LIST - 1
-    return usable([(row["messages"], [row["best"], *row["losers"][:num_losers]]) for row in rows if len(row["losers"]) >= num_losers], chat)
+    lists = [(row["messages"], [row["best"], *row["losers"][:num_losers]]) for row in rows if len(row["losers"]) >= num_losers]
+    return usable([(prompt, [cut(text, prompt, chat) for text in completions]) for prompt, completions in lists], chat)
+
+
+def cut(completion: str, prompt: list[Message], chat: ChatFormat) -> str:
+    """Its beginning, where the whole conversation is longer than LIST_TOKENS; a prompt that leaves no room is left to MAX_SEQUENCE_TOKENS."""
+    room = LIST_TOKENS - len(chat.prompt_ids(prompt)) - SPARE_TOKENS
+    ids = chat.completion_ids(completion)
+    return completion if len(ids) <= room or room < SPARE_TOKENS else chat.completion_text(ids[:room])
 
 
 def usable(rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat) -> tuple[list[Candidates], Left]:

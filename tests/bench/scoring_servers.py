@@ -22,6 +22,7 @@ from tests.bench import scoring_requests as requests
 from tests.bench.preference_pairs import MAX_SEQUENCE_TOKENS
 from tests.bench.scoring_requests import Candidates
 
+OURS, OURS_NO_SHARING = "rm_robust", "rm_robust, no prompt sharing"
 OPENRLHF = "OpenRLHF serve_rm"
 VLLM, VLLM_CACHING = "vLLM, prefix caching off", "vLLM, prefix caching on"
 UP_WITHIN_S = 300.0
@@ -98,14 +99,17 @@ def vllm(checkpoint: Path, *, num_threads: int, has_prefix_caching: bool) -> Ser
     return Server(name, of_threads(num_threads), command, port, "/classify", "/health", requests.vllm_body, requests.vllm_scores, environment=environment)
 
 
-def rm_robust(checkpoint: Path, *, name: str, flags: list[str], folder: Path) -> Server:
+def rm_robust(checkpoint: Path, *, num_threads: int, shares_prompts: bool, folder: Path) -> Server:
     port = free_port("127.0.0.1")
     key, entry = new_key("bench")
     keys_file = folder / f"keys_{port}.toml"
     keys_file.write_text(f'bench = {{ sha256 = "{entry.sha256}" }}\n')
-    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port), "--keys", str(keys_file), *flags]
-    headers = {"Authorization": f"Bearer {key}"}
-    return Server(name, " ".join(flags), command, port, SCORE_PATH, "/readyz", requests.our_body, requests.our_scores, headers, {"RAY_TMPDIR": str(folder)})
+    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port), "--keys", str(keys_file), "--threads", str(num_threads)]
+    if not shares_prompts:
+        command.append("--no-prompt-sharing")
+    headers, environment = {"Authorization": f"Bearer {key}"}, {"RAY_TMPDIR": str(folder)}
+    name = OURS if shares_prompts else OURS_NO_SHARING
+    return Server(name, of_threads(num_threads), command, port, SCORE_PATH, "/readyz", requests.our_body, requests.our_scores, headers, environment)
 
 
 def of_threads(count: int) -> str:

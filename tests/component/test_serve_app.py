@@ -13,9 +13,7 @@ from unittest.mock import ANY
 
 import httpx
 import pytest
-import torch
 from starlette.routing import Route
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
@@ -28,6 +26,7 @@ from serve.pages import PAGES
 from serve.routes import router
 from serve.settings import ModelSettings, ServiceLimits, ServiceSettings
 from tests.local_serve import addresses_listening_at, local_ray, local_service
+from tests.plain_transformers import PlainTransformers
 from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
 
 TOLERANCE = 1e-4
@@ -65,21 +64,6 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
             guarded=url_of(judge.model_copy(update={"model_name": "guarded"}), api_keys=keys, insecure_no_auth=False),
             checkpoint_dir=checkpoint_dir,
         )
-
-
-class PlainTransformers:
-    """The checkpoint scored without any of our code: the template's text, cut after the last end of turn, through the model alone."""
-
-    def __init__(self, checkpoint_dir: Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
-        self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint_dir, num_labels=1).eval()
-
-    def score(self, prompt: str | list[Message], completion: str) -> float:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        rendered = self.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": completion}], tokenize=False)
-        ids = self.tokenizer(rendered.removesuffix("\n"), add_special_tokens=False, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            return float(self.model(input_ids=ids).logits[0, 0])
 
 
 @pytest.fixture(scope="module")

@@ -111,3 +111,11 @@ def test_a_port_that_is_taken_is_refused_with_its_number() -> None:
         with pytest.raises(ConfigError, match=f"Port {port} on 127.0.0.1 cannot be used"):
             refuse_taken_port("127.0.0.1", port)
     refuse_taken_port("127.0.0.1", port)
+
+
+def test_a_service_without_keys_is_refused_behind_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_to_this_machine = {"models": [JUDGE], "insecure_no_auth": True}
+    assert isinstance(build(open_to_this_machine), Application)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(ConfigError, match="every client look like one of this machine"):
+        build(open_to_this_machine)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -82,10 +83,10 @@ class Call:
         self._task.cancel()
 
 
-async def queue_on(answer: Answer, *, limits: ServiceLimits | None = None, **model: Any) -> BatchQueue:
+async def queue_on(answer: Answer, *, limits: ServiceLimits | None = None, load_preparer: Callable[[ServedModel], Words] = Words, **model: Any) -> BatchQueue:
     settings = ModelSettings(**({"model_name": "m", "embedded_judge": True, "max_batch_tokens": 10} | model))
     metrics = ModelMetrics(ServiceMetrics(), "m")
-    made = BatchQueue(settings, limits or ServiceLimits(), metrics, call=lambda batch: Call(answer(batch)), load_preparer=Words)
+    made = BatchQueue(settings, limits or ServiceLimits(), metrics, call=lambda batch: Call(answer(batch)), load_preparer=load_preparer)
     await made.adopt(served(1))
     return made
 
@@ -382,5 +383,34 @@ def test_a_request_that_is_prepared_while_the_checkpoint_changes_is_prepared_for
         assert isinstance(outcome, Scored)
         assert outcome.served == served(2)
         assert {batch.generation for batch in replica.batches} == {2}
+
+    run(test)
+
+
+def test_a_request_that_is_given_up_during_a_swap_no_longer_counts() -> None:
+    tasks: list[asyncio.Task[Outcome]] = []
+
+    class LosesACaller(Words):
+        """Everything is longer in generation 2, and while the first request is prepared for it, the caller of the second goes away."""
+
+        def prepare(self, request: Request) -> Prepared | Refusal:
+            prepared = super().prepare(request)
+            if self.generation == 1 or isinstance(prepared, Refusal):
+                return prepared
+            tasks[1].cancel()
+            return Prepared([replace(item, num_completion_tokens=10) for item in prepared.items], prepared.counts)
+
+    async def test() -> None:
+        replica = Replica()
+        replica.gate.clear()
+        queue = await queue_on(replica, limits=ServiceLimits(max_queued_tokens=22), load_preparer=LosesACaller)
+        tasks.extend(asyncio.create_task(queue.score(request((prompt, 1)))) for prompt in "ab")
+        await turns()
+        await queue.adopt(served(2))
+        assert tasks[1].cancelled()
+        replica.generation = 2
+        replica.gate.set()
+        await tasks[0]
+        assert isinstance(await queue.score(request(("c", 1), ("d", 1))), Scored)  # all the room there is
 
     run(test)
