@@ -45,7 +45,9 @@ NUM_LIST_CLIENTS = 16
 MOST_LISTS_PER_ROUND = 64
 MOST_LIST_ROUNDS = 3
 NUMBERS_OF_THREADS = (1, 2)
-"""Every server is measured with the one that is quicker for it."""
+"""A peer is measured with the one that is quicker for it."""
+OUR_WORKERS = ((1, 1), (1, 2), (2, 1))
+"""Replicas and threads of each: a service of ours may also have two processes for its two cores. The peers' servers have one model."""
 NUM_CALIBRATION_REQUESTS = 128
 IDLE_S = 3.0
 JSON = {"Content-Type": "application/json"}
@@ -142,12 +144,12 @@ def measure_size(size: str, folder: Path, client: LoadClient, pairs: list[TextPa
 
         peers = start(*(openrlhf(checkpoint, num_threads=number) for number in NUMBERS_OF_THREADS))
         vllms = start(*(vllm(checkpoint, num_threads=number, has_prefix_caching=False) for number in NUMBERS_OF_THREADS))
-        ours = start(*(rm_robust(checkpoint, num_threads=number, shares_prompts=False, folder=folder) for number in NUMBERS_OF_THREADS))
+        ours = start(*(rm_robust(checkpoint, workers=workers, shares_prompts=False, folder=folder) for workers in OUR_WORKERS))
         wait_until_ready([*peers, *vllms, *ours])
         calibration = rounds[0][: NUM_CLIENTS + NUM_CALIBRATION_REQUESTS]
         peer, without_caching, without_sharing = (quickest(bench, runs, calibration) for runs in (peers, vllms, ours))
         [with_caching] = start(vllm(checkpoint, num_threads=NUMBERS_OF_THREADS[vllms.index(without_caching)], has_prefix_caching=True))
-        [sharing] = start(rm_robust(checkpoint, num_threads=NUMBERS_OF_THREADS[ours.index(without_sharing)], shares_prompts=True, folder=folder))
+        [sharing] = start(rm_robust(checkpoint, workers=OUR_WORKERS[ours.index(without_sharing)], shares_prompts=True, folder=folder))
         wait_until_ready([with_caching, sharing])
         everyone = [peer, without_caching, with_caching, without_sharing, sharing]
         print_idle(everyone)

@@ -99,17 +99,21 @@ def vllm(checkpoint: Path, *, num_threads: int, has_prefix_caching: bool) -> Ser
     return Server(name, of_threads(num_threads), command, port, "/classify", "/health", requests.vllm_body, requests.vllm_scores, environment=environment)
 
 
-def rm_robust(checkpoint: Path, *, num_threads: int, shares_prompts: bool, folder: Path) -> Server:
+def rm_robust(checkpoint: Path, *, workers: tuple[int, int], shares_prompts: bool, folder: Path) -> Server:
+    """`workers`: replicas, and threads of each."""
+    num_replicas, num_threads = workers
     port = free_port("127.0.0.1")
     key, entry = new_key("bench")
     keys_file = folder / f"keys_{port}.toml"
     keys_file.write_text(f'bench = {{ sha256 = "{entry.sha256}" }}\n')
-    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port), "--keys", str(keys_file), "--threads", str(num_threads)]
+    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port), "--keys", str(keys_file)]
+    command += ["--replicas", str(num_replicas), "--threads", str(num_threads)]
     if not shares_prompts:
         command.append("--no-prompt-sharing")
     headers, environment = {"Authorization": f"Bearer {key}"}, {"RAY_TMPDIR": str(folder)}
     name = OURS if shares_prompts else OURS_NO_SHARING
-    return Server(name, of_threads(num_threads), command, port, SCORE_PATH, "/readyz", requests.our_body, requests.our_scores, headers, environment)
+    chosen = of_threads(num_threads) if num_replicas == 1 else f"{num_replicas} replicas, {of_threads(num_threads)} each"
+    return Server(name, chosen, command, port, SCORE_PATH, "/readyz", requests.our_body, requests.our_scores, headers, environment)
 
 
 def of_threads(count: int) -> str:
