@@ -80,7 +80,7 @@ class ChatFormat:
     def load(cls, model_dir: Path | str) -> "ChatFormat":
         """The chat format saved beside a model. `model_dir`: a local folder or a hub name."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
+            tokenizer = AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ChatTemplateError(f"No tokenizer can be loaded from {model_dir}: {error}") from error
         return cls(tokenizer, source=str(model_dir))

@@ -21,6 +21,7 @@ from rm_robust.errors import DataError, RmRobustError
 from rm_robust.scoring import RewardClient, ScoreInput
 
 INPUTS_AT_A_TIME = 512
+LINE_START = b'{"line": '
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,6 +98,8 @@ def _resume(out: Path) -> tuple[int, str | None]:
     with out.open("rb+") as file:
         for line in file:
             if not line.endswith(b"\n"):
+                if not line.startswith(LINE_START[: len(line)]):
+                    raise DataError(f"{out}, line {num_lines + 1} was not written by this command. Name another --out.")
                 break
             num_lines, end = num_lines + 1, end + len(line)
             try:

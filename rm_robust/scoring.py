@@ -371,12 +371,13 @@ def merge_replies(replies: Sequence[ScoreReply], spans: Sequence[range], *, expe
     first = replies[0]
     wanted = expected_checkpoint or first.checkpoint
     for reply, span in zip(replies, spans, strict=True):
-        if (reply.model, reply.checkpoint) != (first.model, wanted):
+        if (reply.model, reply.checkpoint, reply.calibration) != (first.model, wanted, first.calibration):
             raise ScoringError(
                 f"Inputs {span.start} to {span.stop - 1} were scored by {reply.model} {reply.checkpoint}, not by {first.model} {wanted}: "
                 "the checkpoint changed, and scores of two checkpoints cannot be compared. Score everything again."
             )
-    return ScoreReply(model=first.model, checkpoint=wanted, template=first.template, results=[result for reply in replies for result in reply.results])
+    results = [result for reply in replies for result in reply.results]
+    return ScoreReply(model=first.model, checkpoint=wanted, template=first.template, calibration=first.calibration, results=results)
 
 
 def describe_failure(response: httpx.Response) -> str:

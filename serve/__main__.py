@@ -4,14 +4,16 @@ python -m serve --checkpoint runs/tiny_cpu/checkpoints/reward_model --keys keys.
 python -m serve --service service.toml --keys keys.toml              several models, ensembles, limits: the fields of serve/settings.py
 python -m serve --embedded-judge --insecure-no-auth --port 8000
 
-SIGHUP reads the checkpoint's path, the service file and the keys again: a new checkpoint takes the old one's place without a failed request,
-and a key that is no longer in the file is no longer accepted. Ctrl-C, or SIGTERM, stops taking requests, answers those at hand, and ends.
+SIGHUP reads the keys and the checkpoints' paths again: a new checkpoint takes the old one's place without a failed request, and a key that is no
+longer in the file is no longer accepted. Anything else that the service file says needs a new start. Ctrl-C, or SIGTERM, stops taking requests,
+answers those at hand, and ends.
 """
 
 import argparse
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -27,8 +29,10 @@ from ray import serve
 from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
+from rm_robust.reward_model.config_json import read_json
 from rm_robust.scoring import KEY_VARIABLE, SCORE_PATH
-from serve.front import Front
+from serve.app import without_checkpoint
+from serve.front import DESCRIPTION_IS_FRESH_S, NO_ANSWER, Front
 from serve.keys import KEYS_VARIABLE, ApiKey, Guard, keys_from_environment, read_keys
 from serve.launch import deploy_models, free_port, refuse_open_host, refuse_taken_port, start_serve_without_http
 from serve.routes import scoring_api
@@ -87,8 +91,8 @@ def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
 def read_service(path: Path) -> dict[str, object]:
     try:
         table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"The service file {path} cannot be read: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The service file {path} cannot be read: {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
     wrong = sorted({"api_keys", "insecure_no_auth"} & table.keys())
@@ -126,7 +130,7 @@ def keys_from(arguments: argparse.Namespace) -> tuple[ApiKey, ...]:
 def num_positions(checkpoint_dir: Path) -> int:
     """The longest input that the model can read, in tokens."""
     read_manifest(checkpoint_dir)
-    config = json.loads((checkpoint_dir / "config.json").read_text())
+    config = read_json(checkpoint_dir / "config.json")
     if "max_position_embeddings" not in config:
         raise CheckpointError(f"{checkpoint_dir}/config.json does not say max_position_embeddings; give --max-length-tokens.")
     return int(config["max_position_embeddings"])
@@ -140,6 +144,7 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
     refuse_taken_port(arguments.host, port)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not take the core that the front needs
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     ray.init(address="local", include_dashboard=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; with Ray's handler an orderly end would have status 15
     try:
@@ -161,9 +166,22 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
 
 def http_server(front: Front, guard: Guard, host: str, port: int) -> uvicorn.Server:
     api = ReadWholeBody(scoring_api(front, guard))
-    return uvicorn.Server(uvicorn.Config(api, host=host, port=port, ws="none", access_log=False, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S))
+    patience_s = math.ceil(front.settings.limits.request_timeout_s) + 1  # at its end: a client that never finishes its body must not hold it up
+    return uvicorn.Server(
+        uvicorn.Config(
+            api,
+            host=host,
+            port=port,
+            ws="none",
+            access_log=False,
+            log_level="warning",
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=patience_s,
+        )
+    )
 
 
+RELOADING = asyncio.Lock()
 RELOADS: set[asyncio.Task[None]] = set()
 """The event loop itself keeps only a weak reference."""
 
@@ -175,18 +193,25 @@ def reload_in_background(arguments: argparse.Namespace, running: ServiceSettings
 
 
 async def reload(arguments: argparse.Namespace, running: ServiceSettings, front: Front, guard: Guard) -> None:
-    """What SIGHUP does. Settings that are wrong leave everything as it is, and so do models that this front does not know."""
-    try:
-        settings = settings_from(arguments)
-        if [model.model_name for model in settings.models] != [model.model_name for model in running.models] or settings.ensembles != running.ensembles:
-            raise ConfigError("Models and ensembles cannot be added or taken away while the service runs; start it again.")
-        guard.replace_keys(settings.api_keys)
-        await asyncio.to_thread(deploy_models, settings)
-        served = await front.models()
-    except RmRobustError as error:
-        logger.error("not reloaded: %s", error)
-    else:
-        logger.info("reloaded: %s", ", ".join(f"{model.model} {model.checkpoint}" for model in served))
+    """What SIGHUP does, one after another. Keys come first and by themselves: one that is taken back is so whatever becomes of the rest."""
+    async with RELOADING:
+        try:
+            guard.replace_keys(keys_from(arguments))
+            settings = settings_from(arguments)
+            if with_any_checkpoints(settings) != with_any_checkpoints(running):
+                raise ConfigError("Only keys and checkpoints change while the service runs. For other models, limits or replicas, start it again.")
+            await asyncio.to_thread(deploy_models, settings)
+            await asyncio.sleep(DESCRIPTION_IS_FRESH_S)
+            served = await front.models()
+        except NO_ANSWER as error:
+            logger.error("not reloaded: %s", error)
+        else:
+            logger.info("reloaded: %s", ", ".join(f"{model.model} {model.checkpoint}" for model in served))
+
+
+def with_any_checkpoints(settings: ServiceSettings) -> ServiceSettings:
+    """What may not change while the service runs."""
+    return settings.model_copy(update={"models": tuple(without_checkpoint(model) for model in settings.models), "api_keys": ()})
 
 
 def curl_example(base_url: str, settings: ServiceSettings) -> str:

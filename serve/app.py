@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import ConfigError
 from rm_robust.scoring import ScoreReply, ScoreRequest
 from serve.deployment import ScorerReplica, WhatToLoad, scorer_options
@@ -28,6 +29,8 @@ from serve.routes import score_reply, scoring_api
 from serve.scorer import Refusal
 from serve.settings import ModelSettings, ServiceSettings
 
+SPARE_S = 5.0
+"""A front that ends first answers what it has begun."""
 FRONT_BEYOND_LIMITS = 1000
 """Room beyond the queues' own limits, so that the front, and not Serve's proxy, refuses a burst's overflow with our error body."""
 ANY_CHECKPOINT = Path("the one of user_config")
@@ -99,6 +102,7 @@ def service_app(settings: ServiceSettings) -> Application:
         num_replicas=settings.num_fronts,
         max_ongoing_requests=num_accepted,
         user_config={"version": 0},
+        graceful_shutdown_timeout_s=settings.limits.request_timeout_s + SPARE_S,
         ray_actor_options={"num_cpus": 0},
         **SHARED_OPTIONS,
     )(FrontReplica)
@@ -111,6 +115,8 @@ def scorer_app(model: ModelSettings, settings: ServiceSettings) -> Application:
     """One model's replicas. Deploying it again with another checkpoint, and no other change, swaps the checkpoint in the replicas that are there."""
     checkpoint_dir = None if model.checkpoint_dir is None else str(model.checkpoint_dir)
     what = WhatToLoad(checkpoint_dir=checkpoint_dir, generation=time.time_ns())
+    if model.checkpoint_dir is not None and model.checkpoint_dir.is_dir():  # not where a YAML is built away from the models
+        what["checkpoint"] = read_manifest(model.checkpoint_dir).content_sha256
     known, timeout_s = without_checkpoint(model), settings.limits.batch_timeout_s
     deployment = serve.deployment(name=scorer_name(model), user_config=dict(what), **scorer_options(model), **SHARED_OPTIONS)(ScorerReplica)
     version = hashlib.sha256(f"{known.model_dump_json()} {timeout_s}".encode()).hexdigest()  # without one, every deployment is a new one to Serve

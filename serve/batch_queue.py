@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from rm_robust.errors import RmRobustError
@@ -29,10 +29,12 @@ from serve.scorer import Batch, BatchScores, OtherGeneration, Outcome, Prepared,
 from serve.settings import ModelSettings, ServiceLimits
 
 logger = logging.getLogger(__name__)
-REPLICA_GONE = (RayActorError, DeploymentUnavailableError, BackPressureError, RequestCancelledError)
-"""What a call raises when its replica died, or there is none: the batch is as good as new."""
+REPLICA_GONE = (RayError, DeploymentUnavailableError, BackPressureError, RequestCancelledError)
+"""What a call raises when its replica or node died, or there is none: the batch is as good as new. (RayTaskError, a failure of our code, is caught before.)"""
 AGAIN_AFTER_S = 0.25
 """Before a batch goes out again whose replica is gone or behind."""
+MAX_LOSSES = 8
+"""Batches of one request that were lost with their replicas. Two may be in flight to one that dies."""
 REPLICA_SEEN_WITHIN_S = 15.0
 """A replica that answered within it counts as one that can work."""
 INLINE_CHARACTERS = 16_384
@@ -63,6 +65,7 @@ class Job:
     """Items that are in no batch yet."""
     num_tokens: int = 0
     is_admitted: bool = False
+    num_losses: int = 0
 
     def prepare_anew(self, prepared: Prepared, served: ServedModel) -> None:
         self.prepared, self.served = prepared, served
@@ -70,6 +73,14 @@ class Job:
         self.to_send = deque(range(len(prepared.items)))
         self.num_tokens = sum(item.num_tokens for item in prepared.items)
         self.is_admitted = True
+
+    def score_results(self) -> list[ScoreResult]:
+        """Input by input, once every item has its scores."""
+        scores: list[list[float]] = [[] for _ in self.prepared.counts]
+        for item, result in zip(self.prepared.items, self.results, strict=True):
+            assert result is not None, "an item has no scores yet"
+            scores[item.input_index] += result
+        return [ScoreResult(scores=own, token_counts=counts) for own, counts in zip(scores, self.prepared.counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ class BatchQueue:
     async def adopt(self, served: ServedModel) -> None:
         """Prepare for this checkpoint from now on, and again what has not all its scores. An older generation changes nothing."""
         async with self._adopting:
-            if self._served is not None and served.generation <= self._served.generation:
+            if self._served is not None and not served.replaces(self._served):
                 return
             try:
                 preparers = [await asyncio.to_thread(self._load_preparer, served) for _ in range(2)]
@@ -132,9 +143,9 @@ class BatchQueue:
             self._on_loop, self._in_thread = preparers
             self._served = served
             for job in [job for job in self._jobs if job.is_admitted]:
-                if job not in self._jobs:  # given up while another was being prepared
+                prepared, _ = await self._prepare(job.request)
+                if job not in self._jobs:  # given up meanwhile
                     continue
-                prepared = self._on_loop.prepare(job.request)
                 self._num_queued_tokens -= job.num_tokens
                 job.num_tokens = 0
                 if isinstance(prepared, Refusal):
@@ -230,7 +241,8 @@ class BatchQueue:
 
     def _num_replicas(self) -> int:
         since_s = time.monotonic() - REPLICA_SEEN_WITHIN_S
-        return max(self._model.num_replicas, sum(seen_s > since_s for seen_s in self._seen_s.values()))
+        self._seen_s = {replica: seen_s for replica, seen_s in self._seen_s.items() if seen_s > since_s}
+        return max(self._model.num_replicas, len(self._seen_s))
 
     def _take(self) -> list[Claim]:
         """Items for one batch: in the order of the queue, but of one request no more than half of the room while others wait."""
@@ -271,18 +283,21 @@ class BatchQueue:
         started_s = time.monotonic()
         is_lost = True
         try:
-            reply = await self._answer(Batch(served.generation, contents))
-            is_lost = reply is None
+            reply = await self._answer(Batch(served.generation, served.checkpoint, contents))
             if isinstance(reply, BatchScores):
                 seconds = time.monotonic() - started_s
                 self._seen_s[reply.replica] = time.monotonic()
                 self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * num_tokens / seconds if self._tokens_per_s else num_tokens / seconds
                 self._metrics.batch(num_items=len(contents), num_tokens=num_tokens, fill=num_tokens / self._model.max_batch_tokens, seconds=seconds)
                 self._deliver(claims, reply)
+                is_lost = False
+            elif isinstance(reply, OtherGeneration) and reply.served.replaces(served):
+                await self.adopt(reply.served)  # which prepares these requests anew
+                is_lost = False
             elif isinstance(reply, OtherGeneration):
-                is_lost = reply.served.generation <= served.generation  # a replica that is behind: it will catch up
-                if not is_lost:
-                    await self.adopt(reply.served)
+                self._metrics.batch_lost("replica_behind")
+            else:
+                self._count_losses(claims)
         except RayTaskError as error:
             is_lost = False
             logger.exception("a replica of %s failed", self._model.model_name)
@@ -290,12 +305,21 @@ class BatchQueue:
             for claim in claims:
                 self._finish(claim.job, Refusal(500, "internal_error", f"The scorer failed ({type(error.cause).__name__}); the reason is in the server's log."))
         except RmRobustError:
-            is_lost = True  # adopting failed: the next batch tries again
+            self._metrics.batch_lost("checkpoint_unreadable")  # logged where it is read; the next batch tries again
         finally:
             self._num_in_flight -= 1
             if is_lost:
                 asyncio.get_running_loop().call_later(AGAIN_AFTER_S, self._put_back, claims)
             self._pump_soon()
+
+    def _count_losses(self, claims: list[Claim]) -> None:
+        """A request that is in every batch that a replica does not survive must not have them all."""
+        for claim in claims:
+            claim.job.num_losses += 1
+            if claim.job.num_losses > MAX_LOSSES:
+                logger.error("a request was in %d batches of %s that did not come back", MAX_LOSSES + 1, self._model.model_name)
+                message = f"{MAX_LOSSES + 1} batches with parts of this request did not come back from their replicas; send less at a time, or try again later."
+                self._finish(claim.job, Refusal(503, "unavailable", message))
 
     async def _answer(self, batch: Batch) -> BatchScores | OtherGeneration | None:
         """None when the replica is gone or hangs. Raises RayTaskError when it failed."""
@@ -311,6 +335,8 @@ class BatchQueue:
             self._metrics.batch_lost("timeout")
             if response is not None:
                 response.cancel()
+        except RayTaskError:
+            raise
         except REPLICA_GONE as error:
             logger.warning("a replica of %s is gone (%s); its batch goes to another", self._model.model_name, type(error).__name__)
             self._metrics.batch_lost("replica_gone")
@@ -332,13 +358,12 @@ class BatchQueue:
                 continue
             for index, result in zip(claim.indices, results, strict=True):
                 if isinstance(result, str):
-                    part = parts_of(job.request)[index]
+                    part = parts_of(job.request)[job.prepared.items[index].input_index]
                     self._finish(job, Refusal(500, "scoring_failed", f"{part.prompt_field}: {result}"))
                     break
                 job.results[index] = result
             if not job.done.done() and not job.to_send and all(result is not None for result in job.results):
-                rows = [ScoreResult(scores=s or [], token_counts=c) for s, c in zip(job.results, job.prepared.counts, strict=True)]
-                self._finish(job, Scored(job.served, rows, job.prepared.num_cut))
+                self._finish(job, Scored(job.served, job.score_results(), job.prepared.num_cut))
 
     def _finish(self, job: Job, outcome: Outcome) -> None:
         job.to_send.clear()

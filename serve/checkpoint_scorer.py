@@ -36,6 +36,7 @@ class CheckpointScorer:
             calibration=read_manifest(checkpoint_dir).calibration,
             checkpoint_dir=str(checkpoint_dir),
             generation=generation,
+            max_batch_tokens=settings.max_batch_tokens,
         )
 
     def score(self, contents: Sequence[TokenGroup | ScoreInput]) -> list[list[float] | str]:

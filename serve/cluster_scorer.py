@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rm_robust.errors import ScoringError
@@ -16,7 +16,8 @@ from serve.scorer import Refusal
 logger = logging.getLogger(__name__)
 MAX_COMPLETIONS_PER_CALL = 256
 NUM_ATTEMPTS = 9
-NO_REPLY = (RayActorError, RayTaskError, BackPressureError, DeploymentUnavailableError)
+ANSWERED_WITHIN_S = 300.0
+NO_REPLY = (RayError, BackPressureError, DeploymentUnavailableError, TimeoutError)
 
 
 class ClusterScorer:
@@ -48,7 +49,7 @@ class ClusterScorer:
         for attempt in range(NUM_ATTEMPTS):
             wait_s = 0.0
             try:
-                answer = call.result()
+                answer = call.result(timeout_s=ANSWERED_WITHIN_S)
             except NO_REPLY as error:
                 reason = f"{type(error).__name__} {error}"
             else:

@@ -4,12 +4,13 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ray import serve
 
-from rm_robust.errors import RmRobustError
+from rm_robust.errors import CheckpointError, RmRobustError
 from serve.scorer import Batch, BatchScorer, BatchScores, OtherGeneration, ServedModel
 from serve.settings import ModelSettings
 
@@ -21,6 +22,8 @@ class WhatToLoad(TypedDict):
 
     checkpoint_dir: str | None
     generation: int
+    checkpoint: NotRequired[str]
+    """Its content hash; a directory that has another by now is not loaded."""
 
 
 class ScorerReplica:
@@ -39,9 +42,13 @@ class ScorerReplica:
 
         Raises CheckpointError for the first checkpoint.
         """
+        if self._scorer is not None and what.get("checkpoint") == self._scorer.served.checkpoint:
+            self._scorer.served = replace(self._scorer.served, generation=what["generation"])
+            self._reload_error = None
+            return
         try:
             loaded = await asyncio.to_thread(load_scorer, self._settings, what)
-        except RmRobustError as error:
+        except (RmRobustError, OSError, RuntimeError) as error:  # torch's out-of-memory is a RuntimeError
             if self._scorer is None:
                 raise
             logger.error("the checkpoint %s is not served: %s", what["checkpoint_dir"], error)
@@ -55,7 +62,7 @@ class ScorerReplica:
     async def describe(self) -> ServedModel:
         assert self._scorer is not None, "Serve reconfigures a replica before its first call"
         served = self._scorer.served
-        return served if self._reload_error is None else ServedModel(**{**served.__dict__, "reload_error": self._reload_error})
+        return replace(served, reload_error=self._reload_error)
 
     def check_health(self) -> None:
         """Serve calls it every few seconds; raising replaces the replica."""
@@ -66,7 +73,7 @@ class ScorerReplica:
     def _score(self, batch: Batch) -> BatchScores | OtherGeneration:
         assert self._scorer is not None
         scorer = self._scorer  # the one of this whole batch
-        if scorer.served.generation != batch.generation:
+        if (scorer.served.generation, scorer.served.checkpoint) != (batch.generation, batch.checkpoint):
             return OtherGeneration(scorer.served)
         self._batch_started_s = time.monotonic()
         try:
@@ -83,7 +90,11 @@ def load_scorer(settings: ModelSettings, what: WhatToLoad) -> BatchScorer:
         return JudgeScorer(settings, what["generation"])
     from serve.checkpoint_scorer import CheckpointScorer
 
-    return CheckpointScorer(settings, Path(what["checkpoint_dir"]), what["generation"])
+    loaded = CheckpointScorer(settings, Path(what["checkpoint_dir"]), what["generation"])
+    wanted = what.get("checkpoint", loaded.served.checkpoint)
+    if loaded.served.checkpoint != wanted:
+        raise CheckpointError(f"{what['checkpoint_dir']} is now {loaded.served.checkpoint}, and {wanted} was deployed. Deploy it again to serve what is there.")
+    return loaded
 
 
 def scorer_options(settings: ModelSettings) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What other reward servers' clients send and expect, translated: nobody has to change a client to be scored here.
 
-    body ──parts──► Parts (what the scorer takes) ──ScorerReplica──► Scored ──reply──► the reply that the client knows
+    body ──parts──► Parts (what the scorer takes) ──BatchQueue──► Scored ──reply──► the reply that the client knows
 
 OpenRLHF  POST /get_reward             openrlhf/cli/serve_rm.py at 3c3be623
 vLLM      POST /classify, /pooling     vllm/entrypoints/pooling/{classify,pooling}/protocol.py of 0.32.0

@@ -7,13 +7,15 @@ import asyncio
 import hashlib
 import logging
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from rm_robust.errors import RmRobustError
 from rm_robust.scoring import ScoreRequest, ScoreResult
 from serve.batch_queue import BatchQueue, BatchReply
 from serve.metrics import ModelMetrics, ServiceMetrics
@@ -24,7 +26,10 @@ logger = logging.getLogger(__name__)
 DESCRIBED_WITHIN_S = 5.0
 """A replica that takes longer to answer is not ready."""
 ASK_AGAIN_AFTER_S = 0.5
-NO_ANSWER = (RayActorError, RayTaskError, DeploymentUnavailableError, BackPressureError, TimeoutError)
+DESCRIPTION_IS_FRESH_S = 1.0
+"""Whoever asks within it gets the last answer: /readyz needs no key, and must not keep replicas from scoring."""
+NO_ANSWER = (RayError, DeploymentUnavailableError, BackPressureError, TimeoutError, RmRobustError)
+"""Also when the front cannot read what a replica has loaded."""
 
 
 class Front:
@@ -34,6 +39,8 @@ class Front:
         self.settings = settings
         self.metrics = ServiceMetrics()
         self._handles = handles
+        self._described: dict[str, tuple[float, ServedModel]] = {}
+        self._describing = {model.model_name: asyncio.Lock() for model in settings.models}
         self._ensembles = {ensemble.model_name: ensemble for ensemble in settings.ensembles}
         self._queues = {
             model.model_name: BatchQueue(
@@ -98,6 +105,14 @@ class Front:
         return None
 
     async def _describe(self, name: str) -> ServedModel:
+        async with self._describing[name]:
+            asked_s, served = self._described.get(name, (0.0, None))
+            if served is None or time.monotonic() - asked_s > DESCRIPTION_IS_FRESH_S:
+                served = await self._ask(name)
+                self._described[name] = time.monotonic(), served
+            return served
+
+    async def _ask(self, name: str) -> ServedModel:
         response = self._handles[name].describe.remote()
         try:
             async with asyncio.timeout(DESCRIBED_WITHIN_S):

@@ -21,7 +21,7 @@ class JudgePreparer:
 
     def prepare(self, request: Request) -> Prepared | Refusal:
         items = []
-        for part in parts_of(request):
+        for index, part in enumerate(parts_of(request)):
             item = part.content
             if not isinstance(item, ScoreInput):
                 return invalid_request(part.prompt_field, "The embedded judge has no chat template, so it takes no rendered conversation; use messages.")
@@ -31,7 +31,7 @@ class JudgePreparer:
             except RmRobustError as error:
                 return invalid_request(part.prompt_field, error)
             num_tokens = [1 + len(text) // CHARACTERS_PER_TOKEN for text in (prompt, *item.completions)]
-            items.append(WorkItem(ScoreInput(prompt=prompt, completions=item.completions), hash(prompt), num_tokens[0], sum(num_tokens[1:])))
+            items.append(WorkItem(index, ScoreInput(prompt=prompt, completions=item.completions), hash(prompt), num_tokens[0], sum(num_tokens[1:])))
         counts: list[TokenCounts | None] = [None] * len(items)
         return Prepared(items, counts)
 

@@ -148,8 +148,8 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """The keys file. Raises ConfigError when there is none, and as parse_keys."""
     try:
         text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"The keys file {path} cannot be read: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The keys file {path} cannot be read: {error}.") from error
     return parse_keys(text, source=str(path))
 
 

@@ -44,14 +44,21 @@ class ServedModel:
     checkpoint_dir: str | None = None
     generation: int = 0
     """Grows with every deployment of the model, so that of two checkpoints the newer one is known."""
+    max_batch_tokens: int = 1 << 30
+    """What a replica computes at a time; a prompt with more completions is several work items."""
     reload_error: str | None = None
     """Why the newest deployment's checkpoint is not this one."""
+
+    def replaces(self, other: "ServedModel") -> bool:
+        """A newer deployment, or (a directory that was written anew) another checkpoint of the same one."""
+        return self.generation > other.generation or (self.generation == other.generation and self.checkpoint != other.checkpoint)
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One input as a replica takes it. Its cost is what it adds to a batch."""
+    """One input, or some of its completions, as a replica takes it. Its cost is what it adds to a batch."""
 
+    input_index: int
     content: TokenGroup | ScoreInput
     prompt_key: int
     """Equal for equal prompts: a batch computes them once."""
@@ -65,7 +72,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request's work items, in order, with the token counts of the reply."""
+    """A request's work items, in the order of its inputs and their completions, with the token counts of each input."""
 
     items: list[WorkItem]
     counts: list[TokenCounts | None]
@@ -75,9 +82,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Batch:
-    """Items for one forward, prepared for the checkpoint of `generation`."""
+    """Items for one forward, prepared for this checkpoint of this generation."""
 
     generation: int
+    checkpoint: str
     contents: list[TokenGroup | ScoreInput]
 
 

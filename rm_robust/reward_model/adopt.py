@@ -16,7 +16,8 @@ import torch
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import MANIFEST_NAME, Manifest, commit_checkpoint
 from rm_robust.errors import CheckpointError, RmRobustError
-from rm_robust.reward_model.architectures import known_architecture, load_packed_reward_model, read_json, visible_files
+from rm_robust.reward_model.architectures import known_architecture, load_packed_reward_model, visible_files
+from rm_robust.reward_model.config_json import read_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

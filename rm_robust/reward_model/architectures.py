@@ -1,8 +1,6 @@
 """Which reward model a directory holds. A head that is not known is refused, never replaced by one that is."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,6 +9,7 @@ from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout, choose_layout
 from rm_robust.reward_model import armorm
 from rm_robust.reward_model.armorm import PackedArmoRM, load_armorm
+from rm_robust.reward_model.config_json import read_json
 from rm_robust.reward_model.model import PackedRewardModel, load_reward_model
 from rm_robust.reward_model.scoring_forward import ScoringForward
 
@@ -65,16 +64,3 @@ def visible_files(folder: Path) -> list[Path]:
     """Every file below, without those that tools hide there (.git, .cache)."""
     paths = [path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     return sorted(path for path in paths if path.is_file())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError when the file is missing or no JSON object."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"There is no {path}. Give a Hugging Face model directory: config.json, safetensors and a tokenizer.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}). Download or copy it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object. Download or copy it again.")
-    return content

@@ -85,11 +85,10 @@ def dialogues(pairs: Sequence[TextPair], chat: ChatFormat) -> tuple[list[Candida
 
 
 def best_of_n_lists(data_dir: Path, chat: ChatFormat) -> tuple[list[Candidates], Left]:
-    """Lists of rmb_bon.parquet whose prompt has several turns: the best answer and three worse ones, cut so that a conversation has at most
-    LIST_TOKENS, shuffled."""
+    """Lists of rmb_bon.parquet: the best answer and three worse ones, cut so that a conversation has at most LIST_TOKENS, shuffled."""
     rows = pq.read_table(data_dir / "rmb_bon.parquet", columns=["messages", "best", "losers"]).to_pylist()
     num_losers = NUM_COMPLETIONS_OF_A_LIST - 1
-    lists = [(row["messages"], [row["best"], *row["losers"][:num_losers]]) for row in rows if len(row["losers"]) >= num_losers and len(row["messages"]) > 1]
+    lists = [(row["messages"], [row["best"], *row["losers"][:num_losers]]) for row in rows if len(row["losers"]) >= num_losers]
     return usable([(prompt, [cut(text, prompt, chat) for text in completions]) for prompt, completions in lists], chat)
 
 

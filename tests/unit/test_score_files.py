@@ -111,3 +111,13 @@ def test_a_foreign_or_longer_output_file_is_refused(tmp_path: Path, capsys: pyte
 def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "--url", "http://127.0.0.1:1", str(tmp_path / "no.jsonl")]) == 1
     assert f"{tmp_path}/no.jsonl: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("foreign", ["one line of somebody else's", '{"prompt": "p", "completions": ["a"]}'])
+def test_a_file_without_a_newline_that_this_command_did_not_write_is_left_as_it_is(tmp_path: Path, foreign: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write_data(tmp_path), tmp_path / "out.jsonl"
+    out.write_text(foreign)
+    with serving(right) as server:
+        assert main(["score", "--url", server.url, str(data), "--out", str(out)]) == 1
+    assert out.read_text() == foreign
+    assert "was not written by this command" in capsys.readouterr().err

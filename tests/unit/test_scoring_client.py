@@ -340,3 +340,25 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_repeated(key: s
     with pytest.raises(ConfigError, match=f"it has {len(key)} characters") as caught:
         AsyncRewardClient("http://127.0.0.1:9", api_key=key)
     assert not key or key not in str(caught.value)
+
+
+def test_calibrated_scores_are_asked_for_and_say_what_they_were_made_with() -> None:
+    calibration = {"mean": 1.0, "std": 2.0}
+
+    def calibrated(_: int, inputs: list[dict[str, Any]]) -> Answer:
+        return Answer(body=json.dumps({**json.loads(scored(right_scores(inputs)).body), "calibration": calibration}).encode())
+
+    with serving(calibrated) as server, RewardClient(server.url, calibrated=True, max_completions_per_request=1) as client:
+        reply = client.score(numbered_inputs(3))
+    assert reply.calibration is not None
+    assert reply.calibration.model_dump() == calibration
+
+
+@pytest.mark.parametrize(("options", "message"), [({"calibrated": True}, "the scores are raw"), ({"model": "other"}, "from the model 'm', asked was 'other'")])
+def test_a_server_that_does_not_know_what_is_asked_for_is_an_error(options: Any, message: str) -> None:
+    with (
+        serving(lambda _, inputs: scored(right_scores(inputs))) as server,
+        RewardClient(server.url, **options) as client,
+        pytest.raises(ScoringError, match=message),
+    ):
+        client.score(numbered_inputs(1))

@@ -31,7 +31,7 @@ class Words:
 
     def prepare(self, request: Request) -> Prepared | Refusal:
         items = []
-        for part in parts_of(request):
+        for index, part in enumerate(parts_of(request)):
             item = part.content
             assert isinstance(item, ScoreInput)
             assert isinstance(item.prompt, str)
@@ -39,7 +39,7 @@ class Words:
                 return Refusal(422, "invalid_request", "wrong")
             written = ScoreInput(prompt=item.prompt.upper(), completions=item.completions) if self.generation > 1 else item
             num_words = sum(len(completion.split()) for completion in item.completions)
-            items.append(WorkItem(written, hash(item.prompt), len(item.prompt.split()), num_words))
+            items.append(WorkItem(index, written, hash(item.prompt), len(item.prompt.split()), num_words))
         return Prepared(items, [None] * len(items))
 
 
@@ -412,5 +412,46 @@ def test_a_request_that_is_given_up_during_a_swap_no_longer_counts() -> None:
         replica.gate.set()
         await tasks[0]
         assert isinstance(await queue.score(request(("c", 1), ("d", 1))), Scored)  # all the room there is
+
+    run(test)
+
+
+def test_a_request_whose_batches_are_lost_again_and_again_is_given_up_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_queue, "AGAIN_AFTER_S", 0.001)
+
+    async def test() -> None:
+        replica = Replica()
+        num_deaths = 0
+
+        async def dies_of_poison(batch: Batch) -> object:
+            nonlocal num_deaths
+            if any(isinstance(content, ScoreInput) and content.prompt == "poison" for content in batch.contents):
+                num_deaths += 1
+                raise RayActorError
+            return await replica(batch)
+
+        queue = await queue_on(dies_of_poison)
+        outcome = await queue.score(request(("poison", 1)))
+        assert isinstance(outcome, Refusal)
+        assert (outcome.status, outcome.type) == (503, "unavailable")
+        assert num_deaths == batch_queue.MAX_LOSSES + 1
+        assert scores_of(await queue.score(request(("a", 1)))) == [[1001.0]]
+
+    run(test)
+
+
+def test_a_directory_that_was_written_anew_is_another_checkpoint_though_its_generation_is_the_same() -> None:
+    async def test() -> None:
+        replica = Replica()
+        anew = ServedModel("m", "sha256:anew", None, None, generation=1)
+
+        async def started_later(batch: Batch) -> object:
+            return await replica(batch) if batch.checkpoint == anew.checkpoint else OtherGeneration(anew)
+
+        queue = await queue_on(started_later)
+        outcome = await queue.score(request(("a", 1)))
+        assert isinstance(outcome, Scored)
+        assert outcome.served == anew
+        assert {batch.checkpoint for batch in replica.batches} == {anew.checkpoint}
 
     run(test)

@@ -62,7 +62,7 @@ def test_a_wrong_keys_file_is_refused_by_its_field_and_its_values_are_not_repeat
 
 
 def test_a_keys_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"keys\.toml cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"keys\.toml cannot be read: .*No such file"):
         read_keys(tmp_path / "keys.toml")
 
 

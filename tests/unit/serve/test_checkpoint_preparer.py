@@ -1,0 +1,59 @@
+"""Requests as token ids: many completions are several work items, and a tokenizer that is not the replica's is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from rm_robust.checkpoint import read_manifest
+from rm_robust.errors import CheckpointError
+from rm_robust.records import TokenGroup
+from rm_robust.scoring import ScoreInput, ScoreRequest
+from serve.checkpoint_preparer import CheckpointPreparer
+from serve.scorer import Prepared, ServedModel
+from tests.tiny_reward_model import save_tiny_reward_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def served(checkpoint_dir: Path, *, max_batch_tokens: int) -> ServedModel:
+    manifest = read_manifest(checkpoint_dir)
+    folder = str(checkpoint_dir)
+    return ServedModel("tiny", manifest.content_sha256, manifest.template_sha256, 256, checkpoint_dir=folder, max_batch_tokens=max_batch_tokens)
+
+
+def test_a_prompt_with_more_completions_than_a_batch_holds_is_several_items_in_their_order(checkpoint_dir: Path) -> None:
+    texts = ["red " * (index % 7) for index in range(40)]
+    request = ScoreRequest(inputs=[ScoreInput(prompt="blue", completions=["one"]), ScoreInput(prompt="green stone", completions=texts)])
+    whole = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=10_000)).prepare(request)
+    split = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=50)).prepare(request)
+    assert isinstance(whole, Prepared)
+    assert isinstance(split, Prepared)
+    assert [item.input_index for item in whole.items] == [0, 1]
+    assert len(split.items) > 5
+    assert all(item.num_tokens <= 50 for item in split.items)
+    completions: list[list[int]] = []
+    for item in split.items[1:]:
+        assert isinstance(item.content, TokenGroup)
+        assert item.input_index == 1
+        completions += item.content.completion_ids
+    assert isinstance(whole.items[1].content, TokenGroup)
+    assert completions == whole.items[1].content.completion_ids
+    assert split.counts == whole.counts
+
+
+def test_a_completion_longer_than_a_batch_is_an_item_of_its_own(checkpoint_dir: Path) -> None:
+    request = ScoreRequest(inputs=[ScoreInput(prompt="blue", completions=["red " * 60, "one", "red " * 60])])
+    prepared = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=40)).prepare(request)
+    assert isinstance(prepared, Prepared)
+    assert len(prepared.items) == 3
+
+
+def test_a_directory_that_is_not_what_the_replica_loaded_is_refused(checkpoint_dir: Path) -> None:
+    other = save_tiny_reward_model(checkpoint_dir.parent / "other", seed=1)
+    was = served(checkpoint_dir, max_batch_tokens=50)
+    moved = ServedModel(was.model, was.checkpoint, was.template, 256, checkpoint_dir=str(other), max_batch_tokens=50)
+    with pytest.raises(CheckpointError, match="is no longer the checkpoint"):
+        CheckpointPreparer(moved)
