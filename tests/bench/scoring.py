@@ -91,7 +91,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of human_pairs.parquet and rmb_bon.parquet")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=512, help="timed ones, of every server in every round (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: both")
     arguments = parser.parse_args()
