@@ -23,7 +23,6 @@ from random import Random
 
 import ray
 import uvicorn
-from pydantic import ValidationError
 from ray import serve
 
 from rm_robust.checkpoint import read_manifest
@@ -36,7 +35,7 @@ from serve.front import DESCRIPTION_IS_FRESH_S, NO_ANSWER, Front
 from serve.keys import KEYS_VARIABLE, ApiKey, Guard, keys_from_environment, read_keys
 from serve.launch import deploy_models, free_port, refuse_open_host, refuse_taken_port, start_serve_without_http
 from serve.routes import scoring_api
-from serve.settings import ModelSettings, ServiceSettings
+from serve.settings import ServiceSettings, checked_service
 from serve.whole_body import ReadWholeBody
 
 logger = logging.getLogger(__name__)
@@ -79,13 +78,8 @@ def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
     """Raises CheckpointError when the checkpoint cannot be one, ConfigError for wrong settings and as keys_from."""
     keys = keys_from(arguments)
     who = {"api_keys": keys, "insecure_no_auth": arguments.insecure_no_auth}
-    try:
-        if arguments.service is not None:
-            return ServiceSettings.model_validate({**read_service(arguments.service), **who})
-        return ServiceSettings.model_validate({"models": [model_from(arguments)], **who})
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in error.errors(include_url=False)]
-        raise ConfigError("The service's settings are not valid:\n  " + "\n  ".join(problems)) from None
+    what: dict[str, object] = {"models": [model_from(arguments)]} if arguments.service is None else read_service(arguments.service)
+    return checked_service({**what, **who}, source="The service's settings")
 
 
 def read_service(path: Path) -> dict[str, object]:
@@ -101,21 +95,22 @@ def read_service(path: Path) -> dict[str, object]:
     return table
 
 
-def model_from(arguments: argparse.Namespace) -> ModelSettings:
+def model_from(arguments: argparse.Namespace) -> dict[str, object]:
+    """The fields of the one model that the command line says."""
     if arguments.embedded_judge:
-        return ModelSettings(model_name="embedded_judge", embedded_judge=True)
+        return {"model_name": "embedded_judge", "embedded_judge": True}
     checkpoint_dir = arguments.checkpoint.absolute()
-    return ModelSettings(
-        model_name=checkpoint_dir.name,
-        checkpoint_dir=checkpoint_dir,
-        max_length_tokens=arguments.max_length_tokens or min(MOST_TOKENS_BY_DEFAULT, num_positions(checkpoint_dir)),
-        device=arguments.device,
-        dtype=arguments.dtype,
-        num_gpus=1 if arguments.device == "cuda" else 0,
-        num_replicas=arguments.replicas,
-        num_threads=arguments.threads,
-        share_prompts=not arguments.no_prompt_sharing,
-    )
+    return {
+        "model_name": checkpoint_dir.name,
+        "checkpoint_dir": checkpoint_dir,
+        "max_length_tokens": arguments.max_length_tokens or min(MOST_TOKENS_BY_DEFAULT, num_positions(checkpoint_dir)),
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "num_gpus": 1 if arguments.device == "cuda" else 0,
+        "num_replicas": arguments.replicas,
+        "num_threads": arguments.threads,
+        "share_prompts": not arguments.no_prompt_sharing,
+    }
 
 
 def keys_from(arguments: argparse.Namespace) -> tuple[ApiKey, ...]:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -27,7 +26,7 @@ from serve.front import Front
 from serve.keys import KEYS_VARIABLE, Guard, keys_from_environment
 from serve.routes import score_reply, scoring_api
 from serve.scorer import Refusal
-from serve.settings import ModelSettings, ServiceSettings
+from serve.settings import ModelSettings, ServiceSettings, checked_service
 
 SPARE_S = 5.0
 """A front that ends first answers what it has begun."""
@@ -80,11 +79,7 @@ def build(args: dict[str, Any]) -> Application:
 
     Raises ConfigError naming each wrong field (and repeating no value: one may be a key).
     """
-    try:
-        settings = ServiceSettings.model_validate(args)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc'])) or 'args'}: {p['msg']}" for p in error.errors(include_url=False)]
-        raise ConfigError("The scoring application's args are not valid:\n  " + "\n  ".join(problems)) from None
+    settings = checked_service(args, source="The scoring application's args")
     if not settings.api_keys and not settings.insecure_no_auth:
         settings = settings.model_copy(update={"api_keys": keys_from_environment()})
     return service_app(settings)

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from rm_robust.errors import RmRobustError
-from rm_robust.scoring import ScoreRequest, ScoreResult
+from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult
 from serve.batch_queue import BatchQueue, BatchReply
 from serve.metrics import ModelMetrics, ServiceMetrics
 from serve.scorer import Batch, Outcome, Preparer, Refusal, Request, Scored, ServedModel, parts_of
@@ -75,7 +75,7 @@ class Front:
         name = self.model_names[0] if model_name is None else model_name
         if name not in self.model_names:
             return Refusal(404, "model_not_found", f"model: there is no {name!r:.100}, this service has {', '.join(self.model_names)}.")
-        num_completions = sum(len(part.content.completions) if hasattr(part.content, "completions") else 1 for part in parts_of(request))
+        num_completions = sum(len(part.content.completions) if isinstance(part.content, ScoreInput) else 1 for part in parts_of(request))
         limit = self.settings.limits.max_completions
         if num_completions > limit:
             return Refusal(413, "too_many", f"The request has {num_completions} completions, the limit max_completions is {limit}; split it.")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -146,6 +146,6 @@ class CountRequests:
         self._metrics.requests.labels(route, message["status"]).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         self._metrics.latencies.add(route, seconds)
-        reason = MutableHeaders(raw=list(message["headers"])).get(ERROR_HEADER)
+        reason = Headers(raw=message["headers"]).get(ERROR_HEADER)
         if reason is not None:
             self._metrics.refusals.labels(route, reason).inc()

@@ -1,12 +1,14 @@
 """What a scoring service is: its models, who may ask, and how much. `rm_robust.config.ReplicaConfig` describes a model's replicas."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rm_robust.config import ReplicaConfig
+from rm_robust.errors import ConfigError
 from serve.keys import ApiKey
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -107,3 +109,12 @@ class ServiceSettings(BaseModel):
         if self.api_keys and self.insecure_no_auth:
             raise ValueError("insecure_no_auth = true would leave api_keys unused; set one of them")
         return self
+
+
+def checked_service(fields: Mapping[str, object], *, source: str) -> ServiceSettings:
+    """Raises ConfigError that names `source` and each wrong field, and repeats no value: one may be a key."""
+    try:
+        return ServiceSettings.model_validate(fields)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in error.errors(include_url=False)]
+        raise ConfigError(f"{source} are not valid:\n  " + "\n  ".join(problems)) from None
