@@ -2,27 +2,24 @@
 
 Three layouts, same numbers to float tolerance:
   segments  one row without padding: [prompt | completion 1 | … | completion K | next prompt | …], position ids restarting at each prompt.
-            Attention runs segment by segment (a prompt and its first completion causally; another completion over the prompt and, causally,
-            itself), so its cost never grows with the row. For full-attention decoders on CPU.
+            Attention runs segment by segment, so its cost never grows with the row. For full-attention decoders on CPU.
   flex      the same row, its attention one FlexAttention kernel that skips blocks in which nothing is seen. For them on CUDA.
   padded    one right-padded row a completion, [prompt, completion]. Any model, any device.
 
 Shapes: R rows, T columns, N completions, M completion tokens, H hidden. Indices are into the flattened [R*T] columns.
 """
 
-import functools
 import logging
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rm_robust.errors import CheckpointError
+from rm_robust.packed_attention import Segment, tree_mask
 from rm_robust.records import TokenGroup
 
 logger = logging.getLogger(__name__)
@@ -36,16 +33,6 @@ class Layout(StrEnum):
     SEGMENTS = "segments"
     FLEX = "flex"
     PADDED = "padded"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Columns [start, end) attend causally to themselves and fully to [prompt_start, prompt_end) (empty for a prompt with its first completion)."""
-
-    start: int
-    end: int
-    prompt_start: int
-    prompt_end: int
 
 
 @dataclass(frozen=True)
@@ -254,84 +241,3 @@ def token_logprobs(head: nn.Module, hidden_TH: Tensor, batch: PackedBatch, *, te
     with torch.no_grad():
         entropy_M = -(logprobs_MV.exp() * logprobs_MV).sum(-1)
     return logprobs_MV.gather(1, batch.target_ids_M[:, None]).squeeze(1), entropy_M
-
-
-def _segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    segments: tuple[Segment, ...] = (),
-    **_: object,
-) -> tuple[Tensor, None]:
-    """query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D]: the form that transformers expects of an attention function."""
-    assert segments, "segment attention needs its segments: the batch was laid out padded"
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    # split, not a slice for each segment: the gradient of a slice is as long as the row, so that n slices cost n rows
-    lengths = [s.end - s.start for s in segments]
-    queries, keys, values = query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)
-    number_at = {s.start: number for number, s in enumerate(segments)}
-    out = []
-    for own, s in enumerate(segments):
-        if s.prompt_start == s.prompt_end:
-            out.append(F.scaled_dot_product_attention(queries[own], keys[own], values[own], is_causal=True, scale=scaling))
-            continue
-        first, num_prompt, num_own = number_at[s.prompt_start], s.prompt_end - s.prompt_start, s.end - s.start
-
-        def with_prompt(parts: tuple[Tensor, ...], first: int = first, own: int = own, num_prompt: int = num_prompt) -> Tensor:
-            return torch.cat([parts[first][:, :, :num_prompt], parts[own]], 2)
-
-        if num_own > num_prompt:  # the kernel skips half of a causal square: cheaper than a mask over all of it, though the prompt's rows are thrown away
-            square = F.scaled_dot_product_attention(with_prompt(queries), with_prompt(keys), with_prompt(values), is_causal=True, scale=scaling)
-            out.append(square[:, :, num_prompt:])
-        else:
-            sees = torch.ones(num_own, num_prompt + num_own, dtype=torch.bool).tril(num_prompt)
-            out.append(F.scaled_dot_product_attention(queries[own], with_prompt(keys), with_prompt(values), attn_mask=sees, scale=scaling))
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
-
-
-def tree_mask(segments: tuple[Segment, ...], device: torch.device) -> BlockMask:
-    """Who sees whom in a row, for FlexAttention: a column sees those before it in its own segment and all of its prompt."""
-    lengths = torch.tensor([s.end - s.start for s in segments])
-    own_start_T = torch.tensor([s.start for s in segments]).repeat_interleave(lengths).to(device)
-    prompt_start_T = torch.tensor([s.prompt_start for s in segments]).repeat_interleave(lengths).to(device)
-    prompt_end_T = torch.tensor([s.prompt_end for s in segments]).repeat_interleave(lengths).to(device)
-
-    def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_own = (key >= own_start_T[query]) & (key <= query)
-        return in_own | ((key >= prompt_start_T[query]) & (key < prompt_end_T[query]))
-
-    length = len(own_start_T)
-    # compiled, it never holds the whole square
-    return create_block_mask(sees, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device.type, _compile=device.type == "cuda")
-
-
-def _flex_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    tree_mask: BlockMask | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """As _segment_attention, by one kernel. Compiled on CUDA; elsewhere the slow reference, which tests compare it with."""
-    assert tree_mask is not None, "flex attention needs its mask: the batch was laid out padded"
-    if torch.is_autocast_enabled(query.device.type):  # rotary positions have made queries and keys float32
-        query, key, value = (part.to(torch.get_autocast_dtype(query.device.type)) for part in (query, key, value))
-    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
-    out = attend(query, key, value, block_mask=tree_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    return out.transpose(1, 2).contiguous(), None
-
-
-@functools.cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
-
-
-AttentionInterface.register("segments", _segment_attention)
-AttentionInterface.register("flex", _flex_attention)

@@ -40,6 +40,10 @@ from serve.whole_body import ReadWholeBody
 
 logger = logging.getLogger(__name__)
 MOST_TOKENS_BY_DEFAULT = 4096
+SMALL_WEIGHTS_BYTES = 400 << 20
+"""Of 100 M parameters in float32. Smaller matrices do not keep several threads busy: a replica a core answers more (docs/BENCHMARKS.md)."""
+MOST_REPLICAS_BY_DEFAULT = 8
+"""Each is a process of about 450 MiB beside its weights."""
 KEEP_ALIVE_S = 75
 
 
@@ -56,8 +60,8 @@ def main() -> int:
     one = parser.add_argument_group("of --checkpoint; a service file says these itself")
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     one.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights; scores are always float32 (default: %(default)s)")
-    one.add_argument("--replicas", type=int, default=1, help="default: %(default)s")
-    one.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each replica (default: the machine's cores, %(default)s)")
+    one.add_argument("--replicas", type=int, help="default: one a core for a small model on CPUs, otherwise one")
+    one.add_argument("--threads", type=int, help="of each replica (default: the cores there are for it)")
     one.add_argument("--max-length-tokens", type=int, help=f"prompt + completion (default: what the model takes, at most {MOST_TOKENS_BY_DEFAULT})")
     one.add_argument("--no-prompt-sharing", action="store_true", help="compute a prompt for each request, also where a batch has it twice")
     arguments = parser.parse_args()
@@ -100,6 +104,7 @@ def model_from(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.embedded_judge:
         return {"model_name": "embedded_judge", "embedded_judge": True}
     checkpoint_dir = arguments.checkpoint.absolute()
+    num_replicas, num_threads = workers_of(arguments, checkpoint_dir)
     return {
         "model_name": checkpoint_dir.name,
         "checkpoint_dir": checkpoint_dir,
@@ -107,10 +112,20 @@ def model_from(arguments: argparse.Namespace) -> dict[str, object]:
         "device": arguments.device,
         "dtype": arguments.dtype,
         "num_gpus": 1 if arguments.device == "cuda" else 0,
-        "num_replicas": arguments.replicas,
-        "num_threads": arguments.threads,
+        "num_replicas": num_replicas,
+        "num_threads": num_threads,
         "share_prompts": not arguments.no_prompt_sharing,
     }
+
+
+def workers_of(arguments: argparse.Namespace, checkpoint_dir: Path) -> tuple[int, int]:
+    """Replicas, and threads of each: as the command line says, and otherwise so that together they have all cores."""
+    num_cores = len(os.sched_getaffinity(0))
+    num_replicas = arguments.replicas
+    if num_replicas is None:
+        is_small = sum(path.stat().st_size for path in checkpoint_dir.glob("*.safetensors")) <= SMALL_WEIGHTS_BYTES
+        num_replicas = min(MOST_REPLICAS_BY_DEFAULT, max(1, num_cores // (arguments.threads or 1))) if is_small and arguments.device == "cpu" else 1
+    return num_replicas, arguments.threads or max(1, num_cores // max(1, num_replicas))
 
 
 def keys_from(arguments: argparse.Namespace) -> tuple[ApiKey, ...]:

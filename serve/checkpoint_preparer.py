@@ -10,6 +10,10 @@ from rm_robust.reward_model.config_json import read_json
 from rm_robust.scoring import ScoreInput, TokenCounts
 from serve.scorer import Part, Prepared, Refusal, Request, ServedModel, WorkItem, invalid_request, parts_of
 
+MIN_SHARE_OF_COMPLETIONS = 4
+"""Completions in one forward have at least so many times the tokens of their prompt, if there are that many: computing a long prompt again for the
+next forward then adds a quarter at most."""
+
 
 class CheckpointPreparer:
     """A Preparer on the chat format beside the weights."""
@@ -50,8 +54,9 @@ class CheckpointPreparer:
         return Prepared(items, counts, num_cut)
 
     def _split(self, group: TokenGroup) -> list[TokenGroup]:
-        """The group in parts that fit into a batch each, or hold one completion: a thousand completions are not to be one forward."""
-        room = self._max_batch_tokens - len(group.prompt_ids)
+        """The group in parts of about one batch each: a thousand completions are not to be one forward."""
+        num_prompt = len(group.prompt_ids)
+        room = max(self._max_batch_tokens - num_prompt, MIN_SHARE_OF_COMPLETIONS * num_prompt)
         parts: list[TokenGroup] = []
         num_tokens = 0
         for ids in group.completion_ids:

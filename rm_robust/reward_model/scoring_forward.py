@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rm_robust.packing import Layout, PackedBatch, Segment, hidden_states
+from rm_robust.packed_attention import Segment
+from rm_robust.packing import Layout, PackedBatch, hidden_states
 from rm_robust.reward_model.model import PackedRewardModel, ScoredBatch, score_head
 
 

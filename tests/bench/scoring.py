@@ -28,15 +28,19 @@ import transformers
 from rm_robust.chat import ChatFormat
 from rm_robust.config import ModelConfig
 from tests.bench.load_client import LoadClient, LoadJob, LoadResult, cpu_seconds
-from tests.bench.preference_pairs import MAX_SEQUENCE_TOKENS, TextPair, hh_rlhf_dialogues, texts_of
+from tests.bench.preference_pairs import TextPair, hh_rlhf_dialogues, texts_of
 from tests.bench.scoring_figures import ratio_of_rounds, token_limit
 from tests.bench.scoring_report import Measured, figures_of, print_table
-from tests.bench.scoring_requests import Candidates, Left, Reference, best_of_n_lists, dialogues, save_scoring_checkpoint
+from tests.bench.scoring_requests import LIST_TOKENS, Candidates, Left, Reference, best_of_n_lists, dialogues, save_scoring_checkpoint
 from tests.bench.scoring_servers import OURS_NO_SHARING, Running, Server, openrlhf, rm_robust, running, vllm, wait_until_ready
 
 SIZES = {
-    "small": ModelConfig(hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=1024, max_position_embeddings=1024),
-    "large": ModelConfig(hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4, vocab_size=4096, max_position_embeddings=1024),
+    "small": ModelConfig(
+        hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=1024, max_position_embeddings=LIST_TOKENS
+    ),
+    "large": ModelConfig(
+        hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4, vocab_size=4096, max_position_embeddings=LIST_TOKENS
+    ),
 }
 NUM_CLIENTS = 64
 """Each sends one warm-up request before the clock starts."""
@@ -46,8 +50,6 @@ MOST_LISTS_PER_ROUND = 64
 MOST_LIST_ROUNDS = 3
 NUMBERS_OF_THREADS = (1, 2)
 """A peer is measured with the one that is quicker for it."""
-OUR_WORKERS = ((1, 1), (1, 2), (2, 1))
-"""Replicas and threads of each: a service of ours may also have two processes for its two cores. The peers' servers have one model."""
 NUM_CALIBRATION_REQUESTS = 128
 IDLE_S = 3.0
 JSON = {"Content-Type": "application/json"}
@@ -144,13 +146,12 @@ def measure_size(size: str, folder: Path, client: LoadClient, pairs: list[TextPa
 
         peers = start(*(openrlhf(checkpoint, num_threads=number) for number in NUMBERS_OF_THREADS))
         vllms = start(*(vllm(checkpoint, num_threads=number, has_prefix_caching=False) for number in NUMBERS_OF_THREADS))
-        ours = start(*(rm_robust(checkpoint, workers=workers, shares_prompts=False, folder=folder) for workers in OUR_WORKERS))
-        wait_until_ready([*peers, *vllms, *ours])
+        without_sharing, sharing = start(*(rm_robust(checkpoint, shares_prompts=shares, folder=folder) for shares in (False, True)))
+        wait_until_ready([*peers, *vllms, without_sharing, sharing])
         calibration = rounds[0][: NUM_CLIENTS + NUM_CALIBRATION_REQUESTS]
-        peer, without_caching, without_sharing = (quickest(bench, runs, calibration) for runs in (peers, vllms, ours))
+        peer, without_caching = (quickest(bench, runs, calibration) for runs in (peers, vllms))
         [with_caching] = start(vllm(checkpoint, num_threads=NUMBERS_OF_THREADS[vllms.index(without_caching)], has_prefix_caching=True))
-        [sharing] = start(rm_robust(checkpoint, workers=OUR_WORKERS[ours.index(without_sharing)], shares_prompts=True, folder=folder))
-        wait_until_ready([with_caching, sharing])
+        wait_until_ready([with_caching])
         everyone = [peer, without_caching, with_caching, without_sharing, sharing]
         print_idle(everyone)
         measured = alternate(bench, rounds, everyone)
@@ -161,7 +162,7 @@ def measure_size(size: str, folder: Path, client: LoadClient, pairs: list[TextPa
 
 def describe(candidates: list[Candidates], left: Left) -> str:
     tokens = mean(len(ids) for c in candidates for ids in c.sequences)
-    out = f"{left.num_too_long} longer than {MAX_SEQUENCE_TOKENS}, {left.num_refused} refused or repeated, {left.num_otherwise_tokenised} otherwise tokenised"
+    out = f"{left.num_too_long} longer than {left.max_tokens}, {left.num_refused} refused or repeated, {left.num_otherwise_tokenised} otherwise tokenised"
     return f"{len(candidates)} (mean {tokens:.0f} tokens a conversation; left out: {out})"
 
 
@@ -214,7 +215,10 @@ def alternate(bench: Bench, rounds: list[list[Candidates]], everyone: list[Runni
 
 
 def compare_lists(bench: Bench, rounds: list[list[Candidates]], ours: list[Running], everyone: list[Running]) -> dict[str, float]:
-    """Four completions of a prompt in one request, and in four that go out at the same time."""
+    """Four completions of a prompt in one request, and in four that go out at the same time.
+
+    The limit by tokens bounds the service without sharing between requests: with it, four requests that meet in a batch have one prompt as well.
+    """
     limit = token_limit([(len(c.prompt_ids), list(map(len, c.completion_ids))) for number in rounds for c in number[NUM_LIST_CLIENTS:]])
     figures = {f"k4_token_limit_{bench.size}": round(limit, 3)}
     print(f"| {bench.size}, RMB lists, {NUM_LIST_CLIENTS} clients | completions/s, one request of 4 | four requests of 1 | ratio | all | limit by tokens |\n"
@@ -230,7 +234,8 @@ def compare_lists(bench: Bench, rounds: list[list[Candidates]], ours: list[Runni
         ratio = ratio_of_rounds(together, apart)
         each = " ".join(f"{a / b:.2f}" for a, b in zip(together, apart, strict=True))
         print(f"| {run.server.label} | {median(together):.0f} | {median(apart):.0f} | {ratio:.2f} | {each} | {limit:.2f} |", flush=True)
-        figures[f"k4_ratio_{bench.size}" + "_no_sharing" * (run.server.name == OURS_NO_SHARING)] = round(ratio, 3)
+        name = "k4_ratio" if run.server.name == OURS_NO_SHARING else "k4_ratio_sharing_between_requests"
+        figures[f"{name}_{bench.size}"] = round(ratio, 3)
     print(flush=True)
     return figures
 

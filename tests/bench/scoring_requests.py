@@ -24,9 +24,8 @@ from tests.bench.preference_pairs import MAX_SEQUENCE_TOKENS, SEED, TextPair
 
 VLLM_MODEL_NAME = "reward_model"
 NUM_COMPLETIONS_OF_A_LIST = 4
-LIST_TOKENS = 512
-SPARE_TOKENS = 8
-"""A cut text may have a few tokens more than it was cut to."""
+LIST_TOKENS = 4096
+"""Of prompt + one completion. With 1,024, most of the lists of several turns, which have the long prompts, were left out."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class Candidates:
 class Left:
     """What was left out, and counted."""
 
+    max_tokens: int
+    """Of prompt + one completion."""
     num_too_long: int
     num_refused: int
     num_otherwise_tokenised: int
@@ -80,26 +81,19 @@ def save_scoring_checkpoint(folder: Path, config: ModelConfig, texts: Iterable[s
 
 def dialogues(pairs: Sequence[TextPair], chat: ChatFormat) -> tuple[list[Candidates], Left]:
     """Chosen and rejected of a pair one after the other, each alone with the prompt; pairs shuffled, no conversation twice."""
-    kept, left = usable([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], chat)
+    kept, left = usable([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], chat, max_tokens=MAX_SEQUENCE_TOKENS)
     return [single for candidates in kept for single in candidates.split()], left
 
 
 def best_of_n_lists(data_dir: Path, chat: ChatFormat) -> tuple[list[Candidates], Left]:
-    """Lists of rmb_bon.parquet: the best answer and three worse ones, cut so that a conversation has at most LIST_TOKENS, shuffled."""
+    """Lists of rmb_bon.parquet: the best answer and three worse ones, whole, shuffled."""
     rows = pq.read_table(data_dir / "rmb_bon.parquet", columns=["messages", "best", "losers"]).to_pylist()
     num_losers = NUM_COMPLETIONS_OF_A_LIST - 1
     lists = [(row["messages"], [row["best"], *row["losers"][:num_losers]]) for row in rows if len(row["losers"]) >= num_losers]
-    return usable([(prompt, [cut(text, prompt, chat) for text in completions]) for prompt, completions in lists], chat)
+    return usable(lists, chat, max_tokens=LIST_TOKENS)
 
 
-def cut(completion: str, prompt: list[Message], chat: ChatFormat) -> str:
-    """Its beginning, where the whole conversation is longer than LIST_TOKENS; a prompt that leaves no room is left to MAX_SEQUENCE_TOKENS."""
-    room = LIST_TOKENS - len(chat.prompt_ids(prompt)) - SPARE_TOKENS
-    ids = chat.completion_ids(completion)
-    return completion if len(ids) <= room or room < SPARE_TOKENS else chat.completion_text(ids[:room])
-
-
-def usable(rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat) -> tuple[list[Candidates], Left]:
+def usable(rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat, *, max_tokens: int) -> tuple[list[Candidates], Left]:
     """Rows of which every sequence fits, is distinct, and has the same tokens when it comes rendered."""
     kept: list[Candidates] = []
     seen: set[tuple[int, ...]] = set()
@@ -110,7 +104,7 @@ def usable(rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat) ->
             candidates = Candidates(prompt, completions, chat.prompt_ids(prompt), [chat.completion_ids(text) for text in completions])
         if candidates is None or not {tuple(ids) for ids in candidates.sequences}.isdisjoint(seen) or len(set(completions)) < len(completions):
             num_refused += 1
-        elif max(map(len, candidates.sequences)) > MAX_SEQUENCE_TOKENS:
+        elif max(map(len, candidates.sequences)) > max_tokens:
             num_too_long += 1
         elif any(tokens_of(rendered(single, chat), chat) != single.sequences[0] for single in candidates.split()):
             num_other += 1
@@ -118,7 +112,7 @@ def usable(rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat) ->
             seen |= {tuple(ids) for ids in candidates.sequences}
             kept.append(candidates)
     Random(SEED).shuffle(kept)
-    return kept, Left(num_too_long, num_refused, num_other)
+    return kept, Left(max_tokens, num_too_long, num_refused, num_other)
 
 
 def rendered(single: Candidates, chat: ChatFormat) -> str:

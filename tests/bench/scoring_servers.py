@@ -22,7 +22,7 @@ from tests.bench import scoring_requests as requests
 from tests.bench.preference_pairs import MAX_SEQUENCE_TOKENS
 from tests.bench.scoring_requests import Candidates
 
-OURS, OURS_NO_SHARING = "rm_robust", "rm_robust, no prompt sharing"
+OURS, OURS_NO_SHARING = "rm_robust", "rm_robust, no sharing between requests"
 OPENRLHF = "OpenRLHF serve_rm"
 VLLM, VLLM_CACHING = "vLLM, prefix caching off", "vLLM, prefix caching on"
 UP_WITHIN_S = 300.0
@@ -99,21 +99,18 @@ def vllm(checkpoint: Path, *, num_threads: int, has_prefix_caching: bool) -> Ser
     return Server(name, of_threads(num_threads), command, port, "/classify", "/health", requests.vllm_body, requests.vllm_scores, environment=environment)
 
 
-def rm_robust(checkpoint: Path, *, workers: tuple[int, int], shares_prompts: bool, folder: Path) -> Server:
-    """`workers`: replicas, and threads of each."""
-    num_replicas, num_threads = workers
+def rm_robust(checkpoint: Path, *, shares_prompts: bool, folder: Path) -> Server:
+    """With the replicas and threads that `python -m serve` chooses by itself."""
     port = free_port("127.0.0.1")
     key, entry = new_key("bench")
     keys_file = folder / f"keys_{port}.toml"
     keys_file.write_text(f'bench = {{ sha256 = "{entry.sha256}" }}\n')
     command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port), "--keys", str(keys_file)]
-    command += ["--replicas", str(num_replicas), "--threads", str(num_threads)]
     if not shares_prompts:
         command.append("--no-prompt-sharing")
     headers, environment = {"Authorization": f"Bearer {key}"}, {"RAY_TMPDIR": str(folder)}
     name = OURS if shares_prompts else OURS_NO_SHARING
-    chosen = of_threads(num_threads) if num_replicas == 1 else f"{num_replicas} replicas, {of_threads(num_threads)} each"
-    return Server(name, chosen, command, port, SCORE_PATH, "/readyz", requests.our_body, requests.our_scores, headers, environment)
+    return Server(name, "", command, port, SCORE_PATH, "/readyz", requests.our_body, requests.our_scores, headers, environment)
 
 
 def of_threads(count: int) -> str:

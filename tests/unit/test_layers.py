@@ -10,7 +10,13 @@ import pytest
 
 LAYERS = [
     ["rm_robust.errors", "rm_robust.records", "rm_robust.reward_model.objectives"],
-    ["rm_robust.reward_model.losses", "rm_robust.reward_model.metrics", "rm_robust.rloo.advantages", "rm_robust.rloo.losses"],  # pure maths
+    [
+        "rm_robust.reward_model.losses",
+        "rm_robust.reward_model.metrics",
+        "rm_robust.rloo.advantages",
+        "rm_robust.rloo.losses",
+        "rm_robust.packed_attention",
+    ],  # pure maths
     [
         "rm_robust.chat",
         "rm_robust.checkpoint",
