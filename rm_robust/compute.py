@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rm_robust.config import ComputeConfig
+from rm_robust.config_parts import ComputeConfig
 
 EXACT = ComputeConfig()
 """float32, every activation kept: scoring, and training unless the config says otherwise."""

@@ -1,4 +1,4 @@
-"""Every setting of a run, its default, its bound and its unit, one class per stage. Files and overrides: config_loading.py.
+"""Every setting of a run, its default, its bound and its unit, one class per stage (RLOO's: config_rloo.py). Files and overrides: config_loading.py.
 
 Frozen, and unknown keys are refused; combinations that cannot work are refused here, before Ray starts.
 """
@@ -6,28 +6,12 @@ Frozen, and unknown keys are refused; combinations that cannot work are refused 
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from rm_robust.config_parts import ComputeConfig, OptimizerConfig, Section, StrategyConfig, WorkersConfig
+from rm_robust.config_rloo import RlooConfig
 from rm_robust.records import Overlong
 from rm_robust.reward_model.objectives import BsrScale, BsrScope, Objective
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, defaults checked too."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _partial_section_keeps_its_defaults(cls, values: Any) -> Any:
-        """`[rloo.trainers] num_workers = 2` changes that one key of RlooConfig's own default, not of WorkersConfig's."""
-        if not isinstance(values, dict):
-            return values
-        given = dict(values)
-        for name, field in cls.model_fields.items():
-            if isinstance(field.default, Section) and isinstance(given.get(name), dict):
-                given[name] = {**field.default.model_dump(exclude_unset=True), **given[name]}
-        return given
 
 
 class WorldConfig(Section):
@@ -122,62 +106,6 @@ class ModelConfig(Section):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}")
         return self
-
-
-class WorkersConfig(Section):
-    """What a group of workers asks of the cluster."""
-
-    num_workers: int = Field(default=2, ge=1)
-    num_cpus_per_worker: float = Field(default=1, ge=0)
-    num_gpus_per_worker: float = Field(default=0, ge=0)
-    num_threads_per_worker: int = Field(default=1, ge=1)
-    """torch threads of one worker on CPU."""
-    peak_flops_per_worker: float | None = Field(default=None, gt=0)
-    """Floating-point operations a second of one worker's device at the precision in use (H100, bfloat16, dense: 989e12); None: no utilisation."""
-    resources_per_worker: dict[str, float] = {}
-    """Custom Ray resources, as named in cluster.yaml."""
-
-
-class OptimizerConfig(Section):
-    """AdamW with warm-up; one clip value for every strategy."""
-
-    learning_rate: float = Field(default=1e-3, gt=0, lt=1)
-    """Peak, reached after `warmup_fraction` of the steps."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """What follows warm-up; linear and cosine end at zero."""
-    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_gradient_norm: float = Field(default=1.0, gt=0)
-    kind: Literal["adamw", "sgd"] = "adamw"
-    """`sgd` exists for parity tests: AdamW hides errors of gradient scale."""
-
-
-class StrategyConfig(Section):
-    """How parameters, gradients and optimiser state lie over the workers."""
-
-    kind: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    """`ddp`: every worker holds everything. `fsdp2`: all three are sharded. `deepspeed`: ZeRO, sharded by stage."""
-    zero_stage: Literal[1, 2, 3] = 2
-    """DeepSpeed only: optimiser state (1), gradients too (2), parameters too (3)."""
-    cpu_offload: bool = False
-    """Keep the shards of the optimiser state (fsdp2: of parameters and gradients too) in main memory; not with ddp."""
-
-    @model_validator(mode="after")
-    def _only_shards_are_offloaded(self) -> Self:
-        if self.cpu_offload and self.kind == "ddp":
-            raise ValueError('strategy.cpu_offload = true needs something sharded to offload; set strategy.kind to "fsdp2" or "deepspeed"')
-        return self
-
-
-class ComputeConfig(Section):
-    """How forward and backward passes are computed. Weights, optimiser state and score head are float32 in every case."""
-
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: torch autocast around the decoder."""
-    gradient_checkpointing: bool = False
-    """Keep one activation a decoder layer and compute the others again in the backward pass: less memory, about a third more time."""
-    compile: bool = False
-    """torch.compile the decoder's feed-forward blocks (attention has kernels of its own). The first steps take minutes; it needs a C++ compiler on CPU."""
 
 
 class LoraConfig(Section):
@@ -388,63 +316,6 @@ class ServeConfig(Section):
     @property
     def gold_url(self) -> str | None:
         return self.gold if self.gold.startswith(("http://", "https://")) else None
-
-
-class RlooConfig(Section):
-    """REINFORCE leave-one-out against the served reward model."""
-
-    num_steps: int = Field(default=60, ge=1)
-    num_prompts_per_step: int = Field(default=32, ge=1)
-    num_completions_per_prompt: int = Field(default=4)
-    """K; at least 2, or there is no baseline."""
-    temperature: float = Field(default=1.0, gt=0)
-    max_new_tokens: int = Field(default=64, ge=1)
-    kl_coefficient: float = Field(default=0.05, ge=0)
-    """Reward = proxy score - kl_coefficient * sequence KL (nats); paper: beta = 0.05."""
-    clip_range: float = Field(default=0.2, gt=0)
-    """The sequence ratio is clipped to [1 - clip_range, 1 + clip_range]."""
-    truncated_penalty: float = Field(default=1.0, ge=0)
-    """Subtracted from the reward of a completion cut at max_new_tokens. 0 keeps its score as it is."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.05, schedule="constant")
-    strategy: StrategyConfig = StrategyConfig()
-    compute: ComputeConfig = ComputeConfig()
-    trainers: WorkersConfig = WorkersConfig(num_workers=1, num_threads_per_worker=2)
-    max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
-    num_engines: int = Field(default=1, ge=1)
-    engine_num_cpus: float = Field(default=0.5, ge=0)
-    engine_num_gpus: float = Field(default=0, ge=0)
-    engine_num_threads: int = Field(default=2, ge=1)
-    engine_resources: dict[str, float] = {}
-    engine_dtype: Literal["float32", "bfloat16"] = "float32"
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    kv_cache_memory_bytes: int = Field(default=64 * 2**20, ge=2**20)
-    """CPU engines only."""
-    max_num_sequences: int = Field(default=128, ge=1)
-    weight_transfer_backend: Literal["gloo", "nccl"] = "gloo"
-    checkpoint_every_steps: int = Field(default=10, ge=1)
-    num_sample_prompts: int = Field(default=4, ge=0)
-    """Prompts whose completions are kept for the report at every checkpoint."""
-
-    @field_validator("num_completions_per_prompt")
-    @classmethod
-    def _baseline_exists(cls, value: int) -> int:
-        if value < 2:
-            raise ValueError(f"RLOO needs at least 2 completions per prompt to form a baseline, got {value}. Set rloo.num_completions_per_prompt >= 2")
-        return value
-
-    @model_validator(mode="after")
-    def _devices_match(self) -> Self:
-        if self.weight_transfer_backend == "nccl" and not (self.engine_num_gpus and self.trainers.num_gpus_per_worker):
-            raise ValueError(
-                'rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and trainers.num_gpus_per_worker, or use "gloo"'
-            )
-        if self.strategy.kind != "ddp":
-            raise ValueError(f'rloo.strategy.kind = "{self.strategy.kind}" is not supported for the policy yet; use "ddp"')
-        if self.num_prompts_per_step % self.trainers.num_workers:
-            raise ValueError(
-                f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of rloo.trainers.num_workers = {self.trainers.num_workers}"
-            )
-        return self
 
 
 class TrackingConfig(Section):

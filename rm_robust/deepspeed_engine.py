@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rm_robust.config import OptimizerConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.train_engine import new_optimizer
 
 

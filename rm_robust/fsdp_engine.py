@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from rm_robust.config import OptimizerConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.train_engine import clip_and_update, new_optimizer
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import commit_checkpoint
 from rm_robust.compute import EXACT, autocast
-from rm_robust.config import ComputeConfig
+from rm_robust.config_parts import ComputeConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbone, token_logprobs
 

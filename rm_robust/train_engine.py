@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rm_robust.config import OptimizerConfig, StrategyConfig
+from rm_robust.config_parts import OptimizerConfig, StrategyConfig
 
 
 class TrainEngine(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rm_robust.best_step import BestStep
-from rm_robust.config import OptimizerConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.tracking import MetricsSink, MetricsWriter, log_step
 from rm_robust.train_engine import TrainEngine, learning_rate_at
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import transformers
 
-from rm_robust.config import PipelineConfig, WorkersConfig
+from rm_robust.config import PipelineConfig
+from rm_robust.config_parts import WorkersConfig
 
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 

@@ -7,7 +7,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rm_robust.chat import ChatFormat
-from rm_robust.config import LoraConfig, OptimizerConfig
+from rm_robust.config import LoraConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.packing import Layout
 from rm_robust.records import PreferencePair, TokenGroup
 from rm_robust.reward_model.checkpoint_files import commit_reward_model

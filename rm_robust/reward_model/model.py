@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_robust.compute import EXACT, autocast
-from rm_robust.config import ComputeConfig
+from rm_robust.config_parts import ComputeConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbone
 

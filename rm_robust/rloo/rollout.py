@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
-from rm_robust.config import RlooConfig
+from rm_robust.config_rloo import RlooConfig
 from rm_robust.errors import RolloutError
 from rm_robust.records import GenerationRequest, PromptCompletions
 from rm_robust.token_files import TokenisedGroup

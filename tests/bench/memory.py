@@ -17,7 +17,8 @@ from random import Random
 
 import torch
 
-from rm_robust.config import ModelConfig, OptimizerConfig
+from rm_robust.config import ModelConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.packing import Layout
 from rm_robust.records import PreferencePair, TokenGroup
 from rm_robust.reward_model.losses import ObjectiveSettings

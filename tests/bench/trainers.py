@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rm_robust.config import OptimizerConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.packing import choose_layout
 from rm_robust.records import PreferencePair, TokenGroup
 from rm_robust.reward_model.losses import ObjectiveSettings, bradley_terry_losses

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from rm_robust.compute import prepare_for_training
-from rm_robust.config import ComputeConfig, LoraConfig, OptimizerConfig, StrategyConfig
+from rm_robust.config import LoraConfig
+from rm_robust.config_parts import ComputeConfig, OptimizerConfig, StrategyConfig
 from rm_robust.packing import Layout, group_length, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy
 from rm_robust.records import PreferencePair, TokenGroup

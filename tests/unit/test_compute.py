@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rm_robust.compute import prepare_for_training
-from rm_robust.config import ComputeConfig
+from rm_robust.config_parts import ComputeConfig
 from rm_robust.packing import Layout, lay_out
 from rm_robust.reward_model.model import PackedRewardModel, score_head
 from tests.tiny_models import TRAINED_ON_CPU, random_group, tiny_reward_model

@@ -7,8 +7,10 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from rm_robust.config import OptimizerConfig, PipelineConfig, RewardModelConfig, RlooConfig, Section, SftConfig
+from rm_robust.config import PipelineConfig, RewardModelConfig, SftConfig
 from rm_robust.config_loading import load_config
+from rm_robust.config_parts import OptimizerConfig, Section
+from rm_robust.config_rloo import RlooConfig
 from rm_robust.reward_model.objectives import BsrScale, BsrScope, Objective
 
 CONFIGS = sorted(Path("pipelines/configs").glob("*.toml"))
@@ -136,9 +138,10 @@ def test_a_value_out_of_its_bounds_is_refused_by_its_path(values: dict[str, Any]
     [
         ({"sft": {"batch_size": 1}}, "sft.batch_size = 1 leaves some of sft.workers.num_workers = 2"),
         ({"reward_model": {"batch_size": 3, "workers": {"num_workers": 4}}}, "reward_model.batch_size = 3 leaves some"),
-        ({"rloo": {"num_prompts_per_step": 3, "trainers": {"num_workers": 2}}}, "must be a multiple of rloo.trainers.num_workers = 2"),
+        ({"rloo": {"num_prompts_per_step": 3, "trainers": {"num_workers": 2}}}, "must be a multiple of num_minibatches_per_epoch * trainers.num_workers = 2"),
         ({"rloo": {"weight_transfer_backend": "nccl"}}, "needs GPUs on both sides"),
-        ({"rloo": {"strategy": {"kind": "deepspeed"}}}, "is not supported for the policy yet"),
+        ({"rloo": {"reward_sources": [{"name": "rule"}]}}, "set either url or function"),
+        ({"rloo": {"reward_sources": [{"name": "gold", "url": "http://127.0.0.1:1"}]}}, "may not be called 'gold'"),
         ({"model": {"hidden_size": 100, "num_heads": 5}}, "must be a multiple of 32 per head"),
         ({"model": {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 3}}, "must be a multiple of model.num_kv_heads = 3"),
         ({"data": {"max_prompt_tokens": 200}}, "exceeds model.max_position_embeddings = 256"),

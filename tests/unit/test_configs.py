@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rm_robust.config import PipelineConfig, ReplicaConfig, WorkersConfig
+from rm_robust.config import PipelineConfig, ReplicaConfig
 from rm_robust.config_loading import load_config
+from rm_robust.config_parts import WorkersConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "pipelines" / "configs").glob("*.toml"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    ["rm_robust.errors", "rm_robust.records", "rm_robust.reward_model.objectives"],
+    ["rm_robust.config_parts", "rm_robust.errors", "rm_robust.records", "rm_robust.reward_model.objectives"],
     [
         "rm_robust.reward_model.losses",
         "rm_robust.reward_model.metrics",
@@ -17,6 +17,7 @@ LAYERS = [
         "rm_robust.rloo.losses",
         "rm_robust.packed_attention",
     ],  # pure maths
+    ["rm_robust.config_rloo"],
     [
         "rm_robust.chat",
         "rm_robust.checkpoint",

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rm_robust.config import ComputeConfig
+from rm_robust.config_parts import ComputeConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import SEGMENT_MODEL_TYPES, Layout, choose_layout, fill_bins, group_length, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy

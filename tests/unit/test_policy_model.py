@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
-from rm_robust.config import OptimizerConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout
 from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy

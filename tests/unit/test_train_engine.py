@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rm_robust.config import OptimizerConfig, StrategyConfig
+from rm_robust.config_parts import OptimizerConfig, StrategyConfig
 from rm_robust.train_engine import DdpEngine, create_engine, largest_over_ranks, learning_rate_at, new_optimizer
 
 CPU = torch.device("cpu")

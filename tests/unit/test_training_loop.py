@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rm_robust.config import OptimizerConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.tracking import read_metrics
 from rm_robust.train_engine import DdpEngine, learning_rate_at
 from rm_robust.training_loop import LoopSettings, batch_indices, rank_share, run_loop, steps_in

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rm_robust.config import OptimizerConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.train_engine import DdpEngine
 from rm_robust.training_state import committed_steps, load_state, save_state
 

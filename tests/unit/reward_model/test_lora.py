@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rm_robust.config import LoraConfig, OptimizerConfig
+from rm_robust.config import LoraConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout, lay_out
 from rm_robust.records import PreferencePair

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rm_robust.config import OptimizerConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.errors import ScoringError
 from rm_robust.packing import Layout, group_length
 from rm_robust.records import PreferencePair

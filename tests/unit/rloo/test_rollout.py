@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_robust.config import RlooConfig
+from rm_robust.config_rloo import RlooConfig
 from rm_robust.errors import RolloutError
 from rm_robust.records import Completion, GenerationRequest, PromptCompletions, TokenGroup
 from rm_robust.rloo.rollout import check_completions, generation_requests, prompts_of_step, split_evenly

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
-from rm_robust.config import OptimizerConfig, PipelineConfig
+from rm_robust.config import PipelineConfig
+from rm_robust.config_parts import OptimizerConfig
 from rm_robust.packing import Layout, group_length
 from rm_robust.policy_model import PackedPolicy, load_policy
 from rm_robust.rows import RowKind
