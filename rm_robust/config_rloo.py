@@ -104,6 +104,8 @@ class RlooConfig(Section):
     """Steps whose completions the gold judge scores: the first, and then every n-th."""
     monitor: MonitorConfig = MonitorConfig()
     evaluation: PolicyEvaluationConfig = PolicyEvaluationConfig()
+    generation_silence_s: float = Field(default=600, gt=0)
+    """An engine that finishes no prompt for so long counts as lost, and is replaced."""
     max_restarts: int = Field(default=3, ge=0)
     """Of lost engines and trainers, without a committed step between them; then the run ends with an error."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.05, schedule="constant")
@@ -132,6 +134,16 @@ class RlooConfig(Section):
         if value < 2:
             raise ValueError(f"RLOO needs at least 2 completions per prompt to form a baseline, got {value}. Set rloo.num_completions_per_prompt >= 2")
         return value
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if self.importance_correction == "token" and self.ratio_level != "token":
+            raise ValueError('rloo.importance_correction = "token" weights tokens; set rloo.ratio_level = "token" too, or use "sequence"')
+        if self.evaluation.every_steps and self.evaluation.num_prompts < self.trainers.num_workers:
+            raise ValueError(
+                f"rloo.evaluation.num_prompts = {self.evaluation.num_prompts} leaves some of rloo.trainers.num_workers = {self.trainers.num_workers} without one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _devices_match(self) -> Self:

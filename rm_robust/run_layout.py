@@ -71,6 +71,16 @@ class RunLayout:
         return self.run_dir / "checkpoints" / "policy"
 
     @property
+    def best_policy_checkpoint(self) -> Path:
+        """The evaluated policy with the highest gold mean."""
+        return self.run_dir / "checkpoints" / "policy_best_gold"
+
+    @property
+    def rloo_baseline(self) -> Path:
+        """Gold scores and lengths of the SFT policy's answers to the held prompts."""
+        return self.run_dir / "rloo" / "baseline.json"
+
+    @property
     def evaluation_scores(self) -> Path:
         return self.run_dir / "evaluation" / "scores.parquet"
 

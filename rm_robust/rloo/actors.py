@@ -14,7 +14,8 @@ from torch import Tensor
 from rm_robust.config import PipelineConfig
 from rm_robust.records import PromptCompletions
 from rm_robust.rloo.policy_trainer import PolicyTrainer
-from rm_robust.rloo.rollout import Measurement, split_evenly
+from rm_robust.rloo.rollout import Measurement, Update, split_evenly
+from rm_robust.rloo.sampling import ACTOR_LOST
 from rm_robust.rloo.vllm_engine import RolloutEngine, cpu_environment
 from rm_robust.run_layout import RunLayout
 
@@ -22,13 +23,18 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600
 SYNC_TIMEOUT_S = 300
+ANSWER_TIMEOUT_S = 30
+
+
+class TrainersLostError(Exception):
+    """The policy under training is gone; what was committed is not."""
 
 
 class RlooActors:
     """Starts all actors, resumes the trainers, connects trainer rank 0 to the engines; kills every actor on exit."""
 
     def __init__(self, config: PipelineConfig, run_dir: Path) -> None:
-        self.config = config
+        self.config, self.run_dir = config, run_dir
         self.engines: list[Any] = []
         self.trainers: list[Any] = []
         try:
@@ -39,36 +45,68 @@ class RlooActors:
             done = ray.get([trainer.start.remote(address, port) for trainer in self.trainers], timeout=START_TIMEOUT_S)
             assert len(set(done)) == 1, f"trainers resumed at different steps: {done}"
             self.num_steps_done: int = done[0]
-            ray.get(self.trainers[0].connect.remote(self.engines, SYNC_TIMEOUT_S), timeout=START_TIMEOUT_S)
+            self._connect()
         except BaseException:
             self.close()
             raise
 
-    def measure(self, completions: list[PromptCompletions]) -> list[Measurement]:
-        """Each trainer measures its share of the prompts, in order."""
+    def measure(self, completions: list[PromptCompletions], *, keep_graph: bool = True) -> list[Measurement]:
+        """Each trainer measures its share of the prompts, in order; `keep_graph` where `update` comes next."""
         shares = split_evenly(len(completions), len(self.trainers))
-        return ray.get([trainer.measure.remote(completions[share]) for trainer, share in zip(self.trainers, shares, strict=True)])
+        return self._of_trainers("measure", [((completions[share],), {"keep_graph": keep_graph}) for share in shares])
 
-    def update(self, advantages_PK: Tensor, *, step: int) -> dict[str, float]:
-        """One optimiser step over all trainers; `advantages_PK` in the order of `measure`."""
+    def update(self, advantages_PK: Tensor, *, step: int, learning_rate_factor: float) -> dict[str, float]:
+        """The optimiser steps of one step over all trainers; `advantages_PK` in the order of `measure`."""
         shares = split_evenly(len(advantages_PK), len(self.trainers))
-        calls = [
-            trainer.update.remote(advantages_PK[share].flatten().tolist(), step=step, num_completions_all_ranks=advantages_PK.numel())
-            for trainer, share in zip(self.trainers, shares, strict=True)
-        ]
-        results: list[dict[str, float]] = ray.get(calls)
-        return results[0] | {"rloo/loss": sum(result["rloo/loss"] for result in results)}
+        common = {"step": step, "num_completions_all_ranks": advantages_PK.numel(), "learning_rate_factor": learning_rate_factor}
+        updates: list[Update] = self._of_trainers("update", [((advantages_PK[share].flatten().tolist(),), common) for share in shares])
+        return {
+            "rloo/loss": sum(update.loss for update in updates),
+            "rloo/clip_fraction": sum(update.clip_fraction for update in updates),
+            "rloo/gradient_norm": updates[0].gradient_norm,
+            "rloo/learning_rate": updates[0].learning_rate,
+        }
 
     def publish(self, *, version: int) -> None:
-        """Every engine has confirmed `version` when this returns."""
-        report = ray.get(self.trainers[0].publish.remote(version))
+        """Every engine has confirmed `version` when this returns. Raises RolloutError when one has not."""
+        report = self._of_trainers("publish", [((version,), {})] * len(self.trainers))[0]
         logger.debug("published version %d: %d bytes to %d engines in %.3f s", version, report.num_bytes, report.num_engines, report.seconds)
 
-    def save(self, num_steps_done: int) -> None:
-        ray.get([trainer.save.remote(num_steps_done) for trainer in self.trainers])
+    def lost_engines(self) -> list[Any]:
+        """Those that do not answer. No engine may be generating."""
+        lost = []
+        for engine, call in [(engine, engine.policy_version.remote()) for engine in self.engines]:
+            try:
+                ray.get(call, timeout=ANSWER_TIMEOUT_S)
+            except ACTOR_LOST:
+                lost.append(engine)
+        return lost
 
-    def commit(self, num_steps_done: int) -> None:
-        ray.get([trainer.commit.remote(num_steps_done) for trainer in self.trainers])
+    def replace_engines(self, lost: list[Any]) -> int:
+        """New engines for those of `lost` that are still in use; they refuse to generate until the next `publish`. Returns their number."""
+        places = [place for place, engine in enumerate(self.engines) if any(engine is gone for gone in lost)]
+        for place in places:
+            ray.kill(self.engines[place])
+            self.engines[place] = _new_engine(self.config, self.run_dir, place)
+        if places:
+            self._connect()
+        return len(places)
+
+    def save(self, num_steps_done: int) -> None:
+        self._of_trainers("save", [((num_steps_done,), {})] * len(self.trainers))
+
+    def commit(self, target: Path, num_steps_done: int) -> None:
+        self._of_trainers("commit", [((target, num_steps_done), {})] * len(self.trainers))
+
+    def _connect(self) -> None:
+        ray.get(self.trainers[0].connect.remote(self.engines, SYNC_TIMEOUT_S), timeout=START_TIMEOUT_S)
+
+    def _of_trainers(self, method: str, arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+        """One call to each, and their answers in order. Raises TrainersLostError when one has gone: the others then wait for it in vain."""
+        try:
+            return ray.get([getattr(trainer, method).remote(*args, **kwargs) for trainer, (args, kwargs) in zip(self.trainers, arguments, strict=True)])
+        except ACTOR_LOST as error:
+            raise TrainersLostError(f"A trainer was lost in {method} ({type(error).__name__}).") from error
 
     def close(self) -> None:
         """Shut the engines down and kill every actor; nothing is left behind."""

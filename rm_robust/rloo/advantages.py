@@ -1,12 +1,32 @@
-"""Rewards and leave-one-out advantages: pure functions. Shapes: P prompts, K completions per prompt, N = P*K prompt-major, M tokens."""
+"""KL, rewards and leave-one-out advantages: pure functions. Shapes: P prompts, K completions per prompt, N = P*K prompt-major, M tokens."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rm_robust.config_rloo import RlooConfig
 
-def sequence_kl(policy_logprobs_M: Tensor, reference_logprobs_M: Tensor, completion_of_M: Tensor, num_completions: int) -> Tensor:
-    """KL of each completion, summed over its tokens, [N] nats: the k1 estimator log pi - log pi_ref (Schulman 2020; the paper's code)."""
-    return sum_by_completion(policy_logprobs_M - reference_logprobs_M, completion_of_M, num_completions)
+MAX_KL_ERROR = 0.2
+
+
+def token_kl(policy_logprobs_M: Tensor, reference_logprobs_M: Tensor, estimator: str) -> Tensor:
+    """KL(policy || reference) estimated at each token that the policy sampled, [M] nats (Schulman 2020, "Approximating KL divergence").
+
+    With d = log policy - log reference: `k1` d (unbiased; the paper's code), `k2` d^2 / 2, `k3` exp(-d) - 1 + d (unbiased, never negative).
+    """
+    difference_M = policy_logprobs_M - reference_logprobs_M
+    if estimator == "k1":
+        return difference_M
+    if estimator == "k2":
+        return difference_M.square() / 2
+    assert estimator == "k3", estimator
+    return torch.expm1(-difference_M) + difference_M
+
+
+def sequence_kl(policy_logprobs_M: Tensor, reference_logprobs_M: Tensor, completion_of_M: Tensor, num_completions: int, *, estimator: str) -> Tensor:
+    """KL of each completion, [N] nats: the estimates of its tokens, summed."""
+    return sum_by_completion(token_kl(policy_logprobs_M, reference_logprobs_M, estimator), completion_of_M, num_completions)
 
 
 def sum_by_completion(values_M: Tensor, completion_of_M: Tensor, num_completions: int) -> Tensor:
@@ -14,14 +34,48 @@ def sum_by_completion(values_M: Tensor, completion_of_M: Tensor, num_completions
     return torch.zeros(num_completions, dtype=values_M.dtype, device=values_M.device).index_add(0, completion_of_M, values_M)
 
 
-def rewards_of(scores_PK: Tensor, kl_PK: Tensor, is_truncated_PK: Tensor, *, kl_coefficient: float, truncated_penalty: float) -> Tensor:
-    """Reward = proxy score - kl_coefficient * sequence KL - truncated_penalty where the completion was cut, [P, K]. Paper Eq. 15 and appendix A."""
-    return scores_PK - kl_coefficient * kl_PK - truncated_penalty * is_truncated_PK.to(scores_PK.dtype)
+@dataclass(frozen=True)
+class Advantages:
+    """Of one step. A completion whose score is missing (NaN) has the reward NaN and the advantage 0, and is in no baseline."""
+
+    rewards_PK: Tensor
+    advantages_PK: Tensor
+    num_without_baseline: int
+    """Completions that have a score while no other completion of their prompt does: advantage 0."""
+
+
+def advantages_of(scores_PK: Tensor, kl_PK: Tensor, is_truncated_PK: Tensor, settings: RlooConfig, *, kl_coefficient: float) -> Advantages:
+    """Reward = score - penalty of truncation - beta * KL, its leave-one-out advantage, and what masks it. Paper Eq. 15 and appendix A; TRL's RLOOTrainer.
+
+    With `kl_in_baseline` off, beta * KL is subtracted from the advantage of the bare score instead.
+    """
+    rewards_PK = scores_PK
+    if settings.truncated_completions == "penalty":
+        rewards_PK = rewards_PK - settings.truncated_penalty * is_truncated_PK.to(scores_PK.dtype)
+    penalised_PK = rewards_PK - kl_coefficient * kl_PK
+    if settings.kl_in_baseline:
+        advantages_PK = leave_one_out_advantages(penalised_PK)
+    else:
+        advantages_PK = leave_one_out_advantages(rewards_PK) - kl_coefficient * kl_PK
+    has_score_PK = ~scores_PK.isnan()
+    alone_PK = has_score_PK & (has_score_PK.sum(1, keepdim=True) < 2)
+    has_gradient_PK = has_score_PK & ~alone_PK
+    if settings.truncated_completions == "mask":
+        has_gradient_PK = has_gradient_PK & ~is_truncated_PK
+    return Advantages(penalised_PK, torch.where(has_gradient_PK, advantages_PK, 0.0), int(alone_PK.sum()))
 
 
 def leave_one_out_advantages(rewards_PK: Tensor) -> Tensor:
-    """Reward minus the mean reward of the prompt's other K - 1 completions, [P, K]. Ahmadian et al. 2024 (RLOO), Eq. 8; needs K >= 2."""
-    num_completions = rewards_PK.shape[1]
-    assert num_completions >= 2, "a baseline needs another completion"
-    baseline_PK = (rewards_PK.sum(1, keepdim=True) - rewards_PK) / (num_completions - 1)
-    return rewards_PK - baseline_PK
+    """Reward minus the mean reward of the prompt's other completions, [P, K]. Ahmadian et al. 2024 (RLOO), Eq. 8; needs K >= 2.
+
+    NaN rewards are in no baseline and give NaN; so does a reward without another one.
+    """
+    assert rewards_PK.shape[1] >= 2, "a baseline needs another completion"
+    num_others_PK = (~rewards_PK.isnan()).sum(1, keepdim=True) - 1
+    return rewards_PK - (rewards_PK.nansum(1, keepdim=True) - rewards_PK) / torch.where(num_others_PK > 0, num_others_PK, torch.nan)
+
+
+def next_kl_coefficient(kl_coefficient: float, kl_mean: float, *, target_kl: float, horizon_steps: float) -> float:
+    """The coefficient of the next step: higher after a KL above the target. Ziegler et al. 2019, section 2.2, in steps instead of samples."""
+    error = min(max(kl_mean / target_kl - 1, -MAX_KL_ERROR), MAX_KL_ERROR)
+    return kl_coefficient * (1 + error / horizon_steps)

@@ -1,138 +1,258 @@
-"""The RLOO loop: sample with vLLM, score against proxy and gold, update the policy, put the new weights into the engines.
+"""The RLOO loop: sample with vLLM, score as completions finish, update the policy, put the new weights into the engines.
 
-prompts ─► engines (policy version v) ─► completions ─┬─► proxy + gold scores ─┬─► rewards ─► advantages ─► trainers ─► weights v+1 ─► engines
-                                                      └─► KL to the reference ─┘
+prompts ─► engines (policy version v) ─► completions ─┬─► reward sources, gold ─┬─► rewards ─► advantages ─► trainers ─► weights v+1 ─► engines
+                                                      └─► KL to the reference  ─┘
+
+With max_policy_lag = n, the completions of the n steps to come are sampled while this one trains. An engine answers one call at a time, in order,
+so new weights reach it between two rollouts, and which version samples which step depends on nothing but the step.
 """
 
 import contextlib
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from tqdm import tqdm
 
+from rm_robust.best_step import BestStep
 from rm_robust.chat import ChatFormat
 from rm_robust.config import PipelineConfig
+from rm_robust.errors import RolloutError
 from rm_robust.experiment_trackers import open_trackers
-from rm_robust.records import PromptCompletions
-from rm_robust.rloo.actors import RlooActors
-from rm_robust.rloo.advantages import leave_one_out_advantages, rewards_of
-from rm_robust.rloo.rollout import RolloutScores, check_completions, generation_requests, prompts_of_step, split_evenly
+from rm_robust.records import GenerationRequest, PromptCompletions
+from rm_robust.rloo.actors import RlooActors, TrainersLostError
+from rm_robust.rloo.advantages import advantages_of, next_kl_coefficient
+from rm_robust.rloo.monitor import OveroptimisationMonitor
+from rm_robust.rloo.policy_evaluation import PolicyEvaluation
+from rm_robust.rloo.rewards import RewardSources, StepScores
+from rm_robust.rloo.rollout import check_completions, generation_requests, held_prompts, prompts_of_step
+from rm_robust.rloo.sampling import EnginesLostError, Rollout
 from rm_robust.rloo.step_metrics import rollout_metrics
 from rm_robust.run_layout import RunLayout
 from rm_robust.scoring import ScoreInput, Scorer
 from rm_robust.token_files import TokenisedGroup, read_token_groups
-from rm_robust.tracking import MetricsWriter, log_step, write_text_atomic
+from rm_robust.tracking import MetricsWriter, log_step, read_metrics, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
 LOGGED = ("rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "rloo/completion_tokens_mean", "time/step_s")
 
 
+@dataclass
+class Faults:
+    """What was lost in a run of this process, and done again."""
+
+    engines_replaced: int = 0
+    trainers_restarted: int = 0
+    prompts_redone: int = 0
+    steps_redone: int = 0
+
+
 def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scorer) -> dict[str, Any]:
-    """Train the policy to checkpoints/policy, resuming from the last committed state. Ray must be up, and both must answer."""
-    with RlooActors(config, run_dir) as actors:
-        return Controller(config, run_dir, actors, proxy, gold).run()
+    """Train the policy to checkpoints/policy, resuming from the last committed state. Ray must be up, and both must answer.
+
+    Lost engines and trainers are replaced. Raises RolloutError when more than rloo.max_restarts are lost without a committed step between them.
+    """
+    faults, resumed_from, num_restarts = Faults(), None, 0
+    while True:
+        with RlooActors(config, run_dir) as actors, RewardSources(config.rloo, proxy=proxy, gold=gold) as rewards:
+            first_step = actors.num_steps_done
+            resumed_from = first_step if resumed_from is None else resumed_from
+            controller = Controller(config, run_dir, actors, rewards, gold, faults)
+            try:
+                return {"num_steps": controller.run(), "resumed_from_step": resumed_from, **vars(faults)}
+            except TrainersLostError as error:
+                committed = controller.num_steps_committed
+                num_restarts = 1 if committed > first_step else num_restarts + 1
+                if num_restarts > config.rloo.max_restarts:
+                    raise RolloutError(f"{error} That was {num_restarts} times without a committed step between. Look at Ray's logs; the run resumes.") from error
+                faults.trainers_restarted += 1
+                faults.steps_redone += controller.version - committed
+                logger.warning("%s Going on from step %d.", error, committed)
 
 
 class Controller:
-    """One step after the other; every completion is trained once, under the version that sampled it."""
+    """One step after the other; every completion is trained once."""
 
-    def __init__(self, config: PipelineConfig, run_dir: Path, actors: RlooActors, proxy: Scorer, gold: Scorer) -> None:
+    def __init__(self, config: PipelineConfig, run_dir: Path, actors: RlooActors, rewards: RewardSources, gold: Scorer, faults: Faults) -> None:
         self.config, self.settings, self.layout = config, config.rloo, RunLayout(run_dir)
-        self.actors, self.proxy, self.gold = actors, proxy, gold
+        self.actors, self.rewards, self.faults = actors, rewards, faults
+        self.version = self.num_steps_committed = actors.num_steps_done
         self.chat = ChatFormat.load(self.layout.sft_model_dir(config))
-        self.prompts = read_token_groups(self.layout.rloo_prompts / "scenario=rloo_prompts")
-        self.pool = ThreadPoolExecutor(2, thread_name_prefix="scoring")
+        self.prompts, held = self.prompts_and_held()
+        self.evaluation = PolicyEvaluation(self.layout, held, self.settings, chat=self.chat, seed=config.seed, gold=gold, sample=self.sample, actors=actors)
+        self.monitor = OveroptimisationMonitor(self.settings.monitor)
+        self.best = BestStep("rloo/eval/gold_mean", patience=None)
+        self.kl_coefficient = self.settings.kl_coefficient
+        self.rollouts: deque[tuple[int, Rollout, list[TokenisedGroup]]] = deque()
         self.times: dict[str, float] = {}
 
-    def run(self) -> dict[str, Any]:
-        """All steps not yet done. Returns the number of steps and the checkpoints that scored."""
-        first_step = self.actors.num_steps_done
-        _drop_samples_after(self.layout.rloo_samples, first_step)
-        self.actors.publish(version=first_step)
+    def prompts_and_held(self) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
+        prompts = read_token_groups(self.layout.rloo_prompts / "scenario=rloo_prompts")
+        return held_prompts(prompts, self.settings.evaluation.num_prompts if self.settings.evaluation.every_steps else 0, seed=self.config.seed)
+
+    def run(self) -> int:
+        """All steps not yet done; returns how many the policy has, which is less than asked where the monitor stops the run."""
+        self.resume()
+        self.publish()
         sinks = open_trackers(self.config, self.layout.run_dir, "rloo")
-        with MetricsWriter(self.layout.run_dir, "rloo", resume_step=first_step, sinks=sinks) as writer, self.pool:
-            for step in tqdm(range(first_step, self.settings.num_steps), desc="rloo", initial=first_step, total=self.settings.num_steps, mininterval=5):
+        with MetricsWriter(self.layout.run_dir, "rloo", resume_step=self.version, sinks=sinks) as writer:
+            self.evaluation.sample_baseline(self.version)
+            for step in tqdm(range(self.version, self.settings.num_steps), desc="rloo", initial=self.version, total=self.settings.num_steps, mininterval=5):
+                if self.monitor.must_stop:
+                    break
                 metrics = self.step(step)
-                writer.write(step + 1, metrics)
-                log_step(logger, "rloo", step + 1, self.settings.num_steps, metrics, LOGGED)
-                if (step + 1) % self.settings.checkpoint_every_steps == 0 or step + 1 == self.settings.num_steps:
-                    self.actors.save(step + 1)
-        self.actors.commit(self.settings.num_steps)
-        return {"num_steps": self.settings.num_steps, "resumed_from_step": first_step}
+                metrics |= self.watch(metrics)
+                writer.write(self.version, metrics)
+                log_step(logger, "rloo", self.version, self.settings.num_steps, metrics, LOGGED)
+                if self.version % self.settings.checkpoint_every_steps == 0 or self.is_last:
+                    self.actors.save(self.version)
+                    self.num_steps_committed = self.version
+        for _, rollout, _ in self.rollouts:
+            rollout.abandon()
+        self.actors.commit(self.layout.policy_checkpoint, self.version)
+        return self.version
 
     def step(self, step: int) -> dict[str, float]:
-        """One update: policy version `step` samples, version `step + 1` comes out. Returns the step's metrics."""
+        """One update: policy version `step` becomes `step + 1`. Returns the step's metrics."""
         self.times = {}
         started = time.perf_counter()
-        prompts = prompts_of_step(self.prompts, step, num_prompts=self.settings.num_prompts_per_step, seed=self.config.seed)
         with self.timed("time/generate_s"):
-            completions = self.generate(prompts, step)
-        scoring = self.pool.submit(self.score, prompts, completions)
+            prompts, completions = self.completions_of(step)
         with self.timed("time/measure_s"):
             measurements = self.actors.measure(completions)
-        scores = self.result_of(scoring)
+        with self.timed("time/wait_for_scores_s"):
+            scores = self.rewards.collect(step)
         kl_PK = torch.tensor([kl for m in measurements for kl in m.kl]).view(len(prompts), -1)
         truncated_PK = torch.tensor([[c.is_truncated for c in p.completions] for p in completions])
-        rewards_PK = rewards_of(
-            torch.tensor(scores.proxy),
-            kl_PK,
-            truncated_PK,
-            kl_coefficient=self.settings.kl_coefficient,
-            truncated_penalty=self.settings.truncated_penalty,
-        )
+        advantages = advantages_of(scores.rewards_PK, kl_PK, truncated_PK, self.settings, kl_coefficient=self.kl_coefficient)
         with self.timed("time/update_s"):
-            update = self.actors.update(leave_one_out_advantages(rewards_PK), step=step)
+            update = self.actors.update(advantages.advantages_PK, step=step, learning_rate_factor=self.monitor.learning_rate_factor)
+        self.version = step + 1
         with self.timed("time/weight_sync_s"):
-            self.actors.publish(version=step + 1)
-        if step % self.settings.checkpoint_every_steps == 0 or step + 1 == self.settings.num_steps:
-            self.keep_samples(step, prompts, completions, scores)
-        metrics = rollout_metrics(completions, scores, measurements, rewards_PK=rewards_PK, kl_PK=kl_PK)
-        return metrics | update | self.times | {"rloo/policy_version": step, "time/step_s": time.perf_counter() - started}
+            self.publish()
+        self.keep_samples(prompts, completions, scores)
+        metrics = rollout_metrics(completions, scores, measurements, advantages, kl_PK=kl_PK) | update | self.times
+        metrics |= {"rloo/policy_lag": step - completions[0].completions[0].policy_version, "rloo/kl_coefficient": self.kl_coefficient}
+        if self.settings.target_kl is not None:
+            self.kl_coefficient = self.next_kl_coefficient(self.kl_coefficient, metrics["rloo/kl_mean"], self.settings.target_kl)
+        return metrics | {"rloo/policy_version": step, "time/step_s": time.perf_counter() - started}
 
-    def generate(self, prompts: list[TokenisedGroup], step: int) -> list[PromptCompletions]:
-        """K completions of every prompt, all from policy version `step`, spread over the engines."""
-        requests = generation_requests(prompts, self.settings, step=step, seed=self.config.seed, stop_token_id=self.chat.end_of_turn_id)
-        parts = [requests[part] for part in split_evenly(len(requests), len(self.actors.engines))]
-        answers = ray.get([engine.generate.remote(part) for engine, part in zip(self.actors.engines, parts, strict=True)])
-        completions = [completion for answer in answers for completion in answer]
-        check_completions(completions, requests, policy_version=step)
+    def completions_of(self, step: int) -> tuple[list[TokenisedGroup], list[PromptCompletions]]:
+        """The step's completions; those of the steps that may be sampled meanwhile are on their way when this returns."""
+        following = self.rollouts[-1][0] + 1 if self.rollouts else step
+        for ahead in range(following, min(step + self.settings.max_policy_lag + 1, self.settings.num_steps)):
+            prompts = prompts_of_step(self.prompts, ahead, num_prompts=self.settings.num_prompts_per_step, seed=self.config.seed)
+            requests = generation_requests(prompts, self.settings, step=ahead, seed=self.config.seed, stop_token_id=self.chat.end_of_turn_id)
+            self.rewards.expect(ahead, len(prompts), with_gold=ahead % self.settings.gold_every_steps == 0)
+            self.rollouts.append((ahead, self.start(requests, score_as=(ahead, prompts)), prompts))
+        _, rollout, prompts = self.rollouts.popleft()
+        completions = self.finish(rollout)
+        check_completions(completions, rollout.requests, policy_versions=range(max(0, step - self.settings.max_policy_lag), step + 1))
+        return prompts, completions
+
+    def sample(self, requests: list[GenerationRequest]) -> list[PromptCompletions]:
+        """Completions from the current policy version, which are not scored."""
+        completions = self.finish(self.start(requests, score_as=None))
+        check_completions(completions, requests, policy_versions=range(self.version, self.version + 1))
         return completions
 
-    def score(self, prompts: list[TokenisedGroup], completions: list[PromptCompletions]) -> RolloutScores:
-        """Proxy and gold scores of every completion, asked at the same time."""
-        with self.timed("time/score_s"):
-            inputs = [
-                ScoreInput(prompt=prompt.prompt, completions=[self.chat.completion_text(c.token_ids) for c in answer.completions])
-                for prompt, answer in zip(prompts, completions, strict=True)
-            ]
-            gold = self.pool.submit(self.gold.score, inputs)
-            proxy = self.proxy.score(inputs)
-            return RolloutScores(proxy.scores, gold.result().scores)
+    def start(self, requests: list[GenerationRequest], *, score_as: tuple[int, list[TokenisedGroup]] | None) -> Rollout:
+        def submit(position: int, completions: PromptCompletions) -> None:
+            if score_as is not None:
+                step, prompts = score_as
+                texts = [self.chat.completion_text(c.token_ids) for c in completions.completions]
+                self.rewards.submit(step, position, ScoreInput(prompt=prompts[position].prompt, completions=texts))
 
-    def result_of(self, scoring: "Future[RolloutScores]") -> RolloutScores:
-        with self.timed("time/wait_for_scores_s"):
-            return scoring.result()
+        rollout = Rollout(requests, on_finished=submit, silence_s=self.settings.generation_silence_s)
+        rollout.start(self.actors.engines)
+        return rollout
 
-    def keep_samples(self, step: int, prompts: list[TokenisedGroup], completions: list[PromptCompletions], scores: RolloutScores) -> None:
-        """Append the first completion of some prompts to rloo/samples.jsonl, for the report."""
+    def finish(self, rollout: Rollout) -> list[PromptCompletions]:
+        """All its completions. What was lost with an engine is sampled by another one, once that has confirmed the current version."""
+        while True:
+            try:
+                completions = rollout.wait()
+                self.faults.prompts_redone += rollout.num_redone
+                return completions
+            except EnginesLostError as error:
+                self.replace(error.engines)
+                rollout.start(self.actors.engines)
+
+    def publish(self) -> None:
+        """Every engine confirms the current version; one that cannot is replaced."""
+        for attempt in range(self.settings.max_restarts + 1):
+            try:
+                return self.actors.publish(version=self.version)
+            except RolloutError as error:
+                lost = self.actors.lost_engines()
+                if not lost or attempt == self.settings.max_restarts:
+                    raise
+                logger.warning("%s", error)
+                self.faults.engines_replaced += self.actors.replace_engines(lost)
+
+    def replace(self, lost: list[Any]) -> None:
+        replaced = self.actors.replace_engines(lost)
+        self.faults.engines_replaced += replaced
+        if self.faults.engines_replaced > self.settings.max_restarts + self.num_steps_committed:
+            raise RolloutError(f"{self.faults.engines_replaced} engines were lost in {self.num_steps_committed} committed steps. Look at Ray's logs; the run resumes.")
+        if replaced:
+            self.publish()
+
+    def watch(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What the monitor and the evaluation say of the step; a policy that is the best so far by gold is kept."""
+        found = self.monitor.observe(
+            self.version,
+            proxy_mean=metrics["rloo/proxy_score_mean"],
+            proxy_std=metrics["rloo/proxy_score_std"],
+            gold_mean=metrics.get("rloo/gold_score_mean"),
+            gold_std=metrics.get("rloo/gold_score_std"),
+        )
+        every = self.settings.evaluation.every_steps
+        if every and (self.version % every == 0 or self.is_last):
+            with self.timed("time/evaluation_s"):
+                found |= self.evaluation.metrics()
+            found["time/evaluation_s"] = self.times["time/evaluation_s"]
+            if self.best.record(self.version, found):
+                self.actors.commit(self.layout.best_policy_checkpoint, self.version)
+        return found
+
+    def resume(self) -> None:
+        """What the steps before the first one of this process decide for those after it, from metrics.jsonl."""
+        _drop_samples_after(self.layout.rloo_samples, self.version)
+        self.monitor.resume(self.layout.run_dir, self.version)
+        self.best.resume(self.layout.run_dir, "rloo", self.version)
+        if self.settings.target_kl is not None:
+            for line in read_metrics(self.layout.run_dir, "rloo"):
+                if line["step"] == self.version:
+                    self.kl_coefficient = self.next_kl_coefficient(float(line["rloo/kl_coefficient"]), float(line["rloo/kl_mean"]), self.settings.target_kl)
+
+    def next_kl_coefficient(self, coefficient: float, kl_mean: float, target_kl: float) -> float:
+        return next_kl_coefficient(coefficient, kl_mean, target_kl=target_kl, horizon_steps=self.settings.kl_horizon_steps)
+
+    @property
+    def is_last(self) -> bool:
+        return self.version == self.settings.num_steps or self.monitor.must_stop
+
+    def keep_samples(self, prompts: list[TokenisedGroup], completions: list[PromptCompletions], scores: StepScores) -> None:
+        """Append the first completion of some prompts to rloo/samples.jsonl, for the report, at every checkpoint and the first step."""
+        if (self.version - 1) % self.settings.checkpoint_every_steps and self.version != self.settings.num_steps:
+            return
         with self.layout.rloo_samples.open("a") as file:
             for p in range(min(self.settings.num_sample_prompts, len(prompts))):
                 first = completions[p].completions[0]
                 sample = {
-                    "step": step + 1,
+                    "step": self.version,
                     "prompt": prompts[p].prompt[-1]["content"],
                     "completion": self.chat.completion_text(first.token_ids),
-                    "proxy_score": scores.proxy[p][0],
-                    "gold_score": scores.gold[p][0],
                     "num_tokens": len(first.token_ids),
+                    **scores.of_completion(p, 0),
                 }
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 

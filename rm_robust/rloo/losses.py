@@ -1,13 +1,61 @@
-"""The policy loss: a pure function. Shapes: N completions."""
+"""The policy loss: pure functions of three log-probabilities of every sampled token, all at the sampling temperature, in nats.
 
+    sampler   vLLM's, when it sampled, under the policy version that it then had
+    old       the trainer's, when the update of the step starts
+    new       the trainer's, under gradient
+
+Shapes: N completions, M tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from rm_robust.config_rloo import RlooConfig
+from rm_robust.rloo.advantages import sum_by_completion
 
-def clipped_policy_loss_terms(new_logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, *, clip_range: float) -> Tensor:
-    """Per-completion max(-A r, -A clip(r, 1 - c, 1 + c)) with the sequence ratio r = exp(sum log pi_new - sum log pi_old), [N].
 
-    Schulman et al. 2017, Eq. 7, on whole completions as the paper's code has it. The step's loss is the mean over all N of all ranks.
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Of the completions of one batch."""
+
+    terms_N: Tensor
+    """Under gradient. The step's loss is their mean over all N of all ranks."""
+    clipped_N: Tensor
+    """Share of the completion's ratios whose gradient is clipped away."""
+
+
+def policy_loss(
+    new_logprobs_M: Tensor, old_logprobs_M: Tensor, sampler_logprobs_M: Tensor, advantages_N: Tensor, completion_of_M: Tensor, settings: RlooConfig
+) -> PolicyLoss:
+    """w * max(-A r, -A clip(r, 1 - c, 1 + c)), with the ratio r = new / old of whole completions, or of tokens and then averaged over the completion's.
+
+    Schulman et al. 2017, Eq. 7; on completions as TRL's RLOOTrainer and the paper's code. w is the importance weight old / sampler.
     """
-    ratio_N = (new_logprobs_N - old_logprobs_N).exp()
-    clipped_N = ratio_N.clamp(1 - clip_range, 1 + clip_range)
-    return (-advantages_N * ratio_N).maximum(-advantages_N * clipped_N)
+    num_completions = len(advantages_N)
+    log_ratios, advantages = new_logprobs_M - old_logprobs_M, advantages_N[completion_of_M]
+    if settings.ratio_level == "sequence":
+        log_ratios, advantages = sum_by_completion(log_ratios, completion_of_M, num_completions), advantages_N
+    ratios = log_ratios.exp()
+    low, high = 1 - settings.clip_range, 1 + settings.clip_range
+    terms = (-advantages * ratios).maximum(-advantages * ratios.clamp(low, high))
+    clipped = (((ratios < low) & (advantages < 0)) | ((ratios > high) & (advantages > 0))).to(terms.dtype)
+    terms = terms * importance_weights(old_logprobs_M, sampler_logprobs_M, completion_of_M, num_completions, settings)
+    if settings.ratio_level == "token":
+        lengths_N = sum_by_completion(torch.ones_like(terms), completion_of_M, num_completions)
+        terms, clipped = (sum_by_completion(values, completion_of_M, num_completions) / lengths_N for values in (terms, clipped))
+    return PolicyLoss(terms, clipped)
+
+
+def importance_weights(
+    old_logprobs_M: Tensor, sampler_logprobs_M: Tensor, completion_of_M: Tensor, num_completions: int, settings: RlooConfig
+) -> Tensor:
+    """min(old / sampler, cap) without gradient, one a ratio: truncated importance sampling (Ionides 2008; Yao et al. 2025 for engine mismatch)."""
+    log_weights = (old_logprobs_M - sampler_logprobs_M).detach()
+    if settings.importance_correction == "none":
+        log_weights = torch.zeros_like(log_weights)
+    if settings.importance_correction == "token":
+        return log_weights.exp().clamp(max=settings.importance_cap)
+    weights_N = sum_by_completion(log_weights, completion_of_M, num_completions).exp().clamp(max=settings.importance_cap)
+    return weights_N if settings.ratio_level == "sequence" else weights_N[completion_of_M]

@@ -2,20 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass
+from random import Random
 
 from rm_robust.config_rloo import RlooConfig
-from rm_robust.errors import RolloutError
+from rm_robust.errors import ConfigError, RolloutError
 from rm_robust.records import GenerationRequest, PromptCompletions
 from rm_robust.token_files import TokenisedGroup
 from rm_robust.training_loop import batch_indices
-
-
-@dataclass(frozen=True)
-class RolloutScores:
-    """Raw scores of every completion, [P][K], from the proxy reward model and the gold judge."""
-
-    proxy: list[list[float]]
-    gold: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +21,28 @@ class Measurement:
     sampler_gap_mean: float
     """Mean |log pi_trainer - log pi_sampler| a token: how far the vLLM engines are from the trainer."""
     sampler_gap_max: float
+    sampler_kl_mean: float
+    """KL(sampler || trainer) a token (k3, nats): engine mismatch and lag together."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one trainer did in a step; means over its optimiser steps."""
+
+    loss: float
+    """This rank's part of it."""
+    clip_fraction: float
+    """This rank's part of it."""
+    gradient_norm: float
+    learning_rate: float
+
+
+def held_prompts(prompts: list[TokenisedGroup], num_held: int, *, seed: int) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
+    """Prompts to sample from in training, and those held out for evaluation. Raises ConfigError when nothing would be left to train on."""
+    if num_held >= len(prompts):
+        raise ConfigError(f"rloo.evaluation.num_prompts = {num_held} leaves none of the {len(prompts)} RLOO prompts to train on; lower it, or add prompts.")
+    held = set(Random(f"held:{seed}").sample(range(len(prompts)), num_held))
+    return [p for i, p in enumerate(prompts) if i not in held], [p for i, p in enumerate(prompts) if i in held]
 
 
 def prompts_of_step(prompts: list[TokenisedGroup], step: int, *, num_prompts: int, seed: int) -> list[TokenisedGroup]:
@@ -35,13 +50,15 @@ def prompts_of_step(prompts: list[TokenisedGroup], step: int, *, num_prompts: in
     return [prompts[i] for i in batch_indices(step, num_rows=len(prompts), batch_size=num_prompts, seed=seed)]
 
 
-def generation_requests(prompts: list[TokenisedGroup], settings: RlooConfig, *, step: int, seed: int, stop_token_id: int) -> list[GenerationRequest]:
-    """One request a prompt for its K completions; seeds differ by run, step and prompt."""
+def generation_requests(
+    prompts: list[TokenisedGroup], settings: RlooConfig, *, step: int, seed: int, stop_token_id: int, num_completions: int | None = None
+) -> list[GenerationRequest]:
+    """One request a prompt for its completions (the settings' K, unless said otherwise); seeds differ by run, step and prompt."""
     return [
         GenerationRequest(
             prompt_id=prompt.group_id,
             prompt_ids=prompt.tokens.prompt_ids,
-            num_completions=settings.num_completions_per_prompt,
+            num_completions=num_completions or settings.num_completions_per_prompt,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=1.0,
@@ -52,16 +69,19 @@ def generation_requests(prompts: list[TokenisedGroup], settings: RlooConfig, *, 
     ]
 
 
-def check_completions(completions: list[PromptCompletions], requests: list[GenerationRequest], *, policy_version: int) -> None:
-    """Raise RolloutError unless every request has its K completions, in order, all sampled by `policy_version`."""
+def check_completions(completions: list[PromptCompletions], requests: list[GenerationRequest], *, policy_versions: range) -> None:
+    """Raise RolloutError unless every request has its completions, in order, each prompt's from one of the `policy_versions`."""
     if [c.prompt_id for c in completions] != [r.prompt_id for r in requests]:
         raise RolloutError(f"The engines answered {len(completions)} prompts in another order than the {len(requests)} asked. Restart the run; it resumes.")
     for answer, request in zip(completions, requests, strict=True):
         if len(answer.completions) != request.num_completions:
             raise RolloutError(f"Prompt {answer.prompt_id} has {len(answer.completions)} completions, {request.num_completions} were asked.")
-        stale = {c.policy_version for c in answer.completions} - {policy_version}
-        if stale:
-            raise RolloutError(f"Prompt {answer.prompt_id} has completions of policy version {sorted(stale)}, the policy is at {policy_version}.")
+        versions = {c.policy_version for c in answer.completions}
+        if len(versions) > 1 or not versions <= set(policy_versions):
+            raise RolloutError(
+                f"Prompt {answer.prompt_id} has completions of policy versions {sorted(versions)}, allowed is one of {policy_versions.start} to "
+                f"{policy_versions.stop - 1}."
+            )
 
 
 def split_evenly(num_items: int, num_parts: int) -> list[slice]:

@@ -10,7 +10,7 @@ but nobody vouches for its version. vllm is imported when the engine is built, s
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,19 +103,30 @@ class RolloutEngine:
         self._update = _Update.NONE
         self._policy_version: int | None = None
 
-    def generate(self, requests: list[GenerationRequest]) -> list[PromptCompletions]:
-        """Sample `num_completions` completions of each prompt, in the order of `requests`.
+    def generate(self, requests: list[GenerationRequest]) -> Iterator[list[tuple[int, PromptCompletions]]]:
+        """Sample `num_completions` completions of each prompt: (position in `requests`, completions) of all prompts that a decoding step finished.
 
         `sampler_logprobs` are those of the distribution that was sampled from, after temperature and top_p. A completion ends with one of the request's
-        stop tokens, which is part of it, or is truncated; no other token ends it.
-        Raises RolloutError when the engine holds no confirmed weights, a request does not fit into the context, or an answer is incomplete.
+        stop tokens, which is part of it, or is truncated; no other token ends it. Raises RolloutError when the engine holds no confirmed weights, a
+        request does not fit into the context, or an answer is incomplete. A generator that is closed early leaves nothing behind in the engine.
         """
+        from vllm import TokensPrompt
+
         version = self._require_version()
-        if not requests:
-            return []
         self._check_fit([(request.prompt_ids, request.max_new_tokens) for request in requests])
-        outputs = self._run([request.prompt_ids for request in requests], [_sampling_params(request) for request in requests])
-        return [_prompt_completions(request, output, version) for request, output in zip(requests, outputs, strict=True)]
+        engine = self._llm.llm_engine
+        unfinished = {str(position) for position in range(len(requests))}
+        try:
+            for position, request in enumerate(requests):
+                engine.add_request(str(position), TokensPrompt(prompt_token_ids=request.prompt_ids), _sampling_params(request))
+            while engine.has_unfinished_requests():
+                finished = [output for output in engine.step() if output.finished]
+                unfinished -= {output.request_id for output in finished}
+                if finished:
+                    yield [(int(output.request_id), _prompt_completions(requests[int(output.request_id)], output, version)) for output in finished]
+        finally:
+            if unfinished:
+                engine.abort_request(sorted(unfinished))
 
     def greedy(self, prompt_ids_list: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The most likely continuation of each prompt, exactly `max_new_tokens` tokens: no token stops it."""
@@ -231,9 +242,11 @@ def _check_settings(model_dir: str, device: str, tensor_parallel_size: int, weig
 
 def _sampling_params(request: GenerationRequest) -> "SamplingParams":
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         n=request.num_completions,
+        output_kind=RequestOutputKind.FINAL_ONLY,
         max_tokens=request.max_new_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
@@ -247,7 +260,7 @@ def _sampling_params(request: GenerationRequest) -> "SamplingParams":
 
 def _prompt_completions(request: GenerationRequest, output: "RequestOutput", version: int) -> PromptCompletions:
     samples = sorted(output.outputs, key=lambda sample: sample.index)
-    if not output.finished or [sample.index for sample in samples] != list(range(request.num_completions)):
+    if [sample.index for sample in samples] != list(range(request.num_completions)) or output.prompt_token_ids != request.prompt_ids:
         raise RolloutError(f"vLLM returned {len(samples)} completions of prompt {request.prompt_id}, asked for {request.num_completions}.")
     return PromptCompletions(request.prompt_id, request.prompt_ids, [_completion(request, sample, version) for sample in samples])
 

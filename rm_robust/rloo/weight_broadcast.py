@@ -64,6 +64,22 @@ class ModuleWeights:
             yield name, parameter.detach()
 
 
+class NamedWeights:
+    """Whole weights that were gathered from the shards of several ranks; another gathering replaces them."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self._weights = weights
+
+    def replace(self, weights: dict[str, Tensor]) -> None:
+        self._weights = weights
+
+    def metadata(self) -> list[ParameterSpec]:
+        return [ParameterSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._weights.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._weights.items()
+
+
 def plan_chunks(specs: Iterable[ParameterSpec]) -> list[list[ParameterSpec]]:
     """Cut parameters, in order, into chunks. Both ends call it on the same list, so they agree on every buffer's size."""
     chunks: list[list[ParameterSpec]] = []

@@ -198,7 +198,7 @@ def start_rollout(model_dir: Path, engines: list[ActorHandle]) -> Rollout:
     refusals = []
     for engine in engines:
         with pytest.raises(RayTaskError) as refusal:
-            ray.get(engine.generate.remote(requests_of([PROMPTS[0]])))
+            sample(engine, requests_of([PROMPTS[0]]))
         refusals.append(str(refusal.value))
     report = ray.get(trainer.publish.remote(0))
     assert report.num_engines == len(engines)
@@ -232,7 +232,8 @@ def requests_of(prompts: list[list[int]], *, num_completions: int = 3, max_new_t
 
 
 def sample(engine: ActorHandle, requests: list[GenerationRequest]) -> list[PromptCompletions]:
-    return ray.get(engine.generate.remote(requests))
+    answers = dict(answer for finished in engine.generate.remote(requests) for answer in ray.get(finished))
+    return [answers[position] for position in range(len(requests))]
 
 
 def token_ids_of(answers: list[PromptCompletions]) -> list[list[list[int]]]:

@@ -46,7 +46,7 @@ def test_seven_steps_of_three_go_three_times_through_seven_prompts() -> None:
 
 
 def test_whole_answers_of_the_current_policy_in_order_are_accepted() -> None:
-    check_completions(answers(requests_of(0)), requests_of(0), policy_version=5)
+    check_completions(answers(requests_of(0)), requests_of(0), policy_versions=range(5, 6))
 
 
 def test_answers_in_another_order_missing_short_or_stale_are_refused() -> None:
@@ -56,9 +56,9 @@ def test_answers_in_another_order_missing_short_or_stale_are_refused() -> None:
     stale = [*whole[:2], replace(whole[2], completions=[*whole[2].completions[:-1], replace(whole[2].completions[-1], policy_version=4)])]
     for wrong, message in ((list(reversed(whole)), "another order"), (whole[:-1], "answered 2 prompts"), (short, "has 3 completions, 4 were asked")):
         with pytest.raises(RolloutError, match=message):
-            check_completions(wrong, requests, policy_version=5)
-    with pytest.raises(RolloutError, match=rf"Prompt {whole[2].prompt_id} has completions of policy version \[4\], the policy is at 5"):
-        check_completions(stale, requests, policy_version=5)
+            check_completions(wrong, requests, policy_versions=range(5, 6))
+    with pytest.raises(RolloutError, match=rf"Prompt {whole[2].prompt_id} has completions of policy versions \[4, 5\]"):
+        check_completions(stale, requests, policy_versions=range(5, 6))
 
 
 @given(num_items=st.integers(0, 40), num_parts=st.integers(1, 7))
