@@ -12,8 +12,9 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from rm_robust.rloo.actors import RlooActors, TrainersLostError
 from rm_robust.rloo.advantages import advantages_of, next_kl_coefficient
 from rm_robust.rloo.monitor import OveroptimisationMonitor
 from rm_robust.rloo.policy_evaluation import PolicyEvaluation
-from rm_robust.rloo.rewards import RewardSources, StepScores
+from rm_robust.rloo.reward_sources import RewardSources, StepInProgress
+from rm_robust.rloo.rewards import StepScores, shaped_scores
 from rm_robust.rloo.rollout import check_completions, generation_requests, held_prompts, prompts_of_step
 from rm_robust.rloo.sampling import EnginesLostError, Rollout
 from rm_robust.rloo.step_metrics import rollout_metrics
@@ -77,6 +79,16 @@ def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scor
                 logger.warning("%s Going on from step %d.", error, committed)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A step's completions and scores, on their way."""
+
+    step: int
+    prompts: list[TokenisedGroup]
+    rollout: Rollout
+    scoring: StepInProgress
+
+
 class Controller:
     """One step after the other; every completion is trained once."""
 
@@ -90,7 +102,7 @@ class Controller:
         self.monitor = OveroptimisationMonitor(self.settings.monitor)
         self.best = BestStep("rloo/eval/gold_mean", patience=None)
         self.kl_coefficient = self.settings.kl_coefficient
-        self.rollouts: deque[tuple[int, Rollout, list[TokenisedGroup]]] = deque()
+        self.under_way: deque[Sampled] = deque()
         self.times: dict[str, float] = {}
 
     def prompts_and_held(self) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
@@ -114,8 +126,8 @@ class Controller:
                 if self.version % self.settings.checkpoint_every_steps == 0 or self.is_last:
                     self.actors.save(self.version)
                     self.num_steps_committed = self.version
-        for _, rollout, _ in self.rollouts:
-            rollout.abandon()
+        for sampled in self.under_way:
+            sampled.rollout.abandon()
         self.actors.commit(self.layout.policy_checkpoint, self.version)
         return self.version
 
@@ -124,14 +136,18 @@ class Controller:
         self.times = {}
         started = time.perf_counter()
         with self.timed("time/generate_s"):
-            prompts, completions = self.completions_of(step)
+            sampled = self.sampled_for(step)
+            prompts, completions = sampled.prompts, self.finish(sampled.rollout)
+            oldest = max(0, step - self.settings.max_policy_lag)
+            check_completions(completions, sampled.rollout.requests, policy_versions=range(oldest, step + 1))
         with self.timed("time/measure_s"):
             measurements = self.actors.measure(completions)
         with self.timed("time/wait_for_scores_s"):
-            scores = self.rewards.collect(step)
+            scores = self.rewards.collect(sampled.scoring, len(prompts))
         kl_PK = torch.tensor([kl for m in measurements for kl in m.kl]).view(len(prompts), -1)
         truncated_PK = torch.tensor([[c.is_truncated for c in p.completions] for p in completions])
-        advantages = advantages_of(scores.rewards_PK, kl_PK, truncated_PK, self.settings, kl_coefficient=self.kl_coefficient)
+        shaped_PK = shaped_scores(scores.rewards_PK, normalise=self.settings.normalise_scores, clip_range=self.settings.score_clip_range)
+        advantages = advantages_of(shaped_PK, kl_PK, truncated_PK, self.settings, kl_coefficient=self.kl_coefficient)
         with self.timed("time/update_s"):
             update = self.actors.update(advantages.advantages_PK, step=step, learning_rate_factor=self.monitor.learning_rate_factor)
         self.version = step + 1
@@ -144,33 +160,30 @@ class Controller:
             self.kl_coefficient = self.next_kl_coefficient(self.kl_coefficient, metrics["rloo/kl_mean"], self.settings.target_kl)
         return metrics | {"rloo/policy_version": step, "time/step_s": time.perf_counter() - started}
 
-    def completions_of(self, step: int) -> tuple[list[TokenisedGroup], list[PromptCompletions]]:
+    def sampled_for(self, step: int) -> Sampled:
         """The step's completions; those of the steps that may be sampled meanwhile are on their way when this returns."""
-        following = self.rollouts[-1][0] + 1 if self.rollouts else step
+        following = self.under_way[-1].step + 1 if self.under_way else step
         for ahead in range(following, min(step + self.settings.max_policy_lag + 1, self.settings.num_steps)):
             prompts = prompts_of_step(self.prompts, ahead, num_prompts=self.settings.num_prompts_per_step, seed=self.config.seed)
             requests = generation_requests(prompts, self.settings, step=ahead, seed=self.config.seed, stop_token_id=self.chat.end_of_turn_id)
-            self.rewards.expect(ahead, len(prompts), with_gold=ahead % self.settings.gold_every_steps == 0)
-            self.rollouts.append((ahead, self.start(requests, score_as=(ahead, prompts)), prompts))
-        _, rollout, prompts = self.rollouts.popleft()
-        completions = self.finish(rollout)
-        check_completions(completions, rollout.requests, policy_versions=range(max(0, step - self.settings.max_policy_lag), step + 1))
-        return prompts, completions
+            scoring = self.rewards.begin(with_gold=ahead % self.settings.gold_every_steps == 0)
+            submit = partial(self.submit, scoring, prompts)
+            self.under_way.append(Sampled(ahead, prompts, self.start(requests, on_finished=submit), scoring))
+        return self.under_way.popleft()
+
+    def submit(self, scoring: StepInProgress, prompts: list[TokenisedGroup], position: int, completions: PromptCompletions) -> None:
+        """Have one prompt's completions scored; called while others of the step are still sampled."""
+        texts = [self.chat.completion_text(c.token_ids) for c in completions.completions]
+        self.rewards.submit(scoring, position, ScoreInput(prompt=prompts[position].prompt, completions=texts))
 
     def sample(self, requests: list[GenerationRequest]) -> list[PromptCompletions]:
         """Completions from the current policy version, which are not scored."""
-        completions = self.finish(self.start(requests, score_as=None))
+        completions = self.finish(self.start(requests, on_finished=lambda position, completions: None))
         check_completions(completions, requests, policy_versions=range(self.version, self.version + 1))
         return completions
 
-    def start(self, requests: list[GenerationRequest], *, score_as: tuple[int, list[TokenisedGroup]] | None) -> Rollout:
-        def submit(position: int, completions: PromptCompletions) -> None:
-            if score_as is not None:
-                step, prompts = score_as
-                texts = [self.chat.completion_text(c.token_ids) for c in completions.completions]
-                self.rewards.submit(step, position, ScoreInput(prompt=prompts[position].prompt, completions=texts))
-
-        rollout = Rollout(requests, on_finished=submit, silence_s=self.settings.generation_silence_s)
+    def start(self, requests: list[GenerationRequest], *, on_finished: Callable[[int, PromptCompletions], None]) -> Rollout:
+        rollout = Rollout(requests, on_finished=on_finished, silence_s=self.settings.generation_silence_s)
         rollout.start(self.actors.engines)
         return rollout
 

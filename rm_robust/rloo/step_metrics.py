@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rm_robust.records import PromptCompletions
 from rm_robust.rloo.advantages import Advantages
-from rm_robust.rloo.rewards import StepScores
+from rm_robust.rloo.rewards import StepScores, score_metrics
 from rm_robust.rloo.rollout import Measurement
 
 
@@ -22,7 +22,7 @@ def rollout_metrics(
     token_shares = [m.num_tokens for m in measurements]
     rewards_PK, advantages_PK = advantages.rewards_PK, advantages.advantages_PK
     first_PK = rewards_PK.nan_to_num(torch.inf).amin(1, keepdim=True)
-    return scores.metrics() | {
+    return score_metrics(scores) | {
         "rloo/reward_mean": float(rewards_PK.nanmean()),
         "rloo/constant_reward_fraction": float(((rewards_PK == first_PK) | rewards_PK.isnan()).all(1).float().mean()),
         "rloo/without_gradient_fraction": float((advantages_PK == 0).float().mean()),
