@@ -25,5 +25,9 @@ class ScoringError(RmRobustError):
     """A scoring request failed for good; never turned into a score."""
 
 
+class ScorerUnavailableError(ScoringError):
+    """A scorer was full, away or silent until the last attempt: no single completion is the reason, and asking in parts would not help."""
+
+
 class RolloutError(RmRobustError):
     """A generator returned stale, incomplete or impossible completions."""

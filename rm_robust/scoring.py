@@ -21,13 +21,14 @@ import os
 import random
 import threading
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn, Protocol, Self, TypedDict, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
 from tqdm import tqdm
 
-from rm_robust.errors import ConfigError, ScoringError
+from rm_robust.errors import ConfigError, ScorerUnavailableError, ScoringError
 from rm_robust.records import Message
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,13 @@ logger = logging.getLogger(__name__)
 SCORE_PATH = "/v1/score"
 KEY_VARIABLE = "RM_ROBUST_API_KEY"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 10.0
+MAX_RETRIES = 18
+"""Waits of 61 to 123 s in total, and what the server asks for beside them (at most MAX_BACKOFF_S each): a service may be full or away for a minute."""
+MAX_RETRIES_OF_FAILURES = 8
+"""After 500 and 504, which cost the server a whole attempt each: waits of 11 to 23 s."""
+ERROR_HEADER = "x-rm-robust-error"
+NOT_SCORABLE = "scoring_failed"
+"""The error's type when a completion's own score is not a number; it would not be one the next time either."""
 CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 """Failures of the connection, not of the request: scoring has no side effects, so sending it again is safe."""
 NO_PROXY_FOR_LOOPBACK: dict[str, httpx.AsyncBaseTransport | None] = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
@@ -172,7 +180,7 @@ class ClientOptions(TypedDict, total=False):
     """Keyword arguments of both clients. Defaults: DEFAULT_OPTIONS."""
 
     timeout_s: float  # of one attempt
-    max_retries: int  # after connection errors, 429 and 5xx; no other failure is tried again
+    max_retries: int  # after connection errors, 429 and 5xx (500 and 504: at most 8); no other failure is tried again
     max_completions_per_request: int  # longer lists are sent as several requests; one input is never split
     max_concurrent_requests: int
     api_key: str | None  # sent as a bearer token, and never logged; None: the one in RM_ROBUST_API_KEY, if that is set
@@ -184,7 +192,7 @@ class ClientOptions(TypedDict, total=False):
 
 DEFAULT_OPTIONS = ClientOptions(
     timeout_s=60.0,
-    max_retries=8,
+    max_retries=MAX_RETRIES,
     max_completions_per_request=64,
     max_concurrent_requests=8,
     api_key=None,
@@ -249,30 +257,26 @@ class AsyncRewardClient:
                 return reply
             except ScoringError as error:
                 note = f" (an index in this message counts from input {span.start})" if span.start else ""
-                raise ScoringError(f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} at {self._url} failed: {error}{note}") from error
+                raise type(error)(f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} at {self._url} failed: {error}{note}") from error
 
     async def _post(self, body: str) -> bytes:
         """The body of a 200 reply. Raises ScoringError with the reason of the last attempt."""
-        num_attempts = self._max_retries + 1
-        for attempt in range(num_attempts):
-            retry_after_s = 0.0
+        retries = Retries(self._max_retries)
+        while True:
             try:
                 response = await self._http.post(self._url, content=body)
             except CONNECTION_ERRORS as error:
-                reason = f"{type(error).__name__} {error}".strip()
+                failure = Failure(503, f"{type(error).__name__} {error}".strip())
+            except httpx.TimeoutException as error:
+                raise ScorerUnavailableError(f"{type(error).__name__} {error} (a timeout is {self._timeout_s} s)") from error
             except httpx.HTTPError as error:
-                raise ScoringError(f"{type(error).__name__} {error} (a timeout is {self._timeout_s} s)") from error
+                raise ScoringError(f"{type(error).__name__} {error}") from error
             else:
                 if response.status_code == 200:
                     return response.content
-                reason = describe_failure(response)
-                if response.status_code != 429 and response.status_code < 500:
-                    raise ScoringError(reason)
                 retry_after_s = float(seconds) if (seconds := response.headers.get("retry-after", "")).isdecimal() else 0.0
-            if attempt + 1 < num_attempts:
-                logger.info("scoring attempt %d of %d: %s", attempt + 1, num_attempts, reason)
-                await asyncio.sleep(backoff_s(attempt, retry_after_s=retry_after_s))
-        raise ScoringError(f"{num_attempts} attempts, the last one: {reason}")
+                failure = Failure(response.status_code, describe_failure(response), response.headers.get(ERROR_HEADER, ""), retry_after_s)
+            await asyncio.sleep(retries.next_wait_s(failure))
 
 
 class RewardClient:
@@ -333,6 +337,39 @@ def backoff_s(attempt: int, *, retry_after_s: float) -> float:
     """Seconds to wait after failed attempt number `attempt` (from 0): doubling with jitter, at least what the server asks, bounded."""
     doubling_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0**attempt)
     return min(MAX_BACKOFF_S, retry_after_s) + doubling_s * random.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt got no scores."""
+
+    status: int
+    """HTTP's; 503 where nobody was there to answer, 504 where nobody did in time."""
+    reason: str
+    type: str = ""
+    """The error's type, if the service is one of ours."""
+    retry_after_s: float = 0.0
+
+
+class Retries:
+    """The attempts of one request, of both clients."""
+
+    def __init__(self, max_retries: int) -> None:
+        self._num_left, self._num_failures_left = max_retries, MAX_RETRIES_OF_FAILURES
+        self._num_attempts = 0
+
+    def next_wait_s(self, failure: Failure) -> float:
+        """Seconds until the next attempt. Raises ScoringError where none is worth it, ScorerUnavailableError if only because there were enough."""
+        self._num_attempts += 1
+        if failure.type == NOT_SCORABLE or (failure.status != 429 and failure.status < 500):
+            raise ScoringError(failure.reason)
+        self._num_left -= 1
+        self._num_failures_left -= failure.status in (500, 504)
+        if min(self._num_left, self._num_failures_left) < 0:
+            error_class = ScoringError if failure.status == 500 else ScorerUnavailableError
+            raise error_class(f"{self._num_attempts} attempts, the last one: {failure.reason}")
+        logger.info("scoring attempt %d failed, %d are left: %s", self._num_attempts, self._num_left + 1, failure.reason)
+        return backoff_s(self._num_attempts - 1, retry_after_s=failure.retry_after_s)
 
 
 def request_for(inputs: Sequence[ScoreInput], *, model: str | None, calibrated: bool) -> ScoreRequest:

@@ -1,21 +1,18 @@
 """Scores through a service's handle, inside the Ray cluster that it runs on: what RewardClient does over HTTP, without HTTP and without a key."""
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rm_robust.errors import ScoringError
-from rm_robust.scoring import ScoreInput, ScoreReply, ScoreRequest, backoff_s, check_scores, merge_replies, request_for, split_inputs
+from rm_robust.scoring import MAX_RETRIES, Failure, Retries, ScoreInput, ScoreReply, ScoreRequest, check_scores, merge_replies, request_for, split_inputs
 from serve.scorer import Refusal
 
-logger = logging.getLogger(__name__)
 MAX_COMPLETIONS_PER_CALL = 256
-NUM_ATTEMPTS = 9
 ANSWERED_WITHIN_S = 300.0
 NO_REPLY = (RayError, BackPressureError, DeploymentUnavailableError, TimeoutError)
 
@@ -39,28 +36,24 @@ class ClusterScorer:
             try:
                 replies.append(check_scores(self._reply(request, call), request))
             except ScoringError as error:
-                raise ScoringError(
+                raise type(error)(
                     f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} by {self._app_name}/{self._model} failed: {error}"
                 ) from error
         return merge_replies(replies, spans, expected_checkpoint=None)
 
     def _reply(self, request: ScoreRequest, call: Any) -> ScoreReply:
         """Asks again where RewardClient would: after a full queue, a lost replica, and a failure of the server."""
-        for attempt in range(NUM_ATTEMPTS):
-            wait_s = 0.0
+        retries = Retries(MAX_RETRIES)
+        while True:
             try:
                 answer = call.result(timeout_s=ANSWERED_WITHIN_S)
             except NO_REPLY as error:
-                reason = f"{type(error).__name__} {error}"
+                status = 504 if isinstance(error, TimeoutError) else 500 if isinstance(error, RayTaskError) else 503
+                failure = Failure(status, f"{type(error).__name__} {error}")
             else:
                 if isinstance(answer, ScoreReply):
                     return answer
                 assert isinstance(answer, Refusal)
-                reason, wait_s = f"{answer.status}: {answer.message}", answer.retry_after_s or 0.0
-                if answer.status != 429 and answer.status < 500:
-                    raise ScoringError(reason)
-            if attempt + 1 < NUM_ATTEMPTS:
-                logger.info("scoring attempt %d of %d: %s", attempt + 1, NUM_ATTEMPTS, reason)
-                time.sleep(backoff_s(attempt, retry_after_s=wait_s))
-                call = self._handle.score.remote(request)
-        raise ScoringError(f"{NUM_ATTEMPTS} attempts, the last one: {reason}")
+                failure = Failure(answer.status, f"{answer.status}: {answer.message}", answer.type, answer.retry_after_s or 0.0)
+            time.sleep(retries.next_wait_s(failure))
+            call = self._handle.score.remote(request)

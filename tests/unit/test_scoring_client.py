@@ -14,8 +14,19 @@ from typing import Any
 
 import pytest
 
-from rm_robust.errors import ConfigError, ScoringError
-from rm_robust.scoring import KEY_VARIABLE, AsyncRewardClient, RewardClient, ScoreInput, TokenCounts, backoff_s, split_inputs
+from rm_robust.errors import ConfigError, ScorerUnavailableError, ScoringError
+from rm_robust.scoring import (
+    KEY_VARIABLE,
+    MAX_RETRIES,
+    AsyncRewardClient,
+    Failure,
+    Retries,
+    RewardClient,
+    ScoreInput,
+    TokenCounts,
+    backoff_s,
+    split_inputs,
+)
 
 CHECKPOINT_A, CHECKPOINT_B = "sha256:aaaa", "sha256:bbbb"
 
@@ -169,6 +180,47 @@ def test_backoff_doubles_with_jitter_up_to_a_bound(monkeypatch: pytest.MonkeyPat
         assert max(delays) - min(delays) > longest_s / 4
 
 
+def waits_until_the_end(failures: Callable[[int], Failure]) -> tuple[list[float], ScoringError]:
+    """The waits before each new attempt, and the error in place of one more; failures(n) ends attempt n."""
+    retries, waits = Retries(MAX_RETRIES), list[float]()
+    try:
+        while True:
+            waits.append(retries.next_wait_s(failures(len(waits))))
+    except ScoringError as error:
+        return waits, error
+
+
+@pytest.mark.parametrize(("jitter", "total_s"), [(0.5, 61.35), (1.0, 122.7)])
+def test_a_service_may_be_full_or_away_for_a_minute(jitter: float, total_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 doubled up to 6.4 are 12.7 s, and 11 times 10 s are 110 s; jitter takes half of it at most."""
+    monkeypatch.setattr("rm_robust.scoring.FIRST_BACKOFF_S", 0.1)
+    monkeypatch.setattr("random.uniform", lambda *_: jitter)
+    for status in (429, 502, 503):
+        waits, error = waits_until_the_end(lambda _, status=status: Failure(status, "full"))
+        assert sum(waits) == pytest.approx(total_s)
+        assert type(error) is ScorerUnavailableError
+        assert str(error) == "19 attempts, the last one: full"
+    waits, _ = waits_until_the_end(lambda _: Failure(429, "full", retry_after_s=3600))
+    assert sum(waits) == pytest.approx(total_s + 18 * 10), "what the server asks for is bounded"
+
+
+@pytest.mark.parametrize(("status", "error_class"), [(500, ScoringError), (504, ScorerUnavailableError)])
+def test_a_failure_that_costs_the_server_an_attempt_is_tried_again_eight_times_however_often_it_was_full(status: int, error_class: type) -> None:
+    waits, error = waits_until_the_end(lambda _: Failure(status, "failed"))
+    assert len(waits) == 8
+    assert type(error) is error_class
+    waits, _ = waits_until_the_end(lambda n: Failure(503 if n < 5 else status, "failed"))
+    assert len(waits) == 5 + 8
+
+
+def test_a_completion_that_has_no_score_is_not_asked_about_again() -> None:
+    with serving(lambda *_: refused(500, "inputs[0]: not finite", X_RM_Robust_Error="scoring_failed")) as server, RewardClient(server.url) as client:
+        with pytest.raises(ScoringError, match="HTTP 500: inputs.0.: not finite") as caught:
+            client.score(numbered_inputs(2))
+        assert type(caught.value) is ScoringError
+        assert server.num_requests == 1
+
+
 def test_a_server_that_fails_for_ever_gives_an_error_after_the_last_retry() -> None:
     with serving(lambda *_: refused(500, "out of memory")) as server, RewardClient(server.url, max_retries=3) as client:
         with pytest.raises(ScoringError, match=r"inputs 0 to 1 of 2 .* 4 attempts, the last one: HTTP 500: out of memory"):
@@ -256,7 +308,7 @@ def test_a_server_that_hangs_is_an_error_within_the_timeout() -> None:
 
     with serving(hang) as server, RewardClient(server.url, timeout_s=0.2) as client:
         started_s = time.monotonic()
-        with pytest.raises(ScoringError, match=r"ReadTimeout .*0.2 s"):
+        with pytest.raises(ScorerUnavailableError, match=r"ReadTimeout .*0.2 s"):
             client.score(numbered_inputs(1))
         assert time.monotonic() - started_s < 10
         release.set()
@@ -266,7 +318,7 @@ def test_a_server_that_hangs_is_an_error_within_the_timeout() -> None:
 def test_nobody_listening_is_an_error_that_says_so() -> None:
     with serving(lambda _, inputs: scored(right_scores(inputs))) as server:
         url = server.url
-    with RewardClient(url, max_retries=1) as client, pytest.raises(ScoringError, match=r"2 attempts, the last one: ConnectError"):
+    with RewardClient(url, max_retries=1) as client, pytest.raises(ScorerUnavailableError, match=r"2 attempts, the last one: ConnectError"):
         client.score(numbered_inputs(1))
 
 

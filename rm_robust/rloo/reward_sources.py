@@ -1,0 +1,342 @@
+"""Scores from the proxy, the gold judge and further reward sources, asked for as completions finish.
+
+    submit ─► a queue and a thread for each source: take all that waits, ask in one call, again ─► collect
+
+Batches form by themselves while a call is out. No source waits for another, and each has one call out at a time. A call that fails is made again in
+parts, so that only completions that fail alone have no score. A source that did not answer until the last retry is not asked about the same again.
+"""
+
+import contextlib
+import importlib
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from queue import SimpleQueue
+from typing import Self
+
+from rm_robust.config_rloo import RewardSourceConfig, RlooConfig
+from rm_robust.errors import ConfigError, RolloutError, ScorerUnavailableError, ScoringError
+from rm_robust.records import Message
+from rm_robust.rloo.rewards import StepScores, weighted_scores
+from rm_robust.scoring import RewardClient, ScoreInput, Scorer
+
+logger = logging.getLogger(__name__)
+
+GATHER_S = 0.005
+"""Completions of several prompts finish together; a call waits this long for the first one's company."""
+NUM_PARTS = 4
+"""Of a call that failed. Halves would find one bad completion in as many calls, but score the good ones beside it more often."""
+CLOSED_WITHIN_S = 5.0
+
+RewardFunction = Callable[[list[Message], str], float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One score for each completion, in order; a text says why that one has none. Functions have no checkpoint."""
+
+    scores: list[float | str]
+    checkpoint: str | None
+
+
+Ask = Callable[[Sequence[ScoreInput]], Answer]
+"""Raises ScoringError when there is no answer at all."""
+
+
+class RewardSources:
+    """Scores one step after the other. Use it from one thread, and close it; every source runs in a thread of its own."""
+
+    def __init__(self, settings: RlooConfig, *, proxy: Scorer, gold: Scorer | None) -> None:
+        """Raises ConfigError for a function that cannot be imported or called, a URL that is not HTTP, two sources of one name, and weights of 0 alone."""
+        self._settings = settings
+        self._weights = {"proxy": settings.proxy_weight} | {source.name: source.weight for source in settings.reward_sources}
+        if len(self._weights) <= len(settings.reward_sources):
+            raise ConfigError(f"rloo.reward_sources: names must differ, got {[source.name for source in settings.reward_sources]}.")
+        if not any(self._weights.values()):
+            raise ConfigError(f"The reward would always be 0: rloo.proxy_weight and all of rloo.reward_sources have the weight 0, got {self._weights}.")
+        asks: dict[str, Ask] = {"proxy": partial(ask_scorer, proxy)}
+        with contextlib.ExitStack() as clients:
+            asks |= {source.name: open_source(source, clients) for source in settings.reward_sources}
+            if gold is not None:
+                asks["gold"] = partial(ask_scorer, gold)
+            self._clients = clients.pop_all()
+        self._step = self._new_step()
+        self._sources = {name: SourceThread(name, ask) for name, ask in asks.items()}
+
+    def submit(self, index: int, item: ScoreInput, *, with_gold: bool) -> None:
+        """Ask for the scores of prompt `index` of the step (any order, each once); returns at once. `with_gold` is the same for all of a step."""
+        assert not with_gold or "gold" in self._sources, "there is no judge"
+        names = [name for name in self._sources if with_gold or name != "gold"]
+        self._step.expect(index, item, names)
+        for name in names:
+            self._sources[name].queue.put(Job(self._step, index, item))
+
+    def collect(self, count: int) -> StepScores:
+        """The scores of prompts 0 to count - 1, once every one of them is scored or failed; then the next step may be submitted.
+
+        Raises RolloutError, as soon as it is sure, when more than `max_failed_score_fraction` of the step's completions have no score of one source,
+        gold too, or no reward.
+        """
+        step = self._step
+        try:
+            step.wait_for(count)
+            scores = self._scores_of(step)
+        finally:
+            self.reset()
+        for name, num_failed in scores.num_failed.items():
+            if num_failed:
+                logger.warning("%d of %d scores of %s failed; the last one: %s", num_failed, scores.rewards_PK.numel(), name, step.last_reason[name])
+        num_lost, num_completions = int(scores.rewards_PK.isnan().sum()), scores.rewards_PK.numel()
+        if num_lost / num_completions > step.max_failed_fraction:
+            failed = {name: number for name, number in scores.num_failed.items() if number and name != "gold"}
+            reasons = "; ".join(step.last_reason[name] for name in failed)
+            raise too_many_failed(" and ".join(failed), num_lost, of=num_completions, max_fraction=step.max_failed_fraction, reason=reasons)
+        return scores
+
+    def reset(self) -> None:
+        """Forget what is submitted; calls that are out end in their own time, and their answers are dropped."""
+        self._step.end(None)
+        self._step = self._new_step()
+
+    def close(self) -> None:
+        """Ends the threads. One that waits for a source's answer ends with the process, if not before."""
+        self._step.end(None)
+        for source in self._sources.values():
+            source.queue.put(None)
+        deadline_s = time.monotonic() + CLOSED_WITHIN_S
+        for source in self._sources.values():
+            source.thread.join(max(0.0, deadline_s - time.monotonic()))
+        self._clients.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _new_step(self) -> "StepInProgress":
+        num_completions = self._settings.num_prompts_per_step * self._settings.num_completions_per_prompt
+        return StepInProgress(num_completions, self._settings.max_failed_score_fraction)
+
+    def _scores_of(self, step: "StepInProgress") -> StepScores:
+        rows = {name: step.rows(name) for name in step.scores}
+        gold = rows.pop("gold", None)
+        return StepScores(
+            source_scores=rows,
+            gold=gold,
+            rewards_PK=weighted_scores(rows, self._weights),
+            num_failed={name: step.num_failed[name] for name in step.scores},
+            checkpoints=step.checkpoints,
+            num_checkpoint_changes=step.num_checkpoint_changes,
+        )
+
+
+class StepInProgress:
+    """What is submitted and what is scored of one step, for the controller's thread and the sources'."""
+
+    def __init__(self, num_completions: int, max_failed_fraction: float) -> None:
+        self.num_completions, self.max_failed_fraction = num_completions, max_failed_fraction
+        self.changed = threading.Condition()
+        self.is_over = False
+        self.error: BaseException | None = None
+        self.inputs: dict[int, ScoreInput] = {}
+        self.num_missing = 0
+        self.scores: dict[str, dict[tuple[int, int], float]] = {}
+        self.num_failed: Counter[str] = Counter()
+        self.last_reason: dict[str, str] = {}
+        self.checkpoints: dict[str, str] = {}
+        self.num_checkpoint_changes = 0
+
+    def expect(self, index: int, item: ScoreInput, names: list[str]) -> None:
+        """One score for each completion by each of the sources."""
+        with self.changed:
+            assert index not in self.inputs, f"prompt {index} is submitted twice"
+            assert not self.scores or list(self.scores) == names, "with_gold differs within a step"
+            self.inputs[index] = item
+            self.scores = self.scores or {name: {} for name in names}
+            self.num_missing += len(names) * len(item.completions)
+
+    def put(self, name: str, completions: "Sequence[CompletionAt]", scores: Sequence[float | str]) -> None:
+        """Ends the step when `name` has failed too often."""
+        with self.changed:
+            for at, score in zip(completions, scores, strict=True):
+                if isinstance(score, str):
+                    self.num_failed[name] += 1
+                    self.last_reason[name] = score
+                self.scores[name][at.index, at.k] = math.nan if isinstance(score, str) else score
+            self.num_missing -= len(completions)
+            if self.num_failed[name] / self.num_completions > self.max_failed_fraction:
+                num_failed, reason = self.num_failed[name], self.last_reason[name]
+                self.end(too_many_failed(name, num_failed, of=self.num_completions, max_fraction=self.max_failed_fraction, reason=reason))
+            self.changed.notify_all()
+
+    def note_checkpoint(self, name: str, checkpoint: str, *, is_change: bool) -> None:
+        with self.changed:
+            self.checkpoints[name] = checkpoint
+            self.num_checkpoint_changes += is_change
+
+    def end(self, error: BaseException | None) -> None:
+        """No source asks about it any more. `error` is what wait_for raises."""
+        with self.changed:
+            self.is_over = True
+            self.error = self.error or error
+            self.changed.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        """Until `count` prompts are submitted and have all their outcomes. Raises the error that ended the step."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_over or (len(self.inputs) >= count and self.num_missing == 0))
+            if self.error is not None:
+                raise self.error
+            assert not self.is_over, "closed while a step was waited for"
+            assert self.inputs.keys() == set(range(count)), f"submitted were {sorted(self.inputs)}, not 0 to {count - 1}"
+
+    def rows(self, name: str) -> list[list[float]]:
+        """[P][K], in the order of the indices."""
+        return [[self.scores[name][index, k] for k in range(len(self.inputs[index].completions))] for index in sorted(self.inputs)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt of a step and its completions."""
+
+    step: StepInProgress
+    index: int
+    item: ScoreInput
+
+
+@dataclass(frozen=True)
+class CompletionAt:
+    """Completion k of prompt `index`, which is `item`."""
+
+    index: int
+    k: int
+    item: ScoreInput
+
+
+class SourceThread:
+    """Asks one source about everything in `queue`; None ends it."""
+
+    def __init__(self, name: str, ask: Ask) -> None:
+        self.name, self._ask = name, ask
+        self.queue: SimpleQueue[Job | None] = SimpleQueue()
+        self._checkpoint: str | None = None
+        self._has_warned = False
+        self.thread = threading.Thread(target=self._run, name=f"scores of {name}", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while jobs := self._take():
+            step = jobs[-1].step  # of a step before it are only those that were abandoned
+            completions = [CompletionAt(job.index, k, job.item) for job in jobs if job.step is step for k in range(len(job.item.completions))]
+            try:
+                self._score(step, completions)
+            except Exception as error:  # collect raises it, in the controller's thread
+                step.end(error)
+
+    def _take(self) -> list[Job]:
+        """All that wait, at least one; none when the thread shall end."""
+        first = self.queue.get()
+        if first is not None:
+            time.sleep(GATHER_S)
+        jobs = [first, *(self.queue.get() for _ in range(self.queue.qsize()))]
+        return [] if None in jobs else [job for job in jobs if job is not None]
+
+    def _score(self, step: StepInProgress, completions: list[CompletionAt]) -> None:
+        waiting = [completions]
+        while waiting and not step.is_over:
+            part = waiting.pop()
+            try:
+                answer = self._ask(inputs_of(part))
+            except ScoringError as error:
+                if len(part) > 1 and not isinstance(error, ScorerUnavailableError):
+                    waiting += reversed(split(part))
+                    continue
+                answer = Answer([str(error)] * len(part), None)
+            if answer.checkpoint is not None:
+                self._note_checkpoint(step, answer.checkpoint)
+            step.put(self.name, part, answer.scores)
+
+    def _note_checkpoint(self, step: StepInProgress, checkpoint: str) -> None:
+        is_change = self._checkpoint not in (None, checkpoint)
+        if is_change and not self._has_warned:
+            self._has_warned = True
+            logger.warning("%s now scores with %s, before with %s: rewards of two checkpoints cannot be compared", self.name, checkpoint, self._checkpoint)
+        self._checkpoint = checkpoint
+        step.note_checkpoint(self.name, checkpoint, is_change=is_change)
+
+
+def inputs_of(completions: Sequence[CompletionAt]) -> list[ScoreInput]:
+    """One input for each prompt among them, with those of its completions that are."""
+    groups = [list(group) for _, group in groupby(completions, key=lambda at: at.index)]
+    return [group[0].item.model_copy(update={"completions": [at.item.completions[at.k] for at in group]}) for group in groups]
+
+
+def split(completions: list[CompletionAt]) -> list[list[CompletionAt]]:
+    """At most NUM_PARTS parts in order, whose lengths differ only at the end; a part of one where there are few."""
+    size = math.ceil(len(completions) / NUM_PARTS)
+    return [completions[start : start + size] for start in range(0, len(completions), size)]
+
+
+def open_source(source: RewardSourceConfig, clients: contextlib.ExitStack) -> Ask:
+    """The client that it may need is closed with `clients`."""
+    if source.url is not None:
+        return partial(ask_scorer, clients.enter_context(RewardClient(source.url)))
+    assert source.function is not None
+    return partial(ask_function, load_function(source))
+
+
+def load_function(source: RewardSourceConfig) -> RewardFunction:
+    """Import `package.module:function`. Raises ConfigError when there is none, or it cannot be called."""
+    assert source.function is not None
+    what = f"rloo.reward_sources: {source.name}.function = {source.function!r}"
+    module, _, name = source.function.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ConfigError(
+            f'{what} cannot be imported ({type(error).__name__}: {error}). Write "package.module:function", and install the package or add its folder to '
+            "PYTHONPATH."
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"{what} is {function!r:.100}, which cannot be called. Name a function(prompt, completion) -> float.")
+    return function  # type: ignore[no-any-return]
+
+
+def ask_scorer(scorer: Scorer, inputs: Sequence[ScoreInput]) -> Answer:
+    reply = scorer.score(inputs)
+    return Answer([finite_or_reason(score) for scores in reply.scores for score in scores], reply.checkpoint)
+
+
+def ask_function(function: RewardFunction, inputs: Sequence[ScoreInput]) -> Answer:
+    return Answer([call_function(function, item.prompt, completion) for item in inputs for completion in item.completions], None)
+
+
+def call_function(function: RewardFunction, prompt: str | list[Message], completion: str) -> float | str:
+    """Its score, or why there is none. It gets messages of its own, which it may change."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+    try:
+        score = function(messages, completion)
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            return f"it returned {score!r:.100}, not a float"
+        return finite_or_reason(score)
+    except Exception as error:  # a rule may raise anything; its completion is left out, and counted
+        return f"{type(error).__name__}: {error}"
+
+
+def finite_or_reason(score: float) -> float | str:
+    return float(score) if math.isfinite(score) else f"the score is {score}"
+
+
+def too_many_failed(names: str, num_failed: int, *, of: int, max_fraction: float, reason: str) -> RolloutError:
+    num_allowed = math.floor(max_fraction * of + 1e-9)
+    return RolloutError(
+        f"{names} gave no score to {num_failed} of the step's {of} completions; rloo.max_failed_score_fraction = {max_fraction} allows {num_allowed}. "
+        f"The last reason: {reason}. Mend the source and start the run again, which resumes."
+    )
