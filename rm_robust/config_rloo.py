@@ -141,7 +141,7 @@ class RlooConfig(Section):
             raise ValueError('rloo.importance_correction = "token" weights tokens; set rloo.ratio_level = "token" too, or use "sequence"')
         if self.evaluation.every_steps and self.evaluation.num_prompts < self.trainers.num_workers:
             raise ValueError(
-                f"rloo.evaluation.num_prompts = {self.evaluation.num_prompts} leaves some of rloo.trainers.num_workers = {self.trainers.num_workers} without one"
+                f"rloo.evaluation.num_prompts = {self.evaluation.num_prompts} leaves some of the {self.trainers.num_workers} trainers idle; raise it"
             )
         return self
 

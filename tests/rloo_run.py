@@ -18,7 +18,7 @@ from tests.tiny_models import save_tiny_language_model, write_token_groups
 
 FOUND_WITHIN_S = 60.0
 POLL_EVERY_S = 0.005
-WORDS = "red green blue seven apples quiet river please".split()
+WORDS = ["red", "green", "blue", "seven", "apples", "quiet", "river", "please"]
 
 
 def rloo_config(folder: Path, **rloo: Any) -> PipelineConfig:

@@ -53,10 +53,8 @@ def advantages_of(scores_PK: Tensor, kl_PK: Tensor, is_truncated_PK: Tensor, set
     if settings.truncated_completions == "penalty":
         rewards_PK = rewards_PK - settings.truncated_penalty * is_truncated_PK.to(scores_PK.dtype)
     penalised_PK = rewards_PK - kl_coefficient * kl_PK
-    if settings.kl_in_baseline:
-        advantages_PK = leave_one_out_advantages(penalised_PK)
-    else:
-        advantages_PK = leave_one_out_advantages(rewards_PK) - kl_coefficient * kl_PK
+    kl_afterwards_PK = torch.zeros_like(kl_PK) if settings.kl_in_baseline else kl_coefficient * kl_PK
+    advantages_PK = leave_one_out_advantages(penalised_PK if settings.kl_in_baseline else rewards_PK) - kl_afterwards_PK
     has_score_PK = ~scores_PK.isnan()
     alone_PK = has_score_PK & (has_score_PK.sum(1, keepdim=True) < 2)
     has_gradient_PK = has_score_PK & ~alone_PK

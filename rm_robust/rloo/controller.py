@@ -73,7 +73,10 @@ def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scor
                 committed = controller.num_steps_committed
                 num_restarts = 1 if committed > first_step else num_restarts + 1
                 if num_restarts > config.rloo.max_restarts:
-                    raise RolloutError(f"{error} That was {num_restarts} times without a committed step between. Look at Ray's logs; the run resumes.") from error
+                    raise RolloutError(
+                        f"{error} That was {num_restarts} times without a committed step between; rloo.max_restarts = {config.rloo.max_restarts}. "
+                        "Look at Ray's logs for why they end; the same command resumes."
+                    ) from error
                 faults.trainers_restarted += 1
                 faults.steps_redone += controller.version - committed
                 logger.warning("%s Going on from step %d.", error, committed)
@@ -103,6 +106,7 @@ class Controller:
         self.best = BestStep("rloo/eval/gold_mean", patience=None)
         self.kl_coefficient = self.settings.kl_coefficient
         self.under_way: deque[Sampled] = deque()
+        self.num_lost_since_commit = 0
         self.times: dict[str, float] = {}
 
     def prompts_and_held(self) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
@@ -125,7 +129,7 @@ class Controller:
                 log_step(logger, "rloo", self.version, self.settings.num_steps, metrics, LOGGED)
                 if self.version % self.settings.checkpoint_every_steps == 0 or self.is_last:
                     self.actors.save(self.version)
-                    self.num_steps_committed = self.version
+                    self.num_steps_committed, self.num_lost_since_commit = self.version, 0
         for sampled in self.under_way:
             sampled.rollout.abandon()
         self.actors.commit(self.layout.policy_checkpoint, self.version)
@@ -195,28 +199,35 @@ class Controller:
                 self.faults.prompts_redone += rollout.num_redone
                 return completions
             except EnginesLostError as error:
-                self.replace(error.engines)
+                if self.replace(error.engines):
+                    self.publish()
                 rollout.start(self.actors.engines)
 
     def publish(self) -> None:
         """Every engine confirms the current version; one that cannot is replaced."""
-        for attempt in range(self.settings.max_restarts + 1):
+        while True:
             try:
-                return self.actors.publish(version=self.version)
+                self.actors.publish(version=self.version)
             except RolloutError as error:
                 lost = self.actors.lost_engines()
-                if not lost or attempt == self.settings.max_restarts:
+                if not lost:
                     raise
                 logger.warning("%s", error)
-                self.faults.engines_replaced += self.actors.replace_engines(lost)
+                self.replace(lost)
+            else:
+                return
 
-    def replace(self, lost: list[Any]) -> None:
-        replaced = self.actors.replace_engines(lost)
-        self.faults.engines_replaced += replaced
-        if self.faults.engines_replaced > self.settings.max_restarts + self.num_steps_committed:
-            raise RolloutError(f"{self.faults.engines_replaced} engines were lost in {self.num_steps_committed} committed steps. Look at Ray's logs; the run resumes.")
-        if replaced:
-            self.publish()
+    def replace(self, lost: list[Any]) -> bool:
+        """New engines, without weights yet, for those of `lost` that are still in use; False when there is none. Raises RolloutError after too many."""
+        num_replaced = self.actors.replace_engines(lost)
+        self.faults.engines_replaced += num_replaced
+        self.num_lost_since_commit += num_replaced
+        if self.num_lost_since_commit > self.settings.max_restarts:
+            raise RolloutError(
+                f"{self.num_lost_since_commit} engines were lost without a committed step between; rloo.max_restarts = {self.settings.max_restarts}. "
+                "Look at Ray's logs for why they end; the same command resumes."
+            )
+        return num_replaced > 0
 
     def watch(self, metrics: dict[str, float]) -> dict[str, float]:
         """What the monitor and the evaluation say of the step; a policy that is the best so far by gold is kept."""

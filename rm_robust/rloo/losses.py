@@ -48,9 +48,7 @@ def policy_loss(
     return PolicyLoss(terms, clipped)
 
 
-def importance_weights(
-    old_logprobs_M: Tensor, sampler_logprobs_M: Tensor, completion_of_M: Tensor, num_completions: int, settings: RlooConfig
-) -> Tensor:
+def importance_weights(old_logprobs_M: Tensor, sampler_logprobs_M: Tensor, completion_of_M: Tensor, num_completions: int, settings: RlooConfig) -> Tensor:
     """min(old / sampler, cap) without gradient, one a ratio: truncated importance sampling (Ionides 2008; Yao et al. 2025 for engine mismatch)."""
     log_weights = (old_logprobs_M - sampler_logprobs_M).detach()
     if settings.importance_correction == "none":

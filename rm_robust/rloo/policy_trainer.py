@@ -156,7 +156,9 @@ class PolicyTrainer:
                 losses.append(loss)
                 clipped.append(num_clipped / divisor)
         self._measured = None
-        return Update(loss=statistics.fmean(losses), clip_fraction=statistics.fmean(clipped), gradient_norm=statistics.fmean(norms), learning_rate=learning_rate)
+        return Update(
+            loss=statistics.fmean(losses), clip_fraction=statistics.fmean(clipped), gradient_norm=statistics.fmean(norms), learning_rate=learning_rate
+        )
 
     def _backward(self, measured: _Measured, members: list[int], advantages: list[float], divisor: float) -> tuple[float, float]:
         """Gradients of one optimiser step; returns this rank's part of the loss, and the sum of its completions' clipped shares."""

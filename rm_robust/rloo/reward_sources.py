@@ -50,7 +50,7 @@ Ask = Callable[[Sequence[ScoreInput]], Answer]
 
 
 class RewardSources:
-    """Scores one step after the other. Use it from one thread, and close it; every source runs in a thread of its own."""
+    """Scores the steps that are begun, several at a time where sampling runs ahead. Close it; every source runs in a thread of its own."""
 
     def __init__(self, settings: RlooConfig, *, proxy: Scorer, gold: Scorer | None) -> None:
         """Raises ConfigError for a function that cannot be imported or called, a URL that is not HTTP, two sources of one name, and weights of 0 alone."""
@@ -66,29 +66,35 @@ class RewardSources:
             if gold is not None:
                 asks["gold"] = partial(ask_scorer, gold)
             self._clients = clients.pop_all()
-        self._step = self._new_step()
+        self._begun: set[StepInProgress] = set()
         self._sources = {name: SourceThread(name, ask) for name, ask in asks.items()}
 
-    def submit(self, index: int, item: ScoreInput, *, with_gold: bool) -> None:
-        """Ask for the scores of prompt `index` of the step (any order, each once); returns at once. `with_gold` is the same for all of a step."""
+    def begin(self, *, with_gold: bool) -> "StepInProgress":
+        """A step to `submit` to and to `collect`."""
         assert not with_gold or "gold" in self._sources, "there is no judge"
         names = [name for name in self._sources if with_gold or name != "gold"]
-        self._step.expect(index, item, names)
-        for name in names:
-            self._sources[name].queue.put(Job(self._step, index, item))
+        num_completions = self._settings.num_prompts_per_step * self._settings.num_completions_per_prompt
+        step = StepInProgress(names, num_completions, self._settings.max_failed_score_fraction)
+        self._begun.add(step)
+        return step
 
-    def collect(self, count: int) -> StepScores:
-        """The scores of prompts 0 to count - 1, once every one of them is scored or failed; then the next step may be submitted.
+    def submit(self, step: "StepInProgress", index: int, item: ScoreInput) -> None:
+        """Ask for the scores of prompt `index` of the step (any order, each once); returns at once. From any thread."""
+        step.expect(index, item)
+        for name in step.scores:
+            self._sources[name].queue.put(Job(step, index, item))
+
+    def collect(self, step: "StepInProgress", count: int) -> StepScores:
+        """The scores of prompts 0 to count - 1, once every one of them is scored or failed.
 
         Raises RolloutError, as soon as it is sure, when more than `max_failed_score_fraction` of the step's completions have no score of one source,
         gold too, or no reward.
         """
-        step = self._step
         try:
             step.wait_for(count)
             scores = self._scores_of(step)
         finally:
-            self.reset()
+            self.abandon(step)
         for name, num_failed in scores.num_failed.items():
             if num_failed:
                 logger.warning("%d of %d scores of %s failed; the last one: %s", num_failed, scores.rewards_PK.numel(), name, step.last_reason[name])
@@ -99,14 +105,15 @@ class RewardSources:
             raise too_many_failed(" and ".join(failed), num_lost, of=num_completions, max_fraction=step.max_failed_fraction, reason=reasons)
         return scores
 
-    def reset(self) -> None:
+    def abandon(self, step: "StepInProgress") -> None:
         """Forget what is submitted; calls that are out end in their own time, and their answers are dropped."""
-        self._step.end(None)
-        self._step = self._new_step()
+        step.end(None)
+        self._begun.discard(step)
 
     def close(self) -> None:
         """Ends the threads. One that waits for a source's answer ends with the process, if not before."""
-        self._step.end(None)
+        for step in tuple(self._begun):
+            self.abandon(step)
         for source in self._sources.values():
             source.queue.put(None)
         deadline_s = time.monotonic() + CLOSED_WITHIN_S
@@ -119,10 +126,6 @@ class RewardSources:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _new_step(self) -> "StepInProgress":
-        num_completions = self._settings.num_prompts_per_step * self._settings.num_completions_per_prompt
-        return StepInProgress(num_completions, self._settings.max_failed_score_fraction)
 
     def _scores_of(self, step: "StepInProgress") -> StepScores:
         rows = {name: step.rows(name) for name in step.scores}
@@ -140,27 +143,26 @@ class RewardSources:
 class StepInProgress:
     """What is submitted and what is scored of one step, for the controller's thread and the sources'."""
 
-    def __init__(self, num_completions: int, max_failed_fraction: float) -> None:
+    def __init__(self, names: list[str], num_completions: int, max_failed_fraction: float) -> None:
+        """`names`: the sources that are asked."""
         self.num_completions, self.max_failed_fraction = num_completions, max_failed_fraction
         self.changed = threading.Condition()
         self.is_over = False
         self.error: BaseException | None = None
         self.inputs: dict[int, ScoreInput] = {}
         self.num_missing = 0
-        self.scores: dict[str, dict[tuple[int, int], float]] = {}
+        self.scores: dict[str, dict[tuple[int, int], float]] = {name: {} for name in names}
         self.num_failed: Counter[str] = Counter()
         self.last_reason: dict[str, str] = {}
         self.checkpoints: dict[str, str] = {}
         self.num_checkpoint_changes = 0
 
-    def expect(self, index: int, item: ScoreInput, names: list[str]) -> None:
+    def expect(self, index: int, item: ScoreInput) -> None:
         """One score for each completion by each of the sources."""
         with self.changed:
             assert index not in self.inputs, f"prompt {index} is submitted twice"
-            assert not self.scores or list(self.scores) == names, "with_gold differs within a step"
             self.inputs[index] = item
-            self.scores = self.scores or {name: {} for name in names}
-            self.num_missing += len(names) * len(item.completions)
+            self.num_missing += len(self.scores) * len(item.completions)
 
     def put(self, name: str, completions: "Sequence[CompletionAt]", scores: Sequence[float | str]) -> None:
         """Ends the step when `name` has failed too often."""
@@ -233,12 +235,12 @@ class SourceThread:
 
     def _run(self) -> None:
         while jobs := self._take():
-            step = jobs[-1].step  # of a step before it are only those that were abandoned
-            completions = [CompletionAt(job.index, k, job.item) for job in jobs if job.step is step for k in range(len(job.item.completions))]
-            try:
-                self._score(step, completions)
-            except Exception as error:  # collect raises it, in the controller's thread
-                step.end(error)
+            for step in dict.fromkeys(job.step for job in jobs):  # the earlier one first
+                completions = [CompletionAt(job.index, k, job.item) for job in jobs if job.step is step for k in range(len(job.item.completions))]
+                try:
+                    self._score(step, completions)
+                except Exception as error:  # collect raises it, in the controller's thread
+                    step.end(error)
 
     def _take(self) -> list[Job]:
         """All that wait, at least one; none when the thread shall end."""

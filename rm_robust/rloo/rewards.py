@@ -28,6 +28,12 @@ class StepScores:
     num_checkpoint_changes: int
     """How often a source came back with another checkpoint than before."""
 
+    def of_completion(self, p: int, k: int) -> dict[str, float | None]:
+        """`<source>_score` of one completion; None where it failed, and of a judge that was not asked."""
+        rows = self.source_scores if self.gold is None else self.source_scores | {"gold": self.gold}
+        known = {f"{name}_score": None if math.isnan(own[p][k]) else own[p][k] for name, own in rows.items()}
+        return {"gold_score": None} | known
+
 
 def weighted_scores(source_scores: dict[str, list[list[float]]], weights: dict[str, float]) -> Tensor:
     """Sum of weight * score over the sources, [P, K] float32; NaN where a source of a weight other than 0 has none.
@@ -57,14 +63,15 @@ def shaped_scores(scores_PK: Tensor, *, normalise: bool, clip_range: tuple[float
     return scores_PK if clip_range is None else scores_PK.clamp(*clip_range)
 
 
-def reward_metrics(scores: StepScores) -> dict[str, float]:
+def score_metrics(scores: StepScores) -> dict[str, float]:
     """Mean and population deviation of each source's known raw scores, and what failed: scores of all sources, and the share of completions without
-    a reward."""
+    a reward. A judge that was not asked has no metrics."""
+    names = {name: f"rloo/reward/{name}" for name in scores.source_scores} | {"proxy": "rloo/proxy_score", "gold": "rloo/gold_score"}
+    rows = scores.source_scores if scores.gold is None else scores.source_scores | {"gold": scores.gold}
     metrics: dict[str, float] = {}
-    for name, rows in scores.source_scores.items():
-        known = [score for row in rows for score in row if not math.isnan(score)]
-        metrics[f"rloo/reward/{name}_mean"] = statistics.fmean(known)
-        metrics[f"rloo/reward/{name}_std"] = statistics.pstdev(known)
+    for name, own in rows.items():
+        known = [score for row in own for score in row if not math.isnan(score)]
+        metrics |= {f"{names[name]}_mean": statistics.fmean(known), f"{names[name]}_std": statistics.pstdev(known)}
     return metrics | {
         "rloo/num_failed_scores": sum(scores.num_failed.values()),
         "rloo/failed_score_fraction": float(scores.rewards_PK.isnan().double().mean()),

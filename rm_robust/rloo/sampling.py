@@ -69,10 +69,10 @@ class Rollout:
                 lost += [engine for engine, _ in streams.values()]
                 logger.warning("%d engines gave nothing for %g s and count as lost", len(streams), self._silence_s)
                 break
-            [stream] = ready
+            stream: Any = ready[0]
             engine, part = streams[stream]
             try:
-                finished = ray.get(next(stream))
+                finished: list[tuple[int, PromptCompletions]] = ray.get(next(stream))
             except StopIteration:
                 del streams[stream]
                 continue

@@ -120,7 +120,7 @@ class RolloutEngine:
             for position, request in enumerate(requests):
                 engine.add_request(str(position), TokensPrompt(prompt_token_ids=request.prompt_ids), _sampling_params(request))
             while engine.has_unfinished_requests():
-                finished = [output for output in engine.step() if output.finished]
+                finished: list[Any] = [output for output in engine.step() if output.finished]
                 unfinished -= {output.request_id for output in finished}
                 if finished:
                     yield [(int(output.request_id), _prompt_completions(requests[int(output.request_id)], output, version)) for output in finished]

@@ -66,9 +66,7 @@ def num_steps_done(run_dir: Path) -> int:
 
 
 @pytest.mark.parametrize("num_engines", [1, 2])
-def test_an_engine_killed_while_it_samples_changes_nothing(
-    uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path, num_engines: int
-) -> None:
+def test_an_engine_killed_while_it_samples_changes_nothing(uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path, num_engines: int) -> None:
     """Its prompts are sampled again by the same policy version with the same seeds."""
     config = rloo_config(models, num_engines=num_engines)
     run_dir = rloo_run_dir(config, tmp_path)
@@ -111,7 +109,9 @@ class FailsForSome(LengthScorer):
         self.failing: set[tuple[str, str]] = set()
 
     def _refuse(self, inputs: Sequence[ScoreInput]) -> None:
-        found = {(str(given.prompt), text) for given in inputs for text in given.completions if torch.tensor(list(text.encode())).sum() % 100 < 100 * self.share}
+        found = {
+            (str(given.prompt), text) for given in inputs for text in given.completions if torch.tensor(list(text.encode())).sum() % 100 < 100 * self.share
+        }
         self.failing |= found
         if found:
             raise ScoringError(f"{len(found)} scores are not finite")

@@ -108,7 +108,12 @@ def test_kl_advantages_and_loss_are_those_of_trls_rloo_trainer(seed: int, has_fa
     (gradient_M,) = torch.autograd.grad(terms_N.mean(), step["new_M"])
     expected_kl, expected_advantages, expected_loss = trl_loss(step, beta=0.07, epsilon=0.2)
     (expected_gradient_M,) = torch.autograd.grad(expected_loss, step["new_M"])
-    for found, expected in [(kl_N, expected_kl), (advantages_PK.flatten(), expected_advantages), (terms_N.mean(), expected_loss), (gradient_M, expected_gradient_M)]:
+    for found, expected in [
+        (kl_N, expected_kl),
+        (advantages_PK.flatten(), expected_advantages),
+        (terms_N.mean(), expected_loss),
+        (gradient_M, expected_gradient_M),
+    ]:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
@@ -116,7 +121,9 @@ def test_every_completion_of_every_prompt_carries_gradient() -> None:
     """The paper's code throws half of them away (PAPER.md 8.2)."""
     step = random_step(5, 4, seed=0)
     advantages_PK = advantages_of(step["scores_PK"], torch.zeros(5, 4), step["truncated_PK"], settings(), kl_coefficient=0.0).advantages_PK
-    terms_N = policy_loss(step["old_M"].requires_grad_(), step["old_M"].detach(), step["sampler_M"], advantages_PK.flatten(), step["owner_M"], settings()).terms_N
+    terms_N = policy_loss(
+        step["old_M"].requires_grad_(), step["old_M"].detach(), step["sampler_M"], advantages_PK.flatten(), step["owner_M"], settings()
+    ).terms_N
     (gradient_M,) = torch.autograd.grad(terms_N.sum(), step["old_M"])
     assert all(bool((gradient_M[step["owner_M"] == n] != 0).all()) for n in range(20))
 
