@@ -118,9 +118,9 @@ def log_step(logger: logging.Logger, stage: str, step: int, num_steps: int, metr
 
 
 def _check_metric(stage: str, step: int, key: str, value: int | float) -> None:
-    area, _, name = key.partition("/")
-    is_metric_key = bool(area and name and "/" not in name)
-    assert is_metric_key, f'metric keys are "area/name", got {key!r}'
+    parts = key.split("/")
+    is_metric_key = 2 <= len(parts) <= 3 and all(parts)
+    assert is_metric_key, f'metric keys are "area/name" or "area/part/name", got {key!r}'
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     assert is_number, f"{key} must be an int or a float, got {type(value).__name__}"
     if not math.isfinite(value):

@@ -100,7 +100,7 @@ def test_a_value_that_is_not_finite_is_an_error_that_names_the_key_and_writes_no
     assert read_metrics(tmp_path, "rloo") == []
 
 
-@pytest.mark.parametrize("metrics", [{"loss": 1.0}, {"rloo/": 1.0}, {"a/b/c": 1.0}, {"rloo/loss": None}, {"rloo/loss": True}])
+@pytest.mark.parametrize("metrics", [{"loss": 1.0}, {"rloo/": 1.0}, {"a/b/c/d": 1.0}, {"a//c": 1.0}, {"rloo/loss": None}, {"rloo/loss": True}])
 def test_a_key_without_area_or_a_value_that_is_no_number_is_refused(tmp_path: Path, metrics: dict[str, float]) -> None:
     with MetricsWriter(tmp_path, "rloo", 0) as writer, pytest.raises(AssertionError):
         writer.write(1, metrics)

@@ -13,6 +13,7 @@ from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.config import PipelineConfig
 from rm_robust.records import Completion, PromptCompletions
 from rm_robust.rloo.policy_trainer import PolicyTrainer
+from rm_robust.rloo.rollout import Update
 from rm_robust.run_layout import RunLayout
 from tests.tiny_models import random_group, save_tiny_language_model
 
@@ -32,10 +33,14 @@ def sampled() -> list[PromptCompletions]:
     return [PromptCompletions(str(i), g.prompt_ids, [Completion(ids, [-1.0] * len(ids), False, 0) for ids in g.completion_ids]) for i, g in enumerate(groups)]
 
 
+COMMON = {"temperature": 0.7, "importance_correction": "none", "num_prompts_per_step": 3}
+"""The sampler's log-probabilities are made up here."""
+
+
 def new_trainer(model_dir: Path, run_dir: Path, **rloo: Any) -> tuple[PolicyTrainer, int]:
     """The trainer and the number of steps that it resumes after."""
     optimizer = {"kind": "sgd", "learning_rate": LEARNING_RATE, "warmup_fraction": 0, "schedule": "constant", "max_gradient_norm": 1e6}
-    values = {"name": "test", "model": {"path": str(model_dir)}, "sft": {"enabled": False}, "rloo": {"optimizer": optimizer, "temperature": 0.7, **rloo}}
+    values = {"name": "test", "model": {"path": str(model_dir)}, "sft": {"enabled": False}, "rloo": {**COMMON, "optimizer": optimizer, **rloo}}
     trainer = PolicyTrainer(PipelineConfig.model_validate(values), run_dir, rank=0)
     return trainer, trainer.start("127.0.0.1", 0)
 
@@ -55,9 +60,9 @@ def weights(trainer: PolicyTrainer) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor.clone() for name, tensor in trainer.engine.full_state_dict().items()}
 
 
-def update(trainer: PolicyTrainer, step: int = 0) -> dict[str, float]:
+def update(trainer: PolicyTrainer, step: int = 0, *, learning_rate_factor: float = 1.0) -> Update:
     trainer.measure(sampled())
-    return trainer.update(ADVANTAGES, step=step, num_completions_all_ranks=6)
+    return trainer.update(ADVANTAGES, step=step, num_completions_all_ranks=6, learning_rate_factor=learning_rate_factor)
 
 
 def test_the_kl_to_the_reference_is_zero_before_the_first_update_and_not_after_it(model_dir: Path, tmp_path: Path) -> None:
@@ -79,13 +84,13 @@ def test_an_update_is_one_gradient_step_on_all_completions(model_dir: Path, tmp_
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     (-(torch.tensor(ADVANTAGES) * sequence_logprobs(plain)).mean()).backward()
     trainer, _ = new_trainer(model_dir, tmp_path, max_tokens_per_micro_batch=max_tokens)
-    metrics = update(trainer)
+    found = update(trainer)
     assert len(trainer.policy.state_dict()) == len(before)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close((before[name] - weights(trainer)[name]) / LEARNING_RATE, parameter.grad, atol=2e-6, rtol=1e-4)
-    assert metrics["rloo/loss"] == pytest.approx(-sum(ADVANTAGES) / 6, abs=1e-6)
-    assert metrics["rloo/learning_rate"] == LEARNING_RATE
-    assert metrics["rloo/gradient_norm"] == pytest.approx(sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None) ** 0.5, rel=1e-4)
+    assert found.loss == pytest.approx(-sum(ADVANTAGES) / 6, abs=1e-6)
+    assert found.learning_rate == LEARNING_RATE
+    assert found.gradient_norm == pytest.approx(sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None) ** 0.5, rel=1e-4)
 
 
 def test_many_micro_batches_measure_the_same_as_one(model_dir: Path, tmp_path: Path) -> None:
@@ -95,10 +100,42 @@ def test_many_micro_batches_measure_the_same_as_one(model_dir: Path, tmp_path: P
     for trainer in (one, many):
         update(trainer)
     a, b = one.measure(sampled()), many.measure(sampled())
-    assert len(many._micro_batches) > len(one._micro_batches) == 1
+    assert one._measured is not None
+    assert many._measured is not None
+    assert (one._measured.live is None, many._measured.live is None) == (False, True)
     assert b.kl == pytest.approx(a.kl, abs=1e-4)
     assert (b.entropy_mean, b.sampler_gap_mean, b.sampler_gap_max) == pytest.approx((a.entropy_mean, a.sampler_gap_mean, a.sampler_gap_max), abs=1e-5)
     assert a.num_tokens == b.num_tokens == sum(len(c.token_ids) for p in sampled() for c in p.completions)
+
+
+def test_a_step_of_two_epochs_of_minibatches_is_plain_ppo(model_dir: Path, tmp_path: Path) -> None:
+    """Against a loop on plain transformers, one prompt a minibatch; every completion is in one minibatch of each epoch."""
+    trainer, _ = new_trainer(model_dir, tmp_path, num_epochs_per_step=2, num_minibatches_per_epoch=3, clip_range=0.01)
+    plain = AutoModelForCausalLM.from_pretrained(model_dir)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=LEARNING_RATE)
+    old_N, advantages_N = sequence_logprobs(plain).detach(), torch.tensor(ADVANTAGES)
+    num_clipped = 0
+    for epoch in range(2):
+        order = [i for members in trainer._minibatches(3, 0, epoch) for i in members]
+        assert sorted(order) == [0, 1, 2]
+        for group in order:
+            rows = [2 * group, 2 * group + 1]
+            ratio_n = (sequence_logprobs(plain)[rows] - old_N[rows]).exp()
+            terms_n = (-advantages_N[rows] * ratio_n).maximum(-advantages_N[rows] * ratio_n.clamp(0.99, 1.01))
+            num_clipped += int((terms_n != -advantages_N[rows] * ratio_n).sum())
+            optimizer.zero_grad()
+            terms_n.mean().backward()
+            optimizer.step()
+    found = update(trainer)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(weights(trainer)[name], parameter.detach(), atol=1e-5, rtol=0)
+    assert num_clipped > 0
+    assert found.clip_fraction == pytest.approx(num_clipped / 12)
+
+
+def test_the_learning_rate_is_the_schedules_times_the_factor(model_dir: Path, tmp_path: Path) -> None:
+    trainer, _ = new_trainer(model_dir, tmp_path)
+    assert update(trainer, learning_rate_factor=0.25).learning_rate == LEARNING_RATE / 4
 
 
 def test_the_sampler_gap_is_the_distance_from_the_samplers_log_probabilities(model_dir: Path, tmp_path: Path) -> None:
@@ -133,8 +170,8 @@ def test_a_killed_trainer_goes_on_from_its_last_saved_step(model_dir: Path, tmp_
 def test_the_committed_policy_is_a_verified_plain_transformers_model_with_the_new_weights(model_dir: Path, tmp_path: Path) -> None:
     trainer, _ = new_trainer(model_dir, tmp_path)
     update(trainer)
-    trainer.commit(1)
     target = RunLayout(tmp_path).policy_checkpoint
+    trainer.commit(target, 1)
     assert verify_checkpoint(target, "policy").training == {"stage": "rloo", "num_steps": 1, "seed": 0}
     loaded = AutoModelForCausalLM.from_pretrained(target)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in weights(trainer).items())

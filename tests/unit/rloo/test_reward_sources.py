@@ -16,7 +16,7 @@ import torch
 from rm_robust.config_rloo import RewardSourceConfig, RlooConfig
 from rm_robust.errors import ConfigError, RolloutError, ScorerUnavailableError, ScoringError
 from rm_robust.rloo.reward_sources import RewardSources
-from rm_robust.rloo.rewards import StepScores, reward_metrics
+from rm_robust.rloo.rewards import StepScores, score_metrics
 from rm_robust.scoring import ScoreInput, ScoreReply, ScoreResult
 from tests.unit.test_scoring_client import Answer, scored, serving
 
@@ -71,9 +71,10 @@ def right(count: int) -> list[list[float]]:
 
 
 def one_step(sources: RewardSources, count: int, *, with_gold: bool = False) -> StepScores:
+    step = sources.begin(with_gold=with_gold)
     for index in range(count):
-        sources.submit(index, prompt(index), with_gold=with_gold)
-    return sources.collect(count)
+        sources.submit(step, index, prompt(index))
+    return sources.collect(step, count)
 
 
 def failed_places(rows: list[list[float]]) -> set[str]:
@@ -129,10 +130,11 @@ def test_without_gold_the_judge_is_not_asked() -> None:
 def test_prompts_that_come_in_any_order_are_collected_by_their_index() -> None:
     order = Random(0).sample(range(32), 32)
     with RewardSources(settings(32), proxy=NumberScorer(), gold=NumberScorer()) as sources:
+        step = sources.begin(with_gold=True)
         for index in order:
-            sources.submit(index, prompt(index), with_gold=True)
+            sources.submit(step, index, prompt(index))
             time.sleep(0.001)
-        scores = sources.collect(32)
+        scores = sources.collect(step, 32)
     assert scores.source_scores["proxy"] == right(32)
     assert scores.gold == right(32)
 
@@ -146,14 +148,15 @@ def test_what_comes_while_a_call_is_out_is_one_call() -> None:
 
     proxy.before_reply = hold
     with RewardSources(settings(32), proxy=proxy, gold=None) as sources:
-        sources.submit(0, prompt(0), with_gold=False)
+        step = sources.begin(with_gold=False)
+        sources.submit(step, 0, prompt(0))
         assert is_out.wait(30)
         started_s = time.monotonic()
         for index in range(1, 32):
-            sources.submit(index, prompt(index), with_gold=False)
+            sources.submit(step, index, prompt(index))
         assert time.monotonic() - started_s < 1, "submit does not wait for the source"
         may_reply.set()
-        assert sources.collect(32).source_scores["proxy"] == right(32)
+        assert sources.collect(step, 32).source_scores["proxy"] == right(32)
     assert [len(call) for call in proxy.calls] == [1, 31]
 
 
@@ -187,11 +190,11 @@ def test_five_percent_of_failed_scores_are_counted_exactly_and_no_other_is_lost(
         assert scores.num_failed == {"proxy": 10, "length_in_prompt": 0, "gold": 0}
         assert failed_places(scores.source_scores["proxy"]) == bad == failed_places(scores.rewards_PK.tolist())
         assert same_numbers(scores.source_scores["proxy"], right(50), but=bad)
-        metrics = reward_metrics(scores)
+        metrics = score_metrics(scores)
         assert metrics["rloo/failed_score_fraction"] == pytest.approx(0.05)
         assert metrics["rloo/num_failed_scores"] == 10
         known = [score for row in right(50) for score in row if str(score) not in bad]
-        assert metrics["rloo/reward/proxy_mean"] == pytest.approx(sum(known) / 190)
+        assert metrics["rloo/proxy_score_mean"] == pytest.approx(sum(known) / 190)
     assert "10 of 200 scores of proxy failed" in caplog.text
 
 
@@ -245,12 +248,13 @@ def test_a_source_that_was_away_for_one_call_of_few_costs_those_completions_alon
 
     proxy.before_reply = away_at_first
     with RewardSources(settings(8), proxy=proxy, gold=None) as sources:
-        sources.submit(0, prompt(0), with_gold=False)
+        step = sources.begin(with_gold=False)
+        sources.submit(step, 0, prompt(0))
         assert first_is_asked.wait(30)
         for index in range(1, 8):
-            sources.submit(index, prompt(index), with_gold=False)
+            sources.submit(step, index, prompt(index))
         others_wait.set()
-        scores = sources.collect(8)
+        scores = sources.collect(step, 8)
     assert failed_places(scores.rewards_PK.tolist()) == {f"0.{k}" for k in range(K)}
 
 
@@ -277,7 +281,7 @@ def test_an_error_that_is_no_failed_score_comes_out_of_collect() -> None:
 # A step that is abandoned
 
 
-def test_a_step_that_was_reset_is_forgotten_and_its_late_answers_are_ignored() -> None:
+def test_a_step_that_was_abandoned_is_forgotten_and_its_late_answers_are_ignored() -> None:
     proxy, is_out, may_reply = NumberScorer(), threading.Event(), threading.Event()
 
     def hold_first() -> None:
@@ -287,15 +291,17 @@ def test_a_step_that_was_reset_is_forgotten_and_its_late_answers_are_ignored() -
 
     proxy.before_reply = hold_first
     with RewardSources(settings(2), proxy=proxy, gold=None) as sources:
+        step = sources.begin(with_gold=False)
         stale = ScoreInput(prompt="old", completions=["-1", "-1", "-1", "-1"])
-        sources.submit(0, stale, with_gold=False)
+        sources.submit(step, 0, stale)
         assert is_out.wait(30)
-        sources.submit(1, stale, with_gold=False)
-        sources.reset()
+        sources.submit(step, 1, stale)
+        sources.abandon(step)
+        step = sources.begin(with_gold=False)
         for index in (1, 0):
-            sources.submit(index, prompt(index), with_gold=False)
+            sources.submit(step, index, prompt(index))
         may_reply.set()
-        assert sources.collect(2).source_scores["proxy"] == right(2)
+        assert sources.collect(step, 2).source_scores["proxy"] == right(2)
     assert [len(call) for call in proxy.calls] == [1, 2], "the abandoned prompt that waited was not asked about"
 
 
@@ -314,6 +320,19 @@ def test_one_step_follows_the_other_with_the_same_indices() -> None:
             assert one_step(sources, 3).source_scores["proxy"] == right(3)
 
 
+def test_two_steps_under_way_at_once_each_have_their_own_scores() -> None:
+    proxy = NumberScorer(nan=["1.2"])
+    with RewardSources(settings(4), proxy=proxy, gold=NumberScorer()) as sources:
+        early, late = sources.begin(with_gold=False), sources.begin(with_gold=True)
+        for index in range(4):
+            sources.submit(late, index, ScoreInput(prompt="late", completions=[f"{10 + index}.{k}" for k in range(K)]))
+            sources.submit(early, 3 - index, prompt(3 - index))
+        scores = sources.collect(early, 4)
+        assert (scores.gold, failed_places(scores.source_scores["proxy"])) == (None, {"1.2"})
+        assert same_numbers(scores.source_scores["proxy"], right(4), but={"1.2"})
+        assert sources.collect(late, 4).gold == [[float(f"{10 + index}.{k}") for k in range(K)] for index in range(4)]
+
+
 def test_closing_ends_the_threads_and_does_not_wait_for_a_call_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rm_robust.rloo.reward_sources.CLOSED_WITHIN_S", 0.1)
     proxy, is_out, may_reply = NumberScorer(), threading.Event(), threading.Event()
@@ -325,7 +344,8 @@ def test_closing_ends_the_threads_and_does_not_wait_for_a_call_that_hangs(monkey
     proxy.before_reply = hang
     before = set(threading.enumerate())
     with RewardSources(settings(1), proxy=proxy, gold=NumberScorer()) as sources:
-        sources.submit(0, prompt(0), with_gold=False)
+        step = sources.begin(with_gold=False)
+        sources.submit(step, 0, prompt(0))
         assert is_out.wait(30)
         started_s = time.monotonic()
     assert time.monotonic() - started_s < 5

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_robust.rloo.rewards import StepScores, normalised_scores, reward_metrics, shaped_scores, weighted_scores
+from rm_robust.rloo.rewards import StepScores, normalised_scores, score_metrics, shaped_scores, weighted_scores
 
 NAN = math.nan
 
@@ -73,12 +73,14 @@ def test_metrics_are_of_the_scores_that_there_are_and_count_the_others() -> None
         checkpoints={"proxy": "sha256:a"},
         num_checkpoint_changes=2,
     )
-    assert reward_metrics(scores) == pytest.approx(
+    assert score_metrics(scores) == pytest.approx(
         {
-            "rloo/reward/proxy_mean": 4.0,
-            "rloo/reward/proxy_std": (14 / 3) ** 0.5,  # of -3, 1, 2
+            "rloo/proxy_score_mean": 4.0,
+            "rloo/proxy_score_std": (14 / 3) ** 0.5,  # of -3, 1, 2
             "rloo/reward/rule_mean": 2 / 3,
             "rloo/reward/rule_std": (2 / 9) ** 0.5,  # of -2/3, 1/3, 1/3
+            "rloo/gold_score_mean": 1.0,
+            "rloo/gold_score_std": 0.0,
             "rloo/num_failed_scores": 3,
             "rloo/failed_score_fraction": 0.5,
             "rloo/num_checkpoint_changes": 2,
