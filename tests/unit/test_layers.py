@@ -15,6 +15,7 @@ LAYERS = [
         "rm_robust.reward_model.metrics",
         "rm_robust.rloo.advantages",
         "rm_robust.rloo.losses",
+        "rm_robust.rloo.policy_comparison",
         "rm_robust.packed_attention",
     ],  # pure maths
     ["rm_robust.config_rloo"],
