@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from rm_robust import report_figures as figures
 from rm_robust.report_html import absent, figure_grid, page, picture, section
+from rm_robust.report_policy import evaluations_section, monitor_in_short, monitor_sentence
 from rm_robust.run_record import SCENARIOS, RunRecord, Sample, first_and_last_tenth, gold_gain, metric_series, read_run
 from rm_robust.tracking import MetricsLine, write_text_atomic
 
@@ -26,8 +27,8 @@ def write_report(run_dir: Path) -> Path:
     """Make `run_dir/report.html` from the run's own files and return its path. Raises DataError when a file cannot be understood."""
     run = read_run(run_dir)
     parts: list[Callable[[RunRecord], str]] = [
-        _summary, _scores_section, _scenarios_section, _reward_model_section, _sft_section, _policy_section, _samples_section,
-        _time_section, _config_section,
+        _summary, _scores_section, _scenarios_section, _reward_model_section, _sft_section, _policy_section, evaluations_section,
+        _samples_section, _time_section, _config_section,
     ]  # fmt: skip
     with matplotlib.rc_context(figures.STYLE):
         body = "\n".join(part(run) for part in parts)
@@ -47,12 +48,14 @@ def _summary(run: RunRecord) -> str:
         values = metric_series(run.metrics["rloo"], key).values
         if len(values):
             first, last = (tenth.mean() for tenth in first_and_last_tenth(values))
-            facts.append((f"{label}, first → last tenth of {len(values)} RLOO steps", f"{first:.3f} → {last:.3f}"))
+            facts.append((f"{label}, first → last tenth of {len(values)} scored RLOO steps", f"{first:.3f} → {last:.3f}"))
         else:
             facts.append((label, "RLOO has not run" if not run.metrics["rloo"] else "not logged"))
     gain = gold_gain(run.metrics["rloo"])
     if gain is not None:
         facts.append(("Gold gain, in standard deviations of the first tenth's completions", f"{gain:+.2f} SD"))
+    if run.metrics["rloo"]:
+        facts.append(("Over-optimisation monitor", monitor_in_short(run)))
     for name, result in run.evaluation.items():
         facts.append((f"{figures.scenario_label(name)}, {figures.metric_label(result.metric)}", f"{result.value:.3f}"))
     items = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(fact)}</dd></div>" for term, fact in facts)
@@ -78,14 +81,15 @@ def _scores_section(run: RunRecord) -> str:
     lines = run.metrics["rloo"]
     if not lines:
         return section("Proxy and gold score", absent("RLOO has not run: metrics.jsonl has no line of stage rloo."))
-    notes = []
+    notes = [monitor_sentence(run)]
     if run.response_models is None:
         notes.append(absent("No response-model levels: world/response_models.json is only written for the embedded world."))
     by_step = picture(
         "Against RLOO step",
         figures.scores_by_step(lines, run.response_models),
         "Dots are steps, the thick line is their moving mean. Healthy: both rise, and gold climbs from the SFT policy's level towards the "
-        "ceiling, the best response model. Over-optimisation: the proxy keeps rising while gold turns flat or falls.",
+        "ceiling, the best response model. Over-optimisation: the proxy keeps rising while gold turns flat or falls; a red line ends a window "
+        "that the monitor calls over-optimised.",
         "neither the proxy nor the gold score was logged",
     )
     by_kl = picture(
@@ -93,7 +97,7 @@ def _scores_section(run: RunRecord) -> str:
         figures.scores_by_kl(lines),
         "The same steps against the distance from the SFT policy, coloured from the first (dark) to the last (light), with their moving "
         "mean. A good reward model buys gold score with every nat; where gold bends down while the proxy still climbs, the extra KL is "
-        "spent on the proxy's errors.",
+        "spent on the proxy's errors. Red rings are the steps that have a red line in the other picture.",
         "rloo/kl_mean was not logged together with a score",
     )
     return section("Proxy and gold score", *notes, figure_grid(by_step, by_kl))

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rm_robust.reward_model.metrics import ScenarioResult
-from rm_robust.run_record import FloatArray, ResponseModels, ScenarioScores, Series, metric_series
+from rm_robust.run_record import FloatArray, ResponseModels, ScenarioScores, Series, judged_steps, metric_series
 from rm_robust.tracking import MetricsLine
 
 WIDTH_INCHES = 4.8
@@ -37,6 +37,7 @@ STYLE: dict[Any, Any] = {
 }
 """Apply with `matplotlib.rc_context(STYLE)` around both drawing and saving. Names come from users: never parsed as maths."""
 
+ALARM_COLOUR = "#c62828"
 PROXY_COLOUR, GOLD_COLOUR, GREY = "#2166ac", "#bf8600", "#7b8794"
 FAMILIAR_COLOUR, UNSEEN_COLOUR = "#2166ac", "#d6604d"
 SCENARIO_COLOURS = {"in_domain": "#2166ac", "prompt_disjoint": "#1b9e77", "response_disjoint": "#d6604d", "mutual_disjoint": "#7b3294"}
@@ -171,12 +172,14 @@ def hidden_norm_histograms(scores: dict[str, ScenarioScores]) -> Figure | None:
 
 
 def scores_by_step(lines: list[MetricsLine], response_models: ResponseModels | None) -> Figure | None:
-    """Proxy score above, gold score below, against RLOO step; the gold panel has the response models as horizontal lines."""
+    """Proxy score above, gold score below, against RLOO step; over-optimised steps in red; the response models as horizontal lines of the gold panel."""
     proxy, gold = metric_series(lines, "rloo/proxy_score_mean"), metric_series(lines, "rloo/gold_score_mean")
     if not len(proxy.values) and not len(gold.values):
         return None
     figure = Figure(figsize=(WIDTH_INCHES, 5.4))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.35))
+    for axes in (top, bottom):
+        _mark_overoptimised(axes, lines)
     _draw_smoothed(top, proxy, PROXY_COLOUR)
     _draw_smoothed(bottom, gold, GOLD_COLOUR)
     top.set_title("Proxy: the reward model under study")
@@ -193,11 +196,12 @@ def scores_by_step(lines: list[MetricsLine], response_models: ResponseModels | N
 
 
 def scores_by_kl(lines: list[MetricsLine]) -> Figure | None:
-    """Proxy and gold score of each RLOO step against the KL divergence its policy had; colour is the step."""
+    """Proxy and gold score of each RLOO step against the KL divergence its policy had; colour is the step, a red ring an over-optimised one."""
     keys = ("rloo/proxy_score_mean", "rloo/gold_score_mean")
     drawn = [key for key in keys if any(key in line and "rloo/kl_mean" in line for line in lines)]
     if not drawn:
         return None
+    overoptimised = {judged.step for judged in judged_steps(lines) if judged.is_overoptimised}
     figure = Figure(figsize=(WIDTH_INCHES, 2.4 * len(drawn) + 0.2))
     grid = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for axes, key in zip(grid, drawn, strict=True):
@@ -205,6 +209,8 @@ def scores_by_kl(lines: list[MetricsLine]) -> Figure | None:
         kl, score = metric_series(both, "rloo/kl_mean"), metric_series(both, key)
         axes.plot(_moving_mean(kl.values), _moving_mean(score.values), color=GREY, linewidth=1.3, zorder=1)
         dots = axes.scatter(kl.values, score.values, c=kl.steps, cmap="viridis", s=16, zorder=2)
+        marked = [line for line in both if line["step"] in overoptimised]
+        axes.scatter([float(line["rloo/kl_mean"]) for line in marked], [float(line[key]) for line in marked], s=34, facecolors="none", edgecolors=ALARM_COLOUR)
         axes.set_title("Proxy score" if key == keys[0] else "Gold score")
         axes.set_ylabel(f"mean {'proxy' if key == keys[0] else 'gold'} score")
     grid[-1].set_xlabel("KL to the SFT policy (nats per completion)")
@@ -318,6 +324,13 @@ def _draw_smoothed(axes: Axes, series: Series, colour: str) -> None:
         return
     axes.plot(series.steps, series.values, color=colour, alpha=0.35, linewidth=0.8, marker="o", markersize=2.5)
     axes.plot(series.steps, _moving_mean(series.values), color=colour, linewidth=2.2)
+
+
+def _mark_overoptimised(axes: Axes, lines: list[MetricsLine]) -> None:
+    """A red line at every step at which the monitor's rule held; one entry for all of them in the legend."""
+    steps = [judged.step for judged in judged_steps(lines) if judged.is_overoptimised]
+    for index, step in enumerate(steps):
+        axes.axvline(step, color=ALARM_COLOUR, alpha=0.3, linewidth=2, zorder=0, label=f"over-optimised: {len(steps)} steps" if index == 0 else None)
 
 
 def _moving_mean(values: FloatArray) -> FloatArray:

@@ -16,6 +16,7 @@ h3{font-size:1rem;margin:.2rem 0}p{margin:.4rem 0;max-width:46rem}
 .summary dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.1rem 1.4rem;margin:.4rem 0}
 .summary dt{color:#52606d;font-size:.85rem}.summary dd{margin:0 0 .4rem;font-weight:600;overflow-wrap:anywhere}
 .absent{color:#7b4a00;background:#fff8e6;border-left:4px solid #e0a800;padding:.4rem .7rem}
+.warning{color:#7f1d1d;background:#fdecea;border-left:6px solid #c62828;padding:.5rem .8rem;font-weight:600}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1rem 2rem;align-items:start}
 figure{margin:.6rem 0;max-width:36rem}img{width:100%;height:auto;display:block}
 figcaption{font-size:.88rem;color:#3e4c59;margin-top:.3rem}
@@ -44,6 +45,11 @@ def section(title: str, *html: str) -> str:
 def absent(sentence: str) -> str:
     """A sentence that stands out: what is not there, and why."""
     return f'<p class="absent">{escape(sentence)}</p>'
+
+
+def warning(sentence: str) -> str:
+    """A sentence that nobody overlooks: what went wrong, with its numbers."""
+    return f'<p class="warning" role="alert">{escape(sentence)}</p>'
 
 
 def figure_grid(*html: str) -> str:

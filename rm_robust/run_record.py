@@ -69,6 +69,16 @@ class Series:
     values: FloatArray
 
 
+@dataclass(frozen=True)
+class JudgedStep:
+    """What the over-optimisation monitor said of the window that ends at `step`; rises in standard deviations of the first step's scores."""
+
+    step: int
+    proxy_rise: float
+    gold_rise: float
+    is_overoptimised: bool
+
+
 def read_run(run_dir: Path) -> RunRecord:
     """Read all that is there. Raises DataError for a run directory that does not exist or a file that cannot be understood."""
     if not run_dir.is_dir():
@@ -112,6 +122,23 @@ def gold_gain(lines: list[MetricsLine]) -> float | None:
     first_stds, _ = first_and_last_tenth(stds)
     pooled_std = float(np.sqrt(np.mean(first_stds**2) + np.var(first_means)))
     return float(last_means.mean() - first_means.mean()) / pooled_std if pooled_std > 0 else None
+
+
+def judged_steps(lines: list[MetricsLine]) -> list[JudgedStep]:
+    """The steps that the monitor judged, as it logged them; empty when its window was never full."""
+    keys = ("step", "rloo/monitor/proxy_rise", "rloo/monitor/gold_rise")
+    judged = [([float(line[key]) for key in keys], line["rloo/overoptimised"]) for line in lines if "rloo/overoptimised" in line]
+    return [JudgedStep(int(step), proxy_rise, gold_rise, verdict == 1) for (step, proxy_rise, gold_rise), verdict in judged]
+
+
+def policy_evaluations(lines: list[MetricsLine]) -> list[dict[str, int | float]]:
+    """The evaluations of the policy in the order of their steps: "step", and every metric rloo/eval/<name> that was logged as <name>."""
+    evaluations: dict[int, dict[str, int | float]] = {}
+    for line in lines:
+        if "rloo/eval/gold_mean" in line:
+            values = {key.removeprefix("rloo/eval/"): float(value) for key, value in line.items() if key.startswith("rloo/eval/")}
+            evaluations[int(line["step"])] = {"step": int(line["step"]), **values}
+    return [evaluations[step] for step in sorted(evaluations)]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

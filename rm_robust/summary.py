@@ -5,7 +5,7 @@ from typing import Any
 
 from rm_robust.report import write_report
 from rm_robust.run_layout import RunLayout
-from rm_robust.run_record import RunRecord, first_and_last_tenth, gold_gain, metric_series, read_run
+from rm_robust.run_record import RunRecord, first_and_last_tenth, gold_gain, judged_steps, metric_series, policy_evaluations, read_run
 from rm_robust.tracking import write_json_atomic
 
 
@@ -35,13 +35,29 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
             lines.append(f"{key}: first tenth of steps {rloo[key]['first_tenth']:.3f}, last tenth {rloo[key]['last_tenth']:.3f}")
     if rloo.get("gold_gain") is not None:
         lines.append(f"gold gain: {rloo['gold_gain']:.2f} standard deviations of the first tenth's completions")
+    if rloo["overoptimised_steps"]:
+        steps = rloo["overoptimised_steps"]
+        lines.append(f"OVER-OPTIMISED at {len(steps)} steps, {steps[0]} the first and {steps[-1]} the last; the report has the numbers")
+    if rloo["last_evaluation"] is not None:
+        lines.append(_evaluation_line(rloo["last_evaluation"]))
     lines.append(f"stages: {sum(summary['stage_seconds'].values()):.0f} s in all")
     return [*lines, f"report: {summary['report']}"]
 
 
+def _evaluation_line(row: dict[str, float]) -> str:
+    rates = f"{row['win_rate']:.3f} (standard error {row['win_rate_se']:.3f}), at equal length {row['length_controlled_win_rate']:.3f}"
+    return f"win rate against the SFT policy by gold after step {row['step']}: {rates}"
+
+
 def _rloo_summary(run: RunRecord) -> dict[str, Any]:
     lines = run.metrics["rloo"]
-    summary: dict[str, Any] = {"num_steps": len(lines), "gold_gain": gold_gain(lines)}
+    evaluations = policy_evaluations(lines)
+    summary: dict[str, Any] = {
+        "num_steps": len({line["step"] for line in lines} - {0}),
+        "gold_gain": gold_gain(lines),
+        "overoptimised_steps": [judged.step for judged in judged_steps(lines) if judged.is_overoptimised],
+        "last_evaluation": evaluations[-1] if evaluations else None,
+    }
     for key in ("proxy_score", "gold_score"):
         values = metric_series(lines, f"rloo/{key}_mean").values
         if len(values):

@@ -10,15 +10,16 @@ import pytest
 
 LAYERS = [
     ["rm_robust.config_parts", "rm_robust.errors", "rm_robust.records", "rm_robust.reward_model.objectives"],
+    ["rm_robust.config_rloo"],
     [
         "rm_robust.reward_model.losses",
         "rm_robust.reward_model.metrics",
         "rm_robust.rloo.advantages",
         "rm_robust.rloo.losses",
         "rm_robust.rloo.rewards",
+        "rm_robust.rloo.policy_comparison",
         "rm_robust.packed_attention",
     ],  # pure maths
-    ["rm_robust.config_rloo"],
     [
         "rm_robust.chat",
         "rm_robust.checkpoint",

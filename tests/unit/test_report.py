@@ -77,8 +77,13 @@ def add_rloo(run_dir: Path, *, num_steps: int = 60) -> None:
             "rloo/completion_tokens_mean": 22 + 9 * progress + rng.normal(), "rloo/truncated_fraction": 0.05 * (1 - progress),
             "rloo/reward_mean": -0.2 + 1.6 * progress + 0.1 * rng.normal(), "time/generate_s": 1.1 + 0.1 * rng.random(),
             "time/score_s": 0.6, "time/measure_s": 0.35, "time/wait_for_scores_s": 0.25,
-"time/update_s": 0.9, "time/weight_sync_s": 0.12, "time/step_s": 2.9,
+            "time/update_s": 0.9, "time/weight_sync_s": 0.12, "time/step_s": 2.9,
         })  # fmt: skip
+        if step >= 20:
+            rows[-1] |= {"rloo/monitor/proxy_rise": 0.3, "rloo/monitor/proxy_rise_se": 0.05, "rloo/monitor/gold_rise": 0.2, "rloo/overoptimised": 0.0}
+        if step % 20 == 0:
+            names = ("gold_mean", "sft_gold_mean", "win_rate", "win_rate_se", "length_controlled_win_rate", "completion_tokens_mean", "kl_mean")
+            rows[-1] |= {f"rloo/eval/{name}": progress for name in (*names, "sft_completion_tokens_mean")}
     write_lines(run_dir / "metrics.jsonl", rows)
     samples = [
         {"step": step, "prompt": "Order: pear apple fig", "completion": completion, "proxy_score": 0.5, "gold_score": 0.25, "num_tokens": 9}

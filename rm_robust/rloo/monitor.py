@@ -1,0 +1,144 @@
+"""Is the run over-optimised: over a window of steps the proxy score rises and the gold score does not (Gao et al. 2023, figure 1).
+
+The window is the last `window_steps` steps with a gold score, and the proxy scores of the same steps. A rise is the mean over the window's second
+half minus the mean over its first (of an odd number the middle step is in neither), in standard deviations of the first step's scores across
+completions. The rule holds when
+
+    proxy rise >= min_proxy_rise                      it rose by an amount that matters,
+    proxy rise >= quantile * its standard error       and not by chance (Student's quantile that a flat proxy exceeds in MAX_CHANCE of its windows),
+    gold rise  <= max_gold_rise                       and the judge does not see it.
+
+Where it begins to hold the monitor *fires*: one warning and the configured action. It fires again `window_steps` scored steps later at the
+earliest, so that no step counts for two firings and a rule that flickers is one episode.
+
+Of 3,000 simulated flat runs of 60 steps 1.1 % fire with 8 completions a step, 0.3 % with 32, none with 128 (default settings); of 1,000 runs with
+128 completions all do when the proxy rises by 0.4 deviations a half window and gold is flat.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, pvariance
+
+from scipy.stats import t as student
+
+from rm_robust.config_rloo import MonitorConfig
+from rm_robust.tracking import read_metrics
+
+logger = logging.getLogger(__name__)
+
+MAX_CHANCE = 0.001
+"""Probability that the noise of a flat proxy passes for a rise in one window."""
+
+
+@dataclass(frozen=True)
+class _ScoredStep:
+    step: int
+    proxy_mean: float
+    gold_mean: float
+
+
+class OveroptimisationMonitor:
+    """A function of the scores observed so far and nothing else: `resume` and uninterrupted observation end in the same state."""
+
+    def __init__(self, settings: MonitorConfig) -> None:
+        self.settings = settings
+        self.is_overoptimised = False
+        """Whether the rule holds for the last window."""
+        self.num_firings = 0
+        self._window: deque[_ScoredStep] = deque(maxlen=settings.window_steps)
+        self._proxy_unit = 0.0
+        self._gold_unit = 0.0
+        self._num_scored_since_firing = settings.window_steps
+        self._min_standard_errors = float(student.isf(MAX_CHANCE, degrees_of_freedom(settings.window_steps)))
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What the learning rate of the next step is multiplied by; 1 unless the action is "lower_learning_rate"."""
+        return self.settings.learning_rate_factor**self.num_firings if self.settings.action == "lower_learning_rate" else 1.0
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether the run ends here; stays true when it is resumed under the same settings."""
+        return self.settings.action == "stop" and self.num_firings > 0
+
+    def observe(self, step: int, *, proxy_mean: float, proxy_std: float, gold_mean: float | None, gold_std: float | None) -> dict[str, float]:
+        """Take the scores of one step (number of steps done, as in metrics.jsonl), means and standard deviations across its completions.
+
+        Returns the metrics of a full window; empty before, and at a step without gold scores (both None). Warns where the monitor fires.
+        """
+        num_firings = self.num_firings
+        metrics = self._take(step, proxy_mean, proxy_std, gold_mean, gold_std)
+        if self.num_firings > num_firings:
+            logger.warning(
+                "RLOO step %d: OVER-OPTIMISATION. From the first to the second half of the %d scored steps %d to %d the mean proxy score rose by %.2f "
+                "(standard error %.2f), the mean gold score by %.2f, in standard deviations of the first step's scores. %s",
+                step,
+                len(self._window),
+                self._window[0].step,
+                step,
+                metrics["rloo/monitor/proxy_rise"],
+                metrics["rloo/monitor/proxy_rise_se"],
+                metrics["rloo/monitor/gold_rise"],
+                self._action_in_words(),
+            )
+        return metrics
+
+    def resume(self, run_dir: Path, first_step: int) -> None:
+        """Take up what metrics.jsonl has of the first `first_step` steps, without warning again. Before the first `observe`."""
+        assert not self._window, "resume comes before the first observation"
+        for line in read_metrics(run_dir, "rloo"):
+            if int(line["step"]) <= first_step and "rloo/gold_score_mean" in line:
+                proxy_mean, proxy_std = float(line["rloo/proxy_score_mean"]), float(line["rloo/proxy_score_std"])
+                self._take(int(line["step"]), proxy_mean, proxy_std, float(line["rloo/gold_score_mean"]), float(line["rloo/gold_score_std"]))
+
+    def _take(self, step: int, proxy_mean: float, proxy_std: float, gold_mean: float | None, gold_std: float | None) -> dict[str, float]:
+        assert (gold_mean is None) == (gold_std is None), f"step {step}: gold mean {gold_mean} with gold deviation {gold_std}"
+        if gold_mean is None or gold_std is None:
+            return {}
+        self._window.append(_ScoredStep(step, proxy_mean, gold_mean))
+        self._num_scored_since_firing += 1
+        self._proxy_unit = self._proxy_unit or proxy_std  # the first step whose scores are not all equal
+        self._gold_unit = self._gold_unit or gold_std
+        if len(self._window) < self.settings.window_steps or not self._proxy_unit or not self._gold_unit:
+            return {}
+        proxy_rise, proxy_rise_se = (value / self._proxy_unit for value in rise_with_error([scored.proxy_mean for scored in self._window]))
+        gold_rise = rise_with_error([scored.gold_mean for scored in self._window])[0] / self._gold_unit
+        min_rise = max(self.settings.min_proxy_rise, self._min_standard_errors * proxy_rise_se)
+        self.is_overoptimised = proxy_rise >= min_rise and gold_rise <= self.settings.max_gold_rise
+        if self.is_overoptimised and self._num_scored_since_firing >= self.settings.window_steps:
+            self.num_firings += 1
+            self._num_scored_since_firing = 0
+        return {
+            "rloo/monitor/proxy_rise": proxy_rise,
+            "rloo/monitor/proxy_rise_se": proxy_rise_se,
+            "rloo/monitor/gold_rise": gold_rise,
+            "rloo/overoptimised": float(self.is_overoptimised),
+        }
+
+    def _action_in_words(self) -> str:
+        if self.settings.action == "stop":
+            return 'The run stops here (rloo.monitor.action = "stop").'
+        if self.settings.action == "lower_learning_rate":
+            return f"The learning rate of all later steps is multiplied by {self.learning_rate_factor:g} from here on."
+        return 'Training goes on unchanged (rloo.monitor.action = "warn"); a higher rloo.kl_coefficient keeps the policy nearer to what the reward model knows.'
+
+
+def rise_with_error(means: Sequence[float]) -> tuple[float, float]:
+    """Mean of the second half minus mean of the first, and the standard error of that; needs at least 3 values.
+
+    The noise of one step comes from successive differences about their mean, so that a steady trend adds nothing to it (von Neumann et al. 1941):
+    variance = half the variance of x[i+1] - x[i]; the difference of two means of h steps has variance 2/h times that.
+    """
+    half = len(means) // 2
+    step_variance = pvariance([after - before for before, after in pairwise(means)]) / 2
+    return fmean(means[-half:]) - fmean(means[:half]), math.sqrt(2 * step_variance / half)
+
+
+def degrees_of_freedom(num_means: int) -> float:
+    """Of the variance from successive differences of `num_means` independent normal values: 2 E^2 / Var = 2 (n - 1)^2 / (3n - 4). Von Neumann et al. 1941."""
+    return 2 * (num_means - 1) ** 2 / (3 * num_means - 4)
