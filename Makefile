@@ -14,7 +14,7 @@ INSTALLED := .venv/.installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install demo test test-all test-compat lint serve bench-training bench-scoring bench-memory study-rmb has-data lock
+.PHONY: help install demo test test-all test-compat lint serve bench-training bench-scoring bench-memory study-rloo study-rmb has-data lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -58,6 +58,9 @@ bench-scoring: has-data .venv/.installed-bench  ## scores over HTTP against Open
 
 bench-memory: $(INSTALLED)  ## peak memory of training against the longest completion in the data
 	python -m tests.bench.memory
+
+study-rloo: $(INSTALLED)  ## RLOO with and without lag, and a reward model made to be over-optimised: three seeds each (an hour on 2 cores)
+	python -m tests.bench.rloo_study
 
 study-rmb: $(INSTALLED) has-data  ## Bradley-Terry and BSR on RMB's real pairs, the four scenarios of each: make study-rmb [DATA=../shared/data]
 	python -m tests.bench.rmb_study --data "$(DATA)"

@@ -8,7 +8,6 @@ training curves. The same command again resumes. The last line is JSON.
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from random import Random
 from typing import Any
 
 import pyarrow.parquet as pq
+
+from tests.bench.shared_stages import share_stages
 
 CONFIG = "pipelines/configs/rmb_study.toml"
 STUDY_DIR = Path("runs/rmb_study")
@@ -38,8 +39,8 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     for objective in OBJECTIVES:
         run_dir = STUDY_DIR / objective
-        if objective != OBJECTIVES[0] and not run_dir.exists():
-            share_sft(STUDY_DIR / OBJECTIVES[0], run_dir)
+        if objective != OBJECTIVES[0]:  # both grow from one model
+            share_stages(STUDY_DIR / OBJECTIVES[0], run_dir, ["sft"])
         overrides = [f"--set={override}" for override in [f"reward_model.objective={objective}", *arguments.set]]
         subprocess.run([sys.executable, "pipelines/full_reward_model.py", "--config", CONFIG, "--run-dir", str(run_dir), *overrides], check=True)
         table = json.loads((run_dir / "evaluation.json").read_text())
@@ -76,19 +77,6 @@ def write_files(rows: list[dict[str, Any]], folder: Path) -> None:
     for name, own in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own), encoding="utf-8")
         print(f"  {name}: {len(own)} rows")
-
-
-def share_sft(source: Path, run_dir: Path) -> None:
-    """Begin a run with another's SFT stage: all objectives grow from one model."""
-    staging = run_dir.with_name(f".{run_dir.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / "stages").mkdir(parents=True)
-    (staging / "checkpoints").mkdir()
-    shutil.copy2(source / "stages" / "sft.json", staging / "stages" / "sft.json")
-    shutil.copytree(source / "checkpoints" / "sft", staging / "checkpoints" / "sft")
-    lines = (source / "metrics.jsonl").read_text().splitlines()
-    (staging / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["stage"] == "sft"))
-    staging.rename(run_dir)
 
 
 if __name__ == "__main__":

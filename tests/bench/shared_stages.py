@@ -1,0 +1,34 @@
+"""Begin a run with the stages of another one: controlled twins that differ only in what comes later."""
+
+import json
+import shutil
+from pathlib import Path
+
+FILES = {
+    "world": ["world"],
+    "sft": ["checkpoints/sft"],
+    "preferences": ["preferences", "rloo/prompts"],
+    "reward_model": ["checkpoints/reward_model"],
+    "evaluation": ["evaluation", "evaluation.json"],
+}
+"""What later stages and the report read of each stage's work."""
+
+
+def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
+    """`run_dir` becomes a run that has done these stages, as `source` did them; one that exists already is left alone."""
+    if run_dir.exists():
+        return
+    staging = run_dir.with_name(f".{run_dir.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    for name in [name for stage in stages for name in (f"stages/{stage}.json", *FILES[stage])]:
+        path, target = source / name, staging / name
+        if not path.exists():  # a stage that the run's config leaves out
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, target)
+        else:
+            shutil.copy2(path, target)
+    lines = (source / "metrics.jsonl").read_text().splitlines()
+    (staging / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages))
+    staging.rename(run_dir)

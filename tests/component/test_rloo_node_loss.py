@@ -1,0 +1,62 @@
+"""RLOO on a cluster of several raylets, one of which goes with the engine on it: the rest of the cluster takes its place."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from rm_robust.rloo.controller import run_rloo
+from rm_robust.tracking import read_metrics
+from tests.rloo_run import LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head for the trainer and two nodes for engines."""
+    ray_dir = tempfile.mkdtemp(prefix="rn")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_dir, "OMP_WAIT_POLICY": "PASSIVE"}.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**27})
+        for _ in range(2):
+            found.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=2**27)
+        ray.init(address=found.address, log_to_driver=False)
+        try:
+            yield found
+        finally:
+            ray.shutdown()
+            found.shutdown()
+    shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+def node_of_the_engine(cluster: Cluster) -> object:
+    """The node whose raylet started the engine."""
+    [engine] = actor_processes("RolloutEngine")
+    [node] = [node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == engine.ppid()]
+    return node
+
+
+def test_a_node_removed_with_its_engine_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    config = rloo_config(tmp_path, num_steps=3, engine_resources={"rollout": 1}, engine_num_cpus=0.5)
+    whole_dir, run_dir = (rloo_run_dir(config, tmp_path / name) for name in ("whole", "run"))
+    run_rloo(config, whole_dir, proxy=LengthScorer(), gold=LengthScorer())
+    removed: list[object] = []
+
+    def remove_once() -> None:
+        if len(read_metrics(run_dir, "rloo")) == 1 and not removed:
+            removed.append(cluster)
+            before = {process.pid for process in actor_processes("RolloutEngine")}
+            cluster.remove_node(node_of_the_engine(cluster), allow_graceful=False)
+            wait_for(lambda: not before & {process.pid for process in actor_processes("RolloutEngine")}, what="the end of the node's engine")
+
+    result = run_rloo(config, run_dir, proxy=LengthScorer(), gold=LengthScorer(lambda inputs: remove_once()))
+    assert len(removed) == 1
+    assert (result["num_steps"], result["engines_replaced"]) == (3, 1)
+    kept = ("rloo/proxy_score_mean", "rloo/kl_mean", "rloo/loss", "rloo/gradient_norm")
+    for found, expected in zip(read_metrics(run_dir, "rloo"), read_metrics(whole_dir, "rloo"), strict=True):
+        assert {key: found[key] for key in kept} == {key: expected[key] for key in kept}
