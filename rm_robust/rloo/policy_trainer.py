@@ -69,6 +69,7 @@ class PolicyTrainer:
         num_workers = self.settings.trainers.num_workers
         if num_workers > 1 or self.settings.strategy.kind != "ddp":  # a shard needs a process group even when it is the only one
             os.environ |= {"MASTER_ADDR": master_address, "MASTER_PORT": str(master_port)}
+            os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(num_workers), "LOCAL_RANK": "0"}  # DeepSpeed reads them; an actor sees its own GPU only
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=self.rank, world_size=num_workers, timeout=timedelta(minutes=10))
         sft_dir = self.layout.sft_model_dir(self.config)

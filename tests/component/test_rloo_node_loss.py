@@ -22,7 +22,9 @@ def cluster() -> Iterator[Cluster]:
         for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_dir, "OMP_WAIT_POLICY": "PASSIVE"}.items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**27})
+        found = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"trainer": 1}, "include_dashboard": False, "object_store_memory": 2**27}
+        )
         for _ in range(2):
             found.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=2**27)
         ray.init(address=found.address, log_to_driver=False)
@@ -42,7 +44,8 @@ def node_of_the_engine(cluster: Cluster) -> object:
 
 
 def test_a_node_removed_with_its_engine_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
-    config = rloo_config(tmp_path, num_steps=3, engine_resources={"rollout": 1}, engine_num_cpus=0.5)
+    trainers = {"num_workers": 1, "num_cpus_per_worker": 0.1, "resources_per_worker": {"trainer": 1}}
+    config = rloo_config(tmp_path, num_steps=3, engine_resources={"rollout": 1}, trainers=trainers)
     whole_dir, run_dir = (rloo_run_dir(config, tmp_path / name) for name in ("whole", "run"))
     run_rloo(config, whole_dir, proxy=LengthScorer(), gold=LengthScorer())
     removed: list[object] = []
