@@ -46,7 +46,7 @@ NUM_CLIENTS = 64
 """Each sends one warm-up request before the clock starts."""
 NUM_LIST_CLIENTS = 16
 """Of the second part: 16 lists of four are 64 conversations at a time as well."""
-MOST_LISTS_PER_ROUND = 64
+MOST_LISTS_PER_ROUND = 40
 MOST_LIST_ROUNDS = 3
 NUMBERS_OF_THREADS = (1, 2)
 """A peer is measured with the one that is quicker for it."""
@@ -135,8 +135,10 @@ def measure_size(size: str, folder: Path, client: LoadClient, pairs: list[TextPa
     warm_up_lists = lists[:NUM_LIST_CLIENTS]
     list_rounds = [[*warm_up_lists, *timed] for timed in slices(lists[NUM_LIST_CLIENTS:], num_rounds=num_list_rounds, size=num_lists)]
     reference = Reference(checkpoint)
+    torch.set_num_threads(os.cpu_count() or 1)
     for candidates in (*sum(rounds, []), *sum(list_rounds, [])):
         reference.scores(candidates)
+    torch.set_num_threads(1)
     progress(f"{size}: transformers' own scores are there; starting the servers")
     bench = Bench(size, chat, reference, client)
     with ExitStack() as stack:
@@ -234,7 +236,7 @@ def compare_lists(bench: Bench, rounds: list[list[Candidates]], ours: list[Runni
         ratio = ratio_of_rounds(together, apart)
         each = " ".join(f"{a / b:.2f}" for a, b in zip(together, apart, strict=True))
         print(f"| {run.server.label} | {median(together):.0f} | {median(apart):.0f} | {ratio:.2f} | {each} | {limit:.2f} |", flush=True)
-        name = "k4_ratio" if run.server.name == OURS_NO_SHARING else "k4_ratio_sharing_between_requests"
+        name = "k4_ratio" + "_no_sharing" * (run.server.name == OURS_NO_SHARING)
         figures[f"{name}_{bench.size}"] = round(ratio, 3)
     print(flush=True)
     return figures

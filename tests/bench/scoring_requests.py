@@ -24,8 +24,8 @@ from tests.bench.preference_pairs import MAX_SEQUENCE_TOKENS, SEED, TextPair
 
 VLLM_MODEL_NAME = "reward_model"
 NUM_COMPLETIONS_OF_A_LIST = 4
-LIST_TOKENS = 4096
-"""Of prompt + one completion. With 1,024, most of the lists of several turns, which have the long prompts, were left out."""
+LIST_TOKENS = 8192
+"""Of prompt + one completion. With less, lists of several turns, which have the long prompts, would be left out."""
 
 
 @dataclass(frozen=True)

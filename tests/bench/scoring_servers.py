@@ -106,6 +106,7 @@ def rm_robust(checkpoint: Path, *, shares_prompts: bool, folder: Path) -> Server
     keys_file = folder / f"keys_{port}.toml"
     keys_file.write_text(f'bench = {{ sha256 = "{entry.sha256}" }}\n')
     command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port), "--keys", str(keys_file)]
+    command += ["--max-length-tokens", str(requests.LIST_TOKENS)]
     if not shares_prompts:
         command.append("--no-prompt-sharing")
     headers, environment = {"Authorization": f"Bearer {key}"}, {"RAY_TMPDIR": str(folder)}
