@@ -65,7 +65,7 @@ def num_steps_done(run_dir: Path) -> int:
     return len(steps_of(run_dir))
 
 
-@pytest.mark.parametrize("num_engines", [1, 2])
+@pytest.mark.parametrize("num_engines", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_engine_killed_while_it_samples_changes_nothing(uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path, num_engines: int) -> None:
     """Its prompts are sampled again by the same policy version with the same seeds."""
     config = rloo_config(models, num_engines=num_engines)
@@ -91,6 +91,7 @@ def test_a_trainer_killed_between_commits_is_redone_from_the_last_one(uninterrup
     require_nothing_left()
 
 
+@pytest.mark.slow
 def test_trainers_that_never_commit_a_step_end_the_run(models: Path, tmp_path: Path) -> None:
     config = rloo_config(models, max_restarts=0)
     run_dir = rloo_run_dir(config, tmp_path)
@@ -164,7 +165,7 @@ def test_ctrl_c_leaves_nothing_and_the_run_resumes(uninterrupted: dict[str, torc
     require_same(policy_weights(run_dir), uninterrupted)
 
 
-@pytest.mark.parametrize("lag", [1, 3])
+@pytest.mark.parametrize("lag", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_lagging_run_trains_each_step_on_the_version_that_the_lag_says(models: Path, tmp_path: Path, lag: int) -> None:
     config = rloo_config(models, max_policy_lag=lag, num_steps=6)
     run_dir = rloo_run_dir(config, tmp_path)
@@ -175,6 +176,7 @@ def test_a_lagging_run_trains_each_step_on_the_version_that_the_lag_says(models:
     require_nothing_left()
 
 
+@pytest.mark.slow
 def test_an_engine_lost_in_a_lagging_run_is_replaced_and_no_sample_is_older_than_allowed(models: Path, tmp_path: Path) -> None:
     config = rloo_config(models, max_policy_lag=2, num_steps=6, num_engines=2)
     run_dir = rloo_run_dir(config, tmp_path)

@@ -43,6 +43,7 @@ def node_of_the_engine(cluster: Cluster) -> object:
     return node
 
 
+@pytest.mark.slow
 def test_a_node_removed_with_its_engine_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
     trainers = {"num_workers": 1, "num_cpus_per_worker": 0.1, "resources_per_worker": {"trainer": 1}}
     config = rloo_config(tmp_path, num_steps=3, engine_resources={"rollout": 1}, trainers=trainers)

@@ -91,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_is_busy_for_twenty_seconds_is_waited_for(tmp_path: Path) -> None:
     config = rloo_config(tmp_path, num_steps=2)
     plain_dir, busy_dir = (rloo_run_dir(config, tmp_path / name) for name in ("plain", "busy"))
