@@ -73,7 +73,7 @@ POLICY_PANELS = (
     Panel("Truncated", "fraction", (("rloo/truncated_fraction", "fraction"),), 0.0),
     Panel("Reward", "proxy - costs", (("rloo/reward_mean", "mean"),)),
 )
-STEP_PHASES = (  # one after the other; time/score_s runs beside the log-probabilities, and only the wait for it adds to the step
+STEP_PHASES = (  # one after the other; scoring runs beside the first two, and only the wait for it adds to the step
     ("time/generate_s", "generate"),
     ("time/measure_s", "log-probabilities"),
     ("time/wait_for_scores_s", "wait for scores"),
@@ -243,7 +243,7 @@ def stage_times(stage_seconds: dict[str, float]) -> Figure | None:
 
 
 def step_times(lines: list[MetricsLine]) -> Figure | None:
-    """Mean seconds of one RLOO step, stacked by phase; scoring below, beside the phases it overlaps. The rest is "other"."""
+    """Mean seconds of one RLOO step, stacked by phase. The rest is "other"."""
     series = [(label, metric_series(lines, key).values) for key, label in STEP_PHASES]
     means = [(label, float(values.mean())) for label, values in series if len(values)]
     if not means:
@@ -258,10 +258,6 @@ def step_times(lines: list[MetricsLine]) -> Figure | None:
         share = 100 * seconds / total_s if total_s else 0.0
         axes.barh(0, seconds, left=start_s, height=0.6, color=colour, label=f"{label}: {seconds:.2f} s ({share:.0f} %)")
         start_s += seconds
-    scoring = metric_series(lines, "time/score_s").values
-    if len(scoring) and means[0][0] == STEP_PHASES[0][1]:
-        seconds = float(scoring.mean())
-        axes.barh(-0.45, seconds, left=means[0][1], height=0.16, color="white", edgecolor=GREY, hatch="////", label=f"scoring: {seconds:.2f} s")
     axes.set_yticks([])
     axes.set_xlabel("mean seconds per RLOO step")
     axes.grid(visible=False, axis="y")

@@ -15,11 +15,11 @@ LAYERS = [
         "rm_robust.reward_model.losses",
         "rm_robust.reward_model.metrics",
         "rm_robust.rloo.advantages",
-        "rm_robust.rloo.losses",
         "rm_robust.rloo.rewards",
         "rm_robust.rloo.policy_comparison",
         "rm_robust.packed_attention",
     ],  # pure maths
+    ["rm_robust.rloo.losses"],
     [
         "rm_robust.chat",
         "rm_robust.checkpoint",
