@@ -38,8 +38,12 @@ class ParameterSpec:
     shape: tuple[int, ...]
 
     @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.num_elements * self.dtype.itemsize
 
 
 class WeightSource(Protocol):

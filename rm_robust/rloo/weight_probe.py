@@ -1,7 +1,7 @@
 """A fixed text by which an engine shows that it computes with the trainer's weights, not only that it received their bytes.
 
 The checksums of an update do not see what an engine makes of the bytes: vLLM's tied output heads on CPU keep an old packed copy unless they are
-packed again (gloo_weight_transfer.py). A difference below the engine's tolerance is not seen either, until further updates have added to it.
+packed again (vllm_weight_loader.py). A difference below the engine's tolerance is not seen either, until further updates have added to it.
 """
 
 from collections.abc import Callable

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -17,9 +18,10 @@ from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rm_robust.errors import RolloutError
-from rm_robust.packing import Layout
+from rm_robust.packing import choose_layout
 from rm_robust.policy_model import PackedPolicy, load_policy
 from rm_robust.records import GenerationRequest, PromptCompletions
 from rm_robust.rloo.vllm_engine import PROBE_TOLERANCE, RolloutEngine, cpu_environment
@@ -50,8 +52,9 @@ class TransformersTrainer:
     """A policy in plain transformers that can be changed and published, beside the same weights as RLOO's trainer holds them, for the probe."""
 
     def __init__(self, model_dir: str, engines: list[ActorHandle]) -> None:
-        policy = PackedPolicy(load_policy(model_dir, dtype=torch.float32), Layout.SEGMENTS, temperature=0.7)
         self.model = load_policy(model_dir, dtype=torch.float32)
+        layout = choose_layout(self.model.config, self.model.device)
+        policy = PackedPolicy(load_policy(model_dir, dtype=torch.float32), layout, temperature=0.7)
         for name, parameter in self.model.named_parameters():
             parameter.data = policy.model.get_parameter(name).data
         self.engines = engines
@@ -212,9 +215,20 @@ def start_rollout(model_dir: Path, engines: list[ActorHandle]) -> Rollout:
 
 def break_head_packing(engine: RolloutEngine) -> None:
     """The fault that only the probe sees: bytes and parameters are the new ones, a tied head computes with the old."""
-    from rm_robust.rloo import gloo_weight_transfer
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    gloo_weight_transfer.repack_tied_heads = lambda model: None
+    from rm_robust.rloo import vllm_weight_loader
+
+    repack = vllm_weight_loader.repack
+    vllm_weight_loader.repack = lambda layer: None if isinstance(layer, ParallelLMHead) else repack(layer)
+
+
+def names_of_loaders(engine: RolloutEngine) -> list[str]:
+    def of_worker(worker: Any) -> list[str]:
+        return [type(loader).__name__ for loader in worker.weight_transfer_engine._loaders.values()]
+
+    [names] = engine._llm.collective_rpc(of_worker)
+    return names
 
 
 def wait_until_restarted(engine: ActorHandle) -> None:
@@ -277,6 +291,7 @@ def test_engines_equal_transformers_after_every_update(model: str, request: pyte
         assert (report.version, report.num_engines) == (version, len(rollout.engines))
         continuations.append(require_same_policy(rollout, version=version))
     assert all(first != second for first, second in zip(*continuations, strict=True)), "the updates must matter, or this test cannot fail"
+    assert [ray.get(engine.__ray_call__.remote(names_of_loaders)) for engine in rollout.engines] == [["DirectLoader"]] * len(rollout.engines)
 
 
 @pytest.mark.slow
@@ -293,6 +308,24 @@ def test_larger_engines_equal_transformers_after_every_update(ray_session: None,
         ray.get(rollout.trainer.publish.remote(version))
         continuations.append(require_same_policy(rollout, version=version))
     assert len({str(greedy) for greedy in continuations}) == 3, "the updates must matter, or this test cannot fail"
+    for actor in (engine, rollout.trainer):
+        ray.kill(actor)
+
+
+def test_a_model_whose_weights_vllm_transposes_is_updated_by_vllms_own_loader(ray_session: None, tmp_path: Path) -> None:
+    """GPT-2's, which transformers keeps as [in, out]; its head is tied as well."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY_SIZE, n_positions=MAX_MODEL_LEN, n_embd=128, n_layer=2, n_head=4, initializer_range=0.08, bos_token_id=None, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    engine = start_engine(tmp_path)
+    rollout = start_rollout(tmp_path, [engine])
+    for version in (1, 2):
+        ray.get(rollout.trainer.change_weights.remote(seed=version))
+        ray.get(rollout.trainer.publish.remote(version))
+        require_same_policy(rollout, version=version)
+    loaders = ray.get(engine.__ray_call__.remote(names_of_loaders))
+    assert loaders == ["LayerwiseLoader"]
     for actor in (engine, rollout.trainer):
         ray.kill(actor)
 
