@@ -41,13 +41,39 @@ def tiny_qwen2_config(*, tie_word_embeddings: bool) -> Qwen2Config:
     )
 
 
-def save_tiny_qwen2(directory: Path, *, tie_word_embeddings: bool, seed: int = 0) -> Path:
+def sized_qwen2_config(size: str, *, tie_word_embeddings: bool) -> Qwen2Config:
+    """The policies whose weight updates are tested and measured; tied they have the parameters that their size says, untied an output head more."""
+    if size == "0.3 M":
+        return tiny_qwen2_config(tie_word_embeddings=tie_word_embeddings)
+    hidden_size, num_layers, vocabulary_size = {"20 M": (384, 6, 16384), "100 M": (768, 8, 32768)}[size]
+    return Qwen2Config(
+        vocab_size=vocabulary_size,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=0.04,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+
+
+def save_qwen2(directory: Path, config: Qwen2Config, *, seed: int = 0) -> Path:
     """Save a random causal LM as a Hugging Face directory without a tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(tiny_qwen2_config(tie_word_embeddings=tie_word_embeddings))
+        model = Qwen2ForCausalLM(config)
     model.save_pretrained(directory)
     return directory
+
+
+def save_tiny_qwen2(directory: Path, *, tie_word_embeddings: bool, seed: int = 0) -> Path:
+    """`save_qwen2` of about 0.3 M parameters."""
+    return save_qwen2(directory, tiny_qwen2_config(tie_word_embeddings=tie_word_embeddings), seed=seed)
 
 
 TEXT = "Order these words: red, green, blue.\nWhich of them is first? The answer is not seven apples by the quiet river, please."

@@ -3,11 +3,12 @@
     trainer (rank 0)   parameters ─plan_chunks─► chunk ─pack─► uint8 buffer ─broadcast─┐   … last: one checksum per chunk
     engines (rank > 0) load(named tensors) ◄─unpack─ uint8 buffer ◄────────────────────┘   … compared with what arrived
 
-Both ends work on two chunks at a time: the next one is on the wire while this one is packed or loaded.
+Both ends have several chunks under way: the next ones are on the wire while this one is packed or loaded. A large parameter is sent from its own memory.
 Dropping the last reference to a group closes its connections, and every peer that waits in a broadcast gets an error at once.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +20,10 @@ from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, T
 
 from rm_robust.errors import RolloutError
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 2**20
 """A chunk holds whole parameters and at most this many bytes, except that a larger parameter is a chunk of its own."""
+WINDOW_BYTES = 32 * 2**20
+"""Each end starts on further chunks while those under way hold at most this, and always on one more."""
 _ALIGNMENT_BYTES = 8
 """Every parameter starts at a multiple of this inside its chunk: any dtype can be viewed in place, and checksums add up int64 words."""
 _TRAINER_RANK = 0
@@ -35,8 +38,12 @@ class ParameterSpec:
     shape: tuple[int, ...]
 
     @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.num_elements * self.dtype.itemsize
 
 
 class WeightSource(Protocol):
@@ -51,17 +58,22 @@ class WeightSource(Protocol):
 
 
 class ModuleWeights:
-    """The named parameters of an unsharded, unwrapped module; tied parameters come once, under their first name."""
+    """The named parameters of an unsharded, unwrapped module; tied parameters come once, under their first name.
+
+    Those outside the numbered layers come first: embedding and output head take an engine longest, and layers are then still on the wire.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
 
     def metadata(self) -> list[ParameterSpec]:
-        return [ParameterSpec(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in self._module.named_parameters()]
+        return [ParameterSpec(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in self._parameters()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._module.named_parameters():
-            yield name, parameter.detach()
+        return ((name, parameter.detach()) for name, parameter in self._parameters())
+
+    def _parameters(self) -> list[tuple[str, Tensor]]:
+        return sorted(self._module.named_parameters(), key=lambda named: any(map(str.isdigit, named[0].split("."))))
 
 
 class NamedWeights:
@@ -99,11 +111,11 @@ def chunk_num_bytes(chunk: list[ParameterSpec]) -> int:
 
 
 def pack(chunk: list[ParameterSpec], weights: Iterator[tuple[str, Tensor]]) -> Tensor:
-    """Copy the chunk's parameters from `weights` into one uint8 CPU buffer.
+    """The chunk's parameters from `weights` as one uint8 CPU buffer: a copy, or the memory of the chunk's only parameter itself where that can be sent.
 
     Raises RolloutError when `weights` yields anything but what the chunk announces.
     """
-    buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
+    buffer: Tensor | None = None
     start = 0
     for spec in chunk:
         name, tensor = next(weights, ("nothing", torch.empty(0)))
@@ -112,10 +124,15 @@ def pack(chunk: list[ParameterSpec], weights: Iterator[tuple[str, Tensor]]) -> T
                 f"The weights announce {spec.name} {spec.dtype} {spec.shape} but yield {name} {tensor.dtype} {tuple(tensor.shape)}. "
                 "metadata() and iteration must list the same parameters in the same order."
             )
+        if len(chunk) == 1 and _is_sendable(tensor):
+            return tensor.view(-1).view(torch.uint8)
+        if buffer is None:
+            buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
         end = start + spec.num_bytes
         buffer[start:end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
         start += _padded_bytes(spec)
         buffer[end:start].zero_()
+    assert buffer is not None, "a chunk has a parameter"
     return buffer
 
 
@@ -152,22 +169,21 @@ def send_weights(group: ProcessGroupGloo, source: WeightSource) -> int:
     """Broadcast every parameter of `source` and return the bytes sent. RuntimeError from gloo when an engine has gone."""
     weights = iter(source)
     checksums: list[int] = []
-    num_bytes = 0
-    on_wire: Work | None = None
-    for chunk in plan_chunks(source.metadata()):
+    on_wire: deque[tuple[int, Work]] = deque()
+    chunks = plan_chunks(source.metadata())
+    for chunk in chunks:
         buffer = pack(chunk, weights)
+        on_wire.append((buffer.numel(), _start_broadcast(group, buffer)))
         checksums.append(checksum(buffer))
-        num_bytes += buffer.numel()
-        if on_wire is not None:
-            on_wire.wait()
-        on_wire = _start_broadcast(group, buffer)
+        while len(on_wire) > 1 and sum(num_bytes for num_bytes, _ in on_wire) > WINDOW_BYTES:
+            on_wire.popleft()[1].wait()
     extra = next(weights, None)
     if extra is not None:
         raise RolloutError(f"The weights yield {extra[0]}, which metadata() does not announce. Both must list the same parameters.")
-    if on_wire is not None:
-        on_wire.wait()
+    for _, work in on_wire:
+        work.wait()
     _start_broadcast(group, torch.tensor(checksums, dtype=torch.int64)).wait()
-    return num_bytes
+    return sum(chunk_num_bytes(chunk) for chunk in chunks)
 
 
 def receive_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], load: Callable[[list[tuple[str, Tensor]]], None]) -> None:
@@ -177,12 +193,7 @@ def receive_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], load: C
     """
     chunks = plan_chunks(specs)
     checksums: list[int] = []
-    arriving = _start_receiving(group, chunks[0])
-    for index, chunk in enumerate(chunks):
-        buffer, work = arriving
-        work.wait()
-        if index + 1 < len(chunks):
-            arriving = _start_receiving(group, chunks[index + 1])
+    for chunk, buffer in _receive_in_order(group, chunks):
         checksums.append(checksum(buffer))
         load(unpack(chunk, buffer))
     sent_checksums = torch.empty(len(chunks), dtype=torch.int64)
@@ -196,9 +207,29 @@ def _padded_bytes(spec: ParameterSpec) -> int:
     return math.ceil(spec.num_bytes / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _start_receiving(group: ProcessGroupGloo, chunk: list[ParameterSpec]) -> tuple[Tensor, Work]:
-    buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
-    return buffer, _start_broadcast(group, buffer)
+def _is_sendable(tensor: Tensor) -> bool:
+    """Whether a parameter's own memory can be its chunk: on CPU, in order, and aligned like a chunk."""
+    start, end = tensor.storage_offset() * tensor.itemsize, (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not (start % _ALIGNMENT_BYTES or end % _ALIGNMENT_BYTES)
+
+
+def _receive_in_order(group: ProcessGroupGloo, chunks: list[list[ParameterSpec]]) -> Iterator[tuple[list[ParameterSpec], Tensor]]:
+    """Each chunk and its buffer when it has arrived; further ones arrive while the caller works on it."""
+    arriving: deque[tuple[list[ParameterSpec], Tensor, Work]] = deque()
+
+    def arrived() -> tuple[list[ParameterSpec], Tensor]:
+        chunk, buffer, work = arriving.popleft()
+        work.wait()
+        return chunk, buffer
+
+    for chunk in chunks:
+        buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
+        arriving.append((chunk, buffer, _start_broadcast(group, buffer)))
+        del buffer
+        while len(arriving) > 1 and sum(waiting.numel() for _, waiting, _ in arriving) > WINDOW_BYTES:
+            yield arrived()
+    while arriving:
+        yield arrived()
 
 
 def _start_broadcast(group: ProcessGroupGloo, buffer: Tensor) -> Work:

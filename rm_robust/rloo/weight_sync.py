@@ -1,6 +1,7 @@
 """The trainer's end of weight updates: send the policy's weights to every vLLM engine and have each confirm the version.
 
-    policy ─WeightPublisher.publish(v)─► start on every engine ─► broadcast ─► finish ─► confirm version v, prefix cache reset
+    policy ─WeightPublisher.publish(v)─► broadcast ─► every engine loads, checks the bytes, scores the probe ─┐
+                      └──────────────► the trainer scores the probe itself, meanwhile ────────────────────────┴─► compared, v confirmed
                                           (any failure: connections closed, one retry over new ones, then RolloutError)
 
 `gloo` (CPU) is ours and imports nothing of vLLM here: importing vLLM's trainer factory would cost a trainer 2.4 s and 120 MB.
@@ -23,6 +24,7 @@ from torch import nn
 
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.weight_broadcast import ModuleWeights, WeightSource, host_store, open_group, send_weights
+from rm_robust.rloo.weight_probe import Probe
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +65,16 @@ class WeightPublisher:
         backend: Literal["gloo", "nccl"],
         tensor_parallel_size: int,
         timeout_s: float,
+        probe: Probe | None = None,
     ) -> None:
-        """`engines` are handles of RolloutEngine actors. `timeout_s` bounds each wait for them (connecting, one call, one broadcast)."""
+        """`engines` are handles of RolloutEngine actors. `timeout_s` bounds each wait for them (connecting, one call, one broadcast).
+
+        With a `probe` (`policy_probe(policy)`) no engine confirms a version before its log-probabilities of it are the trainer's.
+        """
         self._client = EngineClient(engines, tensor_parallel_size=tensor_parallel_size, timeout_s=timeout_s)
         self._source = ModuleWeights(source) if isinstance(source, nn.Module) else source
         self._backend = backend
+        self._probe = probe
         self._sender: WeightSender | None = None
 
     def publish(self, version: int) -> SyncReport:
@@ -100,14 +107,25 @@ class WeightPublisher:
             if self._sender is None:
                 self._client.require_alive()
                 self._sender = _connect(self._backend, self._client, self._source)
-            num_bytes = self._sender.send()
-            self._client.confirm_version(version)
+            sent = self._sender.send()
+            self._confirm(version, sent.receiving)
         except BaseException:
             self.close()  # an engine that still waits for the rest of this update gets an error at once
             raise
-        report = SyncReport(version, num_bytes, time.perf_counter() - start_s, self._client.num_engines)
-        logger.debug("Policy version %d: %d bytes to %d engines in %.3f s", version, num_bytes, report.num_engines, report.seconds)
+        report = SyncReport(version, sent.num_bytes, time.perf_counter() - start_s, self._client.num_engines)
+        logger.debug("Policy version %d: %d bytes to %d engines in %.3f s", version, report.num_bytes, report.num_engines, report.seconds)
         return report
+
+    def _confirm(self, version: int, receiving: list[ObjectRef[Any]]) -> None:
+        """The engines load the rest and score the probe while the trainer scores it; then each compares and confirms."""
+        if self._probe is None:
+            self._client.wait(receiving)
+            self._client.confirm_version(version)
+            return
+        scoring = self._client.begin_score_probe(self._probe.token_ids)
+        trainer_logprobs = self._probe.trainer_logprobs()
+        self._client.wait([*receiving, *scoring])
+        self._client.confirm_version(version, trainer_logprobs)
 
 
 class EngineClient:
@@ -147,8 +165,11 @@ class EngineClient:
             for index, engine in enumerate(self._engines)
         ]
 
-    def begin_update_weights(self, update_info: dict[str, Any]) -> list[ObjectRef[Any]]:
-        return [engine.update_weights.remote(update_info) for engine in self._engines]
+    def begin_receive_update(self, update_info: dict[str, Any]) -> list[ObjectRef[Any]]:
+        return [engine.receive_update.remote(update_info) for engine in self._engines]
+
+    def begin_score_probe(self, token_ids: list[int]) -> list[ObjectRef[Any]]:
+        return [engine.score_probe.remote(token_ids) for engine in self._engines]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.wait(self.begin_init_weight_transfer_engine(init_info))
@@ -158,24 +179,33 @@ class EngineClient:
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
         assert isinstance(update_info, dict), "one update for all workers"
-        self.wait(self.begin_update_weights(update_info))
+        self.wait([engine.update_weights.remote(update_info) for engine in self._engines])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         assert weight_version is None, "versions are confirmed by confirm_version"
         self.wait([engine.finish_weight_update.remote() for engine in self._engines])
 
-    def confirm_version(self, version: int) -> None:
-        """Raises RolloutError unless every engine answers with `version`."""
-        versions = self.wait([engine.confirm_version.remote(version) for engine in self._engines])
+    def confirm_version(self, version: int, trainer_logprobs: list[float] | None = None) -> None:
+        """Raises RolloutError unless every engine answers with `version`, and what an engine raises when its probe is not the trainer's."""
+        versions = self.wait([engine.confirm_version.remote(version, trainer_logprobs) for engine in self._engines])
         if versions != [version] * self.num_engines:
             raise RolloutError(f"Engines confirmed policy versions {versions}, expected {version} from all {self.num_engines}.")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What has left the trainer, and the engines' calls that are still loading it."""
+
+    num_bytes: int
+    """Of one copy."""
+    receiving: list[ObjectRef[Any]]
 
 
 class WeightSender(Protocol):
     """A connection to all engines that can send the weights again and again."""
 
-    def send(self) -> int:
-        """Send the weights to every engine and return the bytes of one copy."""
+    def send(self) -> Sent:
+        """Send the weights to every engine."""
         ...
 
     def close(self) -> None: ...
@@ -194,23 +224,20 @@ class GlooSender:
         self._group = open_group(store, 0, client.world_size, client.timeout_s)
         client.wait(joining)
 
-    def send(self) -> int:
+    def send(self) -> Sent:
         specs = self._source.metadata()
         update_info = {
             "names": [spec.name for spec in specs],
             "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],
             "shapes": [list(spec.shape) for spec in specs],
         }
-        self._client.start_weight_update()
-        receiving = self._client.begin_update_weights(update_info)
+        receiving = self._client.begin_receive_update(update_info)
         try:
             num_bytes = send_weights(self._group, self._source)
         except RuntimeError:
             self._client.raise_first_failure(receiving)  # an engine's own error says more than gloo's "connection closed by peer"
             raise
-        self._client.wait(receiving)
-        self._client.finish_weight_update()
-        return num_bytes
+        return Sent(num_bytes, receiving)
 
     def close(self) -> None:
         del self._group
@@ -229,9 +256,9 @@ class NcclSender:
         vllm_source: Any = source  # vLLM's dense NCCL sender calls nothing but the two methods of our protocol
         self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=vllm_source)
 
-    def send(self) -> int:
+    def send(self) -> Sent:
         self._trainer.send_weights()
-        return sum(spec.num_bytes for spec in self._source.metadata())
+        return Sent(sum(spec.num_bytes for spec in self._source.metadata()), receiving=[])
 
     def close(self) -> None:
         self._trainer.shutdown()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -17,14 +18,17 @@ from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rm_robust.errors import RolloutError
+from rm_robust.packing import choose_layout
+from rm_robust.policy_model import PackedPolicy, load_policy
 from rm_robust.records import GenerationRequest, PromptCompletions
-from rm_robust.rloo.vllm_engine import RolloutEngine, cpu_environment
+from rm_robust.rloo.vllm_engine import PROBE_TOLERANCE, RolloutEngine, cpu_environment
 from rm_robust.rloo.weight_broadcast import ModuleWeights, ParameterSpec
+from rm_robust.rloo.weight_probe import policy_probe
 from rm_robust.rloo.weight_sync import EngineClient, GlooSender, SyncReport, WeightPublisher
-from tests.tiny_models import VOCABULARY_SIZE, save_tiny_qwen2
+from tests.tiny_models import VOCABULARY_SIZE, save_qwen2, save_tiny_qwen2, sized_qwen2_config
 
 pytestmark = pytest.mark.timeout(240)
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -45,29 +49,40 @@ PROMPTS = [prompt_ids(3, seed=1), prompt_ids(17, seed=2), prompt_ids(KV_BLOCK_TO
 
 
 class TransformersTrainer:
-    """A policy in plain transformers that can be changed and published."""
+    """A policy in plain transformers that can be changed and published, beside the same weights as RLOO's trainer holds them, for the probe."""
 
     def __init__(self, model_dir: str, engines: list[ActorHandle]) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = load_policy(model_dir, dtype=torch.float32)
+        layout = choose_layout(self.model.config, self.model.device)
+        policy = PackedPolicy(load_policy(model_dir, dtype=torch.float32), layout, temperature=0.7)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = policy.model.get_parameter(name).data
         self.engines = engines
-        self.publisher = publisher_of(engines, ModuleWeights(self.model))
+        self.probe = policy_probe(policy)
+        self.publisher = WeightPublisher(engines, policy.model, backend="gloo", tensor_parallel_size=1, timeout_s=SYNC_TIMEOUT_S, probe=self.probe)
 
     @torch.no_grad()
-    def change_weights(self, *, seed: int) -> None:
+    def change_weights(self, *, seed: int, scale: float = 0.05) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+    def probe_logprobs(self) -> tuple[list[int], list[float]]:
+        return self.probe.token_ids, self.probe.trainer_logprobs()
 
     def publish(self, version: int) -> SyncReport:
         return self.publisher.publish(version)
+
+    def publish_without_probe(self, version: int) -> SyncReport:
+        return publisher_of(self.engines, ModuleWeights(self.model)).publish(version)
 
     def publish_only(self, names: list[str], *, version: int) -> None:
         publisher_of(self.engines, SomeWeights(self.model, names)).publish(version)
 
     def send_and_vanish(self) -> None:
-        client = VanishingClient(self.engines, tensor_parallel_size=1, timeout_s=SYNC_TIMEOUT_S)
-        with contextlib.suppress(KeyboardInterrupt):
-            GlooSender(client, ModuleWeights(self.model)).send()
+        """As a trainer that is killed when its weights have arrived."""
+        client = EngineClient(self.engines, tensor_parallel_size=1, timeout_s=SYNC_TIMEOUT_S)
+        client.wait(GlooSender(client, ModuleWeights(self.model)).send().receiving)
 
     def publish_foreign(self, *, version: int) -> None:
         publisher_of(self.engines, ForeignWeights(self.model)).publish(version)
@@ -111,13 +126,6 @@ class BreakingWeights(ModuleWeights):
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         yield next(super().__iter__())
         raise MemoryError("the trainer broke while it was sending")
-
-
-class VanishingClient(EngineClient):
-    """The client of a trainer that is killed when its weights have arrived."""
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        raise KeyboardInterrupt("the trainer vanished before it finished the update")
 
 
 class ForeignWeights(ModuleWeights):
@@ -174,13 +182,13 @@ def untied_rollout(engines_by_model: dict[str, tuple[Path, list[ActorHandle]]]) 
     return start_rollout(*engines_by_model["untied"])
 
 
-def start_engine(model_dir: Path, *, max_restarts: int) -> ActorHandle:
+def start_engine(model_dir: Path, *, max_restarts: int = 0, dtype: str = "float32") -> ActorHandle:
     return (
         ray.remote(RolloutEngine)
         .options(num_cpus=1, max_restarts=max_restarts, runtime_env={"env_vars": cpu_environment(1)})
         .remote(
             model_dir=str(model_dir),
-            dtype="float32",
+            dtype=dtype,
             max_model_len=MAX_MODEL_LEN,
             seed=0,
             device="cpu",
@@ -203,6 +211,24 @@ def start_rollout(model_dir: Path, engines: list[ActorHandle]) -> Rollout:
     report = ray.get(trainer.publish.remote(0))
     assert report.num_engines == len(engines)
     return Rollout(trainer, engines, refusals)
+
+
+def break_head_packing(engine: RolloutEngine) -> None:
+    """The fault that only the probe sees: bytes and parameters are the new ones, a tied head computes with the old."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from rm_robust.rloo import vllm_weight_loader
+
+    repack = vllm_weight_loader.repack
+    vllm_weight_loader.repack = lambda layer: None if isinstance(layer, ParallelLMHead) else repack(layer)
+
+
+def names_of_loaders(engine: RolloutEngine) -> list[str]:
+    def of_worker(worker: Any) -> list[str]:
+        return [type(loader).__name__ for loader in worker.weight_transfer_engine._loaders.values()]
+
+    [names] = engine._llm.collective_rpc(of_worker)
+    return names
 
 
 def wait_until_restarted(engine: ActorHandle) -> None:
@@ -266,6 +292,78 @@ def test_engines_equal_transformers_after_every_update(model: str, request: pyte
         assert (report.version, report.num_engines) == (version, len(rollout.engines))
         continuations.append(require_same_policy(rollout, version=version))
     assert all(first != second for first, second in zip(*continuations, strict=True)), "the updates must matter, or this test cannot fail"
+    assert [ray.get(engine.__ray_call__.remote(names_of_loaders)) for engine in rollout.engines] == [["DirectLoader"]] * len(rollout.engines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("size", ["20 M", "100 M"])
+def test_larger_engines_equal_transformers_after_every_update(ray_session: None, tmp_path: Path, size: str, is_tied: bool) -> None:
+    """Each update passed the checksums and the probe, or publish would have raised."""
+    model_dir = save_qwen2(tmp_path, sized_qwen2_config(size, tie_word_embeddings=is_tied))
+    engine = start_engine(model_dir)
+    rollout = start_rollout(model_dir, [engine])
+    continuations = []
+    for version in (1, 2, 3):
+        ray.get(rollout.trainer.change_weights.remote(seed=version, scale=0.02))
+        ray.get(rollout.trainer.publish.remote(version))
+        continuations.append(require_same_policy(rollout, version=version))
+    assert len({str(greedy) for greedy in continuations}) == 3, "the updates must matter, or this test cannot fail"
+    for actor in (engine, rollout.trainer):
+        ray.kill(actor)
+
+
+def test_a_model_whose_weights_vllm_transposes_is_updated_by_vllms_own_loader(ray_session: None, tmp_path: Path) -> None:
+    """GPT-2's, which transformers keeps as [in, out]; its head is tied as well."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY_SIZE, n_positions=MAX_MODEL_LEN, n_embd=128, n_layer=2, n_head=4, initializer_range=0.08, bos_token_id=None, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    engine = start_engine(tmp_path)
+    rollout = start_rollout(tmp_path, [engine])
+    for version in (1, 2):
+        ray.get(rollout.trainer.change_weights.remote(seed=version))
+        ray.get(rollout.trainer.publish.remote(version))
+        require_same_policy(rollout, version=version)
+    loaders = ray.get(engine.__ray_call__.remote(names_of_loaders))
+    assert loaders == ["LayerwiseLoader"]
+    for actor in (engine, rollout.trainer):
+        ray.kill(actor)
+
+
+def test_the_probe_refuses_an_engine_whose_tied_head_is_stale(ray_session: None, tmp_path: Path) -> None:
+    model_dir = save_tiny_qwen2(tmp_path, tie_word_embeddings=True, seed=4)
+    engine = start_engine(model_dir)
+    rollout = start_rollout(model_dir, [engine])
+    ray.get(engine.__ray_call__.remote(break_head_packing))
+    ray.get(rollout.trainer.change_weights.remote(seed=70))
+    with pytest.raises(RayTaskError, match=r"does not compute with policy version 1: .* differ from the trainer's by up to \d") as failure:
+        ray.get(rollout.trainer.publish.remote(1))
+    assert isinstance(failure.value.as_instanceof_cause(), RolloutError)
+    assert ray.get(engine.policy_version.remote()) is None
+    with pytest.raises(RayTaskError, match="refuses to generate"):
+        sample(engine, requests_of(PROMPTS))
+    with pytest.raises(RayTaskError, match="Cannot confirm policy version 1"):
+        ray.get(engine.confirm_version.remote(1))
+    ray.get(rollout.trainer.publish_without_probe.remote(2))
+    greedy = ray.get(engine.greedy.remote(PROMPTS, 16))
+    assert greedy != ray.get(rollout.trainer.greedy.remote(PROMPTS, 16)), "without the probe the stale head goes unseen: the checksums were right"
+    for actor in (engine, rollout.trainer):
+        ray.kill(actor)
+
+
+def test_a_bfloat16_engine_passes_the_probe_of_a_float32_trainer_within_its_wider_tolerance(ray_session: None, tmp_path: Path) -> None:
+    model_dir = save_tiny_qwen2(tmp_path, tie_word_embeddings=True, seed=5)
+    engine = start_engine(model_dir, dtype="bfloat16")
+    rollout = start_rollout(model_dir, [engine])
+    ray.get(rollout.trainer.change_weights.remote(seed=80))
+    ray.get(rollout.trainer.publish.remote(1))
+    (first_id, *other_ids), trainer_logprobs = ray.get(rollout.trainer.probe_logprobs.remote())
+    engine_logprobs = ray.get(engine.score_tokens.remote([first_id], other_ids))
+    largest = max(abs(own - trainer) for own, trainer in zip(engine_logprobs, trainer_logprobs, strict=True))
+    assert PROBE_TOLERANCE["float32"] < largest < PROBE_TOLERANCE["bfloat16"] / 2
+    for actor in (engine, rollout.trainer):
+        ray.kill(actor)
 
 
 def test_an_engine_refuses_to_generate_before_its_first_update(tied_rollout: Rollout) -> None:

@@ -63,7 +63,7 @@ UPWARD = {
 }
 """On purpose: create_engine imports the engine that the config names, inside the function; `python -m rm_robust.scoring` is a command's name."""
 HOMES = {
-    "vllm": ["rm_robust.rloo.vllm_engine", "rm_robust.rloo.weight_sync", "rm_robust.rloo.gloo_weight_transfer"],
+    "vllm": ["rm_robust.rloo.vllm_engine", "rm_robust.rloo.weight_sync", "rm_robust.rloo.gloo_weight_transfer", "rm_robust.rloo.vllm_weight_loader"],
     "deepspeed": ["rm_robust.deepspeed_engine"],
     "fastapi": ["serve"],
 }

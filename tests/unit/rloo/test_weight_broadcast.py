@@ -107,6 +107,39 @@ def test_tied_parameters_are_published_once() -> None:
     assert [spec.name for spec in ModuleWeights(module).metadata()] == ["0.weight"]
 
 
+def test_embedding_and_head_are_published_before_the_numbered_layers() -> None:
+    module = torch.nn.ModuleDict({"embed": torch.nn.Linear(1, 1, bias=False), "layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
+    module["head"] = torch.nn.Linear(1, 1, bias=False)
+    weights = ModuleWeights(module)
+    assert [name for name, _ in weights] == ["embed.weight", "head.weight", "layers.0.weight", "layers.0.bias"]
+    assert [spec.name for spec in weights.metadata()] == [name for name, _ in weights]
+
+
+def test_a_parameter_alone_in_its_chunk_is_sent_from_its_own_memory_and_any_other_is_copied() -> None:
+    whole = torch.arange(12, dtype=torch.float32)
+    sendable = {"whole": whole, "an aligned part": whole[2:4]}
+    copied = {"at an odd place": whole[1:3], "odd length": whole[:3], "transposed": whole.view(3, 4).t()}
+    for name, tensor in (sendable | copied).items():
+        source = ListedWeights([(name, tensor)])
+        (chunk,) = plan_chunks(source.metadata())
+        buffer = pack(chunk, iter(source))
+        assert (buffer.data_ptr() == tensor.data_ptr()) == (name in sendable), name
+        assert torch.equal(unpack(chunk, buffer)[0][1], tensor)
+        assert isinstance(checksum(buffer), int)
+
+
+@pytest.mark.parametrize("window_bytes", [1, 2**20])
+def test_chunks_arrive_in_order_however_many_are_under_way(
+    groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch, window_bytes: int
+) -> None:
+    monkeypatch.setattr(weight_broadcast, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(weight_broadcast, "WINDOW_BYTES", window_bytes)
+    weights = [(f"p{index}", torch.full((1 + index % 5,), float(index))) for index in range(40)]
+    _, received = transfer(groups, ListedWeights(weights))
+    assert list(received) == [name for name, _ in weights]
+    assert all(torch.equal(received[name], tensor) for name, tensor in weights)
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 16, 2**20])
 def test_both_ends_of_a_broadcast_hold_the_same_parameters(
     groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int

@@ -1,0 +1,45 @@
+"""A fixed text by which an engine shows that it computes with the trainer's weights, not only that it received their bytes.
+
+The checksums of an update do not see what an engine makes of the bytes: vLLM's tied output heads on CPU keep an old packed copy unless they are
+packed again (vllm_weight_loader.py). A difference below the engine's tolerance is not seen either, until further updates have added to it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rm_robust.packing import hidden_states, lay_out, token_logprobs
+from rm_robust.policy_model import PackedPolicy
+from rm_robust.records import TokenGroup
+
+NUM_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids, and the trainer's own log-probabilities (nats, temperature 1, float32) of those after the first, under its weights of the moment."""
+
+    token_ids: list[int]
+    trainer_logprobs: Callable[[], list[float]]
+
+
+def spread_token_ids(vocabulary_size: int) -> list[int]:
+    """NUM_PROBE_TOKENS ids, evenly over the vocabulary: no tokenizer is needed, and rows of the whole embedding are read."""
+    return [index * vocabulary_size // NUM_PROBE_TOKENS for index in range(NUM_PROBE_TOKENS)]
+
+
+def policy_probe(policy: PackedPolicy) -> Probe:
+    """The probe of a policy in this process: whole, neither sharded nor wrapped. Its forward pass is plain float32, whatever training computes with."""
+    first_id, *other_ids = token_ids = spread_token_ids(policy.model.config.vocab_size)
+    batch = lay_out([TokenGroup([first_id], [other_ids])], policy.layout, pad_id=first_id)
+
+    @torch.no_grad()
+    def trainer_logprobs() -> list[float]:
+        own_batch = batch.to(policy.model.device)
+        hidden_TH = hidden_states(policy.model.base_model, own_batch)
+        logprobs_M, _ = token_logprobs(policy.model.get_output_embeddings(), hidden_TH, own_batch, temperature=1.0)
+        values: list[float] = logprobs_M.tolist()
+        return values
+
+    return Probe(token_ids, trainer_logprobs)

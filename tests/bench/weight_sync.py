@@ -1,0 +1,171 @@
+"""Weight updates of a vLLM engine against a bare gloo broadcast of the same bytes between two processes, on random Qwen2 policies.
+
+    python -m tests.bench.weight_sync
+
+An update is WeightPublisher.publish as RLOO calls it, until the engine may generate: broadcast, loading and packing, checksums, the probe on both sides,
+confirmation. The bare broadcast is torch.distributed's, of one buffer that both processes allocated before, until the receiver has it. Rounds
+alternate: one update, one broadcast. The last line is JSON; its ratio is the largest of the 20 M and 100 M policies' (issue: at most 2), and
+`small_s` the longest update of 0.3 M (at most 0.05 s).
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray import cloudpickle
+
+from rm_robust.packing import Layout
+from rm_robust.policy_model import PackedPolicy, load_policy
+from rm_robust.rloo.vllm_engine import RolloutEngine, cpu_environment
+from rm_robust.rloo.weight_probe import policy_probe
+from rm_robust.rloo.weight_sync import WeightPublisher
+from tests.tiny_models import save_qwen2, sized_qwen2_config
+
+SIZES = ("0.3 M", "20 M", "100 M")
+MIB = 2**20
+TIMEOUT_S = 120.0
+TRAINER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of each round, of one policy."""
+
+    size: str
+    is_tied: bool
+    num_bytes: int
+    update_s: list[float]
+    broadcast_s: list[float]
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} {'tied' if self.is_tied else 'untied'}"
+
+    @property
+    def ratio(self) -> float:
+        return median(self.update_s) / median(self.broadcast_s)
+
+
+class BarePeer:
+    """One end of the bare broadcast, in a process of its own or the trainer's."""
+
+    def address(self) -> str:
+        return str(ray.util.get_node_ip_address())
+
+    def join(self, init_method: str, rank: int, num_bytes: int) -> None:
+        dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=2)
+        self.buffer = torch.ones(num_bytes, dtype=torch.uint8)
+
+    def broadcast(self) -> float:
+        """Seconds from when both are ready until this end is done."""
+        dist.barrier()
+        start_s = time.perf_counter()
+        dist.broadcast(self.buffer, 0)
+        return time.perf_counter() - start_s
+
+
+class Trainer(BarePeer):
+    """A policy that is changed before every update, and the sender of the bare broadcast."""
+
+    def __init__(self, model_dir: str, engine: Any) -> None:
+        policy = PackedPolicy(load_policy(model_dir, dtype=torch.float32), Layout.SEGMENTS, temperature=1.0)
+        self.model = policy.model
+        self.publisher = WeightPublisher([engine], policy.model, backend="gloo", tensor_parallel_size=1, timeout_s=TIMEOUT_S, probe=policy_probe(policy))
+
+    @torch.no_grad()
+    def update(self, version: int) -> tuple[float, int]:
+        """Seconds and bytes of one publication."""
+        for parameter in self.model.parameters():
+            parameter.mul_(1.001)
+        report = self.publisher.publish(version)
+        return report.seconds, report.num_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
+    arguments = parser.parse_args()
+    print(f"torch {torch.__version__}, ray {ray.__version__}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; 1 thread a process", flush=True)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:  # socket paths must be short
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=scratch)
+        comparisons = [
+            compare(size, is_tied=is_tied, num_rounds=arguments.rounds, folder=Path(scratch) / f"{size}-{is_tied}".replace(" ", ""))
+            for size in arguments.sizes
+            for is_tied in (True, False)
+        ]
+        ray.shutdown()
+    print_table(comparisons)
+    print(json.dumps(result_of(comparisons)))
+
+
+def compare(size: str, *, is_tied: bool, num_rounds: int, folder: Path) -> Comparison:
+    """Alternated rounds of updates and bare broadcasts of as many bytes, after one of each that does not count."""
+    save_qwen2(folder, sized_qwen2_config(size, tie_word_embeddings=is_tied))
+    engine: Any = (
+        ray.remote(RolloutEngine)
+        .options(runtime_env={"env_vars": cpu_environment(1)})
+        .remote(
+            model_dir=str(folder),
+            dtype="float32",
+            max_model_len=512,
+            seed=0,
+            device="cpu",
+            kv_cache_memory_bytes=64 * MIB,
+            max_num_seqs=64,
+            weight_transfer_backend="gloo",
+            tensor_parallel_size=1,
+        )
+    )
+    trainer: Any = ray.remote(Trainer).options(runtime_env={"env_vars": TRAINER_ENVIRONMENT}).remote(str(folder), engine)
+    receiver: Any = ray.remote(BarePeer).options(runtime_env={"env_vars": TRAINER_ENVIRONMENT}).remote()
+    _, num_bytes = ray.get(trainer.update.remote(0))
+    with tempfile.NamedTemporaryFile(dir=folder) as rendezvous:
+        ray.get([peer.join.remote(f"file://{rendezvous.name}", rank, num_bytes) for rank, peer in enumerate((trainer, receiver))])
+        ray.get([peer.broadcast.remote() for peer in (trainer, receiver)])
+    update_s, broadcast_s = [], []
+    for version in range(1, num_rounds + 1):
+        update_s.append(ray.get(trainer.update.remote(version))[0])
+        broadcast_s.append(max(ray.get([peer.broadcast.remote() for peer in (trainer, receiver)])))
+    for actor in (engine, trainer, receiver):
+        ray.kill(actor)
+    comparison = Comparison(size, is_tied, num_bytes, update_s, broadcast_s)
+    print(f"{comparison.name}: ratio {comparison.ratio:.2f}, load {os.getloadavg()[0]:.1f}", flush=True)
+    return comparison
+
+
+def print_table(comparisons: list[Comparison]) -> None:
+    print("\n| policy | MB | update, median s | bare broadcast, median s | ratio | updates | broadcasts |\n| --- | --- | --- | --- | --- | --- | --- |")
+    for c in comparisons:
+        updates, broadcasts = (" ".join(f"{seconds:.3f}" for seconds in rounds) for rounds in (c.update_s, c.broadcast_s))
+        print(f"| {c.name} | {c.num_bytes / 1e6:.1f} | {median(c.update_s):.4f} | {median(c.broadcast_s):.4f} | {c.ratio:.2f} | {updates} | {broadcasts} |")
+    print()
+
+
+def result_of(comparisons: list[Comparison]) -> dict[str, str | float]:
+    """The worst of the policies that the ratio is asked of, and the longest small update."""
+    result: dict[str, str | float] = {"bench": "weight_sync", "unit": "s"}
+    large = [c for c in comparisons if c.size != "0.3 M"]
+    if large:
+        worst = max(large, key=lambda c: c.ratio)
+        result |= {"policy": worst.name, "ours": round(median(worst.update_s), 4), "peer": round(median(worst.broadcast_s), 4), "ratio": round(worst.ratio, 3)}
+    small = [c for c in comparisons if c.size == "0.3 M"]
+    if small:
+        result |= {"small_s": round(max(median(c.update_s) for c in small), 4)}
+    return result | {f"ratio {c.name}": round(c.ratio, 3) for c in comparisons}
+
+
+if __name__ == "__main__":
+    main()
