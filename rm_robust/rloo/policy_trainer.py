@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rm_robust.chat import ChatFormat
-from rm_robust.compute import prepare_for_training
+from rm_robust.compute import EXACT, prepare_for_training
 from rm_robust.config import PipelineConfig
 from rm_robust.packing import PackedBatch, choose_layout, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy
@@ -29,6 +29,7 @@ from rm_robust.rloo.advantages import sequence_kl, token_kl
 from rm_robust.rloo.losses import policy_loss
 from rm_robust.rloo.rollout import Measurement, Update
 from rm_robust.rloo.weight_broadcast import NamedWeights
+from rm_robust.rloo.weight_probe import Probe, policy_probe
 from rm_robust.rloo.weight_sync import SyncReport, WeightPublisher
 from rm_robust.run_layout import RunLayout
 from rm_robust.train_engine import create_engine, largest_over_ranks, learning_rate_at
@@ -57,7 +58,8 @@ class PolicyTrainer:
         self._measured: _Measured | None = None
         self._publisher: WeightPublisher | None = None
         self._gathered = NamedWeights({})
-        """Of a policy whose parameters are sharded, its whole weights as of the latest `publish`."""
+        self._probe_logprobs: list[float] = []
+        """Of a policy whose parameters are sharded, its whole weights and its log-probabilities of the probe as of the latest `publish`."""
 
     def node_address(self) -> str:
         import ray
@@ -89,9 +91,11 @@ class PolicyTrainer:
         """Rank 0: the engines that `publish` sends to from now on."""
         if self._publisher is not None:
             self._publisher.close()
+        own = policy_probe(self.policy)
         self._publisher = WeightPublisher(
             engines,
             self.policy.model if self._has_whole_weights else self._gathered,
+            probe=own if self._has_whole_weights else Probe(own.token_ids, lambda: self._probe_logprobs),
             backend=self.settings.weight_transfer_backend,
             tensor_parallel_size=self.settings.tensor_parallel_size,
             timeout_s=timeout_s,
@@ -101,11 +105,23 @@ class PolicyTrainer:
         """Bring every engine to the current weights as `version`, and return rank 0's report; raises RolloutError when one does not confirm."""
         if not self._has_whole_weights:
             whole = self.engine.full_state_dict()
+            self._probe_logprobs = self._logprobs_of_sharded(policy_probe(self.policy).token_ids)
             self._gathered.replace({name: whole[f"model.{name}"] for name, _ in self.policy.model.named_parameters() if self.rank == 0})  # tied ones once
         if self.rank:
             return None
         assert self._publisher is not None, "connect first"
         return self._publisher.publish(version)
+
+    def _logprobs_of_sharded(self, token_ids: list[int]) -> list[float]:
+        """What a probe's `trainer_logprobs` gives, by a forward pass that all ranks take part in."""
+        batch = lay_out([TokenGroup(token_ids[:1], [token_ids[1:]])], self.policy.layout, pad_id=self.chat.pad_id).to(self.device)
+        kept = self.policy.temperature, self.policy.compute
+        self.policy.temperature, self.policy.compute = 1.0, EXACT
+        with torch.no_grad():
+            logprobs_M, _ = self.engine.forward(batch)
+        self.policy.temperature, self.policy.compute = kept
+        values: list[float] = logprobs_M.tolist()
+        return values
 
     def measure(self, completions: list[PromptCompletions], *, keep_graph: bool = True) -> Measurement:
         """Log-probabilities of the sampled tokens under policy and reference; `keep_graph` where `update` comes next."""
