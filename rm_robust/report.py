@@ -222,8 +222,8 @@ def _samples_section(run: RunRecord) -> str:
 def _sample_table(samples: list[Sample]) -> str:
     rows = []
     for sample in samples:
-        gold = "not scored" if sample.gold_score is None else f"{sample.gold_score:.3f}"
-        numbers = "".join(f'<td class="number">{text}</td>' for text in (f"{sample.proxy_score:.3f}", gold, str(sample.num_tokens)))
+        scores = ["not scored" if score is None else f"{score:.3f}" for score in (sample.proxy_score, sample.gold_score)]
+        numbers = "".join(f'<td class="number">{text}</td>' for text in (*scores, str(sample.num_tokens)))
         rows.append(f'<tr><td class="text">{escape(sample.prompt)}</td><td class="text">{escape(sample.completion)}</td>{numbers}</tr>')
     head = "<tr><th>Prompt</th><th>Completion</th>" + "".join(f'<th class="number">{t}</th>' for t in ("Proxy", "Gold", "Tokens")) + "</tr>"
     return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'

@@ -37,12 +37,12 @@ class ResponseModels:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled completion of an RLOO step, as text. `gold_score` is None when no gold judge was asked."""
+    """One sampled completion of an RLOO step, as text. A score is None where it failed; gold's also when the judge was not asked."""
 
     step: int
     prompt: str
     completion: str
-    proxy_score: float
+    proxy_score: float | None
     gold_score: float | None
     num_tokens: int
 
