@@ -37,7 +37,8 @@ def rloo_config(folder: Path, **rloo: Any) -> PipelineConfig:
         "kv_cache_memory_bytes": 2**23,
         "optimizer": {"learning_rate": 1e-3, "warmup_fraction": 0.0},
         "trainers": {"num_workers": 1, "num_cpus_per_worker": 0.1},
-        "evaluation": {"every_steps": 0},
+        "target_kl": 0.5,
+        "evaluation": {"every_steps": 2, "num_prompts": 4},
         **rloo,
     }
     return PipelineConfig.model_validate({"name": "faults", "model": {"path": str(model_dir)}, "sft": {"enabled": False}, "rloo": settings})

@@ -9,6 +9,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from rm_robust.checkpoint import read_manifest
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import RolloutError, ScoringError
 from rm_robust.rloo.controller import run_rloo
@@ -40,7 +41,16 @@ def uninterrupted(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         **{"prompts_redone": 0, "steps_redone": 0},
     }
     require_nothing_left()
+    require_evaluated(run_dir)
     return policy_weights(run_dir)
+
+
+def require_evaluated(run_dir: Path) -> None:
+    """Every second step, and the best of them is kept."""
+    gold = {line["step"]: line["rloo/eval/gold_mean"] for line in steps_of(run_dir) if "rloo/eval/gold_mean" in line}
+    assert list(gold) == [2, 4]
+    best = read_manifest(RunLayout(run_dir).best_policy_checkpoint).training["num_steps"]
+    assert gold[best] == max(gold.values())
 
 
 def policy_weights(run_dir: Path) -> dict[str, torch.Tensor]:
