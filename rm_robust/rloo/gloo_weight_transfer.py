@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.vllm_weight_loader import WeightLoader, new_loader
 from rm_robust.rloo.weight_broadcast import ParameterSpec, join_store, open_group, receive_weights
+from rm_robust.rloo.weight_sharing import load_shared_weights, num_shared_bytes, open_memory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupGloo
@@ -34,10 +36,12 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+    shared_path: str | None
+    """Where the trainer shares them in memory; None: they are broadcast."""
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives the trainer's broadcasts and loads them into this worker's model."""
+    """Loads what the trainer broadcasts or shares into this worker's model."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
@@ -47,10 +51,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group: ProcessGroupGloo | None = None
         self._loaders: dict[tuple[ParameterSpec, ...], WeightLoader] = {}
         self._loader: WeightLoader | None = None
+        self._shared: dict[tuple[str, int], Tensor] = {}
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._shared = {}  # a new trainer's memory may have an old one's path
         store = join_store(init_info.master_address, init_info.master_port, init_info.world_size, init_info.timeout_s)
         self._group = open_group(store, rank, init_info.world_size, init_info.timeout_s)
 
@@ -69,7 +75,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self._loaders = {tuple(specs): new_loader(self.model, self.model_config, specs)}
         loader = self._loaders[tuple(specs)]
         loader.start()
-        receive_weights(group, specs, loader.load)
+        if update_info.shared_path is None:
+            receive_weights(group, specs, loader.load)
+        else:
+            load_shared_weights(group, specs, self._shared_memory(update_info.shared_path, num_shared_bytes(specs)), loader.load)
         self._loader = loader
 
     def finish_weight_update(self) -> None:
@@ -80,6 +89,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def shutdown(self) -> None:
         """Leave the trainer's group; peers that wait for this worker get an error at once."""
         self._group = None
+        self._shared = {}
+
+    def _shared_memory(self, path: str, num_bytes: int) -> Tensor:
+        if (path, num_bytes) not in self._shared:
+            self._shared = {(path, num_bytes): open_memory(path, num_bytes)}
+        return self._shared[path, num_bytes]
 
     def _require_group(self) -> "ProcessGroupGloo":
         if self._group is None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rm_robust.errors import ConfigError, RolloutError
 from rm_robust.records import Completion, GenerationRequest, PromptCompletions
+from rm_robust.rloo.weight_sharing import memory_namespace
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -157,6 +158,10 @@ class RolloutEngine:
     def policy_version(self) -> int | None:
         """The version that completions are sampled with; None while the engine refuses to generate."""
         return self._policy_version
+
+    def memory_namespace(self) -> str:
+        """Tells a trainer whether it can share memory with this engine."""
+        return memory_namespace()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join the trainer's group; blocks until all its members have."""

@@ -49,6 +49,7 @@ class ParameterSpec:
 class WeightSource(Protocol):
     """The weights to publish: `metadata()` lists them, iterating yields them in the same order, afresh for every update.
 
+    A tensor that was yielded must stay as it is until the update is over: it may be sent from where it is.
     The same two methods are what vLLM's NCCL sender reads of its own `WeightSource`.
     """
 
@@ -92,14 +93,17 @@ class NamedWeights:
         yield from self._weights.items()
 
 
-def plan_chunks(specs: Iterable[ParameterSpec]) -> list[list[ParameterSpec]]:
-    """Cut parameters, in order, into chunks. Both ends call it on the same list, so they agree on every buffer's size."""
+def plan_chunks(specs: Iterable[ParameterSpec], chunk_bytes: int) -> list[list[ParameterSpec]]:
+    """Cut parameters, in order, into chunks of at most `chunk_bytes`, larger parameters alone.
+
+    Both ends call it on the same list, so they agree on every buffer's size.
+    """
     chunks: list[list[ParameterSpec]] = []
     room_bytes = 0
     for spec in specs:
         if not chunks or _padded_bytes(spec) > room_bytes:
             chunks.append([])
-            room_bytes = CHUNK_BYTES
+            room_bytes = chunk_bytes
         chunks[-1].append(spec)
         room_bytes -= _padded_bytes(spec)
     return chunks
@@ -110,30 +114,37 @@ def chunk_num_bytes(chunk: list[ParameterSpec]) -> int:
     return sum(_padded_bytes(spec) for spec in chunk)
 
 
-def pack(chunk: list[ParameterSpec], weights: Iterator[tuple[str, Tensor]]) -> Tensor:
-    """The chunk's parameters from `weights` as one uint8 CPU buffer: a copy, or the memory of the chunk's only parameter itself where that can be sent.
+def fill(buffer: Tensor, chunk: list[ParameterSpec], weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy the chunk's parameters from `weights` into a uint8 CPU buffer of its length.
 
     Raises RolloutError when `weights` yields anything but what the chunk announces.
     """
-    buffer: Tensor | None = None
     start = 0
     for spec in chunk:
-        name, tensor = next(weights, ("nothing", torch.empty(0)))
-        if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
-            raise RolloutError(
-                f"The weights announce {spec.name} {spec.dtype} {spec.shape} but yield {name} {tensor.dtype} {tuple(tensor.shape)}. "
-                "metadata() and iteration must list the same parameters in the same order."
-            )
-        if len(chunk) == 1 and _is_sendable(tensor):
-            return tensor.view(-1).view(torch.uint8)
-        if buffer is None:
-            buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
+        tensor = _next_weight(spec, weights)
         end = start + spec.num_bytes
         buffer[start:end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
         start += _padded_bytes(spec)
         buffer[end:start].zero_()
-    assert buffer is not None, "a chunk has a parameter"
+
+
+def pack(chunk: list[ParameterSpec], weights: Iterator[tuple[str, Tensor]]) -> Tensor:
+    """The chunk as one uint8 CPU buffer: a copy, or the memory of its only parameter itself where that can be sent. Raises what `fill` raises."""
+    if len(chunk) == 1:
+        tensor = _next_weight(chunk[0], weights)
+        if _is_sendable(tensor):
+            return tensor.view(-1).view(torch.uint8)
+        weights = iter([(chunk[0].name, tensor)])
+    buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
+    fill(buffer, chunk, weights)
     return buffer
+
+
+def require_exhausted(weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Raises RolloutError when there are more weights than were announced."""
+    extra = next(weights, None)
+    if extra is not None:
+        raise RolloutError(f"The weights yield {extra[0]}, which metadata() does not announce. Both must list the same parameters.")
 
 
 def unpack(chunk: list[ParameterSpec], buffer: Tensor) -> list[tuple[str, Tensor]]:
@@ -170,19 +181,17 @@ def send_weights(group: ProcessGroupGloo, source: WeightSource) -> int:
     weights = iter(source)
     checksums: list[int] = []
     on_wire: deque[tuple[int, Work]] = deque()
-    chunks = plan_chunks(source.metadata())
+    chunks = plan_chunks(source.metadata(), CHUNK_BYTES)
     for chunk in chunks:
         buffer = pack(chunk, weights)
-        on_wire.append((buffer.numel(), _start_broadcast(group, buffer)))
+        on_wire.append((buffer.numel(), start_broadcast(group, buffer)))
         checksums.append(checksum(buffer))
         while len(on_wire) > 1 and sum(num_bytes for num_bytes, _ in on_wire) > WINDOW_BYTES:
             on_wire.popleft()[1].wait()
-    extra = next(weights, None)
-    if extra is not None:
-        raise RolloutError(f"The weights yield {extra[0]}, which metadata() does not announce. Both must list the same parameters.")
+    require_exhausted(weights)
     for _, work in on_wire:
         work.wait()
-    _start_broadcast(group, torch.tensor(checksums, dtype=torch.int64)).wait()
+    start_broadcast(group, torch.tensor(checksums, dtype=torch.int64)).wait()
     return sum(chunk_num_bytes(chunk) for chunk in chunks)
 
 
@@ -191,16 +200,35 @@ def receive_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], load: C
 
     Raises RolloutError when the bytes of a chunk are not those that were sent; its weights have been loaded by then.
     """
-    chunks = plan_chunks(specs)
+    chunks = plan_chunks(specs, CHUNK_BYTES)
     checksums: list[int] = []
     for chunk, buffer in _receive_in_order(group, chunks):
         checksums.append(checksum(buffer))
         load(unpack(chunk, buffer))
     sent_checksums = torch.empty(len(chunks), dtype=torch.int64)
-    _start_broadcast(group, sent_checksums).wait()
+    start_broadcast(group, sent_checksums).wait()
     for index, (sent, received) in enumerate(zip(sent_checksums.tolist(), checksums, strict=True)):
         if sent != received:
             raise RolloutError(f"Chunk {index} of {len(chunks)} arrived with checksum {received}, but {sent} was sent. Publish the weights again.")
+
+
+def start_broadcast(group: ProcessGroupGloo, buffer: Tensor) -> Work:
+    """Send a buffer from the trainer, or receive it. `dist.broadcast` needs a registered group; the group's own method does not."""
+    options = BroadcastOptions()
+    options.rootRank = _TRAINER_RANK
+    options.rootTensor = 0
+    work: Work = group.broadcast([buffer], options)  # type: ignore[attr-defined]
+    return work
+
+
+def _next_weight(spec: ParameterSpec, weights: Iterator[tuple[str, Tensor]]) -> Tensor:
+    name, tensor = next(weights, ("nothing", torch.empty(0)))
+    if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
+        raise RolloutError(
+            f"The weights announce {spec.name} {spec.dtype} {spec.shape} but yield {name} {tensor.dtype} {tuple(tensor.shape)}. "
+            "metadata() and iteration must list the same parameters in the same order."
+        )
+    return tensor
 
 
 def _padded_bytes(spec: ParameterSpec) -> int:
@@ -224,18 +252,9 @@ def _receive_in_order(group: ProcessGroupGloo, chunks: list[list[ParameterSpec]]
 
     for chunk in chunks:
         buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
-        arriving.append((chunk, buffer, _start_broadcast(group, buffer)))
+        arriving.append((chunk, buffer, start_broadcast(group, buffer)))
         del buffer
         while len(arriving) > 1 and sum(waiting.numel() for _, waiting, _ in arriving) > WINDOW_BYTES:
             yield arrived()
     while arriving:
         yield arrived()
-
-
-def _start_broadcast(group: ProcessGroupGloo, buffer: Tensor) -> Work:
-    """`dist.broadcast` needs a registered group; the group's own method does not."""
-    options = BroadcastOptions()
-    options.rootRank = _TRAINER_RANK
-    options.rootTensor = 0
-    work: Work = group.broadcast([buffer], options)  # type: ignore[attr-defined]
-    return work

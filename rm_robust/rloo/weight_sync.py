@@ -1,6 +1,6 @@
 """The trainer's end of weight updates: send the policy's weights to every vLLM engine and have each confirm the version.
 
-    policy ─WeightPublisher.publish(v)─► broadcast ─► every engine loads, checks the bytes, scores the probe ─┐
+    policy ─WeightPublisher.publish(v)─► weights ─► every engine loads, checks the bytes, scores the probe ─┐
                       └──────────────► the trainer scores the probe itself, meanwhile ────────────────────────┴─► compared, v confirmed
                                           (any failure: connections closed, one retry over new ones, then RolloutError)
 
@@ -25,6 +25,7 @@ from torch import nn
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.weight_broadcast import ModuleWeights, WeightSource, host_store, open_group, send_weights
 from rm_robust.rloo.weight_probe import Probe
+from rm_robust.rloo.weight_sharing import SharedMemory, memory_namespace, num_shared_bytes, share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,10 @@ class EngineClient:
         """Raises RayError at once when an engine is dead, where joining a group with it would wait out the timeout."""
         self.wait([engine.policy_version.remote() for engine in self._engines])
 
+    def can_share_memory(self) -> bool:
+        """Whether all engines run beside this process."""
+        return set(self.wait([engine.memory_namespace.remote() for engine in self._engines])) == {memory_namespace()}
+
     def begin_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> list[ObjectRef[Any]]:
         """Give each engine its own ranks: vLLM's own Ray client sends one `rank_offset` to all, and several engines then wait for each other."""
         return [
@@ -212,11 +217,16 @@ class WeightSender(Protocol):
 
 
 class GlooSender:
-    """Broadcasts from this process, rank 0 of a gloo group that exists beside any default process group."""
+    """Rank 0 of a gloo group that exists beside any default process group. Shares the weights in memory when all engines run beside it, or broadcasts them.
+
+    A socket to one engine moves 3 to 4 GB/s and occupies both ends: on 2 cores an update of 100 M parameters takes as long again with it.
+    """
 
     def __init__(self, client: EngineClient, source: WeightSource) -> None:
         self._client = client
         self._source = source
+        self._shares_memory = client.can_share_memory()
+        self._memory: SharedMemory | None = None
         address = ray.util.get_node_ip_address()
         store = host_store(address, client.world_size, client.timeout_s)
         init_info = {"master_address": address, "master_port": store.port, "world_size": client.world_size, "timeout_s": client.timeout_s}
@@ -230,17 +240,25 @@ class GlooSender:
             "names": [spec.name for spec in specs],
             "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],
             "shapes": [list(spec.shape) for spec in specs],
+            "shared_path": None,
         }
+        if self._shares_memory:
+            self._memory = self._memory or SharedMemory(num_shared_bytes(specs))
+            update_info["shared_path"] = self._memory.path
         receiving = self._client.begin_receive_update(update_info)
         try:
-            num_bytes = send_weights(self._group, self._source)
+            if self._memory is not None:
+                return Sent(share_weights(self._group, self._source, self._memory.buffer), receiving)
+            return Sent(send_weights(self._group, self._source), receiving)
         except RuntimeError:
             self._client.raise_first_failure(receiving)  # an engine's own error says more than gloo's "connection closed by peer"
             raise
-        return Sent(num_bytes, receiving)
 
     def close(self) -> None:
         del self._group
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
 
 class NcclSender:

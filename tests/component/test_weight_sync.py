@@ -76,6 +76,19 @@ class TransformersTrainer:
     def publish_without_probe(self, version: int) -> SyncReport:
         return publisher_of(self.engines, ModuleWeights(self.model)).publish(version)
 
+    def publish_over_sockets(self, version: int) -> SyncReport:
+        """As from another machine."""
+        from rm_robust.rloo import weight_sync
+
+        shares_memory = weight_sync.EngineClient.can_share_memory
+        weight_sync.EngineClient.can_share_memory = lambda self: False
+        try:
+            self.publisher.close()
+            return self.publisher.publish(version)
+        finally:
+            weight_sync.EngineClient.can_share_memory = shares_memory
+            self.publisher.close()
+
     def publish_only(self, names: list[str], *, version: int) -> None:
         publisher_of(self.engines, SomeWeights(self.model, names)).publish(version)
 
@@ -311,6 +324,14 @@ def test_larger_engines_equal_transformers_after_every_update(ray_session: None,
     assert len({str(greedy) for greedy in continuations}) == 3, "the updates must matter, or this test cannot fail"
     for actor in (engine, rollout.trainer):
         ray.kill(actor)
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_engines_on_another_machine_equal_transformers_too(model: str, request: pytest.FixtureRequest) -> None:
+    rollout: Rollout = request.getfixturevalue(f"{model}_rollout")
+    ray.get(rollout.trainer.change_weights.remote(seed=30))
+    ray.get(rollout.trainer.publish_over_sockets.remote(2))
+    require_same_policy(rollout, version=2)
 
 
 def test_a_model_whose_weights_vllm_transposes_is_updated_by_vllms_own_loader(ray_session: None, tmp_path: Path) -> None:

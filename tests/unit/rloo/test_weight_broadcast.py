@@ -12,6 +12,7 @@ from torch import Tensor
 from rm_robust.errors import RolloutError
 from rm_robust.rloo import weight_broadcast
 from rm_robust.rloo.weight_broadcast import (
+    CHUNK_BYTES,
     ModuleWeights,
     ParameterSpec,
     checksum,
@@ -78,7 +79,7 @@ def transfer(groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], source
 def test_parameters_survive_packing_whatever_their_dtype_and_layout() -> None:
     weights = mixed_weights()
     source = ListedWeights(weights)
-    (chunk,) = plan_chunks(source.metadata())
+    (chunk,) = plan_chunks(source.metadata(), CHUNK_BYTES)
     buffer = pack(chunk, iter(source))
     assert buffer.numel() == chunk_num_bytes(chunk) == 8 + 40 + 8 + 16
     for (name, tensor), (sent_name, sent) in zip(unpack(chunk, buffer), weights, strict=True):
@@ -86,10 +87,9 @@ def test_parameters_survive_packing_whatever_their_dtype_and_layout() -> None:
         assert torch.equal(tensor, sent)
 
 
-def test_chunks_hold_whole_parameters_up_to_their_limit_and_a_larger_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_broadcast, "CHUNK_BYTES", 32)
+def test_chunks_hold_whole_parameters_up_to_their_limit_and_a_larger_one_alone() -> None:
     specs = [ParameterSpec(name, torch.float32, (length,)) for name, length in [("a", 4), ("b", 3), ("c", 1), ("big", 100), ("d", 8), ("e", 1)]]
-    assert [[spec.name for spec in chunk] for chunk in plan_chunks(specs)] == [["a", "b"], ["c"], ["big"], ["d"], ["e"]]
+    assert [[spec.name for spec in chunk] for chunk in plan_chunks(specs, 32)] == [["a", "b"], ["c"], ["big"], ["d"], ["e"]]
 
 
 def test_a_checksum_is_the_sum_of_int64_words_and_sees_every_altered_byte() -> None:
@@ -121,7 +121,7 @@ def test_a_parameter_alone_in_its_chunk_is_sent_from_its_own_memory_and_any_othe
     copied = {"at an odd place": whole[1:3], "odd length": whole[:3], "transposed": whole.view(3, 4).t()}
     for name, tensor in (sendable | copied).items():
         source = ListedWeights([(name, tensor)])
-        (chunk,) = plan_chunks(source.metadata())
+        (chunk,) = plan_chunks(source.metadata(), CHUNK_BYTES)
         buffer = pack(chunk, iter(source))
         assert (buffer.data_ptr() == tensor.data_ptr()) == (name in sendable), name
         assert torch.equal(unpack(chunk, buffer)[0][1], tensor)
@@ -155,7 +155,7 @@ def test_both_ends_of_a_broadcast_hold_the_same_parameters(
 def test_altered_bytes_are_an_error(groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo]) -> None:
     """The sender announces the checksum of other bytes than those that it puts on the wire."""
     weights = [("weight", torch.ones(8))]
-    chunk = plan_chunks(ListedWeights(weights).metadata())[0]
+    chunk = plan_chunks(ListedWeights(weights).metadata(), CHUNK_BYTES)[0]
     buffer = pack(chunk, iter(weights))
     with ThreadPoolExecutor(1) as pool:
         receiving = pool.submit(receive_weights, groups[1], chunk, lambda weights: None)
@@ -178,7 +178,7 @@ def test_altered_bytes_are_an_error(groups: tuple[dist.ProcessGroupGloo, dist.Pr
 )
 def test_weights_that_differ_from_their_announcement_are_refused(yielded: list[tuple[str, Tensor]], message: str) -> None:
     source = ListedWeights(yielded, announced=[("a", torch.zeros(2)), ("b", torch.zeros(3))])
-    (chunk,) = plan_chunks(source.metadata())
+    (chunk,) = plan_chunks(source.metadata(), CHUNK_BYTES)
     with pytest.raises(RolloutError, match=message):
         pack(chunk, iter(source))
 

@@ -1,0 +1,99 @@
+"""Weights of engines on the trainer's own machine: copied once into memory that all of them see, instead of through a socket to each.
+
+    trainer   parameters ─fill─► shared chunk ─checksum broadcast─┐   the memory stays as it is until the engines have confirmed
+    engines   load(named tensors) ◄─unpack, same checksum─────────┘
+
+The memory has no name in any file system: it is gone with the last process that holds it, however that ends. Linux only.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroupGloo
+
+from rm_robust.errors import RolloutError
+from rm_robust.rloo.weight_broadcast import (
+    ParameterSpec,
+    WeightSource,
+    checksum,
+    chunk_num_bytes,
+    fill,
+    plan_chunks,
+    require_exhausted,
+    start_broadcast,
+    unpack,
+)
+
+SHARED_CHUNK_BYTES = 4 * 2**20
+"""A chunk is still in the processor's cache when an engine reads what the trainer has just written."""
+
+
+def memory_namespace() -> str:
+    """Equal in two processes of one user that can open each other's memory: those of one kernel and one process namespace."""
+    if sys.platform != "linux":
+        return f"process {os.getpid()} of {socket.gethostname()}"
+    with open("/proc/sys/kernel/random/boot_id") as boot_id:
+        return f"{boot_id.read().strip()} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
+
+
+class SharedMemory:
+    """Bytes of the trainer's that engines open by `path` while it is not closed."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Raises OSError when there is not so much memory."""
+        self._descriptor = os.memfd_create("policy_weights")
+        self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        os.posix_fallocate(self._descriptor, 0, num_bytes)
+        self.buffer = open_memory(self.path, num_bytes)
+
+    def close(self) -> None:
+        """Engines that have it open keep it."""
+        os.close(self._descriptor)
+
+
+def open_memory(path: str, num_bytes: int) -> Tensor:
+    """The trainer's memory as a uint8 tensor."""
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+
+
+def num_shared_bytes(specs: list[ParameterSpec]) -> int:
+    return sum(chunk_num_bytes(chunk) for chunk in plan_chunks(specs, SHARED_CHUNK_BYTES))
+
+
+def share_weights(group: ProcessGroupGloo, source: WeightSource, memory: Tensor) -> int:
+    """Copy every parameter of `source` into `memory`, announce each chunk when it is there, and return their bytes. RuntimeError when an engine has gone."""
+    weights = iter(source)
+    announcements = []
+    start = 0
+    for chunk in plan_chunks(source.metadata(), SHARED_CHUNK_BYTES):
+        end = start + chunk_num_bytes(chunk)
+        fill(memory[start:end], chunk, weights)
+        announcements.append(start_broadcast(group, torch.tensor([checksum(memory[start:end])])))
+        start = end
+    require_exhausted(weights)
+    for announcement in announcements:
+        announcement.wait()
+    return start
+
+
+def load_shared_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], memory: Tensor, load: Callable[[list[tuple[str, Tensor]]], None]) -> None:
+    """Hand each chunk that `share_weights` announces to `load`, which may keep the tensors until the update is over, and must not change them.
+
+    Raises RolloutError, before it loads a chunk, when its bytes are not those that were announced.
+    """
+    chunks = plan_chunks(specs, SHARED_CHUNK_BYTES)
+    checksums = [torch.empty(1, dtype=torch.int64) for _ in chunks]
+    announcements = [start_broadcast(group, checksum_1) for checksum_1 in checksums]
+    start = 0
+    for index, (chunk, announcement, announced) in enumerate(zip(chunks, announcements, checksums, strict=True)):
+        announcement.wait()
+        end = start + chunk_num_bytes(chunk)
+        found = checksum(memory[start:end])
+        if found != announced.item():
+            raise RolloutError(f"Shared chunk {index} of {len(chunks)} has checksum {found}, but {announced.item()} was announced. Publish the weights again.")
+        load(unpack(chunk, memory[start:end]))
+        start = end

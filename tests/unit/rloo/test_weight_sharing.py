@@ -1,0 +1,69 @@
+"""Weights in shared memory, between two threads and, for what belongs to a process, two processes."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroupGloo
+
+from rm_robust.errors import RolloutError
+from rm_robust.rloo import weight_sharing
+from rm_robust.rloo.weight_broadcast import ModuleWeights, checksum, host_store, join_store, open_group, start_broadcast
+from rm_robust.rloo.weight_sharing import SharedMemory, load_shared_weights, memory_namespace, num_shared_bytes, open_memory, share_weights
+
+TIMEOUT_S = 20.0
+
+
+@pytest.fixture
+def groups() -> tuple[ProcessGroupGloo, ProcessGroupGloo]:
+    store = host_store("127.0.0.1", 2, TIMEOUT_S)
+    with ThreadPoolExecutor(1) as pool:
+        engine = pool.submit(lambda: open_group(join_store("127.0.0.1", store.port, 2, TIMEOUT_S), 1, 2, TIMEOUT_S))
+        return open_group(store, 0, 2, TIMEOUT_S), engine.result()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 64, 2**20])
+def test_shared_parameters_are_the_trainers_update_after_update(
+    groups: tuple[ProcessGroupGloo, ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(weight_sharing, "SHARED_CHUNK_BYTES", chunk_bytes)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7, dtype=torch.bfloat16))
+    weights = ModuleWeights(module)
+    memory = SharedMemory(num_shared_bytes(weights.metadata()))
+    engines_view = open_memory(memory.path, memory.buffer.numel())
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1)
+        received: dict[str, Tensor] = {}
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(load_shared_weights, groups[1], weights.metadata(), engines_view, received.update)
+            num_bytes = share_weights(groups[0], weights, memory.buffer)
+            loading.result()
+        assert num_bytes == memory.buffer.numel() == 64 + 16 + 48 + 16  # 15, 3 float32 and 21, 7 bfloat16, each to a multiple of 8
+        assert all(torch.equal(received[name], parameter) for name, parameter in module.named_parameters())
+    memory.close()
+
+
+def test_altered_memory_is_an_error_before_it_is_loaded(groups: tuple[ProcessGroupGloo, ProcessGroupGloo]) -> None:
+    weights = ModuleWeights(torch.nn.Linear(4, 4))
+    memory = torch.zeros(num_shared_bytes(weights.metadata()), dtype=torch.uint8)
+    loaded: list[tuple[str, Tensor]] = []
+    start_broadcast(groups[0], torch.tensor([checksum(memory) + 1]))
+    with pytest.raises(RolloutError, match="Shared chunk 0 of 1 has checksum 0, but 1 was announced"):
+        load_shared_weights(groups[1], weights.metadata(), memory, loaded.extend)
+    assert not loaded
+
+
+def test_another_process_opens_the_memory_by_its_path_until_it_is_closed() -> None:
+    memory = SharedMemory(1000)
+    memory.buffer.fill_(7)
+    code = "import sys; from rm_robust.rloo.weight_sharing import *; print(memory_namespace()); print(int(open_memory(sys.argv[1], 1000).sum()))"
+    command = [sys.executable, "-c", code, memory.path]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout.splitlines() == [memory_namespace(), "7000"]
+    memory.close()
+    with pytest.raises(RuntimeError):
+        open_memory(memory.path, 1000)
