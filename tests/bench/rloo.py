@@ -50,7 +50,7 @@ class Size:
 
 SIZES = {
     "embedded": Size(ModelConfig(), sft_epochs=2, steps_per_round=4),
-    "5m": Size(ModelConfig(hidden_size=256, intermediate_size=1216, num_layers=4), sft_epochs=2, steps_per_round=2),
+    "5m": Size(ModelConfig(hidden_size=256, intermediate_size=1216, num_layers=4), sft_epochs=1, steps_per_round=2),
 }
 SYNC_1, SYNC_2, ASYNC_1, ASYNC_2 = "1 thread", "2 threads", "asynchronous, 1 thread each", "asynchronous, 2 threads each"
 TWO_ENGINES, BFLOAT16 = "2 threads, 2 engines of 1", "2 threads, bfloat16"

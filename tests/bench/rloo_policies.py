@@ -22,7 +22,8 @@ from tests.bench.rloo_turns import PASSIVE
 from tests.tiny_models import write_token_groups
 
 SEED = 0
-WORLD = WorldConfig(num_sft_examples=3000, num_training_prompts=8, num_validation_prompts=8, num_rloo_prompts=800)
+WORLD = WorldConfig(num_sft_examples=3000, num_training_prompts=8, num_validation_prompts=8, num_rloo_prompts=32)
+"""As many prompts as a step has: the steps of all trainers are of the same prompts, in other orders, and differ by what is sampled alone."""
 MAX_TOKENS = 96
 """Of a prompt, and of a completion; rows with longer ones are left out (PipelineConfig's default)."""
 

@@ -65,7 +65,7 @@ def train_with_trl(turns: Turns, run: TrlRun) -> None:
     torch.set_num_threads(run.num_threads)
     tokenizer = AutoTokenizer.from_pretrained(run.policy.model_dir, padding_side="left")
     prompts = _prompts(run)
-    _require_same_ids(tokenizer, prompts)
+    _require_same_ids(tokenizer, prompts[: run.work.num_prompts])
     clock = _Clock(turns)
 
     class TakeTurns(TrainerCallback):  # type: ignore[misc]
@@ -127,6 +127,6 @@ def _prompts(run: TrlRun) -> list[TokenisedGroup]:
 
 
 def _require_same_ids(tokenizer: Any, prompts: list[TokenisedGroup]) -> None:
-    for prompt in prompts[:200]:
+    for prompt in prompts:
         ids = tokenizer.apply_chat_template(prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
         assert ids == prompt.tokens.prompt_ids, f"TRL would sample from {ids}, we from {prompt.tokens.prompt_ids}"
