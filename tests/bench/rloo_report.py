@@ -1,11 +1,13 @@
 """The tables of the RLOO bench."""
 
+import time
 from statistics import median
 
 from tests.bench.rloo_turns import Contender
 from tests.bench.scoring_figures import ratio_of_rounds
 
 PHASES = {"generate": "generate", "measure": "measure", "wait_for_scores": "wait for scores", "update": "update", "weight_sync": "weight sync"}
+started_s = time.perf_counter()
 
 
 def print_table(title: str, contenders: list[Contender]) -> None:
@@ -29,3 +31,7 @@ def print_our_table(title: str, contenders: list[Contender]) -> None:
         print(f"| {own.label} | {own.step_s:.3f} | {ratio:.2f} | {' | '.join(f'{value:.3f}' for value in seconds)} | {own.step_s - sum(seconds):.3f} | "
               f"{own.completion_tokens:.1f} |")  # fmt: skip
     print(flush=True)
+
+
+def progress(message: str) -> None:
+    print(f"[{time.perf_counter() - started_s:4.0f} s] {message}", flush=True)

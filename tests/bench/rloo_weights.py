@@ -1,6 +1,5 @@
 """Weight updates of the RLOO bench: what a step takes to bring its weights to the engine, against a bare broadcast of as many bytes."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rm_robust.config import ModelConfig
 from tests.bench.gloo_broadcast import BareBroadcast
 from tests.bench.rloo_ours import OurRun, Placement, Work, train_with_rm_robust
 from tests.bench.rloo_policies import random_policy
+from tests.bench.rloo_report import progress
 from tests.bench.rloo_turns import Contender
 
 WEIGHT_SIZES = {
@@ -23,7 +23,7 @@ PLACEMENT = Placement(engine_threads=2, trainer_threads=2)
 STEPS_PER_ROUND = 3
 
 
-def measure_weight_updates(names: list[str], folder: Path, num_rounds: int, progress: Callable[[str], None]) -> dict[str, float]:
+def measure_weight_updates(names: list[str], folder: Path, cluster_id: int, num_rounds: int) -> dict[str, float]:
     """time/weight_sync_s of an RLOO run, from the controller's call to the engine's confirmation; and the broadcast, alternated."""
     figures: dict[str, float] = {}
     rows = []
@@ -31,7 +31,8 @@ def measure_weight_updates(names: list[str], folder: Path, num_rounds: int, prog
         policy = random_policy(folder / name / "policy", WEIGHT_SIZES[name])
         num_bytes = policy.num_parameters * torch.float32.itemsize
         with ExitStack() as stack:
-            ours = Contender(f"rm_robust, {name}", train_with_rm_robust, OurRun(folder / name / "r", policy, WORK, PLACEMENT), stack)
+            run = OurRun(folder / name / "r", policy, WORK, PLACEMENT)
+            ours = Contender(f"rm_robust, {name}", train_with_rm_robust, run, stack, cluster_id=cluster_id)
             bare = BareBroadcast(num_bytes, folder / name / "bare", stack)
             ours.wait_until_ready()
             bare.wait_until_ready()
