@@ -60,7 +60,7 @@ def test_every_step_is_one_line_of_metrics_and_a_tensorboard_event(smoke_run: Sm
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     keys = [key for line in lines for key in line if key not in ("stage", "step", "time")]
     assert keys
-    assert all(re.fullmatch(r"[a-z_]+/[a-z_0-9]+", key) for key in keys)
+    assert all(re.fullmatch(r"[a-z_]+(/[a-z_0-9]+){1,2}", key) for key in keys)
     events = EventAccumulator(str(smoke_run.run_dir / "tensorboard" / stage)).Reload()
     own_key = next(key for key in keys if key.startswith(f"{stage}/"))
     assert [event.step for event in events.Scalars(own_key)] == [line["step"] for line in lines]
