@@ -33,15 +33,15 @@ def cpu_environment(num_threads: int) -> dict[str, str]:
     no work: spinning, the default, takes the cores from whoever else needs them. Measured with 2 threads on 2 busy cores, 0.36 M
     parameters: 900 tokens/s spinning, 12400 passive. Give the trainer the same policy.
 
-    GLIBC_TUNABLES: a weight update allocates and frees the whole model. From huge pages, and without giving memory back that the next layer wants,
-    that takes 2 thousand page faults instead of 100 thousand (100 M parameters), and a tenth less CPU time.
+    GLIBC_TUNABLES: a weight update allocates and frees the whole model. From huge pages of one heap, which keeps what the next layer wants, that is
+    10 page faults instead of 100 thousand (100 M parameters), and an output head of 100 MB is packed in 36 ms instead of 67.
     """
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={32 * 2**20}:glibc.malloc.trim_threshold={256 * 2**20}",
+        "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**30}",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

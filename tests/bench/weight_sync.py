@@ -2,10 +2,10 @@
 
     python -m tests.bench.weight_sync
 
-An update is WeightPublisher.publish as RLOO calls it, until the engine may generate: broadcast, loading and packing, checksums, the probe on both sides,
-confirmation. The bare broadcast is torch.distributed's, of one buffer that both processes allocated before, until the receiver has it. Rounds
-alternate: one update, one broadcast. The last line is JSON; its ratio is the largest of the 20 M and 100 M policies' (issue: at most 2), and
-`small_s` the longest update of 0.3 M (at most 0.05 s).
+An update is WeightPublisher.publish as RLOO calls it, until the engine may generate: the weights into shared memory, loading and packing, checksums,
+the probe on both sides, confirmation. The bare broadcast is torch.distributed's, of one buffer that both processes allocated before, until the receiver
+has it. Rounds alternate: one update, one broadcast. CPU seconds are of both processes together; two cores cannot do an update in less than half of them.
+The last line is JSON; its ratio is the largest of the 20 M and 100 M policies', and `small_s` the longest update of 0.3 M.
 """
 
 import argparse
@@ -46,6 +46,8 @@ class Comparison:
     num_bytes: int
     update_s: list[float]
     broadcast_s: list[float]
+    update_cpu_s: list[float]
+    broadcast_cpu_s: list[float]
 
     @property
     def name(self) -> str:
@@ -58,9 +60,6 @@ class Comparison:
 
 class BarePeer:
     """One end of the bare broadcast, in a process of its own or the trainer's."""
-
-    def address(self) -> str:
-        return str(ray.util.get_node_ip_address())
 
     def join(self, init_method: str, rank: int, num_bytes: int) -> None:
         dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=2)
@@ -135,22 +134,32 @@ def compare(size: str, *, is_tied: bool, num_rounds: int, folder: Path) -> Compa
     with tempfile.NamedTemporaryFile(dir=folder) as rendezvous:
         ray.get([peer.join.remote(f"file://{rendezvous.name}", rank, num_bytes) for rank, peer in enumerate((trainer, receiver))])
         ray.get([peer.broadcast.remote() for peer in (trainer, receiver)])
-    update_s, broadcast_s = [], []
+    comparison = Comparison(size, is_tied, num_bytes, [], [], [], [])
     for version in range(1, num_rounds + 1):
-        update_s.append(ray.get(trainer.update.remote(version))[0])
-        broadcast_s.append(max(ray.get([peer.broadcast.remote() for peer in (trainer, receiver)])))
+        before_s = cpu_seconds(trainer, engine)
+        comparison.update_s.append(ray.get(trainer.update.remote(version))[0])
+        comparison.update_cpu_s.append(cpu_seconds(trainer, engine) - before_s)
+        before_s = cpu_seconds(trainer, receiver)
+        comparison.broadcast_s.append(max(ray.get([peer.broadcast.remote() for peer in (trainer, receiver)])))
+        comparison.broadcast_cpu_s.append(cpu_seconds(trainer, receiver) - before_s)
     for actor in (engine, trainer, receiver):
         ray.kill(actor)
-    comparison = Comparison(size, is_tied, num_bytes, update_s, broadcast_s)
     print(f"{comparison.name}: ratio {comparison.ratio:.2f}, load {os.getloadavg()[0]:.1f}", flush=True)
     return comparison
 
 
+def cpu_seconds(*actors: Any) -> float:
+    return float(sum(ray.get([actor.__ray_call__.remote(lambda _: time.process_time()) for actor in actors])))
+
+
 def print_table(comparisons: list[Comparison]) -> None:
-    print("\n| policy | MB | update, median s | bare broadcast, median s | ratio | updates | broadcasts |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print("\n| policy | MB | update, median s | bare broadcast, median s | ratio | CPU s of both | updates | broadcasts |")
+    print("| --- " * 8 + "|")
     for c in comparisons:
         updates, broadcasts = (" ".join(f"{seconds:.3f}" for seconds in rounds) for rounds in (c.update_s, c.broadcast_s))
-        print(f"| {c.name} | {c.num_bytes / 1e6:.1f} | {median(c.update_s):.4f} | {median(c.broadcast_s):.4f} | {c.ratio:.2f} | {updates} | {broadcasts} |")
+        seconds = f"{median(c.update_s):.4f} | {median(c.broadcast_s):.4f}"
+        cpu = f"{median(c.update_cpu_s):.3f}, {median(c.broadcast_cpu_s):.3f}"
+        print(f"| {c.name} | {c.num_bytes / 1e6:.1f} | {seconds} | {c.ratio:.2f} | {cpu} | {updates} | {broadcasts} |")
     print()
 
 

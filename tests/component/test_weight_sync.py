@@ -309,6 +309,7 @@ def test_engines_equal_transformers_after_every_update(model: str, request: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("size", ["20 M", "100 M"])
 def test_larger_engines_equal_transformers_after_every_update(ray_session: None, tmp_path: Path, size: str, is_tied: bool) -> None:
