@@ -13,12 +13,11 @@ from rm_robust.checkpoint import commit_checkpoint, read_manifest
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import share_prompts
 from rm_robust.records import TokenGroup
-from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult
-from serve.checkpoint_preparer import CheckpointPreparer
+from rm_robust.scoring import ScoreResult
 from serve.checkpoint_scorer import CheckpointScorer
 from serve.front import aggregate, calibrated, ensemble_of
 from serve.judge_scorer import source_sha256
-from serve.scorer import Prepared, Refusal, Scored, ServedModel
+from serve.scorer import Refusal, Scored, ServedModel
 from serve.settings import Aggregation, EnsembleSettings, ModelSettings
 from tests.tiny_reward_model import WORDS, save_tiny_reward_model
 
@@ -129,17 +128,3 @@ def test_the_identity_of_an_ensemble_changes_with_any_member_and_with_how_they_a
     ]
     assert len(set(ids)) == 3
     assert ensemble_of(mean, members).max_length_tokens == 256
-
-
-@pytest.mark.parametrize(("num_words", "least"), [(1, 24), (40, 150)])
-def test_a_large_request_is_parts_of_about_a_batch_each_that_repeat_a_long_prompt_rarely(tmp_path: Path, num_words: int, least: int) -> None:
-    checkpoint_dir = save_tiny_reward_model(tmp_path / "tiny")
-    served = CheckpointScorer(ModelSettings(model_name="m", checkpoint_dir=checkpoint_dir, max_batch_tokens=32), checkpoint_dir, generation=1).served
-    inputs = [ScoreInput(prompt=" ".join(["red"] * num_words), completions=["blue"] * 200)]
-    prepared = CheckpointPreparer(served).prepare(ScoreRequest(inputs=inputs))
-    assert isinstance(prepared, Prepared)
-    num_prompt = prepared.items[0].num_prompt_tokens
-    most = max(32 - num_prompt, 4 * num_prompt)
-    assert all(most - 4 < item.num_completion_tokens <= most for item in prepared.items[:-1])
-    assert most >= least
-    assert sum(len(item.content.completion_ids) for item in prepared.items if isinstance(item.content, TokenGroup)) == 200

@@ -28,12 +28,12 @@ def test_a_prompt_with_more_completions_than_a_batch_holds_is_several_items_in_t
     texts = ["red " * (index % 7) for index in range(40)]
     request = ScoreRequest(inputs=[ScoreInput(prompt="blue", completions=["one"]), ScoreInput(prompt="green stone", completions=texts)])
     whole = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=10_000)).prepare(request)
-    split = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=50)).prepare(request)
+    split = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=90)).prepare(request)
     assert isinstance(whole, Prepared)
     assert isinstance(split, Prepared)
     assert [item.input_index for item in whole.items] == [0, 1]
-    assert len(split.items) > 5
-    assert all(item.num_tokens <= 50 for item in split.items)
+    assert len(split.items) >= 4
+    assert all(item.num_tokens <= 90 for item in split.items)
     completions: list[list[int]] = []
     for item in split.items[1:]:
         assert isinstance(item.content, TokenGroup)
@@ -42,6 +42,18 @@ def test_a_prompt_with_more_completions_than_a_batch_holds_is_several_items_in_t
     assert isinstance(whole.items[1].content, TokenGroup)
     assert completions == whole.items[1].content.completion_ids
     assert split.counts == whole.counts
+
+
+@pytest.mark.parametrize(("num_words", "least"), [(1, 24), (40, 150)])
+def test_a_large_request_is_parts_of_about_a_batch_each_that_repeat_a_long_prompt_rarely(checkpoint_dir: Path, num_words: int, least: int) -> None:
+    request = ScoreRequest(inputs=[ScoreInput(prompt=" ".join(["red"] * num_words), completions=["blue"] * 200)])
+    prepared = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=32)).prepare(request)
+    assert isinstance(prepared, Prepared)
+    num_prompt = prepared.items[0].num_prompt_tokens
+    most = max(32 - num_prompt, 4 * num_prompt)
+    assert all(most - 4 < item.num_completion_tokens <= most for item in prepared.items[:-1])
+    assert most >= least
+    assert sum(len(item.content.completion_ids) for item in prepared.items if isinstance(item.content, TokenGroup)) == 200
 
 
 def test_a_completion_longer_than_a_batch_is_an_item_of_its_own(checkpoint_dir: Path) -> None:
