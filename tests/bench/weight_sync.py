@@ -34,8 +34,8 @@ from tests.tiny_models import save_qwen2, sized_qwen2_config
 SIZES = ("0.3 M", "20 M", "100 M")
 MIB = 2**20
 TIMEOUT_S = 120.0
-NUM_THREADS = 2
-"""Of engine and trainer, as RLOO's defaults are."""
+NUM_THREADS = 1
+"""Of each process: there are two, and two cores."""
 TRAINER_ENVIRONMENT = {"OMP_NUM_THREADS": str(NUM_THREADS), "OMP_WAIT_POLICY": "PASSIVE"}
 NUM_WARM_UP_UPDATES = 3
 """The first ones fetch memory from the system."""
@@ -99,7 +99,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, ray {ray.__version__}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {NUM_THREADS} threads a process", flush=True)
+    machine = f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {NUM_THREADS} thread a process"
+    print(f"torch {torch.__version__}, ray {ray.__version__}; {machine}", flush=True)
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:  # socket paths must be short
         os.environ["RAY_AUTH_MODE"] = "disabled"
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
