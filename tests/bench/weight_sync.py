@@ -34,7 +34,11 @@ from tests.tiny_models import save_qwen2, sized_qwen2_config
 SIZES = ("0.3 M", "20 M", "100 M")
 MIB = 2**20
 TIMEOUT_S = 120.0
-TRAINER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+NUM_THREADS = 1
+"""Of each process: there are two, and two cores."""
+TRAINER_ENVIRONMENT = {"OMP_NUM_THREADS": str(NUM_THREADS), "OMP_WAIT_POLICY": "PASSIVE"}
+NUM_WARM_UP_UPDATES = 3
+"""The first ones fetch memory from the system."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, ray {ray.__version__}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; 1 thread a process", flush=True)
+    machine = f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {NUM_THREADS} thread a process"
+    print(f"torch {torch.__version__}, ray {ray.__version__}; {machine}", flush=True)
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:  # socket paths must be short
         os.environ["RAY_AUTH_MODE"] = "disabled"
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -111,11 +116,11 @@ def main() -> None:
 
 
 def compare(size: str, *, is_tied: bool, num_rounds: int, folder: Path) -> Comparison:
-    """Alternated rounds of updates and bare broadcasts of as many bytes, after one of each that does not count."""
+    """Alternated rounds of updates and bare broadcasts of as many bytes, after some of each that do not count."""
     save_qwen2(folder, sized_qwen2_config(size, tie_word_embeddings=is_tied))
     engine: Any = (
         ray.remote(RolloutEngine)
-        .options(runtime_env={"env_vars": cpu_environment(1)})
+        .options(runtime_env={"env_vars": cpu_environment(NUM_THREADS)})
         .remote(
             model_dir=str(folder),
             dtype="float32",
@@ -130,7 +135,7 @@ def compare(size: str, *, is_tied: bool, num_rounds: int, folder: Path) -> Compa
     )
     trainer: Any = ray.remote(Trainer).options(runtime_env={"env_vars": TRAINER_ENVIRONMENT}).remote(str(folder), engine)
     receiver: Any = ray.remote(BarePeer).options(runtime_env={"env_vars": TRAINER_ENVIRONMENT}).remote()
-    _, num_bytes = ray.get(trainer.update.remote(0))
+    num_bytes = [ray.get(trainer.update.remote(0))[1] for _ in range(NUM_WARM_UP_UPDATES)][-1]
     with tempfile.NamedTemporaryFile(dir=folder) as rendezvous:
         ray.get([peer.join.remote(f"file://{rendezvous.name}", rank, num_bytes) for rank, peer in enumerate((trainer, receiver))])
         ray.get([peer.broadcast.remote() for peer in (trainer, receiver)])
