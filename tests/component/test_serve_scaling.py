@@ -370,7 +370,7 @@ def test_the_service_process_reloads_on_sighup_and_answers_what_it_has_before_it
     link, keys = tmp_path / "model", tmp_path / "keys.toml"
     link.symlink_to(checkpoints.one)
     keys.write_text(f'alice = {{ sha256 = "{ALICE_ENTRY.sha256}" }}\n')
-    with serve_process(tmp_path, "--checkpoint", str(link), "--keys", str(keys), "--threads", "1") as process:
+    with serve_process(tmp_path, "--checkpoint", str(link), "--keys", str(keys), "--replicas", "1") as process:
 
         def ask(key: str) -> tuple[int, str | None]:
             reply = asyncio.run(post(process.url, score_body(POOL[0]), bearer(key)))
