@@ -172,6 +172,7 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_nothing_and_the_run_resumes(uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path) -> None:
     config = rloo_config(models)

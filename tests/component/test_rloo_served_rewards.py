@@ -30,6 +30,7 @@ def ray_session() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_reward_model_replica_killed_in_the_middle_costs_no_score(tmp_path: Path) -> None:
     start_serve("127.0.0.1", 0)
     model = ModelSettings(model_name="proxy", checkpoint_dir=save_tiny_reward_model(tmp_path / "reward_model"), max_length_tokens=256, num_cpus=0.1)
