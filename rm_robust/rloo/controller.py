@@ -33,11 +33,11 @@ from rm_robust.rloo.monitor import OveroptimisationMonitor
 from rm_robust.rloo.policy_evaluation import PolicyEvaluation
 from rm_robust.rloo.reward_sources import RewardSources, StepInProgress
 from rm_robust.rloo.rewards import StepScores, shaped_scores
-from rm_robust.rloo.rollout import check_completions, generation_requests, held_prompts, prompts_of_step
+from rm_robust.rloo.rollout import check_completions, generation_requests, held_prompts, prompts_of_step, score_input
 from rm_robust.rloo.sampling import EnginesLostError, Rollout
 from rm_robust.rloo.step_metrics import rollout_metrics
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import ScoreInput, Scorer
+from rm_robust.scoring import Scorer
 from rm_robust.token_files import TokenisedGroup, read_token_groups
 from rm_robust.tracking import MetricsWriter, log_step, read_metrics, write_text_atomic
 
@@ -177,8 +177,7 @@ class Controller:
 
     def submit(self, scoring: StepInProgress, prompts: list[TokenisedGroup], position: int, completions: PromptCompletions) -> None:
         """Have one prompt's completions scored; called while others of the step are still sampled."""
-        texts = [self.chat.completion_text(c.token_ids) for c in completions.completions]
-        self.rewards.submit(scoring, position, ScoreInput(prompt=prompts[position].prompt, completions=texts))
+        self.rewards.submit(scoring, position, score_input(prompts[position], completions, self.chat))
 
     def sample(self, requests: list[GenerationRequest]) -> list[PromptCompletions]:
         """Completions from the current policy version, which are not scored."""

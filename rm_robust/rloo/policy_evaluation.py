@@ -10,9 +10,9 @@ from rm_robust.errors import RolloutError
 from rm_robust.records import GenerationRequest, PromptCompletions
 from rm_robust.rloo.actors import RlooActors
 from rm_robust.rloo.policy_comparison import JudgedCompletions, compare_policies
-from rm_robust.rloo.rollout import generation_requests
+from rm_robust.rloo.rollout import generation_requests, score_input
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import ScoreInput, Scorer
+from rm_robust.scoring import Scorer
 from rm_robust.token_files import TokenisedGroup
 from rm_robust.tracking import write_json_atomic
 
@@ -58,9 +58,6 @@ class PolicyEvaluation:
 
     def _judged(self) -> tuple[JudgedCompletions, list[PromptCompletions]]:
         completions = self._sample(self._requests)
-        inputs = [
-            ScoreInput(prompt=prompt.prompt, completions=[self._chat.completion_text(c.token_ids) for c in answer.completions])
-            for prompt, answer in zip(self._prompts, completions, strict=True)
-        ]
+        inputs = [score_input(prompt, answer, self._chat) for prompt, answer in zip(self._prompts, completions, strict=True)]
         lengths = [[len(c.token_ids) for c in answer.completions] for answer in completions]
         return JudgedCompletions(self._gold.score(inputs).scores, lengths), completions

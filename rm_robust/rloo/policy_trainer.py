@@ -29,7 +29,7 @@ from rm_robust.rloo.advantages import sequence_kl, token_kl
 from rm_robust.rloo.losses import policy_loss
 from rm_robust.rloo.rollout import Measurement, Update
 from rm_robust.rloo.weight_broadcast import NamedWeights
-from rm_robust.rloo.weight_probe import Probe, policy_probe
+from rm_robust.rloo.weight_probe import Probe, policy_probe, probe_batch, probe_token_ids
 from rm_robust.rloo.weight_sync import SyncReport, WeightPublisher
 from rm_robust.run_layout import RunLayout
 from rm_robust.train_engine import create_engine, largest_over_ranks, learning_rate_at
@@ -91,11 +91,10 @@ class PolicyTrainer:
         """Rank 0: the engines that `publish` sends to from now on."""
         if self._publisher is not None:
             self._publisher.close()
-        own = policy_probe(self.policy)
         self._publisher = WeightPublisher(
             engines,
             self.policy.model if self._has_whole_weights else self._gathered,
-            probe=own if self._has_whole_weights else Probe(own.token_ids, lambda: self._probe_logprobs),
+            probe=policy_probe(self.policy) if self._has_whole_weights else Probe(probe_token_ids(self.policy), lambda: self._probe_logprobs),
             backend=self.settings.weight_transfer_backend,
             tensor_parallel_size=self.settings.tensor_parallel_size,
             timeout_s=timeout_s,
@@ -105,16 +104,16 @@ class PolicyTrainer:
         """Bring every engine to the current weights as `version`, and return rank 0's report; raises RolloutError when one does not confirm."""
         if not self._has_whole_weights:
             whole = self.engine.full_state_dict()
-            self._probe_logprobs = self._logprobs_of_sharded(policy_probe(self.policy).token_ids)
+            self._probe_logprobs = self._probe_logprobs_of_sharded()
             self._gathered.replace({name: whole[f"model.{name}"] for name, _ in self.policy.model.named_parameters() if self.rank == 0})  # tied ones once
         if self.rank:
             return None
         assert self._publisher is not None, "connect first"
         return self._publisher.publish(version)
 
-    def _logprobs_of_sharded(self, token_ids: list[int]) -> list[float]:
+    def _probe_logprobs_of_sharded(self) -> list[float]:
         """What a probe's `trainer_logprobs` gives, by a forward pass that all ranks take part in."""
-        batch = lay_out([TokenGroup(token_ids[:1], [token_ids[1:]])], self.policy.layout, pad_id=self.chat.pad_id).to(self.device)
+        batch = probe_batch(self.policy).to(self.device)
         kept = self.policy.temperature, self.policy.compute
         self.policy.temperature, self.policy.compute = 1.0, EXACT
         with torch.no_grad():

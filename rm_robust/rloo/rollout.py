@@ -4,9 +4,11 @@ import hashlib
 from dataclasses import dataclass
 from random import Random
 
+from rm_robust.chat import ChatFormat
 from rm_robust.config_rloo import RlooConfig
 from rm_robust.errors import ConfigError, RolloutError
 from rm_robust.records import GenerationRequest, PromptCompletions
+from rm_robust.scoring import ScoreInput
 from rm_robust.token_files import TokenisedGroup
 from rm_robust.training_loop import batch_indices
 
@@ -82,6 +84,11 @@ def check_completions(completions: list[PromptCompletions], requests: list[Gener
                 f"Prompt {answer.prompt_id} has completions of policy versions {sorted(versions)}, allowed is one of {policy_versions.start} to "
                 f"{policy_versions.stop - 1}."
             )
+
+
+def score_input(prompt: TokenisedGroup, answer: PromptCompletions, chat: ChatFormat) -> ScoreInput:
+    """What a scorer is asked of a prompt's completions."""
+    return ScoreInput(prompt=prompt.prompt, completions=[chat.completion_text(c.token_ids) for c in answer.completions])
 
 
 def split_evenly(num_items: int, num_parts: int) -> list[slice]:

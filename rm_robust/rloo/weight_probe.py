@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rm_robust.packing import hidden_states, lay_out, token_logprobs
+from rm_robust.packing import PackedBatch, hidden_states, lay_out, token_logprobs
 from rm_robust.policy_model import PackedPolicy
 from rm_robust.records import TokenGroup
 
@@ -29,10 +29,19 @@ def spread_token_ids(vocabulary_size: int) -> list[int]:
     return [index * vocabulary_size // NUM_PROBE_TOKENS for index in range(NUM_PROBE_TOKENS)]
 
 
+def probe_token_ids(policy: PackedPolicy) -> list[int]:
+    return spread_token_ids(policy.model.config.vocab_size)
+
+
+def probe_batch(policy: PackedPolicy) -> PackedBatch:
+    """The first of the probe's tokens as prompt, the others as its completion."""
+    first_id, *other_ids = probe_token_ids(policy)
+    return lay_out([TokenGroup([first_id], [other_ids])], policy.layout, pad_id=first_id)
+
+
 def policy_probe(policy: PackedPolicy) -> Probe:
     """The probe of a policy in this process: whole, neither sharded nor wrapped. Its forward pass is plain float32, whatever training computes with."""
-    first_id, *other_ids = token_ids = spread_token_ids(policy.model.config.vocab_size)
-    batch = lay_out([TokenGroup([first_id], [other_ids])], policy.layout, pad_id=first_id)
+    batch = probe_batch(policy)
 
     @torch.no_grad()
     def trainer_logprobs() -> list[float]:
@@ -42,4 +51,4 @@ def policy_probe(policy: PackedPolicy) -> Probe:
         values: list[float] = logprobs_M.tolist()
         return values
 
-    return Probe(token_ids, trainer_logprobs)
+    return Probe(probe_token_ids(policy), trainer_logprobs)

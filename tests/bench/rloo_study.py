@@ -8,7 +8,7 @@ differ in RLOO alone (weak_bt: in the reward model too). The same command again 
     bsr_kl      the default config: BSR reward model, KL, on-policy
     lag_1       the same with samples of the policy before the latest update
     lag_4       the same with samples four updates old and no importance correction, a few steps only: how far the sampler is from the policy
-    weak_bt     Bradley-Terry on a 16th of the pairs, no KL: made to be over-optimised
+    weak_bt     Bradley-Terry, a 16th of the default's training steps, no KL: made to be over-optimised
 """
 
 import argparse
