@@ -4,6 +4,7 @@ request ─► Front.score ─► BatchQueue of the model (of each member, for a
 """
 
 import asyncio
+import gc
 import hashlib
 import logging
 import statistics
@@ -63,7 +64,9 @@ class Front:
                 logger.info("not all models are up: %s", error)
                 await asyncio.sleep(ASK_AGAIN_AFTER_S)
             else:
-                return
+                break
+        gc.collect()
+        gc.freeze()  # half a million objects of imported libraries, or every few seconds all requests wait 0.3 s until they have been looked through again
 
     @property
     def model_names(self) -> list[str]:
