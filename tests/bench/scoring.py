@@ -32,7 +32,7 @@ from tests.bench.preference_pairs import TextPair, hh_rlhf_dialogues, texts_of
 from tests.bench.scoring_figures import ratio_of_rounds, token_limit
 from tests.bench.scoring_report import Measured, figures_of, print_table
 from tests.bench.scoring_requests import LIST_TOKENS, Candidates, Left, Reference, best_of_n_lists, dialogues, save_scoring_checkpoint
-from tests.bench.scoring_servers import OURS_NO_SHARING, Running, Server, openrlhf, rm_robust, running, vllm, wait_until_ready
+from tests.bench.scoring_servers import Running, Server, openrlhf, rm_robust, running, vllm, wait_until_ready
 
 SIZES = {
     "small": ModelConfig(
@@ -46,7 +46,7 @@ NUM_CLIENTS = 64
 """Each sends one warm-up request before the clock starts."""
 NUM_LIST_CLIENTS = 16
 """Of the second part: 16 lists of four are 64 conversations at a time as well."""
-MOST_LISTS_PER_ROUND = 40
+MOST_LISTS_PER_ROUND = 64
 MOST_LIST_ROUNDS = 3
 NUMBERS_OF_THREADS = (1, 2)
 """A peer is measured with the one that is quicker for it."""
@@ -158,7 +158,7 @@ def measure_size(size: str, folder: Path, client: LoadClient, pairs: list[TextPa
         print_idle(everyone)
         measured = alternate(bench, rounds, everyone)
         print_table(f"{size}, {arguments.rounds} rounds of {arguments.requests} requests", measured)
-        list_figures = compare_lists(bench, list_rounds, [sharing, without_sharing], everyone)
+        list_figures = compare_lists(bench, list_rounds, sharing, everyone)
     return figures_of(size, measured) | list_figures
 
 
@@ -216,30 +216,25 @@ def alternate(bench: Bench, rounds: list[list[Candidates]], everyone: list[Runni
     return measured
 
 
-def compare_lists(bench: Bench, rounds: list[list[Candidates]], ours: list[Running], everyone: list[Running]) -> dict[str, float]:
+def compare_lists(bench: Bench, rounds: list[list[Candidates]], run: Running, everyone: list[Running]) -> dict[str, float]:
     """Four completions of a prompt in one request, and in four that go out at the same time.
 
-    The limit by tokens bounds the service without sharing between requests: with it, four requests that meet in a batch have one prompt as well.
+    The limit by tokens is of requests that share nothing: the service shares, so four that meet in a batch have one prompt as well.
     """
     limit = token_limit([(len(c.prompt_ids), list(map(len, c.completion_ids))) for number in rounds for c in number[NUM_LIST_CLIENTS:]])
-    figures = {f"k4_token_limit_{bench.size}": round(limit, 3)}
+    together: list[float] = []
+    apart: list[float] = []
+    for number, candidates in enumerate(rounds):
+        modes = [(together, [[c] for c in candidates]), (apart, [c.split() for c in candidates])]
+        for speeds, groups in modes if number % 2 == 0 else reversed(modes):
+            result, _ = bench.measure(run, groups, num_clients=NUM_LIST_CLIENTS, everyone=everyone)
+            speeds.append(4 * len(result.replies) / result.seconds)
+    ratio = ratio_of_rounds(together, apart)
+    each = " ".join(f"{a / b:.2f}" for a, b in zip(together, apart, strict=True))
     print(f"| {bench.size}, RMB lists, {NUM_LIST_CLIENTS} clients | completions/s, one request of 4 | four requests of 1 | ratio | all | limit by tokens |\n"
-          + "| --- " * 6 + "|")  # fmt: skip
-    for run in ours:
-        together: list[float] = []
-        apart: list[float] = []
-        for number, candidates in enumerate(rounds):
-            modes = [(together, [[c] for c in candidates]), (apart, [c.split() for c in candidates])]
-            for speeds, groups in modes if number % 2 == 0 else reversed(modes):
-                result, _ = bench.measure(run, groups, num_clients=NUM_LIST_CLIENTS, everyone=everyone)
-                speeds.append(4 * len(result.replies) / result.seconds)
-        ratio = ratio_of_rounds(together, apart)
-        each = " ".join(f"{a / b:.2f}" for a, b in zip(together, apart, strict=True))
-        print(f"| {run.server.label} | {median(together):.0f} | {median(apart):.0f} | {ratio:.2f} | {each} | {limit:.2f} |", flush=True)
-        name = "k4_ratio" + "_no_sharing" * (run.server.name == OURS_NO_SHARING)
-        figures[f"{name}_{bench.size}"] = round(ratio, 3)
-    print(flush=True)
-    return figures
+          + "| --- " * 6
+          + f"|\n| {run.server.label} | {median(together):.0f} | {median(apart):.0f} | {ratio:.2f} | {each} | {limit:.2f} |\n", flush=True)  # fmt: skip
+    return {f"k4_token_limit_{bench.size}": round(limit, 3), f"k4_ratio_{bench.size}": round(ratio, 3)}
 
 
 def installed_version(name: str) -> str:
