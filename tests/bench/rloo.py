@@ -6,8 +6,8 @@
 For each size one policy, fine-tuned on the embedded world so that its answers end by themselves, at naturally varying length. Every trainer is a
 process that stays alive and takes turns: rm_robust as `run_rloo` on one local Ray cluster, held between rounds by its reward (rloo_ours.py), TRL by a
 callback (rloo_trl.py). Same weights, prompts, K, temperature, limit, reward, learning rate and KL coefficient, float32 unless the table says
-otherwise. First each side's settings are tried, then the better of each go through alternated rounds; `ratio` is of float32 on both sides. A last
-part times weight updates against a bare gloo broadcast of as many bytes. The last line is JSON; exit status 1 if the two sides' completions were
+otherwise. TRL's threads are chosen by a short turn of each setting; then all of ours and TRL's best go through alternated rounds. `ratio` is of float32
+on both sides, ours at its best. The last part is tests/bench/weight_sync.py. The last line is JSON; exit status 1 if the two sides' completions were
 not of like length.
 """
 
@@ -25,17 +25,17 @@ from pathlib import Path
 from rm_robust.config import ModelConfig
 from rm_robust.worker_group import quieten_libraries
 from tests.bench.local_ray import start_local_ray
-from tests.bench.rloo_contenders import ASYNC_1, ASYNC_2, BFLOAT16, SYNC_1, SYNC_2, TRL_1, TRL_2, TRL_2_PASSIVE, TRL_BFLOAT16, TWO_ENGINES, WORK, Bench
+from tests.bench.rloo_contenders import ASYNC_1, BFLOAT16, SYNC_1, SYNC_2, TRL_1, TRL_2, TRL_2_PASSIVE, TRL_BFLOAT16, TWO_ENGINES, WORK, Bench
 from tests.bench.rloo_figures import ideal_step_s, relative_difference
 from tests.bench.rloo_policies import fine_tuned_policy
 from tests.bench.rloo_report import print_our_table, print_table, progress
 from tests.bench.rloo_turns import Contender
-from tests.bench.rloo_weights import WEIGHT_SIZES, measure_weight_updates
 from tests.bench.scoring_figures import ratio_of_rounds
+from tests.bench.weight_sync import SIZES as WEIGHT_SIZES
+from tests.bench.weight_sync import measure_weight_updates
 
 MAX_LENGTH_DIFFERENCE = 0.1
 """Of the mean tokens of a completion, relative."""
-BESIDE_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,21 @@ class Size:
     model: ModelConfig
     sft_epochs: float
     steps_per_round: int
-    trial_rounds: int
+    ours: tuple[str, ...]
+    """The settings of ours that take part."""
 
 
+ALL_OURS = (SYNC_1, ASYNC_1, SYNC_2, BFLOAT16)
 SIZES = {
-    "embedded": Size(ModelConfig(), sft_epochs=2, steps_per_round=4, trial_rounds=3),
-    "5m": Size(ModelConfig(hidden_size=256, intermediate_size=1216, num_layers=4), sft_epochs=1, steps_per_round=2, trial_rounds=2),
+    "embedded": Size(ModelConfig(), sft_epochs=2, steps_per_round=3, ours=(*ALL_OURS, TWO_ENGINES)),
+    "5m": Size(ModelConfig(hidden_size=256, intermediate_size=1216, num_layers=4), sft_epochs=1, steps_per_round=2, ours=ALL_OURS),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="timed ones of every trainer in every round (default: 4 embedded, 2 at 5 M parameters)")
+    parser.add_argument("--steps", type=int, help="timed ones of every trainer in every round (default: 3 embedded, 2 at 5 M parameters)")
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES), help="default: both; none: only weight updates")
     parser.add_argument("--weights", nargs="*", choices=WEIGHT_SIZES, default=list(WEIGHT_SIZES), help="sizes of weight updates (default: all)")
     arguments = parser.parse_args()
@@ -73,14 +75,13 @@ def main() -> None:
         for name in arguments.sizes:
             own = measure_size(name, Path(scratch) / name, cluster_id, num_rounds=arguments.rounds, num_steps=arguments.steps)
             figures |= {f"{key}_{name}": value for key, value in own.items()}
-        if arguments.weights:
-            figures |= measure_weight_updates(arguments.weights, Path(scratch) / "w", cluster_id, arguments.rounds)
+    weights = {f"weights {name}": value for name, value in measure_weight_updates(arguments.weights, arguments.rounds).items()} if arguments.weights else {}
     headlines: dict[str, str | float] = {"bench": "rloo", "unit": "steps/s"}
     if arguments.sizes:
         lowest = min(arguments.sizes, key=lambda name: figures[f"ratio_{name}"])
         headlines |= {"model": lowest} | {name: round(figures[f"{name}_{lowest}"], 4) for name in ("ours", "peer", "ratio")}
     progress("done")
-    print(json.dumps(headlines | {name: round(value, 4) for name, value in figures.items()}))
+    print(json.dumps(headlines | {name: round(value, 4) for name, value in figures.items()} | weights))
     sys.exit(any(figures[f"length_difference_{name}"] > MAX_LENGTH_DIFFERENCE for name in arguments.sizes))
 
 
@@ -93,31 +94,28 @@ def measure_size(name: str, folder: Path, cluster_id: int, *, num_rounds: int, n
         bench = Bench(name, folder, policy, cluster_id, num_steps or size.steps_per_round, stack)
         peers = bench.start_trl()
         peer, default_peer = choose_peer(bench, peers), peers[TRL_BFLOAT16]
-        close_all_but([peer, default_peer, peers[TRL_1]], peers)
-        trial_rounds = min(num_rounds, size.trial_rounds)
-        asynchronous, trials = try_asynchrony(bench, peers[TRL_1], trial_rounds)
         close_all_but([peer, default_peer], peers)
-        synchronous, bfloat16, more_trials = try_synchrony(bench, trial_rounds)
-        finalists = [peer, default_peer, synchronous, asynchronous, bfloat16]
-        best = min(synchronous, asynchronous, key=lambda own: own.step_s)
-        bench.alternate(finalists, num_rounds)
-    print_table(f"{name}, {num_rounds} rounds of {bench.num_steps} steps", finalists)
-    return (
-        trials
-        | more_trials
-        | {
-            "ours": 1 / best.step_s,
-            "peer": 1 / peer.step_s,
-            "ratio": ratio_of_rounds(best.steps_per_s, peer.steps_per_s),
-            "ratio_synchronous": ratio_of_rounds(synchronous.steps_per_s, peer.steps_per_s),
-            "ratio_asynchronous": ratio_of_rounds(asynchronous.steps_per_s, peer.steps_per_s),
-            "ratio_bfloat16_both": ratio_of_rounds(bfloat16.steps_per_s, default_peer.steps_per_s),
-            "ratio_to_bfloat16_peer": ratio_of_rounds(best.steps_per_s, default_peer.steps_per_s),
-            "completion_tokens": best.completion_tokens,
-            "peer_completion_tokens": peer.completion_tokens,
-            "length_difference": max(relative_difference(own.completion_tokens, peer.completion_tokens) for own in finalists[1:]),
-        }
-    )
+        ours = bench.start_ours(size.ours)
+        progress(f"{name}: ours are up")
+        bench.alternate([peer, default_peer, *ours.values()], num_rounds)
+    title = f"{name}, {num_rounds} rounds of {bench.num_steps} steps"
+    print_table(title, [peer, default_peer, *ours.values()])
+    print_our_table(title, list(ours.values()))
+    best = min((own for label, own in ours.items() if label != BFLOAT16), key=lambda own: own.step_s)
+    figures = {
+        "ours": 1 / best.step_s,
+        "peer": 1 / peer.step_s,
+        "ratio": ratio_of_rounds(best.steps_per_s, peer.steps_per_s),
+        "ratio_synchronous": ratio_of_rounds(ours[SYNC_2].steps_per_s, peer.steps_per_s),
+        "ratio_bfloat16_both": ratio_of_rounds(ours[BFLOAT16].steps_per_s, default_peer.steps_per_s),
+        "ratio_to_bfloat16_peer": ratio_of_rounds(best.steps_per_s, default_peer.steps_per_s),
+        "completion_tokens": best.completion_tokens,
+        "peer_completion_tokens": peer.completion_tokens,
+        "length_difference": max(relative_difference(own.completion_tokens, peer.completion_tokens) for own in (default_peer, *ours.values())),
+    }
+    if TWO_ENGINES in ours:
+        figures["two_engines_ratio"] = ratio_of_rounds(ours[TWO_ENGINES].steps_per_s, ours[SYNC_2].steps_per_s)
+    return figures | figures_of_asynchrony(ours[SYNC_1], ours[ASYNC_1])
 
 
 def choose_peer(bench: Bench, peers: dict[str, Contender]) -> Contender:
@@ -130,47 +128,12 @@ def choose_peer(bench: Bench, peers: dict[str, Contender]) -> Contender:
     return min((peers[label] for label in (TRL_1, TRL_2, TRL_2_PASSIVE)), key=lambda peer: peer.step_s)
 
 
-def try_asynchrony(bench: Bench, one_thread_trl: Contender, num_rounds: int) -> tuple[Contender, dict[str, float]]:
-    """The better asynchronous setting, and what asynchrony gives of what it could.
-
-    Two threads that compute at once are slower than each alone where cores share what they have; how much, a synchronous run of one thread shows
-    while TRL computes with one thread too. The bound is the ideal step slowed down so.
-    """
-    ours = bench.start_ours((SYNC_1, ASYNC_1, ASYNC_2))
-    synchronous, asynchronous = ours[SYNC_1], ours[ASYNC_1]
-    bench.alternate(list(ours.values()), num_rounds)
-    one_thread_trl.start(BESIDE_STEPS)
-    slowdown = synchronous.run(bench.num_steps).seconds_per_step / synchronous.step_s
-    one_thread_trl.finish()
-    print_our_table(f"{bench.name}, {num_rounds} rounds of {bench.num_steps} steps", list(ours.values()))
+def figures_of_asynchrony(synchronous: Contender, asynchronous: Contender) -> dict[str, float]:
+    """What running generation and training beside each other gives, of what it could; both with one thread for each of the two."""
     ideal_s = ideal_step_s(synchronous.step_s, synchronous.phase_s("generate"))
-    of_ideal, of_bound = ideal_s / asynchronous.step_s, ideal_s * slowdown / asynchronous.step_s
-    print(f"ideal asynchronous step of 1 thread each, max(generate, train): {ideal_s:.3f} s. Beside another, a thread is {slowdown:.2f} times as slow: "
-          f"the bound is {ideal_s * slowdown:.3f} s. Measured: {asynchronous.step_s:.3f} s, {of_ideal:.0%} of ideal, {of_bound:.0%} of the bound.\n",
-          flush=True)  # fmt: skip
-    figures = {
-        "async_ratio_to_sync": ratio_of_rounds(asynchronous.steps_per_s, synchronous.steps_per_s),
-        "async_of_ideal": of_ideal,
-        "async_of_bound": of_bound,
-        "slowdown_beside": slowdown,
-    }
-    best = min(ours[ASYNC_1], ours[ASYNC_2], key=lambda own: own.step_s)
-    close_all_but([best], ours)
-    return best, figures
-
-
-def try_synchrony(bench: Bench, num_rounds: int) -> tuple[Contender, Contender, dict[str, float]]:
-    """The better of one and two engines in float32, the one in bfloat16, and what two engines and bfloat16 give."""
-    ours = bench.start_ours((SYNC_2, TWO_ENGINES, BFLOAT16))
-    bench.alternate(list(ours.values()), num_rounds)
-    print_our_table(f"{bench.name}, {num_rounds} rounds of {bench.num_steps} steps", list(ours.values()))
-    figures = {
-        "two_engines_ratio": ratio_of_rounds(ours[TWO_ENGINES].steps_per_s, ours[SYNC_2].steps_per_s),
-        "bfloat16_ratio": ratio_of_rounds(ours[BFLOAT16].steps_per_s, ours[SYNC_2].steps_per_s),
-    }
-    best = min(ours[SYNC_2], ours[TWO_ENGINES], key=lambda own: own.step_s)
-    close_all_but([best, ours[BFLOAT16]], ours)
-    return best, ours[BFLOAT16], figures
+    of_ideal = ideal_s / asynchronous.step_s
+    print(f"ideal asynchronous step, max(generate, train): {ideal_s:.3f} s. Measured: {asynchronous.step_s:.3f} s, {of_ideal:.0%} of ideal.\n", flush=True)
+    return {"async_ratio_to_sync": ratio_of_rounds(asynchronous.steps_per_s, synchronous.steps_per_s), "async_of_ideal": of_ideal}
 
 
 def close_all_but(kept: list[Contender], contenders: dict[str, Contender]) -> None:

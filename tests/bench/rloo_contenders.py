@@ -12,14 +12,13 @@ from tests.bench.rloo_trl import TrlRun, train_with_trl
 from tests.bench.rloo_turns import PASSIVE, Contender
 
 WORK = Work(num_prompts=32, num_completions_per_prompt=4, max_new_tokens=48)
-SYNC_1, SYNC_2, ASYNC_1, ASYNC_2 = "1 thread", "2 threads", "asynchronous, 1 thread each", "asynchronous, 2 threads each"
+SYNC_1, SYNC_2, ASYNC_1 = "1 thread", "2 threads", "asynchronous, 1 thread each"
 TWO_ENGINES, BFLOAT16 = "2 threads, 2 engines of 1", "2 threads, bfloat16"
 OURS = {
     SYNC_1: Placement(engine_threads=1, trainer_threads=1),
     SYNC_2: Placement(engine_threads=2, trainer_threads=2),
     TWO_ENGINES: Placement(engine_threads=1, trainer_threads=2, num_engines=2),
     ASYNC_1: Placement(engine_threads=1, trainer_threads=1, max_policy_lag=1),
-    ASYNC_2: Placement(engine_threads=2, trainer_threads=2, max_policy_lag=1),
     BFLOAT16: Placement(engine_threads=2, trainer_threads=2, precision="bfloat16"),
 }
 TRL_1, TRL_2, TRL_2_PASSIVE = "TRL, 1 thread", "TRL, 2 threads", "TRL, 2 threads, passive"
@@ -29,7 +28,6 @@ TRL: dict[str, dict[str, Any]] = {
     TRL_2: {"num_threads": 2},
     TRL_2_PASSIVE: {"num_threads": 2},
     TRL_BFLOAT16: {"num_threads": 2, "bfloat16": True},
-    "TRL, 2 threads, passive, no gradient checkpointing": {"num_threads": 2, "gradient_checkpointing": False},
 }
 """`passive`: OMP_WAIT_POLICY=PASSIVE, as all of ours have."""
 

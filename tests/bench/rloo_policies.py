@@ -1,4 +1,4 @@
-"""What the RLOO bench trains: policies fine-tuned on the embedded world just long enough to end their answers by themselves, and random ones."""
+"""What the RLOO bench trains: policies fine-tuned on the embedded world just long enough to end their answers by themselves."""
 
 import json
 import multiprocessing as mp
@@ -51,12 +51,6 @@ def fine_tuned_policy(folder: Path, model: ModelConfig, *, num_epochs: float) ->
     if process.exitcode:
         sys.exit(f"bench-rloo: fine-tuning failed with status {process.exitcode}, see above")
     return _with_prompts(layout, chat, layout.sft_checkpoint)
-
-
-def random_policy(folder: Path, model: ModelConfig) -> Policy:
-    """Random weights; good for moving them about."""
-    config, layout = PipelineConfig(name="policy", seed=SEED, world=WORLD, model=model), RunLayout(folder)
-    return _with_prompts(layout, _write_base(config, layout), layout.base_model)
 
 
 def _write_base(config: PipelineConfig, layout: RunLayout) -> ChatFormat:
