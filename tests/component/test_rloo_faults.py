@@ -164,14 +164,6 @@ class InterruptsAfter(LengthScorer):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Python ignores SIGINT where its parent did, as of a job in the background of a script."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_nothing_and_the_run_resumes(uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path) -> None:

@@ -1,24 +1,32 @@
-"""RLOO against a served reward model that loses a replica, and one that answers 429 for twenty seconds: every score arrives, and is right."""
+"""RLOO against served reward models: one loses a replica, one answers 429 for twenty seconds, and every score arrives; none outlives its stage."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray import serve
 
+from rm_robust.config_loading import Run
+from rm_robust.errors import RolloutError
 from rm_robust.rloo.controller import run_rloo
+from rm_robust.run_layout import RunLayout
 from rm_robust.scoring import RewardClient, ScoreReply, ScoreRequest, ScoreResult
+from rm_robust.stages import rloo_stage
 from rm_robust.tracking import read_metrics
 from serve.cluster_scorer import ClusterScorer
 from serve.keys import new_key
 from serve.launch import deploy_service, start_serve
 from serve.settings import ModelSettings, ServiceSettings
 from tests.local_serve import local_ray
-from tests.rloo_run import LengthScorer, actor_processes, rloo_config, rloo_run_dir
+from tests.rloo_run import Killer, LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
 from tests.tiny_reward_model import save_tiny_reward_model
 
 BUSY_S = 20.0
@@ -112,3 +120,45 @@ def test_a_reward_model_that_is_busy_for_twenty_seconds_is_waited_for(tmp_path: 
     assert [line["rloo/proxy_score_mean"] for line in busy] == pytest.approx([line["rloo/proxy_score_mean"] for line in plain])
     assert max(float(line["time/wait_for_scores_s"]) for line in busy) > BUSY_S / 2
     assert [line["rloo/num_failed_scores"] for line in busy] == [0, 0]
+
+
+def served_run(folder: Path, **rloo: Any) -> Run:
+    """One that has come to its RLOO stage, which serves the proxy and a gold checkpoint itself."""
+    replica = {"num_cpus": 0.1, "num_threads": 1}
+    services = {"port": 0, "gold": str(save_tiny_reward_model(folder / "gold", seed=1)), "proxy_replica": replica, "gold_replica": replica}
+    config = rloo_config(folder, **rloo)
+    config = type(config).model_validate(config.model_dump() | {"serve": services})
+    run_dir = rloo_run_dir(config, folder / "run")
+    save_tiny_reward_model(RunLayout(run_dir).reward_model_checkpoint)
+    return Run(config, run_dir)
+
+
+def require_nothing_left() -> None:
+    """Ray ends a deleted application's replicas, and a killed process, a little later."""
+    assert serve.status().applications == {}
+    for name in ("ServeReplica", "RolloutEngine", "PolicyTrainer"):
+        wait_for(lambda name=name: not actor_processes(name), what=f"the end of {name}")
+    assert not [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+@pytest.mark.parametrize("end", ["success", "failure", pytest.param("ctrl_c", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("ctrl_c")
+def test_nothing_of_the_stage_remains_however_it_ends(end: str, tmp_path: Path) -> None:
+    run = served_run(tmp_path, max_restarts=0, checkpoint_every_steps=4)
+
+    def interrupt() -> None:
+        wait_for(lambda: len(read_metrics(run.run_dir, "rloo")) == 1, what="the first step")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if end == "success":
+        rloo_stage(run)
+    elif end == "failure":
+        Killer("PolicyTrainer", lambda: len(read_metrics(run.run_dir, "rloo")) == 1)
+        with pytest.raises(RolloutError, match="without a committed step between"):
+            rloo_stage(run)
+    else:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            rloo_stage(run)
+    assert RunLayout(run.run_dir).is_done("rloo") == (end == "success")
+    require_nothing_left()
