@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from random import Random
 from statistics import mean, median
 
 import psutil
@@ -45,8 +46,8 @@ SIZES = {
 NUM_CLIENTS = 64
 """Each sends one warm-up request before the clock starts."""
 NUM_LIST_CLIENTS = 16
-"""Of the second part: 16 lists of four are 64 conversations at a time as well."""
-MOST_LISTS_PER_ROUND = 64
+"""Of the second part, where a client sends a list: 16 lists of four are 64 conversations at a time as well."""
+MOST_LISTS_PER_ROUND = 48
 MOST_LIST_ROUNDS = 3
 NUMBERS_OF_THREADS = (1, 2)
 """A peer is measured with the one that is quicker for it."""
@@ -93,7 +94,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of human_pairs.parquet and rmb_bon.parquet")
-    parser.add_argument("--rounds", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=512, help="timed ones, of every server in every round (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: both")
     arguments = parser.parse_args()
@@ -217,24 +218,38 @@ def alternate(bench: Bench, rounds: list[list[Candidates]], everyone: list[Runni
 
 
 def compare_lists(bench: Bench, rounds: list[list[Candidates]], run: Running, everyone: list[Running]) -> dict[str, float]:
-    """Four completions of a prompt in one request, and in four that go out at the same time.
+    """Four completions of a prompt in one request; in four that come from as many clients at some time or other; and in four that a client sends at once.
 
-    The limit by tokens is of requests that share nothing: the service shares, so four that meet in a batch have one prompt as well.
+    The limit by tokens is of requests that share nothing, as the scattered ones: four that are sent at once meet in a batch, where the service computes
+    their prompt once too. Every round has every mode, in another order.
     """
     limit = token_limit([(len(c.prompt_ids), list(map(len, c.completion_ids))) for number in rounds for c in number[NUM_LIST_CLIENTS:]])
-    together: list[float] = []
-    apart: list[float] = []
+    speeds: dict[str, list[float]] = {"together": [], "scattered": [], "at once": []}
     for number, candidates in enumerate(rounds):
-        modes = [(together, [[c] for c in candidates]), (apart, [c.split() for c in candidates])]
-        for speeds, groups in modes if number % 2 == 0 else reversed(modes):
-            result, _ = bench.measure(run, groups, num_clients=NUM_LIST_CLIENTS, everyone=everyone)
-            speeds.append(4 * len(result.replies) / result.seconds)
-    ratio = ratio_of_rounds(together, apart)
-    each = " ".join(f"{a / b:.2f}" for a, b in zip(together, apart, strict=True))
-    print(f"| {bench.size}, RMB lists, {NUM_LIST_CLIENTS} clients | completions/s, one request of 4 | four requests of 1 | ratio | all | limit by tokens |\n"
-          + "| --- " * 6
-          + f"|\n| {run.server.label} | {median(together):.0f} | {median(apart):.0f} | {ratio:.2f} | {each} | {limit:.2f} |\n", flush=True)  # fmt: skip
-    return {f"k4_token_limit_{bench.size}": round(limit, 3), f"k4_ratio_{bench.size}": round(ratio, 3)}
+        scattered = [[single] for c in candidates[NUM_LIST_CLIENTS:] for single in c.split()]
+        Random(number).shuffle(scattered)
+        warm_up = [[single] for c in candidates[:NUM_LIST_CLIENTS] for single in c.split()]
+        modes = [
+            ("together", [[c] for c in candidates], NUM_LIST_CLIENTS),
+            ("scattered", [*warm_up, *scattered], NUM_CLIENTS),
+            ("at once", [c.split() for c in candidates], NUM_LIST_CLIENTS),
+        ]
+        for mode, groups, num_clients in (*modes[number % 3 :], *modes[: number % 3]):
+            result, _ = bench.measure(run, groups, num_clients=num_clients, everyone=everyone)
+            speeds[mode].append(4 * (len(candidates) - NUM_LIST_CLIENTS) / result.seconds)
+    ratios = {mode: ratio_of_rounds(speeds["together"], own) for mode, own in speeds.items()}
+    print(f"| {bench.size}, {len(rounds)} rounds of {len(rounds[0]) - NUM_LIST_CLIENTS} RMB lists | completions/s | one request of 4 is quicker | each round | "
+          "limit by tokens |\n" + "| --- " * 5 + "|")  # fmt: skip
+    for mode, label in (("together", "one request of 4"), ("scattered", "four requests, scattered"), ("at once", "four requests at once")):
+        each = " ".join(f"{a / b:.2f}" for a, b in zip(speeds["together"], speeds[mode], strict=True))
+        print(f"| {label} | {median(speeds[mode]):.0f} | {ratios[mode]:.2f} | {each} | {limit:.2f} |")
+    print(flush=True)
+    size = bench.size
+    return {
+        f"k4_token_limit_{size}": round(limit, 3),
+        f"k4_ratio_{size}": round(ratios["scattered"], 3),
+        f"k4_ratio_at_once_{size}": round(ratios["at once"], 3),
+    }
 
 
 def installed_version(name: str) -> str:
