@@ -31,6 +31,9 @@ from rm_robust.rloo.weight_broadcast import ParameterSpec
 logger = logging.getLogger(__name__)
 
 
+_SHARDS_OF_ATTENTION = ("q", "k", "v")
+
+
 class WeightLoader(Protocol):
     """One update: `start`, `load` of everything in any number of calls, `finish`."""
 
@@ -54,13 +57,13 @@ class _Place:
 
 
 class DirectLoader:
-    """See the top of the file. Layers keep their live parameters; those that packing removed are staged until the layer is whole."""
+    """See the top of the file. Layers keep their live parameters; those that packing removed are packed from where they were received, when all has come."""
 
     def __init__(self, model: Any, places: dict[str, _Place]) -> None:
         self._places = places
         self._num_sources = Counter(place.layer for place in places.values())
         self._num_waiting = Counter[nn.Module]()
-        self._staged: dict[nn.Module, dict[str, Tensor]] = {}
+        self._pieces: dict[nn.Module, dict[str, list[tuple[_Place, Tensor]]]] = {}
         embeddings: list[Any] = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
         heads = _output_heads(model)
         self._tied_heads = {e: [head for head in heads if head is not e and head.weight is e.weight] for e in embeddings if e in self._num_sources}
@@ -70,15 +73,18 @@ class DirectLoader:
 
     def start(self) -> None:
         self._num_waiting = self._num_sources.copy()
-        self._staged = {}
+        self._pieces = {}
 
     def load(self, weights: list[tuple[str, Tensor]]) -> None:
         for name, tensor in weights:
             if name not in self._places:
                 continue  # vLLM's own loader ignores it too
             place = self._places[name]
-            parameter = self._destination(place)
-            _loader_of(parameter)(parameter, tensor, *place.arguments, **place.keywords)
+            live = getattr(place.layer, place.parameter_name)
+            if _template_of(place.layer, place.parameter_name).shape == live.shape:
+                _load_piece(live, place, tensor)
+            else:
+                self._pieces.setdefault(place.layer, {}).setdefault(place.parameter_name, []).append((place, tensor))
             self._num_waiting[place.layer] -= 1
             if not self._num_waiting[place.layer]:
                 self._put_to_use(place.layer)
@@ -88,18 +94,15 @@ class DirectLoader:
         if late:
             raise RolloutError(f"{late} layers of the engine's model did not get all of their weights. Publish them again.")
 
-    def _destination(self, place: _Place) -> Tensor:
-        template, live = _template_of(place.layer, place.parameter_name), getattr(place.layer, place.parameter_name)
-        if template.shape == live.shape:
-            return live  # type: ignore[no-any-return]
-        staged = self._staged.setdefault(place.layer, {})
-        if place.parameter_name not in staged:
-            staged[place.parameter_name] = restore_layer_refs(materialize_meta_tensor(template), place.layer)
-        return staged[place.parameter_name]
-
     def _put_to_use(self, layer: Any) -> None:
-        for name, tensor in self._staged.pop(layer, {}).items():
-            setattr(layer, name, tensor)
+        for name, pieces in self._pieces.pop(layer, {}).items():
+            template = _template_of(layer, name)
+            whole = _side_by_side(pieces, template)
+            if whole is None:
+                whole = restore_layer_refs(materialize_meta_tensor(template), layer)
+                for place, tensor in pieces:
+                    _load_piece(whole, place, tensor)
+            setattr(layer, name, whole)  # until it is packed
         for packed in (layer, *self._tied_heads.get(layer, ())):
             repack(packed)
 
@@ -203,8 +206,33 @@ def _template_of(layer: nn.Module, parameter_name: str) -> Tensor:
     return getattr(layer, parameter_name) if template is None else template  # biases are never removed and have no template
 
 
-def _loader_of(parameter: Tensor) -> Callable[..., None]:
-    return getattr(parameter, "weight_loader", default_weight_loader)
+def _load_piece(parameter: Tensor, place: _Place, tensor: Tensor) -> None:
+    getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor, *place.arguments, **place.keywords)
+
+
+def _side_by_side(pieces: list[tuple[_Place, Tensor]], template: Tensor) -> Tensor | None:
+    """The pieces of one parameter as a view of the memory in which they lie as they would in it, row after row; None when they do not."""
+    ordered = sorted(pieces, key=lambda piece: _position(piece[0]))
+    storage, next_pointer = ordered[0][1].untyped_storage().data_ptr(), ordered[0][1].data_ptr()
+    for position, (place, tensor) in enumerate(ordered):
+        is_next = tensor.untyped_storage().data_ptr() == storage and tensor.data_ptr() == next_pointer and tensor.is_contiguous()
+        if not is_next or _position(place) != position or tensor.dtype != template.dtype or tensor.shape[1:] != template.shape[1:]:
+            return None
+        next_pointer += tensor.nbytes
+    if sum(tensor.numel() for _, tensor in ordered) != template.numel():
+        return None
+    whole = ordered[0][1].as_strided(template.shape, torch.empty(template.shape, device="meta").stride())
+    return nn.Parameter(whole, requires_grad=False)
+
+
+def _position(place: _Place) -> int:
+    """Of a piece in its parameter, by the shard that vLLM's fused layers (QKVParallelLinear, MergedColumnParallelLinear) name; -1 for any other."""
+    if place.keywords or len(place.arguments) > 1:
+        return -1
+    shard = place.arguments[0] if place.arguments else 0
+    if shard in _SHARDS_OF_ATTENTION:
+        return _SHARDS_OF_ATTENTION.index(shard)
+    return shard if isinstance(shard, int) else -1
 
 
 def _output_heads(model: Any) -> list[Any]:

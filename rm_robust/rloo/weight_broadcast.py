@@ -8,6 +8,7 @@ Dropping the last reference to a group closes its connections, and every peer th
 """
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ WINDOW_BYTES = 32 * 2**20
 _ALIGNMENT_BYTES = 8
 """Every parameter starts at a multiple of this inside its chunk: any dtype can be viewed in place, and checksums add up int64 words."""
 _TRAINER_RANK = 0
+_NUMBERED_LAYER = re.compile(r".*?(^|\.)\d+(?=\.)")
+"""The part of a parameter's name that names its layer: model.layers.11"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class WeightSource(Protocol):
 class ModuleWeights:
     """The named parameters of an unsharded, unwrapped module; tied parameters come once, under their first name.
 
-    Those outside the numbered layers come first: embedding and output head take an engine longest, and layers are then still on the wire.
+    Those outside the numbered layers come first: embedding and output head take an engine longest, and layers are then still on the wire. Of a layer,
+    matrices come before vectors: what an engine fuses lies side by side.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -73,8 +77,20 @@ class ModuleWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, parameter.detach()) for name, parameter in self._parameters())
 
+    def move(self, places: dict[str, Tensor]) -> None:
+        """Each parameter that has a place and is on a CPU lives there from now on, as the same Parameter of the same value."""
+        for name, parameter in self._parameters():
+            if name in places and parameter.device.type == "cpu":
+                parameter.data = places[name].copy_(parameter.detach())
+
     def _parameters(self) -> list[tuple[str, Tensor]]:
-        return sorted(self._module.named_parameters(), key=lambda named: any(map(str.isdigit, named[0].split("."))))
+        layers: dict[str, int] = {"": -1}
+
+        def order(named: tuple[str, Tensor]) -> tuple[int, bool]:
+            layer = _NUMBERED_LAYER.match(named[0])
+            return layers.setdefault(layer.group() if layer else "", len(layers)), named[1].dim() < 2
+
+        return sorted(self._module.named_parameters(), key=order)
 
 
 class NamedWeights:
@@ -115,7 +131,7 @@ def chunk_num_bytes(chunk: list[ParameterSpec]) -> int:
 
 
 def fill(buffer: Tensor, chunk: list[ParameterSpec], weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy the chunk's parameters from `weights` into a uint8 CPU buffer of its length.
+    """Copy the chunk's parameters from `weights` into a uint8 CPU buffer of its length; one that lives there already stays as it is.
 
     Raises RolloutError when `weights` yields anything but what the chunk announces.
     """
@@ -123,7 +139,8 @@ def fill(buffer: Tensor, chunk: list[ParameterSpec], weights: Iterator[tuple[str
     for spec in chunk:
         tensor = _next_weight(spec, weights)
         end = start + spec.num_bytes
-        buffer[start:end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        if tensor.data_ptr() != buffer[start:end].data_ptr():
+            buffer[start:end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
         start += _padded_bytes(spec)
         buffer[end:start].zero_()
 

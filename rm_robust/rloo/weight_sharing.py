@@ -1,7 +1,9 @@
-"""Weights of engines on the trainer's own machine: copied once into memory that all of them see, instead of through a socket to each.
+"""Weights of engines on the trainer's own machine: in memory that all of them see, instead of through a socket to each.
 
     trainer   parameters ─fill─► shared chunk ─checksum broadcast─┐   the memory stays as it is until the engines have confirmed
     engines   load(named tensors) ◄─unpack, same checksum─────────┘
+
+The parameters of a whole policy live in that memory: nothing is copied (`move_parameters`). Those gathered from shards are copied for each update.
 
 The memory has no name in any file system: it is gone with the last process that holds it, however that ends. Linux only.
 """
@@ -17,6 +19,7 @@ from torch.distributed import ProcessGroupGloo
 
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.weight_broadcast import (
+    ModuleWeights,
     ParameterSpec,
     WeightSource,
     checksum,
@@ -64,8 +67,19 @@ def num_shared_bytes(specs: list[ParameterSpec]) -> int:
     return sum(chunk_num_bytes(chunk) for chunk in plan_chunks(specs, SHARED_CHUNK_BYTES))
 
 
+def move_parameters(source: ModuleWeights, memory: Tensor) -> None:
+    """From now on the trainer updates its parameters where engines read them. They keep the memory alive, also when it is closed."""
+    start = 0
+    places: dict[str, Tensor] = {}
+    for chunk in plan_chunks(source.metadata(), SHARED_CHUNK_BYTES):
+        end = start + chunk_num_bytes(chunk)
+        places |= unpack(chunk, memory[start:end])
+        start = end
+    source.move(places)
+
+
 def share_weights(group: ProcessGroupGloo, source: WeightSource, memory: Tensor) -> int:
-    """Copy every parameter of `source` into `memory`, announce each chunk when it is there, and return their bytes. RuntimeError when an engine has gone."""
+    """Bring every parameter of `source` into `memory`, announce each chunk when it is there, and return their bytes. RuntimeError when an engine has gone."""
     weights = iter(source)
     announcements = []
     start = 0

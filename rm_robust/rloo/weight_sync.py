@@ -25,7 +25,7 @@ from torch import nn
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.weight_broadcast import ModuleWeights, WeightSource, host_store, open_group, send_weights
 from rm_robust.rloo.weight_probe import Probe
-from rm_robust.rloo.weight_sharing import SharedMemory, memory_namespace, num_shared_bytes, share_weights
+from rm_robust.rloo.weight_sharing import SharedMemory, memory_namespace, move_parameters, num_shared_bytes, share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,10 @@ class SyncReport:
     version: int
     num_bytes: int
     """Bytes of one copy of the weights as sent."""
+    load_seconds: float
+    """Until every engine had loaded the weights and checked their bytes."""
     seconds: float
+    """Until every engine had confirmed the version, the probe included."""
     num_engines: int
 
 
@@ -109,24 +112,28 @@ class WeightPublisher:
                 self._client.require_alive()
                 self._sender = _connect(self._backend, self._client, self._source)
             sent = self._sender.send()
-            self._confirm(version, sent.receiving)
+            loaded_s = self._confirm(version, sent.receiving)
         except BaseException:
             self.close()  # an engine that still waits for the rest of this update gets an error at once
             raise
-        report = SyncReport(version, sent.num_bytes, time.perf_counter() - start_s, self._client.num_engines)
+        report = SyncReport(version, sent.num_bytes, loaded_s - start_s, time.perf_counter() - start_s, self._client.num_engines)
         logger.debug("Policy version %d: %d bytes to %d engines in %.3f s", version, report.num_bytes, report.num_engines, report.seconds)
         return report
 
-    def _confirm(self, version: int, receiving: list[ObjectRef[Any]]) -> None:
-        """The engines load the rest and score the probe while the trainer scores it; then each compares and confirms."""
+    def _confirm(self, version: int, receiving: list[ObjectRef[Any]]) -> float:
+        """The engines load the rest and score the probe while the trainer scores it; then each compares and confirms. When all had loaded."""
         if self._probe is None:
             self._client.wait(receiving)
+            loaded_s = time.perf_counter()
             self._client.confirm_version(version)
-            return
+            return loaded_s
         scoring = self._client.begin_score_probe(self._probe.token_ids)
         trainer_logprobs = self._probe.trainer_logprobs()
-        self._client.wait([*receiving, *scoring])
+        self._client.wait(receiving)
+        loaded_s = time.perf_counter()
+        self._client.wait(scoring)
         self._client.confirm_version(version, trainer_logprobs)
+        return loaded_s
 
 
 class EngineClient:
@@ -243,7 +250,10 @@ class GlooSender:
             "shared_path": None,
         }
         if self._shares_memory:
-            self._memory = self._memory or SharedMemory(num_shared_bytes(specs))
+            if self._memory is None:
+                self._memory = SharedMemory(num_shared_bytes(specs))
+                if isinstance(self._source, ModuleWeights):
+                    move_parameters(self._source, self._memory.buffer)
             update_info["shared_path"] = self._memory.path
         receiving = self._client.begin_receive_update(update_info)
         try:

@@ -107,6 +107,14 @@ def test_tied_parameters_are_published_once() -> None:
     assert [spec.name for spec in ModuleWeights(module).metadata()] == ["0.weight"]
 
 
+def test_unnumbered_parameters_come_first_and_matrices_of_a_layer_before_its_vectors() -> None:
+    layers = [torch.nn.ModuleDict({"q": torch.nn.Linear(2, 2), "k": torch.nn.Linear(2, 2)}) for _ in range(2)]
+    module = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers), "norm": torch.nn.LayerNorm(2), "head": torch.nn.Linear(2, 3, bias=False)})
+    names = [spec.name for spec in ModuleWeights(module).metadata()]
+    of_layers = [f"layers.{n}.{name}" for n in range(2) for name in ("q.weight", "k.weight", "q.bias", "k.bias")]
+    assert names == ["head.weight", "norm.weight", "norm.bias", *of_layers]
+
+
 def test_embedding_and_head_are_published_before_the_numbered_layers() -> None:
     module = torch.nn.ModuleDict({"embed": torch.nn.Linear(1, 1, bias=False), "layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
     module["head"] = torch.nn.Linear(1, 1, bias=False)

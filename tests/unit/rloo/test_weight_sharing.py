@@ -1,5 +1,6 @@
 """Weights in shared memory, between two threads and, for what belongs to a process, two processes."""
 
+import copy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,15 @@ from torch.distributed import ProcessGroupGloo
 from rm_robust.errors import RolloutError
 from rm_robust.rloo import weight_sharing
 from rm_robust.rloo.weight_broadcast import ModuleWeights, checksum, host_store, join_store, open_group, start_broadcast
-from rm_robust.rloo.weight_sharing import SharedMemory, load_shared_weights, memory_namespace, num_shared_bytes, open_memory, share_weights
+from rm_robust.rloo.weight_sharing import (
+    SharedMemory,
+    load_shared_weights,
+    memory_namespace,
+    move_parameters,
+    num_shared_bytes,
+    open_memory,
+    share_weights,
+)
 
 TIMEOUT_S = 20.0
 
@@ -25,15 +34,20 @@ def groups() -> tuple[ProcessGroupGloo, ProcessGroupGloo]:
         return open_group(store, 0, 2, TIMEOUT_S), engine.result()
 
 
+@pytest.mark.parametrize("is_moved", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 64, 2**20])
 def test_shared_parameters_are_the_trainers_update_after_update(
-    groups: tuple[ProcessGroupGloo, ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+    groups: tuple[ProcessGroupGloo, ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, is_moved: bool
 ) -> None:
     monkeypatch.setattr(weight_sharing, "SHARED_CHUNK_BYTES", chunk_bytes)
     module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7, dtype=torch.bfloat16))
     weights = ModuleWeights(module)
     memory = SharedMemory(num_shared_bytes(weights.metadata()))
     engines_view = open_memory(memory.path, memory.buffer.numel())
+    if is_moved:
+        before = copy.deepcopy(module.state_dict())
+        move_parameters(weights, memory.buffer)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
     for _ in range(2):
         with torch.no_grad():
             for parameter in module.parameters():
@@ -46,6 +60,21 @@ def test_shared_parameters_are_the_trainers_update_after_update(
         assert num_bytes == memory.buffer.numel() == 64 + 16 + 48 + 16  # 15, 3 float32 and 21, 7 bfloat16, each to a multiple of 8
         assert all(torch.equal(received[name], parameter) for name, parameter in module.named_parameters())
     memory.close()
+    assert all(torch.equal(received[name], parameter) for name, parameter in module.named_parameters())
+
+
+def test_an_optimizer_updates_moved_parameters_where_engines_read_them() -> None:
+    module = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    weights = ModuleWeights(module)
+    memory = torch.zeros(num_shared_bytes(weights.metadata()), dtype=torch.uint8)
+    loss = module(torch.ones(4)).square().sum()  # its graph is from before the move, as when an engine is replaced between measuring and the update
+    move_parameters(weights, memory)
+    loss.backward()
+    before = memory.clone()
+    optimizer.step()
+    assert not torch.equal(memory, before)
+    assert torch.equal(memory[:32].view(torch.float32).view(2, 4), module.weight)
 
 
 def test_altered_memory_is_an_error_before_it_is_loaded(groups: tuple[ProcessGroupGloo, ProcessGroupGloo]) -> None:
