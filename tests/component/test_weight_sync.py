@@ -55,8 +55,10 @@ class TransformersTrainer:
         self.model = load_policy(model_dir, dtype=torch.float32)
         layout = choose_layout(self.model.config, self.model.device)
         policy = PackedPolicy(load_policy(model_dir, dtype=torch.float32), layout, temperature=0.7)
-        for name, parameter in self.model.named_parameters():
-            parameter.data = policy.model.get_parameter(name).data
+        for name, parameter in policy.model.named_parameters():  # the Parameters themselves: publishing moves what they hold
+            layer, _, own_name = name.rpartition(".")
+            setattr(self.model.get_submodule(layer), own_name, parameter)
+        self.model.tie_weights()
         self.engines = engines
         self.probe = policy_probe(policy)
         self.publisher = WeightPublisher(engines, policy.model, backend="gloo", tensor_parallel_size=1, timeout_s=SYNC_TIMEOUT_S, probe=self.probe)
