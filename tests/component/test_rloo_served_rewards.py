@@ -141,7 +141,7 @@ def require_nothing_left() -> None:
     assert not [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
 
 
-@pytest.mark.parametrize("end", ["success", "failure", pytest.param("ctrl_c", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("end", ["failure", *(pytest.param(end, marks=pytest.mark.slow) for end in ("success", "ctrl_c"))])
 @pytest.mark.usefixtures("ctrl_c")
 def test_nothing_of_the_stage_remains_however_it_ends(end: str, tmp_path: Path) -> None:
     run = served_run(tmp_path, max_restarts=0, checkpoint_every_steps=4)
