@@ -96,7 +96,7 @@ CASES = {
 }
 
 
-IN_EVERY_RUN = ("ddp, 1 worker", "fsdp2, 2 workers")
+IN_EVERY_RUN = ("fsdp2, 2 workers",)
 
 
 @pytest.mark.parametrize("name", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
