@@ -366,6 +366,7 @@ def test_inside_the_cluster_the_scores_are_those_over_http(cluster: str, checkpo
     serve.delete("whole")
 
 
+@pytest.mark.slow
 def test_the_service_process_reloads_on_sighup_and_answers_what_it_has_before_it_ends(checkpoints: Checkpoints, tmp_path: Path) -> None:
     link, keys = tmp_path / "model", tmp_path / "keys.toml"
     link.symlink_to(checkpoints.one)
