@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod, VocabParallelEmbedding
@@ -29,7 +30,6 @@ from rm_robust.errors import RolloutError
 from rm_robust.rloo.weight_broadcast import ParameterSpec
 
 logger = logging.getLogger(__name__)
-
 
 _SHARDS_OF_ATTENTION = ("q", "k", "v")
 
@@ -97,7 +97,7 @@ class DirectLoader:
     def _put_to_use(self, layer: Any) -> None:
         for name, pieces in self._pieces.pop(layer, {}).items():
             template = _template_of(layer, name)
-            whole = _side_by_side(pieces, template)
+            whole = _side_by_side(pieces, template) if _packs_a_copy(layer) else None
             if whole is None:
                 whole = restore_layer_refs(materialize_meta_tensor(template), layer)
                 for place, tensor in pieces:
@@ -208,6 +208,12 @@ def _template_of(layer: nn.Module, parameter_name: str) -> Tensor:
 
 def _load_piece(parameter: Tensor, place: _Place, tensor: Tensor) -> None:
     getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor, *place.arguments, **place.keywords)
+
+
+def _packs_a_copy(layer: Any) -> bool:
+    """As oneDNN does. vLLM's other ways of packing may go on reading what they were given, which here is memory that the trainer changes."""
+    closure = getattr(getattr(layer, "cpu_linear", None), "__closure__", None) or ()
+    return any(isinstance(cell.cell_contents, CPUDNNLGEMMHandler) for cell in closure)
 
 
 def _side_by_side(pieces: list[tuple[_Place, Tensor]], template: Tensor) -> Tensor | None:

@@ -307,6 +307,9 @@ def test_engines_equal_transformers_after_every_update(model: str, request: pyte
         assert (report.version, report.num_engines) == (version, len(rollout.engines))
         continuations.append(require_same_policy(rollout, version=version))
     assert all(first != second for first, second in zip(*continuations, strict=True)), "the updates must matter, or this test cannot fail"
+    ray.get(rollout.trainer.change_weights.remote(seed=3))  # in the memory that the engines have read
+    for engine in rollout.engines:
+        assert ray.get(engine.greedy.remote(PROMPTS, 16)) == continuations[-1], "an engine must not follow its trainer before it is told"
     assert [ray.get(engine.__ray_call__.remote(names_of_loaders)) for engine in rollout.engines] == [["DirectLoader"]] * len(rollout.engines)
 
 
@@ -324,6 +327,8 @@ def test_larger_engines_equal_transformers_after_every_update(ray_session: None,
         ray.get(rollout.trainer.change_weights.remote(seed=version, scale=0.02))
         ray.get(rollout.trainer.publish.remote(version))
         continuations.append(require_same_policy(rollout, version=version))
+    ray.get(rollout.trainer.change_weights.remote(seed=4, scale=0.02))
+    assert ray.get(engine.greedy.remote(PROMPTS, 16)) == continuations[-1], "an engine must not follow its trainer before it is told"
     assert len({str(greedy) for greedy in continuations}) == 3, "the updates must matter, or this test cannot fail"
     for actor in (engine, rollout.trainer):
         ray.kill(actor)
