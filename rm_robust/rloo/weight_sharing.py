@@ -67,31 +67,28 @@ def num_shared_bytes(specs: list[ParameterSpec]) -> int:
     return sum(chunk_num_bytes(chunk) for chunk in plan_chunks(specs, SHARED_CHUNK_BYTES))
 
 
+def _chunks_in(memory: Tensor, specs: list[ParameterSpec]) -> list[tuple[list[ParameterSpec], Tensor]]:
+    """Each chunk and its part of the memory, which has `num_shared_bytes(specs)`."""
+    chunks = plan_chunks(specs, SHARED_CHUNK_BYTES)
+    return list(zip(chunks, memory.split(list(map(chunk_num_bytes, chunks))), strict=True))
+
+
 def move_parameters(source: ModuleWeights, memory: Tensor) -> None:
     """From now on the trainer updates its parameters where engines read them. They keep the memory alive, also when it is closed."""
-    start = 0
-    places: dict[str, Tensor] = {}
-    for chunk in plan_chunks(source.metadata(), SHARED_CHUNK_BYTES):
-        end = start + chunk_num_bytes(chunk)
-        places |= unpack(chunk, memory[start:end])
-        start = end
-    source.move(places)
+    source.move({name: place for chunk, part in _chunks_in(memory, source.metadata()) for name, place in unpack(chunk, part)})
 
 
 def share_weights(group: ProcessGroupGloo, source: WeightSource, memory: Tensor) -> int:
     """Bring every parameter of `source` into `memory`, announce each chunk when it is there, and return their bytes. RuntimeError when an engine has gone."""
     weights = iter(source)
     announcements = []
-    start = 0
-    for chunk in plan_chunks(source.metadata(), SHARED_CHUNK_BYTES):
-        end = start + chunk_num_bytes(chunk)
-        fill(memory[start:end], chunk, weights)
-        announcements.append(start_broadcast(group, torch.tensor([checksum(memory[start:end])])))
-        start = end
+    for chunk, part in _chunks_in(memory, source.metadata()):
+        fill(part, chunk, weights)
+        announcements.append(start_broadcast(group, torch.tensor([checksum(part)])))
     require_exhausted(weights)
     for announcement in announcements:
         announcement.wait()
-    return start
+    return memory.numel()
 
 
 def load_shared_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], memory: Tensor, load: Callable[[list[tuple[str, Tensor]]], None]) -> None:
@@ -99,15 +96,12 @@ def load_shared_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], mem
 
     Raises RolloutError, before it loads a chunk, when its bytes are not those that were announced.
     """
-    chunks = plan_chunks(specs, SHARED_CHUNK_BYTES)
+    chunks = _chunks_in(memory, specs)
     checksums = [torch.empty(1, dtype=torch.int64) for _ in chunks]
     announcements = [start_broadcast(group, checksum_1) for checksum_1 in checksums]
-    start = 0
-    for index, (chunk, announcement, announced) in enumerate(zip(chunks, announcements, checksums, strict=True)):
+    for index, ((chunk, part), announcement, announced) in enumerate(zip(chunks, announcements, checksums, strict=True)):
         announcement.wait()
-        end = start + chunk_num_bytes(chunk)
-        found = checksum(memory[start:end])
+        found = checksum(part)
         if found != announced.item():
             raise RolloutError(f"Shared chunk {index} of {len(chunks)} has checksum {found}, but {announced.item()} was announced. Publish the weights again.")
-        load(unpack(chunk, memory[start:end]))
-        start = end
+        load(unpack(chunk, part))

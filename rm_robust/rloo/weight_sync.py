@@ -122,13 +122,10 @@ class WeightPublisher:
 
     def _confirm(self, version: int, receiving: list[ObjectRef[Any]]) -> float:
         """The engines load the rest and score the probe while the trainer scores it; then each compares and confirms. When all had loaded."""
-        if self._probe is None:
-            self._client.wait(receiving)
-            loaded_s = time.perf_counter()
-            self._client.confirm_version(version)
-            return loaded_s
-        scoring = self._client.begin_score_probe(self._probe.token_ids)
-        trainer_logprobs = self._probe.trainer_logprobs()
+        scoring, trainer_logprobs = [], None
+        if self._probe is not None:
+            scoring = self._client.begin_score_probe(self._probe.token_ids)
+            trainer_logprobs = self._probe.trainer_logprobs()
         self._client.wait(receiving)
         loaded_s = time.perf_counter()
         self._client.wait(scoring)

@@ -30,7 +30,6 @@ class TrlRun:
     work: Work
     num_threads: int
     bfloat16: bool = False
-    gradient_checkpointing: bool = True
 
 
 def trl_settings(run: TrlRun) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def trl_settings(run: TrlRun) -> dict[str, Any]:
         "output_dir": str(run.folder / "trl"),
         "use_cpu": True,
         "bf16": run.bfloat16,
-        "gradient_checkpointing": run.gradient_checkpointing,
+        "gradient_checkpointing": True,
         "per_device_train_batch_size": run.work.num_completions,
         "num_generations": run.work.num_completions_per_prompt,
         "max_completion_length": run.work.max_new_tokens,

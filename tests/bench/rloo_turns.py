@@ -97,24 +97,15 @@ class Contender:
         self._receive()
         return self
 
-    def start(self, num_steps: int) -> None:
-        self._connection.send(num_steps)
-
-    def finish(self) -> Round:
-        done = self._receive()
-        assert isinstance(done, Round)
-        return done
-
-    def run(self, num_steps: int) -> Round:
-        self.start(num_steps)
-        return self.finish()
-
     def run_round(self, num_steps: int, others: Sequence["Contender"] = ()) -> None:
         """A turn that counts. `others` wait meanwhile."""
         waiting_ids = {process_id for other in others for process_id in other.process_ids} - set(self.process_ids)
         started_s, own_s, waiting_s = time.perf_counter(), _cpu_seconds(self.process_ids), _cpu_seconds(waiting_ids)
-        self.rounds.append(self.run(num_steps))
+        self._connection.send(num_steps)
+        done = self._receive()
         seconds = time.perf_counter() - started_s
+        assert isinstance(done, Round)
+        self.rounds.append(done)
         self.cores.append((_cpu_seconds(self.process_ids) - own_s) / seconds)
         self.others_cores.append((_cpu_seconds(waiting_ids) - waiting_s) / seconds)
 
