@@ -257,9 +257,12 @@ class GlooSender:
             if self._memory is not None:
                 return Sent(share_weights(self._group, self._source, self._memory.buffer), receiving)
             return Sent(send_weights(self._group, self._source), receiving)
-        except RuntimeError:
-            self._client.raise_first_failure(receiving)  # an engine's own error says more than gloo's "connection closed by peer"
-            raise
+        except RuntimeError as error:
+            gloo_says = str(error)
+        # Outside of the handler: an error that is raised in it holds gloo's, whose frames hold the group. The group would outlive `close`, and an engine
+        # that is yet to come to this update would wait for it until the timeout.
+        self._client.raise_first_failure(receiving)  # says more than gloo's "connection closed by peer"
+        raise RolloutError(f"The connection to the engines was lost while the weights were sent: {gloo_says}")
 
     def close(self) -> None:
         del self._group
