@@ -1,16 +1,17 @@
 """Put received weights into a vLLM model (0.32), whose linear layers on CPU keep nothing but a packed oneDNN copy of theirs.
 
   DirectLoader     what each parameter of the trainer is for the model is found out once; then every one goes straight to its place, and a layer is
-                   packed when it is whole. For models that take the trainer's tensors as they are, unquantised.
+                   packed when it is whole, while others still come. For models that take the trainer's tensors as they are, unquantised.
   LayerwiseLoader  vLLM's own: anew for every update it replaces all parameters by placeholders and counts what the model's loader would copy. For the
                    rest. Slower: 0.5 ms a parameter, a copy more of embeddings and norms, and a packed copy of the embedding that nothing reads.
 
-Both leave the model unusable when an update is aborted, and start afresh at the next. Neither waits for anything.
+Both leave the model unusable when an update is aborted, and start afresh at the next. Neither waits for the trainer.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +32,8 @@ from rm_robust.rloo.weight_broadcast import ParameterSpec
 
 logger = logging.getLogger(__name__)
 
+NUM_PACKING_THREADS = 2
+"""The engine's own core, and that of the trainer beside it, which waits meanwhile. oneDNN packs a layer with one thread, whatever OpenMP has."""
 _SHARDS_OF_ATTENTION = ("q", "k", "v")
 
 
@@ -42,7 +45,7 @@ class WeightLoader(Protocol):
     def load(self, weights: list[tuple[str, Tensor]]) -> None: ...
 
     def finish(self) -> None:
-        """Raises RolloutError when a parameter of the model did not come."""
+        """Everything is in use when it returns. Raises RolloutError when a parameter of the model did not come."""
         ...
 
 
@@ -64,6 +67,8 @@ class DirectLoader:
         self._num_sources = Counter(place.layer for place in places.values())
         self._num_waiting = Counter[nn.Module]()
         self._pieces: dict[nn.Module, dict[str, list[tuple[_Place, Tensor]]]] = {}
+        self._threads = ThreadPoolExecutor(NUM_PACKING_THREADS, thread_name_prefix="pack_weights")
+        self._packing: list[Future[None]] = []
         embeddings: list[Any] = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
         heads = _output_heads(model)
         self._tied_heads = {e: [head for head in heads if head is not e and head.weight is e.weight] for e in embeddings if e in self._num_sources}
@@ -72,6 +77,8 @@ class DirectLoader:
                 embedding.cpu_linear = torch.nn.functional.linear  # vLLM packed it as if it were an output head
 
     def start(self) -> None:
+        wait(self._packing)  # of an update that was aborted
+        self._packing = []
         self._num_waiting = self._num_sources.copy()
         self._pieces = {}
 
@@ -87,15 +94,18 @@ class DirectLoader:
                 self._pieces.setdefault(place.layer, {}).setdefault(place.parameter_name, []).append((place, tensor))
             self._num_waiting[place.layer] -= 1
             if not self._num_waiting[place.layer]:
-                self._put_to_use(place.layer)
+                self._packing.append(self._threads.submit(self._put_to_use, place.layer, self._pieces.pop(place.layer, {})))
 
     def finish(self) -> None:
+        for packing in self._packing:
+            packing.result()
         late = sum(num_waiting > 0 for num_waiting in self._num_waiting.values())
         if late:
             raise RolloutError(f"{late} layers of the engine's model did not get all of their weights. Publish them again.")
 
-    def _put_to_use(self, layer: Any) -> None:
-        for name, pieces in self._pieces.pop(layer, {}).items():
+    @torch.no_grad()  # a thread begins without
+    def _put_to_use(self, layer: Any, pieces_of: dict[str, list[tuple[_Place, Tensor]]]) -> None:
+        for name, pieces in pieces_of.items():
             template = _template_of(layer, name)
             whole = _side_by_side(pieces, template) if _packs_a_copy(layer) else None
             if whole is None:

@@ -121,13 +121,11 @@ class WeightPublisher:
         return report
 
     def _confirm(self, version: int, receiving: list[ObjectRef[Any]]) -> float:
-        """The engines load the rest and score the probe while the trainer scores it; then each compares and confirms. When all had loaded."""
-        scoring, trainer_logprobs = [], None
-        if self._probe is not None:
-            scoring = self._client.begin_score_probe(self._probe.token_ids)
-            trainer_logprobs = self._probe.trainer_logprobs()
-        self._client.wait(receiving)
+        """The engines load the rest, and score the probe while the trainer scores it; then each compares and confirms. When all had loaded."""
+        scoring = [] if self._probe is None else self._client.begin_score_probe(self._probe.token_ids)
+        self._client.wait(receiving)  # an engine beside the trainer loads with the trainer's cores too
         loaded_s = time.perf_counter()
+        trainer_logprobs = None if self._probe is None else self._probe.trainer_logprobs()
         self._client.wait(scoring)
         self._client.confirm_version(version, trainer_logprobs)
         return loaded_s
