@@ -14,7 +14,7 @@ INSTALLED := .venv/.installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install demo test test-all test-compat lint serve bench-training bench-scoring bench-rloo bench-memory study-rloo study-rmb has-data lock
+.PHONY: help install demo test test-all test-compat lint serve bench-training bench-scoring bench-rloo bench-memory study-rloo study study-quick has-data lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -65,8 +65,11 @@ bench-memory: $(INSTALLED)  ## peak memory of training against the longest compl
 study-rloo: $(INSTALLED)  ## RLOO with and without lag, and a reward model made to be over-optimised: three seeds each (an hour on 2 cores)
 	python -m tests.bench.rloo_study
 
-study-rmb: $(INSTALLED) has-data  ## Bradley-Terry and BSR on RMB's real pairs, the four scenarios of each: make study-rmb [DATA=../shared/data]
-	python -m tests.bench.rmb_study --data "$(DATA)"
+study: $(INSTALLED) has-data  ## the paper's claims re-tested: runs what docs/study/results.jsonl lacks (hours), then makes docs/STUDY.md [DATA=../shared/data]
+	python pipelines/study.py --data "$(DATA)"
+
+study-quick: $(INSTALLED)  ## the same with two objectives, two seeds and the embedded world alone (20 minutes); writes only to runs/study_quick/
+	python pipelines/study.py --quick --worlds embedded
 
 has-data:
 	@test -f "$(DATA)/human_pairs.parquet" || { echo "There is no human_pairs.parquet in '$(DATA)': name the folder of real preference data, DATA=…" >&2; exit 2; }

@@ -183,6 +183,8 @@ class RewardModelConfig(Section):
     """objective = "bt_norm" only."""
     centering_coefficient: float = Field(default=0.01, ge=0)
     """objective = "centering" only; TRL's center_rewards_coefficient."""
+    bt_twin: bool = False
+    """Also train the paper's baseline: Bradley-Terry from the same weights on the same batches in the same order, for the report to compare."""
     batch_size: int = Field(default=64, ge=1)
     """Preference pairs per optimiser step, all workers."""
     num_epochs: float = Field(default=1.0, gt=0)
@@ -216,6 +218,17 @@ class RewardModelConfig(Section):
         if values.get("bsr_scope", BsrScope.MICRO) != BsrScope.MICRO:
             raise ValueError('reward_model.preset = "released_code" has bsr_scope = "micro", and bsr_scope = "step" is set; remove one of them')
         return {**values, "bsr_scope": BsrScope.MICRO}
+
+    @model_validator(mode="after")
+    def _twins_differ(self) -> Self:
+        if self.bt_twin and self.objective is Objective.BRADLEY_TERRY:
+            raise ValueError('reward_model.bt_twin = true with objective = "bt" would train the same model twice; choose another objective, or leave it out')
+        return self
+
+    def as_bt_twin(self) -> "RewardModelConfig":
+        """The same training with the Bradley-Terry objective, without what other objectives read."""
+        own = {"objective", "bt_twin", *_READ_BY}
+        return RewardModelConfig(objective=Objective.BRADLEY_TERRY, **{name: getattr(self, name) for name in type(self).model_fields if name not in own})
 
     @model_validator(mode="after")
     def _every_worker_has_a_pair(self) -> Self:

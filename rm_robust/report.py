@@ -110,7 +110,7 @@ def _scenarios_section(run: RunRecord) -> str:
         pictures.append(
             picture(
                 "The four scenarios",
-                figures.scenario_bars(run.evaluation),
+                figures.scenario_bars(run.evaluation, run.bt_twin.evaluation if run.bt_twin else {}),
                 "Longer is better; the dashes mark what guessing scores. Accuracy and tau-b are different scales: compare tau-b bars with "
                 "each other. The less a bar loses towards mutual-disjoint, the better the reward model carries over to responses and "
                 "prompts unlike its training data.",
@@ -136,6 +136,13 @@ def _scenarios_section(run: RunRecord) -> str:
                 "each state), so look at the upper panel first.",
                 "no hidden norm was recorded",
             ),
+            picture(
+                "Dispersion of hidden norms",
+                figures.norm_dispersion(run),
+                "Standard deviation of the hidden norm before the final norm, as a fraction of its mean. The paper's claim: Bradley-Terry widens it, BSR "
+                "less so, most of all on unseen responses." + ("" if run.bt_twin else " This run trained no Bradley-Terry twin (reward_model.bt_twin)."),
+                "no hidden norm was logged in training",
+            ),
         ]
     return section("Reward model: the four scenarios", *parts, figure_grid(*pictures))
 
@@ -144,11 +151,15 @@ def _scenario_table(run: RunRecord) -> str:
     if not run.evaluation:
         return absent("The reward model has not been evaluated: there is no evaluation.json.")
     rows = []
+    twin = run.bt_twin.evaluation if run.bt_twin else {}
     for name, result in run.evaluation.items():
-        numbers = (f"{result.value:.4f}", str(result.num_prompts), str(result.num_undefined), str(result.num_constant_scores))
+        of_twin = ([f"{twin[name].value:.4f}"] if name in twin else ["-"]) if run.bt_twin else []
+        numbers = (f"{result.value:.4f}", *of_twin, str(result.num_prompts), str(result.num_undefined), str(result.num_constant_scores))
         cells = "".join(f'<td class="number">{escape(number)}</td>' for number in numbers)
         rows.append(f"<tr><td>{escape(figures.scenario_label(name))}</td><td>{escape(figures.metric_label(result.metric))}</td>{cells}</tr>")
-    head = "".join(f'<th class="number">{title}</th>' for title in ("Value", "Prompts", "Undefined", "Constant scores"))
+    values = [f"Value, {run.config.get('reward_model.objective', 'this run')}", "Value, bt twin"] if run.bt_twin else ["Value"]
+    titles = (*values, "Prompts", "Undefined", "Constant scores")
+    head = "".join(f'<th class="number">{escape(title)}</th>' for title in titles)
     table = f'<div class="wide"><table><tr><th>Scenario</th><th>Metric</th>{head}</tr>{"".join(rows)}</table></div>'
     missing = [figures.scenario_label(name) for name in SCENARIOS if name not in run.evaluation]
     note = absent(f"Not evaluated: {', '.join(missing)}.") if missing else ""
@@ -156,6 +167,8 @@ def _scenario_table(run: RunRecord) -> str:
         "<p>Undefined: prompts whose gold scores are all equal, left out of the mean. Constant scores: prompts on which the reward model "
         "gives every completion the same score, counted as tau 0 (a tied pair counts as wrong).</p>"
     )
+    if run.bt_twin:
+        legend += "<p>Bt twin: the Bradley-Terry objective from the same weights on the same batches in the same order.</p>"
     if {result.metric for result in run.evaluation.values()} == {"accuracy"} and len(run.evaluation) > 1:
         legend += "<p>This source has only pairs, no ranked completions: every scenario reports pairwise accuracy.</p>"
     limit = run.config.get("evaluation.max_prompts_per_scenario")
@@ -230,10 +243,11 @@ def _sample_table(samples: list[Sample]) -> str:
 
 
 def _time_section(run: RunRecord) -> str:
+    stage_seconds = run.all_stage_seconds
     stages = picture(
         "Stages of the run",
-        figures.stage_times(run.stage_seconds),
-        f"{sum(run.stage_seconds.values()):.0f} s in all. Each bar begins where the one before it ended; the longest is where to save.",
+        figures.stage_times(stage_seconds),
+        f"{sum(stage_seconds.values()):.0f} s in all. Each bar begins where the one before it ended; the longest is where to save.",
         "no stage has been committed (stages/*.json)",
     )
     steps = picture(

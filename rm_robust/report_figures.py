@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rm_robust.reward_model.metrics import ScenarioResult
-from rm_robust.run_record import FloatArray, ResponseModels, ScenarioScores, Series, judged_steps, metric_series
+from rm_robust.run_record import SCENARIOS, FloatArray, ResponseModels, RunRecord, ScenarioScores, Series, judged_steps, metric_series
 from rm_robust.tracking import MetricsLine
 
 WIDTH_INCHES = 4.8
@@ -41,6 +41,7 @@ ALARM_COLOUR = "#c62828"
 PROXY_COLOUR, GOLD_COLOUR, GREY = "#2166ac", "#bf8600", "#7b8794"
 FAMILIAR_COLOUR, UNSEEN_COLOUR = "#2166ac", "#d6604d"
 SCENARIO_COLOURS = {"in_domain": "#2166ac", "prompt_disjoint": "#1b9e77", "response_disjoint": "#d6604d", "mutual_disjoint": "#7b3294"}
+TWIN_COLOUR = "#9aa5b1"
 PHASE_COLOURS = ("#2166ac", "#67a9cf", "#bf8600", "#d6604d", "#9aa5b1", "#1b9e77", "#7b3294", "#444c56")
 
 
@@ -97,19 +98,24 @@ def policy_curves(lines: list[MetricsLine]) -> Figure | None:
     return _step_panels(lines, POLICY_PANELS, num_columns=2)
 
 
-def scenario_bars(evaluation: dict[str, ScenarioResult]) -> Figure | None:
-    """One bar per scenario, with the value that guessing would give as a short dashed line across the bar."""
+def scenario_bars(evaluation: dict[str, ScenarioResult], twin: dict[str, ScenarioResult]) -> Figure | None:
+    """One bar per scenario, with the value that guessing would give as a short dashed line across the bar; below it the Bradley-Terry twin's, if any."""
     if not evaluation:
         return None
-    figure = Figure(figsize=(WIDTH_INCHES, 0.8 + 0.5 * len(evaluation)))
+    figure = Figure(figsize=(WIDTH_INCHES, 0.8 + (0.75 if twin else 0.5) * len(evaluation)))
     axes = figure.subplots()
     for row, (name, result) in enumerate(evaluation.items()):
-        value, chance = result.value, chance_level(result.metric)
-        axes.barh(row, value, height=0.6, color=SCENARIO_COLOURS.get(name, GREY))
+        chance = chance_level(result.metric)
+        bars = [(result, SCENARIO_COLOURS.get(name, GREY), "")] + ([(twin[name], TWIN_COLOUR, " BT twin")] if name in twin else [])
+        height = 0.6 if len(bars) == 1 else 0.4
+        for place, (own, colour, label) in enumerate(bars):
+            centre = row + (place - (len(bars) - 1) / 2) * height
+            axes.barh(centre, own.value, height=0.95 * height, color=colour)
+            axes.annotate(f"{own.value:.3f}{label}", (max(own.value, 0.0), centre), xytext=(4, 0), textcoords="offset points", va="center")
         axes.plot([chance, chance], [row - 0.4, row + 0.4], color="black", linestyle=(0, (2, 1.5)), linewidth=1.2)
-        axes.annotate(f"{value:.3f}", (max(value, 0.0), row), xytext=(4, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(evaluation)), [f"{scenario_label(name)}\n{metric_label(result.metric)}" for name, result in evaluation.items()])
-    axes.set_xlim(min([0.0] + [1.15 * result.value for result in evaluation.values()]), 1.08)
+    everyone = [result.value for result in (*evaluation.values(), *twin.values())]
+    axes.set_xlim(min([0.0] + [1.15 * value for value in everyone]), 1.25 if twin else 1.08)
     axes.set_xlabel("value (1 is perfect; dashes: guessing)")
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
@@ -169,6 +175,39 @@ def hidden_norm_histograms(scores: dict[str, ScenarioScores]) -> Figure | None:
     handles = [Patch(color=colour, alpha=0.5, label=label) for label, (colour, _) in groups.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=1.2)
     return figure if has_values else None
+
+
+def norm_dispersion(run: RunRecord) -> Figure | None:
+    """Dispersion (std / mean) of the hidden norm before the final norm: over training above, of each scenario below; the Bradley-Terry twin beside it."""
+    named = [("this run", PROXY_COLOUR, run)] + ([("BT twin", UNSEEN_COLOUR, run.bt_twin)] if run.bt_twin else [])
+    curves = {label: _dispersion_by_step(own.metrics["reward_model"]) for label, _, own in named}
+    if not any(len(series.values) for series in curves.values()):
+        return None
+    figure = Figure(figsize=(WIDTH_INCHES, 4.6))
+    top, bottom = figure.subplots(2, 1)
+    for row, (label, colour, own) in enumerate(named):
+        series = curves[label]
+        top.plot(series.steps, series.values, color=colour, linewidth=0.7, alpha=0.35)
+        top.plot(series.steps, _moving_mean(series.values), color=colour, linewidth=1.8, label=label)
+        spreads = [_finite(own.scores[name].norms_before) if name in own.scores else np.empty(0) for name in SCENARIOS]
+        heights = [values.std() / values.mean() if len(values) else 0.0 for values in spreads]
+        bottom.bar(np.arange(len(SCENARIOS)) + (row - (len(named) - 1) / 2) * 0.38, heights, width=0.36, color=colour)
+    top.set_title("Over training, on the training batches")
+    top.set_xlabel("step")
+    bottom.set_title("At the end, by scenario")
+    bottom.set_xticks(range(len(SCENARIOS)), [scenario_label(name).replace("-", "-\n") for name in SCENARIOS])
+    for axes in (top, bottom):
+        axes.set_ylabel("std / mean of ‖h‖")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(_ticks(4))
+    if len(named) > 1:
+        top.legend(handlelength=1.2)
+    return figure
+
+
+def _dispersion_by_step(lines: list[MetricsLine]) -> Series:
+    stds, means = (metric_series(lines, f"reward_model/hidden_norm_{part}") for part in ("std", "mean"))
+    return Series(stds.steps, stds.values / means.values)
 
 
 def scores_by_step(lines: list[MetricsLine], response_models: ResponseModels | None) -> Figure | None:

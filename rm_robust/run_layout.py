@@ -89,6 +89,11 @@ class RunLayout:
         return self.run_dir / "evaluation.json"
 
     @property
+    def bt_twin(self) -> Path:
+        """A run directory of its own: the reward model's Bradley-Terry twin and its evaluation."""
+        return self.run_dir / "bt_twin"
+
+    @property
     def summary(self) -> Path:
         return self.run_dir / "summary.json"
 

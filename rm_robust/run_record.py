@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 
 from rm_robust.errors import DataError
 from rm_robust.reward_model.metrics import ScenarioResult
+from rm_robust.run_layout import RunLayout
 from rm_robust.tracking import MetricsLine, read_metrics
 
 FloatArray = NDArray[np.float64]
 SCENARIOS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
 TRAINING_STAGES = ("sft", "reward_model", "rloo")
+TWIN_STAGES = ("reward_model", "evaluation")
+"""What a Bradley-Terry twin does itself; it shares the stages before."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ class RunRecord:
     response_models: ResponseModels | None
     samples: list[Sample]
     stage_seconds: dict[str, float]
+    bt_twin: "RunRecord | None"
+    """The reward model's Bradley-Terry twin, where one was trained."""
+
+    @property
+    def all_stage_seconds(self) -> dict[str, float]:
+        """Seconds per committed stage; the twin's own stages come before RLOO."""
+        twin = self.bt_twin.stage_seconds if self.bt_twin else {}
+        twins = {f"{stage}, BT twin": twin[stage] for stage in TWIN_STAGES if stage in twin}
+        before = {stage: seconds for stage, seconds in self.stage_seconds.items() if stage != "rloo"}
+        return before | twins | self.stage_seconds
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ def read_run(run_dir: Path) -> RunRecord:
         response_models=_read_response_models(run_dir / "world" / "response_models.json"),
         samples=_read_samples(run_dir / "rloo" / "samples.jsonl"),
         stage_seconds=_read_stage_seconds(run_dir / "stages"),
+        bt_twin=read_run(twin_dir) if (twin_dir := RunLayout(run_dir).bt_twin).is_dir() else None,
     )
 
 

@@ -1,6 +1,6 @@
 """The stages of a run in their order, each skipped when this run has committed it. The only place where stages, Ray and serving meet.
 
-world ─► sft ─► preferences ─► reward_model ─► evaluation ─► rloo (with proxy and gold served) ─► summary and report
+world ─► sft ─► preferences ─► reward_model ─► evaluation ─► (Bradley-Terry twin) ─► rloo (with proxy and gold served) ─► summary and report
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from ray.train import TrainingFailedError
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.config import ReplicaConfig
-from rm_robust.config_loading import DEFAULT_CONFIG, Run, parse_run
+from rm_robust.config_loading import DEFAULT_CONFIG, Run, claim_run_dir, parse_run
 from rm_robust.embedded_world.world_files import write_world
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.experiment_trackers import check_trackers
@@ -29,6 +29,7 @@ from rm_robust.run_layout import RunLayout
 from rm_robust.scoring import RewardClient, Scorer
 from rm_robust.sft.preparation import prepare_sft
 from rm_robust.sft.training import train_sft
+from rm_robust.shared_stages import share_stages
 from rm_robust.summary import summary_lines, write_summary
 from rm_robust.worker_group import quieten_libraries, run_on_workers
 
@@ -145,6 +146,20 @@ def evaluation_stage(run: Run) -> None:
     _announce(RunLayout(run.run_dir), "evaluation", work)
 
 
+def bt_twin_stage(run: Run) -> None:
+    """Where the config asks for it: the Bradley-Terry twin of the reward model, trained and evaluated alike, in a run directory below this one."""
+    if not run.config.reward_model.bt_twin:
+        return
+    layout, settings = RunLayout(run.run_dir), run.config.reward_model
+    base_path = settings.base_path or layout.sft_model_dir(run.config)
+    twin = Run(run.config.model_copy(update={"reward_model": settings.as_bt_twin().model_copy(update={"base_path": base_path})}), layout.bt_twin)
+    share_stages(run.run_dir, twin.run_dir, ["preferences"])
+    claim_run_dir(twin.run_dir, twin.config)
+    for stage in (reward_model_stage, evaluation_stage):
+        logger.info("Bradley-Terry twin:")
+        stage(twin)
+
+
 def rloo_stage(run: Run) -> None:
     def work() -> dict[str, Any]:
         connect_to_ray()
@@ -223,5 +238,5 @@ def _announce(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]])
     layout.run_stage(stage, work)
 
 
-ALL_STAGES: list[Stage] = [world_stage, sft_stage, preferences_stage, reward_model_stage, evaluation_stage, rloo_stage, report_stage]
+ALL_STAGES: list[Stage] = [world_stage, sft_stage, preferences_stage, reward_model_stage, evaluation_stage, bt_twin_stage, rloo_stage, report_stage]
 REWARD_MODEL_STAGES: list[Stage] = [stage for stage in ALL_STAGES if stage is not rloo_stage]

@@ -18,7 +18,8 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
         "scenarios": {name: {"metric": r.metric, "value": r.value, "num_prompts": r.num_prompts} for name, r in run.evaluation.items()},
         "rloo": _rloo_summary(run),
         "response_models": None if run.response_models is None else {"training": run.response_models.training, "unseen": run.response_models.unseen},
-        "stage_seconds": run.stage_seconds,
+        "bt_twin": None if run.bt_twin is None else {name: {"metric": r.metric, "value": r.value} for name, r in run.bt_twin.evaluation.items()},
+        "stage_seconds": run.all_stage_seconds,
         "report": str(report_path),
     }
     write_json_atomic(RunLayout(run_dir).summary, summary)
@@ -27,8 +28,11 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """What a pipeline prints last."""
-    lines = ["scenario            metric          value   prompts"]
-    lines += [f"{name:19} {row['metric']:14} {row['value']:7.4f}  {row['num_prompts']:7d}" for name, row in summary["scenarios"].items()]
+    twin = summary["bt_twin"] or {}
+    lines = ["scenario            metric          value   prompts" + ("   BT twin" if twin else "")]
+    for name, row in summary["scenarios"].items():
+        of_twin = f"   {twin[name]['value']:7.4f}" if name in twin else ""
+        lines.append(f"{name:19} {row['metric']:14} {row['value']:7.4f}  {row['num_prompts']:7d}{of_twin}")
     rloo = summary["rloo"]
     for key in ("proxy_score", "gold_score"):
         if key in rloo:

@@ -62,8 +62,18 @@ def kendall_tau_b(scores: list[float], gold_scores: list[float]) -> float:
 
 def ordered_alike(scores: list[float], gold_scores: list[float]) -> list[bool]:
     """For every pair of completions whose gold scores differ: whether the scores order it strictly the same way."""
-    ranked = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if gold_scores[i] > gold_scores[j]]
-    return [scores[i] > scores[j] for i, j in ranked]
+    return [scores[better] > scores[worse] for better, worse in _ranked(gold_scores)]
+
+
+def squared_errors(scores: list[float], gold_scores: list[float]) -> list[float]:
+    """(sigmoid(difference) - 1)^2 of every pair whose gold scores differ, better minus worse: the Brier score's terms. Brier 1950."""
+    differences = [scores[better] - scores[worse] for better, worse in _ranked(gold_scores)]
+    return [(1 / (1 + math.exp(min(difference, 700.0)))) ** 2 for difference in differences]
+
+
+def _ranked(gold_scores: list[float]) -> list[tuple[int, int]]:
+    """(better, worse) of every pair of completions whose gold scores differ."""
+    return [(i, j) for i in range(len(gold_scores)) for j in range(len(gold_scores)) if gold_scores[i] > gold_scores[j]]
 
 
 def skewness(values_N: Tensor) -> float:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from rm_robust.best_step import BestStep
 from rm_robust.chat import ChatFormat
@@ -11,18 +10,18 @@ from rm_robust.compute import flops_per_token, prepare_for_training
 from rm_robust.config import PipelineConfig, RewardModelConfig
 from rm_robust.errors import DataError
 from rm_robust.experiment_trackers import open_trackers
-from rm_robust.packing import choose_layout, lay_out, micro_batches
+from rm_robust.packing import choose_layout
 from rm_robust.records import PreferencePair
 from rm_robust.reward_model.checkpoint_files import commit_reward_model
+from rm_robust.reward_model.held_out import held_out_metrics
 from rm_robust.reward_model.lora import add_adapters
 from rm_robust.reward_model.losses import ObjectiveSettings
-from rm_robust.reward_model.metrics import effective_rank, ordered_alike
 from rm_robust.reward_model.model import PackedRewardModel, new_reward_model, score_head
 from rm_robust.reward_model.objectives import Objective
-from rm_robust.reward_model.step import StepSettings, gather_rows, reward_model_step
+from rm_robust.reward_model.step import StepSettings, reward_model_step
 from rm_robust.run_layout import RunLayout
 from rm_robust.token_files import TokenisedGroup, read_token_groups
-from rm_robust.train_engine import TrainEngine, create_engine, largest_over_ranks
+from rm_robust.train_engine import create_engine
 from rm_robust.training_loop import LoopSettings, batch_indices, rank_share, run_loop, steps_in
 from rm_robust.training_state import load_best, load_state, save_state
 from rm_robust.worker_group import is_reclaimed, worker_device
@@ -127,35 +126,3 @@ def training_pairs(rows: list[TokenisedGroup], config: RewardModelConfig) -> lis
             "Give the column `margin`, or one margin for all with reward_model.margin."
         )
     return [PreferencePair(row.tokens, margin=(row.margin or 0.0) if reads_column else (config.margin or 0.0), weight=row.weight) for row in rows]
-
-
-def held_out_metrics(
-    engine: TrainEngine, packed: PackedRewardModel, rows: list[TokenisedGroup], settings: StepSettings, *, device: torch.device
-) -> dict[str, float]:
-    """`accuracy`: fraction of pairs of completions with different gold scores that the model orders alike (strictly); `effective_rank` of the hidden
-    states that are scored; `score_mean` and `score_std` (population). Each rank scores its share."""
-    own = [rows[i] for i in rank_share(list(range(len(rows))), rank=engine.rank, world_size=engine.world_size)]
-    bins = micro_batches([row.tokens for row in own], packed.layout, settings.max_tokens_per_micro_batch)
-    is_right: list[float] = []
-    own_scores_M: list[Tensor] = [torch.zeros(0, device=device)]
-    hidden: list[Tensor] = [torch.zeros(0, device=device)]
-    for number in range(largest_over_ranks(len(bins), device)):
-        members = [own[i] for i in bins[number]] if number < len(bins) else rows[:1]  # an idle rank takes part in the forward pass
-        batch = lay_out([row.tokens for row in members], packed.layout, pad_id=settings.pad_id).to(device)
-        with torch.no_grad():
-            scored = engine.forward(batch)
-        if number < len(bins):
-            scores = scored.scores_N.split([len(row.gold_scores) for row in members])
-            is_right += [float(right) for row, own_scores in zip(members, scores, strict=True) for right in ordered_alike(own_scores.tolist(), row.gold_scores)]
-            own_scores_M.append(scored.scores_N.float())
-            hidden.append(scored.hidden_after_final_norm_NH.flatten())
-    all_right, _ = gather_rows(torch.tensor(is_right, device=device))
-    all_scores, _ = gather_rows(torch.cat(own_scores_M))
-    all_hidden, _ = gather_rows(torch.cat(hidden))
-    num_completions = sum(len(row.gold_scores) for row in rows)
-    return {
-        "accuracy": float(all_right.mean()),
-        "effective_rank": effective_rank(all_hidden.view(num_completions, -1)),
-        "score_mean": float(all_scores.mean()),
-        "score_std": float(all_scores.std(correction=0)),
-    }

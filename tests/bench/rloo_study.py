@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from rm_robust.shared_stages import share_stages
 from rm_robust.tracking import read_metrics
-from tests.bench.shared_stages import share_stages
 
 STUDY_DIR = Path("runs/rloo_study")
 UP_TO_PREFERENCES = ["world", "sft", "preferences"]

@@ -38,6 +38,7 @@ LAYERS = [
         "rm_robust.rows",
         "rm_robust.run_layout",
         "rm_robust.score_files",
+        "rm_robust.shared_stages",
         "rm_robust.train_engine",
         "rm_robust.worker_group",
     ],
@@ -54,6 +55,7 @@ LAYERS = [
     ["serve", "rm_robust.evaluation", "rm_robust.report"],
     ["rm_robust.summary"],
     ["rm_robust.stages"],
+    ["rm_robust.study"],
     ["pipelines"],
 ]
 UPWARD = {

@@ -115,6 +115,17 @@ def add_stages(run_dir: Path) -> None:
         write_json(run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": stage_seconds, "finished_at": 1000.0 + index, "rows": 3})
 
 
+def add_twin(run_dir: Path) -> None:
+    """A run of its own below the run, whose reward model is a little worse."""
+    twin_dir = run_dir / "bt_twin"
+    twin_dir.mkdir()
+    add_reward_model(twin_dir)
+    add_evaluation(twin_dir)
+    write_json(twin_dir / "evaluation.json", {name: row | {"value": float(row["value"]) - 0.1} for name, row in EVALUATION.items()})
+    for stage, seconds in {"preferences": 22.4, "reward_model": 70.5, "evaluation": 30.0}.items():
+        write_json(twin_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": seconds, "finished_at": 2000.0 + seconds})
+
+
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny_cpu"
@@ -126,6 +137,7 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_rloo(run_dir)
     add_evaluation(run_dir)
     add_stages(run_dir)
+    add_twin(run_dir)
     write_json(run_dir / "world" / "response_models.json", RESPONSE_MODELS)
     write_report(run_dir)
     return run_dir
@@ -182,7 +194,8 @@ def test_every_figure_of_a_full_run_is_drawn_and_nothing_is_said_to_be_missing(f
     page = page_of(full_run)
     titles = [value for name, value in page.attributes if name == "alt"]
     assert titles == [
-        "Against RLOO step", "Against KL divergence", "The four scenarios", "Scores", "Hidden norms", "Reward-model training: curves",
+        "Against RLOO step", "Against KL divergence", "The four scenarios", "Scores", "Hidden norms", "Dispersion of hidden norms",
+        "Reward-model training: curves",
         "Supervised fine-tuning: curves", "RLOO policy: curves", "Stages of the run", "One RLOO step",
     ]  # fmt: skip
     assert ("class", "absent") not in page.attributes
@@ -193,8 +206,20 @@ def test_every_figure_of_a_full_run_is_drawn_and_nothing_is_said_to_be_missing(f
 
 def test_the_scenario_table_shows_the_values_of_evaluation_json(full_run: Path) -> None:
     rows = page_of(full_run).rows
-    assert ["In-domain", "pairwise accuracy", "0.8412", "3000", "0", "2"] in rows
-    assert ["Mutual-disjoint", "Kendall's tau-b", "-0.0506", "399", "5", "4"] in rows
+    assert ["In-domain", "pairwise accuracy", "0.8412", "0.7412", "3000", "0", "2"] in rows
+    assert ["Mutual-disjoint", "Kendall's tau-b", "-0.0506", "-0.1506", "399", "5", "4"] in rows
+
+
+def test_a_run_without_a_twin_has_no_column_for_one(tmp_path: Path) -> None:
+    add_evaluation(tmp_path)
+    write_report(tmp_path)
+    assert ["In-domain", "pairwise accuracy", "0.8412", "3000", "0", "2"] in page_of(tmp_path).rows
+
+
+def test_a_twins_own_stages_are_counted_and_those_that_it_shares_are_not(full_run: Path) -> None:
+    seconds = read_run(full_run).all_stage_seconds
+    assert list(seconds) == ["world", "sft", "preferences", "reward_model", "evaluation", "reward_model, BT twin", "evaluation, BT twin", "rloo"]
+    assert sum(seconds.values()) == pytest.approx(6.1 + 81.0 + 22.4 + 74.0 + 31.5 + 70.5 + 30.0 + 171.2)
 
 
 def test_a_source_with_only_pairs_is_said_to_have_only_accuracy(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""What the study runs: objectives, worlds and seeds; the config of each run, and the key under which its row is kept. Nothing here starts Ray."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rm_robust.config import PipelineConfig
+from rm_robust.config_loading import load_config
+
+Part = Literal["reward_model", "rloo"]
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "bt": ('objective="bt"',),
+    "hinge": ('objective="hinge"', "margin=1.0"),
+    "bt_norm": ('objective="bt_norm"',),
+    "bt_dr": ('objective="bt_dr"',),
+    "centering": ('objective="centering"',),
+    "bsr_0.03": ('objective="bsr"', 'bsr_scale="none"', "bsr_coefficient=0.03"),
+    "bsr_0.1": ('objective="bsr"', 'bsr_scale="none"', "bsr_coefficient=0.1"),
+    "bsr_1": ('objective="bsr"', 'bsr_scale="none"', "bsr_coefficient=1.0"),
+    "bsr_micro": ('objective="bsr"', 'preset="released_code"', "bsr_micro_pairs=16"),
+}
+"""Overrides of [reward_model]. BSR by its effective coefficient; bsr_micro is the released code's: 1e-3 x 16 on the mean of every 16 pairs."""
+PAPERS_BSR = "bsr_0.1"
+"""What stands for the paper's BSR where one must: its 1e-3 x 128 pairs is 0.128."""
+WORLDS = ("embedded", "rmb")
+_NOT_OF_A_REWARD_MODEL = ("name", "rloo", "serve", "tracking", "evaluation")
+_NOT_OF_A_ROW = ("name", "tracking")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a reward model, or RLOO against the reward model of the same world, variant and seed."""
+
+    part: Part
+    world: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.part} {self.world} {self.variant} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study: its cells, and the overrides that all of them have."""
+
+    name: str
+    variants: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rloo_seeds: tuple[int, ...]
+    overrides: tuple[str, ...] = ()
+
+    def cells(self, worlds: tuple[str, ...]) -> list[Cell]:
+        """Seed by seed, so that a study that is stopped half-way has whole comparisons."""
+        reward_models = [Cell("reward_model", world, variant, seed) for world in worlds for seed in self.seeds for variant in self.variants]
+        rloo = [Cell("rloo", "embedded", variant, seed) for seed in self.rloo_seeds for variant in ("bt", PAPERS_BSR)]
+        return reward_models + (rloo if "embedded" in worlds else [])
+
+    def config(self, cell: Cell, configs_dir: Path) -> PipelineConfig:
+        own = [f"reward_model.{setting}" for setting in VARIANTS[cell.variant]]
+        return load_config(configs_dir / f"study_{cell.world}.toml", [f"seed={cell.seed}", *own, *self.overrides])
+
+
+FULL = Plan("study", tuple(VARIANTS), (0, 1, 2, 3, 4), (0, 1, 2))
+QUICK = Plan(
+    "study_quick",
+    ("bt", PAPERS_BSR),
+    (0, 1),
+    (0,),
+    ("world.num_training_prompts=1500", "world.num_sft_examples=4000", "reward_model.num_evaluation_pairs=200", "rloo.num_steps=30"),
+)
+
+
+def key_of(cell: Cell, config: PipelineConfig) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of what decides the run's numbers. A reward model's row does not depend on settings of RLOO."""
+    left_out = _NOT_OF_A_REWARD_MODEL if cell.part == "reward_model" else _NOT_OF_A_ROW
+    content = {name: section for name, section in json.loads(config.model_dump_json()).items() if name not in left_out}
+    text = json.dumps({"part": cell.part, "world": cell.world, **content}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
