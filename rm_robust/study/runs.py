@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 RMB_FILES = Path("runs/study_data/rmb")
 """Where the configs look for RMB's files."""
 SHARED = ["world", "sft", "preferences"]
-LIBRARIES = ("torch", "transformers", "ray", "vllm")
+LIBRARIES = ("torch", "transformers", "ray")
 RM_BENCH = "rm_bench.parquet"
 
 

@@ -7,7 +7,7 @@ For each size one policy, fine-tuned on the embedded world so that its answers e
 process that stays alive and takes turns: rm_robust as `run_rloo` on one local Ray cluster, held between rounds by its reward (rloo_ours.py), TRL by a
 callback (rloo_trl.py). Same weights, prompts, K, temperature, limit, reward, learning rate and KL coefficient, float32 unless the table says
 otherwise. TRL's threads are chosen by one turn of each setting; then all of ours and TRL's best go through alternated rounds. `ratio` is of float32
-on both sides, ours at its best. The last part is tests/bench/weight_sync.py. The last line is JSON; exit status 1 if the two sides' completions were
+on both sides, ours at its best. The last part is tests/bench/weight_sync.py, of tied policies. The last line is JSON; exit status 1 if the two sides' completions were
 not of like length.
 """
 
@@ -75,7 +75,8 @@ def main() -> None:
         for name in arguments.sizes:
             own = measure_size(name, Path(scratch) / name, cluster_id, num_rounds=arguments.rounds, num_steps=arguments.steps)
             figures |= {f"{key}_{name}": value for key, value in own.items()}
-    weights = {f"weights {name}": value for name, value in measure_weight_updates(arguments.weights, arguments.rounds).items()} if arguments.weights else {}
+    updates = measure_weight_updates(arguments.weights, arguments.rounds, ties=(True,)) if arguments.weights else {}
+    weights = {f"weights {name}": value for name, value in updates.items()}
     headlines: dict[str, str | float] = {"bench": "rloo", "unit": "steps/s"}
     if arguments.sizes:
         lowest = min(arguments.sizes, key=lambda name: figures[f"ratio_{name}"])

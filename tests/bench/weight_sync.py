@@ -105,11 +105,11 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {NUM_THREADS} thread a process"
     print(f"torch {torch.__version__}, ray {ray.__version__}; {machine}", flush=True)
-    print(json.dumps({"bench": "weight_sync", "unit": "s"} | measure_weight_updates(arguments.sizes, arguments.rounds)))
+    print(json.dumps({"bench": "weight_sync", "unit": "s"} | measure_weight_updates(arguments.sizes, arguments.rounds, ties=(True, False))))
 
 
-def measure_weight_updates(sizes: Sequence[str], num_rounds: int) -> dict[str, str | float]:
-    """Prints the table; the figures of the last line. Must not run in a process that is connected to Ray."""
+def measure_weight_updates(sizes: Sequence[str], num_rounds: int, *, ties: Sequence[bool]) -> dict[str, str | float]:
+    """Prints the table; the figures of the last line. `ties`: with tied embeddings, without, or both. Must not run in a process that is connected to Ray."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:  # socket paths must be short
         os.environ["RAY_AUTH_MODE"] = "disabled"
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -117,7 +117,7 @@ def measure_weight_updates(sizes: Sequence[str], num_rounds: int) -> dict[str, s
         comparisons = [
             compare(size, is_tied=is_tied, num_rounds=num_rounds, folder=Path(scratch) / f"{size}-{is_tied}".replace(" ", ""))
             for size in sizes
-            for is_tied in (True, False)
+            for is_tied in ties
         ]
         ray.shutdown()
     print_table(comparisons)

@@ -63,13 +63,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What rank 0 saw: per step loss and norm; weights before the first and after every step; accuracies on held-out pairs; and the largest
+    """What rank 0 saw: per step loss and norm; weights before the first and after every step; figures of held-out prompts; and the largest
     difference that a kill and resume made to any weight."""
 
     losses: list[float]
     gradient_norms: list[float]
     weights: list[dict[str, Tensor]]
-    accuracies: list[float]
+    held_out: list[dict[str, float]]
     resume_gap: float
 
 
@@ -146,10 +146,10 @@ def run_case(case: Case, step: StepFunction, *, state_dir: Path | None = None) -
         losses.append(step(engine, module, case, own))
         norms.append(engine.step(learning_rate))
         weights.append(whole_weights(engine))
-    accuracies = []
+    held_out: list[dict[str, float]] = []
     if isinstance(module, PackedRewardModel):
-        accuracies = [held_out_metrics(engine, module, HELD_OUT[:count], settings_of(case), device=CPU)["accuracy"] for count in (1, len(HELD_OUT))]
-    return Outcome(losses, norms, weights, accuracies, resume_gap(case, own, state_dir) if state_dir else 0.0)
+        held_out = [held_out_metrics(engine, module, HELD_OUT[:count], settings_of(case), device=CPU) for count in (1, len(HELD_OUT))]
+    return Outcome(losses, norms, weights, held_out, resume_gap(case, own, state_dir) if state_dir else 0.0)
 
 
 def resume_gap(case: Case, own: list[TokenGroup], state_dir: Path) -> float:
@@ -259,7 +259,8 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def assert_equal(actual: Outcome, expected: Outcome) -> None:
     assert actual.losses == pytest.approx(expected.losses, abs=1e-6)
     assert actual.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
-    assert actual.accuracies == expected.accuracies
+    for actual_figures, expected_figures in zip(actual.held_out, expected.held_out, strict=True):
+        assert actual_figures == pytest.approx(expected_figures, rel=1e-4, abs=1e-5)
     for weights, expected_weights in zip(actual.weights, expected.weights, strict=True):
         assert weights.keys() == expected_weights.keys()
         for name, tensor in expected_weights.items():

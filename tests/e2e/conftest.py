@@ -59,7 +59,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     folder = tmp_path_factory.mktemp("smoke")
     launched = Launcher(folder)
     try:
-        running = launched.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"))
+        running = launched.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), "--set=reward_model.bt_twin=true")
         exit_status = running.wait()
     finally:
         launched.close()

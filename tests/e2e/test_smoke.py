@@ -54,6 +54,21 @@ def test_the_run_directory_is_complete(smoke_run: SmokeRun) -> None:
         assert -1 <= row["value"] <= 1
 
 
+def test_the_bradley_terry_twin_begins_with_the_same_weights_on_the_same_batches_and_is_in_the_table(smoke_run: SmokeRun) -> None:
+    own, twin = metric_lines(smoke_run.run_dir, "reward_model"), metric_lines(smoke_run.run_dir / "bt_twin", "reward_model")
+    assert len(own) == len(twin) > 1
+    assert own[0]["reward_model/pair_loss"] == pytest.approx(twin[0]["reward_model/pair_loss"], rel=1e-6)
+    assert [line["reward_model/num_tokens"] for line in own] == [line["reward_model/num_tokens"] for line in twin]
+    assert all(line["reward_model/penalty"] == 0 for line in twin)
+    assert any(line["reward_model/penalty"] > 0 for line in own)
+    evaluation = json.loads((smoke_run.run_dir / "bt_twin" / "evaluation.json").read_text())
+    assert set(evaluation) == set(SCENARIOS)
+    table = final_table(smoke_run.output).splitlines()
+    assert table[0].endswith("BT twin")
+    for name in SCENARIOS:
+        assert any(line.startswith(name) and line.endswith(f"{evaluation[name]['value']:.4f}") for line in table)
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "rloo"])
 def test_every_step_is_one_line_of_metrics_and_a_tensorboard_event(smoke_run: SmokeRun, stage: str) -> None:
     lines = metric_lines(smoke_run.run_dir, stage)

@@ -194,3 +194,15 @@ def test_every_section_says_what_it_is() -> None:
 def test_toml_floats_in_scientific_notation_are_numbers() -> None:
     values = tomllib.loads("[sft.optimizer]\nlearning_rate = 1e-3")
     assert parse(**values).sft.optimizer.learning_rate == 0.001
+
+
+def test_a_bt_twin_differs_in_the_objective_and_what_the_other_objective_reads() -> None:
+    settings = RewardModelConfig(preset="released_code", bsr_micro_pairs=8, bsr_coefficient=0.5, batch_size=32, num_epochs=2.0, bt_twin=True)
+    twin = settings.as_bt_twin()
+    assert (twin.objective, twin.batch_size, twin.num_epochs, twin.bt_twin) == (Objective.BRADLEY_TERRY, 32, 2.0, False)
+    assert twin == RewardModelConfig(objective=Objective.BRADLEY_TERRY, batch_size=32, num_epochs=2.0)
+
+
+def test_a_bradley_terry_model_has_no_bradley_terry_twin() -> None:
+    with pytest.raises(ValidationError, match="train the same model twice"):
+        RewardModelConfig(objective=Objective.BRADLEY_TERRY, bt_twin=True)

@@ -1,13 +1,14 @@
 """Accuracy and tau-b against hand counts and scipy, and what is done where they say nothing."""
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from rm_robust.reward_model.metrics import ScenarioResult, mean_kendall_tau, pairwise_accuracy
+from rm_robust.reward_model.metrics import ScenarioResult, mean_kendall_tau, ordered_alike, pairwise_accuracy, squared_errors
 
 GOLD = [1.0, 2.0, 3.0, 4.0]
 
@@ -55,3 +56,15 @@ def test_nothing_to_measure_is_an_error_and_not_a_number() -> None:
         pairwise_accuracy([])
     with pytest.raises(ValueError, match="got 1 with constant gold"):
         mean_kendall_tau([[1.0, 2.0]], [[3.0, 3.0]])
+
+
+def test_only_pairs_with_different_gold_scores_are_compared() -> None:
+    assert sorted(ordered_alike([3.0, 1.0, 2.0, 2.0], [1.0, 0.0, 2.0, 0.0])) == [False, False, True, True, True]  # 2 against 0 and the tie of 2 and 3 are wrong
+
+
+def test_squared_errors_are_those_of_sigmoid_of_the_difference_and_finite_at_any_score() -> None:
+    assert squared_errors([math.log(3.0), 0.0], [1.0, 0.0]) == pytest.approx([1 / 16])  # sigmoid(log 3) = 3/4
+    assert squared_errors([5.0, 5.0], [0.0, 1.0]) == pytest.approx([1 / 4])
+    assert squared_errors([1e30, -1e30], [1.0, 0.0]) == [0.0]
+    assert squared_errors([-1e30, 1e30], [1.0, 0.0]) == [1.0]
+    assert squared_errors([1.0, 2.0], [0.5, 0.5]) == []
