@@ -137,26 +137,26 @@ _POLICY = ("embedded",)
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         "BT drives the hidden states of a pair apart",
-        "mean of |h_w - h_l| grows over training (Fig. 2)",
-        "BT: change of |h_w - h_l| after the final norm, first 5 % of steps to the last epoch",
+        "mean of ‖h_w - h_l‖ grows over training (Fig. 2)",
+        "BT: change of ‖h_w - h_l‖ after the final norm, first 5 % of steps to the last epoch",
         _of("bt", partial(_change, figure="final_hidden_distance_mean", first="0/train", last=f"{LAST_EPOCH}/train")),
     ),
     Claim(
         "BT disperses hidden norms",
         "the variance of the norms grows over training (Fig. 2, section 4.1)",
-        "BT: change of std / mean of |h| before the final norm, first 5 % of steps to the last epoch",
+        "BT: change of std / mean of ‖h‖ before the final norm, first 5 % of steps to the last epoch",
         _of("bt", _dispersion_change),
     ),
     Claim(
         "The head's norm hardly moves",
-        "|W_p| stays about 1 (Fig. 1)",
-        f"BT: {MOST_OF_HEAD_NORM} minus the relative change of |W_p|, first 5 % of steps to the last epoch",
+        "‖W_p‖ stays about 1 (Fig. 1)",
+        f"BT: {MOST_OF_HEAD_NORM} minus the relative change of ‖W_p‖, first 5 % of steps to the last epoch",
         _of("bt", _head_norm_stays),
     ),
     Claim(
         "BSR disperses hidden norms less than BT, in-domain",
         "narrower boxes of the norms (Fig. 3)",
-        "BT minus BSR, std / mean of |h| before the final norm on in-domain completions, at the end",
+        "BT minus BSR, std / mean of ‖h‖ before the final norm on in-domain completions, at the end",
         _between("bt", PAPERS_BSR, partial(dispersion, where=f"{_END}in_domain")),
     ),
     Claim(

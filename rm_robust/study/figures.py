@@ -78,7 +78,7 @@ def dispersion_over_training(rows: Sequence[Row], world: str) -> Figure | None:
                 _interval(right, found.mean, found.low, found.high, index + 0.2 * (place - 0.5), COLOURS[variant])
     left.set_title("std / mean of ‖h‖")
     middle.set_title("‖h_w - h_l‖, final norm")
-    right.set_title("std / mean of ‖h‖, at the end")
+    right.set_title("… at the end")
     for axes in (left, middle):
         axes.set_xlabel("epochs of training")
     right.set_yticks(range(1 + len(SCENARIOS)), ["train", *map(scenario_label, SCENARIOS)])
@@ -102,7 +102,7 @@ def gold_by_kl(rows: Sequence[Row]) -> Figure | None:
             seen.add(row.variant)
             axes.plot(_smoothed(row.curves["kl_mean"]), _smoothed(row.curves[name]), color=COLOURS[row.variant], linewidth=1.3, label=label)
         axes.set_title(title)
-        axes.set_xlabel("KL to the SFT policy (nats a completion)")
+        axes.set_xlabel("KL to the SFT policy (nats)")
     figure.axes[0].legend(handlelength=1.2)
     return figure
 

@@ -71,7 +71,7 @@ QUICK = Plan(
     ("bt", PAPERS_BSR),
     (0, 1),
     (0,),
-    ("world.num_training_prompts=1500", "world.num_sft_examples=4000", "reward_model.num_evaluation_pairs=200", "rloo.num_steps=30"),
+    ("world.num_training_prompts=1500", "world.num_sft_examples=6000", "reward_model.num_evaluation_pairs=200", "rloo.num_steps=40"),
 )
 
 

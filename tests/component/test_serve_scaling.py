@@ -271,6 +271,7 @@ def num_running(model_name: str) -> int:
     return sum(count for state, count in status.replica_states.items() if state == "RUNNING")
 
 
+@pytest.mark.slow
 def test_replicas_are_added_while_batches_queue_and_taken_away_again_without_a_failure(cluster: str, checkpoints: Checkpoints) -> None:
     model = model_of("elastic", checkpoints.one, max_replicas=2, upscale_delay_s=0.5, downscale_delay_s=1, max_batch_tokens=256)
     with local_service(ServiceSettings(models=(model,), insecure_no_auth=True)) as service:

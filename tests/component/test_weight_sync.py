@@ -342,6 +342,7 @@ def test_engines_on_another_machine_equal_transformers_too(model: str, request: 
     require_same_policy(rollout, version=2)
 
 
+@pytest.mark.slow
 def test_a_model_whose_weights_vllm_transposes_is_updated_by_vllms_own_loader(ray_session: None, tmp_path: Path) -> None:
     """GPT-2's, which transformers keeps as [in, out]; its head is tied as well."""
     config = GPT2Config(
