@@ -54,7 +54,8 @@ def main(description: str, stages: list[Stage]) -> int:
     """What every pipeline script does: parse, check everything that can be checked without a cluster, run its stages. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     quieten_libraries()
-    try:
+
+    def work() -> None:
         run = parse_run(description, repository_root() / DEFAULT_CONFIG)
         logger.info("run directory %s", run.run_dir)
         check_inputs(run)
@@ -62,6 +63,14 @@ def main(description: str, stages: list[Stage]) -> int:
             check_rloo_inputs(run)
         for stage in stages:
             stage(run)
+
+    return exit_code_of(work)
+
+
+def exit_code_of(work: Callable[[], None]) -> int:
+    """0; 2 for what a user can mend and 1 for training that failed, each said in one line. Anything else is raised."""
+    try:
+        work()
     except RmRobustError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -39,8 +39,7 @@ class Cell:
     variant: str
     seed: int
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         return f"{self.part} {self.world} {self.variant} seed {self.seed}"
 
 

@@ -7,8 +7,8 @@ For each size one policy, fine-tuned on the embedded world so that its answers e
 process that stays alive and takes turns: rm_robust as `run_rloo` on one local Ray cluster, held between rounds by its reward (rloo_ours.py), TRL by a
 callback (rloo_trl.py). Same weights, prompts, K, temperature, limit, reward, learning rate and KL coefficient, float32 unless the table says
 otherwise. TRL's threads are chosen by one turn of each setting; then all of ours and TRL's best go through alternated rounds. `ratio` is of float32
-on both sides, ours at its best. The last part is tests/bench/weight_sync.py, of tied policies. The last line is JSON; exit status 1 if the two sides' completions were
-not of like length.
+on both sides, ours at its best. The last part is tests/bench/weight_sync.py, of tied policies. The last line is JSON; exit status 1 if the two sides'
+completions were not of like length.
 """
 
 import argparse
