@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from rm_robust.errors import DataError, RmRobustError
-from rm_robust.scoring import RewardClient, ScoreInput
+from rm_robust.score_contract import ScoreInput
+from rm_robust.scoring import RewardClient
 
 INPUTS_AT_A_TIME = 512
 LINE_START = b'{"line": '

@@ -26,7 +26,8 @@ from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
 from rm_robust.rloo.controller import run_rloo
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import RewardClient, Scorer
+from rm_robust.score_contract import Scorer
+from rm_robust.scoring import RewardClient
 from rm_robust.sft.preparation import prepare_sft
 from rm_robust.sft.training import train_sft
 from rm_robust.shared_stages import share_stages

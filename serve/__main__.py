@@ -29,7 +29,8 @@ from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
 from rm_robust.reward_model.config_json import read_json
-from rm_robust.scoring import KEY_VARIABLE, SCORE_PATH
+from rm_robust.score_contract import SCORE_PATH
+from rm_robust.scoring import KEY_VARIABLE
 from serve.app import without_checkpoint
 from serve.front import DESCRIPTION_IS_FRESH_S, NO_ANSWER, Front
 from serve.keys import KEYS_VARIABLE, ApiKey, Guard, keys_from_environment, read_keys

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import ConfigError
-from rm_robust.scoring import ScoreReply, ScoreRequest
+from rm_robust.score_contract import ScoreReply, ScoreRequest
 from serve.deployment import ScorerReplica, WhatToLoad, scorer_options
 from serve.front import Front
 from serve.keys import KEYS_VARIABLE, Guard, keys_from_environment

@@ -23,7 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from rm_robust.errors import RmRobustError
-from rm_robust.scoring import ScoreResult
+from rm_robust.score_contract import ScoreResult
 from serve.metrics import ModelMetrics
 from serve.scorer import Batch, BatchScores, OtherGeneration, Outcome, Prepared, Preparer, Refusal, Request, Scored, ServedModel, WorkItem, parts_of
 from serve.settings import ModelSettings, ServiceLimits

@@ -7,7 +7,7 @@ from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import CheckpointError, DataError
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.config_json import read_json
-from rm_robust.scoring import ScoreInput, TokenCounts
+from rm_robust.score_contract import ScoreInput, TokenCounts
 from serve.scorer import Part, Prepared, Refusal, Request, ServedModel, WorkItem, invalid_request, parts_of
 
 MIN_SHARE_OF_COMPLETIONS = 4

@@ -11,7 +11,7 @@ from rm_robust.errors import ScoringError
 from rm_robust.packing import share_prompts
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.scorer import RewardScorer
-from rm_robust.scoring import ScoreInput
+from rm_robust.score_contract import ScoreInput
 from serve.scorer import ServedModel
 from serve.settings import ModelSettings
 

@@ -9,7 +9,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rm_robust.errors import ScoringError
-from rm_robust.scoring import MAX_RETRIES, Failure, Retries, ScoreInput, ScoreReply, ScoreRequest, check_scores, merge_replies, request_for, split_inputs
+from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreRequest, check_scores, merge_replies, request_for, split_inputs
+from rm_robust.scoring import MAX_RETRIES, Failure, Retries
 from serve.scorer import Refusal
 
 MAX_COMPLETIONS_PER_CALL = 256

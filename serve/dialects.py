@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StrictInt, WithJsonSchema, field_validator, model_validator
 
-from rm_robust.scoring import NOT_EMPTY_TEXT, ScoreInput, Texts, Turns
+from rm_robust.score_contract import NOT_EMPTY_TEXT, ScoreInput, Texts, Turns
 from serve.dialect_replies import (
     ClassifyReply,
     OpenRlhfReply,

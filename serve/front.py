@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from rm_robust.errors import RmRobustError
-from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult
+from rm_robust.score_contract import ScoreInput, ScoreRequest, ScoreResult
 from serve.batch_queue import BatchQueue, BatchReply
 from serve.metrics import ModelMetrics, ServiceMetrics
 from serve.scorer import Batch, Outcome, Preparer, Refusal, Request, Scored, ServedModel, parts_of

@@ -8,7 +8,7 @@ from rm_robust import embedded_world
 from rm_robust.embedded_world.gold_judge import gold_score
 from rm_robust.errors import DataError, RmRobustError
 from rm_robust.records import Message, TokenGroup
-from rm_robust.scoring import ScoreInput, TokenCounts
+from rm_robust.score_contract import ScoreInput, TokenCounts
 from serve.scorer import Prepared, Refusal, Request, ServedModel, WorkItem, invalid_request, parts_of
 from serve.settings import ModelSettings
 

@@ -33,7 +33,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rm_robust.errors import ConfigError
-from rm_robust.scoring import ErrorDetail, ErrorReply
+from rm_robust.score_contract import ErrorDetail, ErrorReply
 from serve.pages import PAGES, page_response
 from serve.request_id import ERROR_HEADER
 

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from rm_robust.scoring import SCORE_PATH, Calibration, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest
+from rm_robust.score_contract import SCORE_PATH, Calibration, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest
 from serve.dialect_replies import ClassifyReply, OpenRlhfReply, PoolingReply, TeiErrorReply, TeiPredictReply, TeiRank, VllmErrorReply
 from serve.dialects import ClassifyBody, DialectBody, OpenRlhfBody, PoolingBody, TeiPredictBody, TeiRerankBody
 from serve.front import NO_ANSWER, Front

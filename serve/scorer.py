@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rm_robust.records import TokenGroup
-from rm_robust.scoring import ScoreInput, ScoreRequest, ScoreResult, TokenCounts
+from rm_robust.score_contract import ScoreInput, ScoreRequest, ScoreResult, TokenCounts
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from rm_robust.scoring import SCORE_PATH, ScoreInput
+from rm_robust.score_contract import SCORE_PATH, ScoreInput
 
 REPLY_WITHIN_S = 90.0
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_robust.records import Message
-from rm_robust.scoring import ScoreInput
+from rm_robust.score_contract import ScoreInput
 
 
 class PlainTransformers:

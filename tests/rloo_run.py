@@ -13,7 +13,7 @@ from rm_robust.chat import ChatFormat
 from rm_robust.config import PipelineConfig
 from rm_robust.rows import RowKind
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import ScoreInput, ScoreReply, ScoreResult
+from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
 from tests.tiny_models import save_tiny_language_model, write_token_groups
 
 FOUND_WITHIN_S = 60.0

@@ -15,7 +15,7 @@ from rm_robust.data_files import DataFile, list_files, open_file, read_lines, re
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Stratum
 from rm_robust.records import Message
-from rm_robust.scoring import ScoreInput
+from rm_robust.score_contract import ScoreInput
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from rm_robust.errors import DataError, RefusedInputError, ScoringError
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.scorer import RewardScorer
-from rm_robust.scoring import ScoreInput, ScoreReply, ScoreResult
+from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
 
 
 class CheckpointSource:

@@ -12,7 +12,8 @@ from typing import Any
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.evaluation.evaluate import Evaluation, evaluate, figure_names, read_data
 from rm_robust.evaluation.suites import SUITES, Suite, preferences_by
-from rm_robust.scoring import RewardClient, Scorer
+from rm_robust.score_contract import Scorer
+from rm_robust.scoring import RewardClient
 from rm_robust.worker_group import quieten_libraries
 
 _REQUIREMENT = re.compile(r"\s*(?P<figure>.+?)\s*(?P<relation>>=|<=)\s*(?P<bound>[-+0-9.eE]+)\s*")

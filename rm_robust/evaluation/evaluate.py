@@ -18,7 +18,7 @@ from rm_robust.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, Estimate, 
 from rm_robust.evaluation.cases import Case, HashedFile, read_cases
 from rm_robust.evaluation.score_log import Outcome, ScoreLog, read_log, require_same
 from rm_robust.evaluation.suites import Suite
-from rm_robust.scoring import Scorer, ScoreReply
+from rm_robust.score_contract import Scorer, ScoreReply
 from rm_robust.tracking import write_json_atomic
 
 SEED = 0

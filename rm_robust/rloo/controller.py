@@ -37,7 +37,7 @@ from rm_robust.rloo.rollout import check_completions, generation_requests, held_
 from rm_robust.rloo.sampling import EnginesLostError, Rollout
 from rm_robust.rloo.step_metrics import rollout_metrics
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import Scorer
+from rm_robust.score_contract import Scorer
 from rm_robust.token_files import TokenisedGroup, read_token_groups
 from rm_robust.tracking import MetricsWriter, log_step, read_metrics, write_text_atomic
 

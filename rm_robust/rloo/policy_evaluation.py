@@ -12,7 +12,7 @@ from rm_robust.rloo.actors import RlooActors
 from rm_robust.rloo.policy_comparison import JudgedCompletions, compare_policies
 from rm_robust.rloo.rollout import generation_requests, score_input
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import Scorer
+from rm_robust.score_contract import Scorer
 from rm_robust.token_files import TokenisedGroup
 from rm_robust.tracking import write_json_atomic
 

@@ -24,7 +24,8 @@ from rm_robust.config_rloo import RewardSourceConfig, RlooConfig
 from rm_robust.errors import ConfigError, RolloutError, ScorerUnavailableError, ScoringError
 from rm_robust.records import Message
 from rm_robust.rloo.rewards import StepScores, weighted_scores
-from rm_robust.scoring import RewardClient, ScoreInput, Scorer
+from rm_robust.score_contract import ScoreInput, Scorer
+from rm_robust.scoring import RewardClient
 
 logger = logging.getLogger(__name__)
 

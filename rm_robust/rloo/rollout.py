@@ -8,7 +8,7 @@ from rm_robust.chat import ChatFormat
 from rm_robust.config_rloo import RlooConfig
 from rm_robust.errors import ConfigError, RolloutError
 from rm_robust.records import GenerationRequest, PromptCompletions
-from rm_robust.scoring import ScoreInput
+from rm_robust.score_contract import ScoreInput
 from rm_robust.token_files import TokenisedGroup
 from rm_robust.training_loop import batch_indices
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from rm_robust.config import PipelineConfig
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import ScoreInput, ScoreReply
+from rm_robust.score_contract import ScoreInput, ScoreReply
 from rm_robust.tracking import MetricsLine, read_metrics
 from tests.bench.rloo_figures import phases_of, seconds_per_step
 from tests.bench.rloo_policies import SEED, Policy

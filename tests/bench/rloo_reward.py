@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rm_robust.scoring import ScoreInput, ScoreReply, ScoreResult
+from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
 
 TARGET_WORDS = 12
 

@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from rm_robust.chat import ChatFormat
-from rm_robust.scoring import SCORE_PATH
+from rm_robust.score_contract import SCORE_PATH
 from serve.keys import new_key
 from serve.launch import free_port
 from tests.bench import scoring_requests as requests

@@ -16,7 +16,7 @@ from rm_robust.config import PipelineConfig
 from rm_robust.errors import RolloutError, ScoringError
 from rm_robust.rloo.controller import run_rloo
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import ScoreInput
+from rm_robust.score_contract import ScoreInput
 from rm_robust.tracking import MetricsLine, read_metrics
 from tests.local_serve import local_ray
 from tests.rloo_run import Killer, LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for

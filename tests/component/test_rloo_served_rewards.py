@@ -18,7 +18,8 @@ from rm_robust.config_loading import Run
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.controller import run_rloo
 from rm_robust.run_layout import RunLayout
-from rm_robust.scoring import RewardClient, ScoreReply, ScoreRequest, ScoreResult
+from rm_robust.score_contract import ScoreReply, ScoreRequest, ScoreResult
+from rm_robust.scoring import RewardClient
 from rm_robust.stages import rloo_stage
 from rm_robust.tracking import read_metrics
 from serve.cluster_scorer import ClusterScorer

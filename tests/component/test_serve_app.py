@@ -21,7 +21,8 @@ from rm_robust.embedded_world.gold_judge import gold_score
 from rm_robust.errors import ScoringError
 from rm_robust.evaluation import command
 from rm_robust.records import Message
-from rm_robust.scoring import RewardClient, ScoreInput
+from rm_robust.score_contract import ScoreInput
+from rm_robust.scoring import RewardClient
 from serve.keys import OPEN_PATHS, new_key
 from serve.pages import PAGES
 from serve.routes import router

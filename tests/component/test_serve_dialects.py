@@ -18,7 +18,8 @@ from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.embedded_world.gold_judge import gold_score
 from rm_robust.records import Message
-from rm_robust.scoring import RewardClient, ScoreInput
+from rm_robust.score_contract import ScoreInput
+from rm_robust.scoring import RewardClient
 from serve.settings import ModelSettings, ServiceSettings
 from tests.local_serve import local_ray, local_service
 from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text

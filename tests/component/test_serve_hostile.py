@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_robust.chat import ROLES
 from rm_robust.records import Message
-from rm_robust.scoring import TURN_SCHEMA
+from rm_robust.score_contract import TURN_SCHEMA
 from serve.routes import router
 from serve.settings import ModelSettings, ServiceLimits, ServiceSettings
 from tests.local_serve import LocalService, local_ray, local_service

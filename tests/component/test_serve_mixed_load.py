@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from rm_robust.checkpoint import read_manifest
-from rm_robust.scoring import ScoreInput
+from rm_robust.score_contract import ScoreInput
 from tests.e2e.pipeline_process import wait_until
 from tests.http_load import Reply, metric, post, score_body
 from tests.plain_transformers import PlainTransformers

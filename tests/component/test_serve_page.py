@@ -12,7 +12,7 @@ import pytest
 
 from rm_robust.records import Message, TokenGroup
 from rm_robust.reward_model.scorer import RewardScorer
-from rm_robust.scoring import ErrorReply, ScoreRequest
+from rm_robust.score_contract import ErrorReply, ScoreRequest
 from serve.keys import new_key
 from serve.launch import deploy_service, start_serve
 from serve.settings import ModelSettings, ServiceSettings

@@ -17,7 +17,8 @@ from ray import serve
 
 from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import CheckpointError
-from rm_robust.scoring import RewardClient, ScoreInput
+from rm_robust.score_contract import ScoreInput
+from rm_robust.scoring import RewardClient
 from serve.app import scorer_app
 from serve.cluster_scorer import ClusterScorer
 from serve.keys import new_key

@@ -15,18 +15,8 @@ from typing import Any
 import pytest
 
 from rm_robust.errors import ConfigError, RefusedInputError, ScorerUnavailableError, ScoringError
-from rm_robust.scoring import (
-    KEY_VARIABLE,
-    MAX_RETRIES,
-    AsyncRewardClient,
-    Failure,
-    Retries,
-    RewardClient,
-    ScoreInput,
-    TokenCounts,
-    backoff_s,
-    split_inputs,
-)
+from rm_robust.score_contract import ScoreInput, TokenCounts, split_inputs
+from rm_robust.scoring import KEY_VARIABLE, MAX_RETRIES, AsyncRewardClient, Failure, Retries, RewardClient, backoff_s
 
 CHECKPOINT_A, CHECKPOINT_B = "sha256:aaaa", "sha256:bbbb"
 

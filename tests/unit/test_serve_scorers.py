@@ -13,7 +13,7 @@ from rm_robust.checkpoint import commit_checkpoint, read_manifest
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import share_prompts
 from rm_robust.records import TokenGroup
-from rm_robust.scoring import ScoreResult
+from rm_robust.score_contract import ScoreResult
 from serve.checkpoint_scorer import CheckpointScorer
 from serve.front import aggregate, calibrated, ensemble_of
 from serve.judge_scorer import source_sha256

@@ -14,7 +14,7 @@ from rm_robust.evaluation import command
 from rm_robust.evaluation import evaluate as evaluate_module
 from rm_robust.evaluation.evaluate import Evaluation, figure_names, read_data
 from rm_robust.evaluation.suites import SUITES
-from rm_robust.scoring import ScoreInput, ScoreReply, ScoreResult
+from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
 
 NUM_PAIRS = 20
 

@@ -17,7 +17,7 @@ from rm_robust.config_rloo import RewardSourceConfig, RlooConfig
 from rm_robust.errors import ConfigError, RolloutError, ScorerUnavailableError, ScoringError
 from rm_robust.rloo.reward_sources import RewardSources
 from rm_robust.rloo.rewards import StepScores, score_metrics
-from rm_robust.scoring import ScoreInput, ScoreReply, ScoreResult
+from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
 from tests.unit.test_scoring_client import Answer, scored, serving
 
 K = 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from rm_robust.scoring import ScoreInput, ScoreRequest
+from rm_robust.score_contract import ScoreInput, ScoreRequest
 from serve import batch_queue
 from serve.batch_queue import BatchQueue
 from serve.metrics import ModelMetrics, ServiceMetrics

@@ -7,7 +7,7 @@ import pytest
 from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import CheckpointError
 from rm_robust.records import TokenGroup
-from rm_robust.scoring import ScoreInput, ScoreRequest
+from rm_robust.score_contract import ScoreInput, ScoreRequest
 from serve.checkpoint_preparer import CheckpointPreparer
 from serve.scorer import Prepared, ServedModel
 from tests.tiny_reward_model import save_tiny_reward_model

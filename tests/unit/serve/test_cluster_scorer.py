@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.serve.exceptions import BackPressureError
 
 from rm_robust.errors import RefusedInputError, ScorerUnavailableError
-from rm_robust.scoring import ScoreInput, ScoreReply, ScoreRequest, ScoreResult
+from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreRequest, ScoreResult
 from serve.cluster_scorer import ClusterScorer
 from serve.scorer import Refusal
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from rm_robust.scoring import ScoreInput, ScoreResult, TokenCounts
+from rm_robust.score_contract import ScoreInput, ScoreResult, TokenCounts
 from serve.dialects import ClassifyBody, OpenRlhfBody, PoolingBody, TeiPredictBody, TeiRerankBody, sigmoid
 from serve.scorer import Part, Refusal, Scored, ServedModel
 
