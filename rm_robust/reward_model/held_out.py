@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rm_robust.packing import lay_out, micro_batches
-from rm_robust.reward_model.metrics import correlation, effective_rank, kendall_tau_b, ordered_alike, squared_errors
+from rm_robust.reward_model.metrics import correlation, effective_rank, kendall_tau_b, ordered_alike, skewness, squared_errors
 from rm_robust.reward_model.model import PackedRewardModel
 from rm_robust.reward_model.step import StepSettings, gather_rows
 from rm_robust.token_files import TokenisedGroup
@@ -24,7 +24,8 @@ def held_out_metrics(
     `brier`  mean squared error of sigmoid(score difference) as the probability of the gold order, over the same pairs
     `kendall_tau_b`  mean over prompts with different gold scores; only where a prompt has more than two completions
     `score_mean`, `score_std` (population), `score_length_correlation` (Pearson, with the completion's tokens)
-    `hidden_norm_mean`, `hidden_norm_std`, `final_hidden_norm_mean`, `final_hidden_norm_std`, `effective_rank`: of the hidden states that are scored
+    `hidden_norm_mean`, `hidden_norm_std`, `hidden_norm_skewness`, `final_hidden_norm_mean`, `final_hidden_norm_std`, `effective_rank`: of the hidden states
+    that are scored
     """
     own = [rows[i] for i in rank_share(list(range(len(rows))), rank=engine.rank, world_size=engine.world_size)]
     bins = micro_batches([row.tokens for row in own], packed.layout, settings.max_tokens_per_micro_batch)
@@ -62,6 +63,7 @@ def held_out_metrics(
         "score_length_correlation": correlation(scores_N, lengths_N),
         "hidden_norm_mean": float(before_N.mean()),
         "hidden_norm_std": float(before_N.std(correction=0)),
+        "hidden_norm_skewness": skewness(before_N),
         "final_hidden_norm_mean": float(after_N.mean()),
         "final_hidden_norm_std": float(after_N.std(correction=0)),
     }

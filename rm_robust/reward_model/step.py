@@ -177,6 +177,7 @@ def _metrics(columns: _PairColumns, value: ObjectiveValue) -> dict[str, float]:
         "reward_model/final_hidden_norm_std": float(columns.norms_after_B2.std(correction=0)),
         "reward_model/hidden_distance_mean": float(columns.distance_before_B.mean()),
         "reward_model/final_hidden_distance_mean": float(columns.distance_after_B.mean()),
+        "reward_model/final_hidden_distance_std": float(columns.distance_after_B.std(correction=0)),
         "reward_model/num_tokens": float(columns.num_tokens_B.sum()),
         "reward_model/num_repeated_tokens": float(columns.num_repeated_tokens_B.sum()),
     }

@@ -142,6 +142,18 @@ CLAIMS: tuple[Claim, ...] = (
         _of("bt", partial(_change, figure="final_hidden_distance_mean", first="0/train", last=f"{LAST_EPOCH}/train")),
     ),
     Claim(
+        "… and the more so for some pairs than for others",
+        "the variance of ‖h_w - h_l‖ grows too (Fig. 2)",
+        "BT: change of the standard deviation of ‖h_w - h_l‖ after the final norm, first 5 % of steps to the last epoch",
+        _of("bt", partial(_change, figure="final_hidden_distance_std", first="0/train", last=f"{LAST_EPOCH}/train")),
+    ),
+    Claim(
+        "Hidden norms get a tail of large values",
+        "their distribution is right-skewed after training (section 4.1)",
+        "BT: skewness of ‖h‖ before the final norm on in-domain completions, at the end",
+        _of("bt", partial(_value, name=f"{_END}in_domain/hidden_norm_skewness")),
+    ),
+    Claim(
         "BT disperses hidden norms",
         "the variance of the norms grows over training (Fig. 2, section 4.1)",
         "BT: change of std / mean of ‖h‖ before the final norm, first 5 % of steps to the last epoch",

@@ -13,11 +13,11 @@ from rm_robust.tracking import MetricsLine, read_metrics
 SCENARIOS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
 HELD_OUT = (
     "accuracy", "kendall_tau_b", "brier", "effective_rank", "score_mean", "score_std", "score_length_correlation",
-    "hidden_norm_mean", "hidden_norm_std", "final_hidden_norm_mean", "final_hidden_norm_std",
+    "hidden_norm_mean", "hidden_norm_std", "hidden_norm_skewness", "final_hidden_norm_mean", "final_hidden_norm_std",
 )  # fmt: skip
 TRAINING = (
     "accuracy", "loss", "batch_mean_score", "score_std", "score_skewness", "margin_mean", "hidden_norm_mean", "hidden_norm_std",
-    "final_hidden_norm_mean", "final_hidden_norm_std", "hidden_distance_mean", "final_hidden_distance_mean", "head_norm", "effective_coefficient",
+    "final_hidden_norm_mean", "final_hidden_norm_std", "hidden_distance_mean", "final_hidden_distance_mean", "final_hidden_distance_std", "head_norm", "effective_coefficient",
 )  # fmt: skip
 CURVES = ("hidden_norm_mean", "hidden_norm_std", "final_hidden_distance_mean", "accuracy")
 NUM_CURVE_POINTS = 24

@@ -47,6 +47,7 @@ def as_the_paper_says(cell: Cell, epoch: int, where: str, metric: str) -> float:
         "hidden_norm_mean": 10.0,
         "hidden_norm_std": 1.0 + epoch * (2.0 if is_bt else 0.1),
         "final_hidden_distance_mean": 1.0 + epoch,
+        "final_hidden_distance_std": 1.0 + epoch,
         "effective_rank": 10.0 + (5.0 if is_bt and where == "mutual_disjoint" else 0.0),
         "hard": 0.5 + strength,
         "easy": 0.8 - strength,
