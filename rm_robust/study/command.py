@@ -92,9 +92,9 @@ def _run_part(
         while under_way or (waiting and failure is None and has_time()):
             while waiting and failure is None and len(under_way) < num_at_a_time and has_time():
                 cell = waiting.pop(0)
-                prepare_base(cell, configs[cell], folder, data_dir)  # here, so that no two threads make the same one
+                base_dir = prepare_base(cell, configs[cell], folder, data_dir)  # here, so that no two threads make the same one
                 logger.info("begin %s", cell)
-                under_way.add(pool.submit(run_cell, cell, configs[cell], folder, data_dir))
+                under_way.add(pool.submit(run_cell, cell, configs[cell], base_dir, data_dir))
             done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
             for run in done:
                 failure = failure or run.exception()

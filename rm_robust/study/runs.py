@@ -47,13 +47,12 @@ def prepare_base(cell: Cell, config: PipelineConfig, folder: Path, data_dir: Pat
     return base.run_dir
 
 
-def run_cell(cell: Cell, config: PipelineConfig, folder: Path, data_dir: Path) -> Row:
+def run_cell(cell: Cell, config: PipelineConfig, base_dir: Path, data_dir: Path) -> Row:
     """Train what the cell asks for, unless a run that was interrupted did already, and measure it. Raises what the stages raise."""
-    base_dir = prepare_base(cell, config, folder, data_dir)
     counts = RunLayout(base_dir).stage_result("preferences")["preferences"]
     steps_per_epoch = counts["num_kept"]["train"] // config.reward_model.batch_size
     evaluated = config.model_copy(update={"reward_model": config.reward_model.model_copy(update={"evaluate_every_steps": steps_per_epoch})})
-    run = Run(evaluated, folder / cell.world / f"{cell.variant}_{cell.seed}")
+    run = Run(evaluated, base_dir.with_name(f"{cell.variant}_{cell.seed}"))
     share_stages(base_dir, run.run_dir, SHARED)
     claim_run_dir(run.run_dir, run.config)
     reward_model_stage(run)
