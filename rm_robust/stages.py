@@ -5,7 +5,6 @@ world ─► sft ─► preferences ─► reward_model ─► evaluation ─►
 
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from rm_robust.embedded_world.world_files import write_world
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.experiment_trackers import check_trackers
 from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
+from rm_robust.ray_session import connect_to_ray
 from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
 from rm_robust.rloo.controller import run_rloo
@@ -38,15 +38,6 @@ if TYPE_CHECKING:
     from serve.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
-
-WORKER_ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
-}
-"""PASSIVE: idle OpenMP threads sleep. Spinning, their default, takes the cores that trainer, engine and scorers share. Serve kills a proxy that is
-not ready after three checks, of 5 s each by default: too few where every core is taken."""
 
 Stage = Callable[[Run], None]
 
@@ -211,23 +202,6 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
                 yield ClusterScorer(config.name, "proxy"), ClusterScorer(config.name, "gold")
     finally:
         delete_service(config.name)
-
-
-def connect_to_ray() -> None:
-    """The job's or RAY_ADDRESS's cluster; otherwise a local one of this process's own, on loopback."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    on_cluster = "RAY_ADDRESS" in os.environ
-    if not on_cluster:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that token authentication is on
-    ray.init(
-        address=None if on_cluster else "local",
-        include_dashboard=None if on_cluster else False,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-    )
 
 
 def served_model(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None) -> "ModelSettings":

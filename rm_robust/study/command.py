@@ -15,7 +15,8 @@ import ray
 from tqdm import tqdm
 
 from rm_robust.config import PipelineConfig
-from rm_robust.stages import connect_to_ray, exit_code_of, repository_root
+from rm_robust.ray_session import connect_to_ray
+from rm_robust.stages import exit_code_of, repository_root
 from rm_robust.study.document import write_document
 from rm_robust.study.grid import FULL, QUICK, WORLDS, Cell, key_of
 from rm_robust.study.rows import Row, read_rows, write_rows

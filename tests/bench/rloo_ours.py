@@ -141,8 +141,8 @@ def run_config(run: OurRun) -> PipelineConfig:
 
 def train_with_rm_robust(turns: Turns, run: OurRun) -> None:
     """On the cluster that RAY_ADDRESS names."""
+    from rm_robust.ray_session import connect_to_ray
     from rm_robust.rloo.controller import run_rloo
-    from rm_robust.stages import connect_to_ray
 
     shutil.copytree(run.policy.prompts_dir, RunLayout(run.folder).rloo_prompts)
     connect_to_ray()

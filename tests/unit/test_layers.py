@@ -37,6 +37,7 @@ LAYERS = [
         "rm_robust.config_loading",
         "rm_robust.rows",
         "rm_robust.run_layout",
+        "rm_robust.ray_session",
         "rm_robust.score_files",
         "rm_robust.shared_stages",
         "rm_robust.train_engine",
