@@ -5,10 +5,10 @@
 Runs pipelines/full_rlhf.py into runs/rloo_study/<setting>_<seed>, each with its report.html; stages that two settings share are done once, so that they
 differ in RLOO alone (weak_bt: in the reward model too). The same command again resumes. The last line is JSON.
 
-    bsr_kl      the default config: BSR reward model, KL, on-policy
+    bsr_kl      the default config but for the reward model's training (COMMON): BSR, KL, on-policy
     lag_1       the same with samples of the policy before the latest update
     lag_4       the same with samples four updates old and no importance correction, a few steps only: how far the sampler is from the policy
-    weak_bt     Bradley-Terry, a 16th of the default's training steps, no KL: made to be over-optimised
+    weak_bt     Bradley-Terry, a 16th of the training steps, no KL: made to be over-optimised
 """
 
 import argparse
@@ -32,7 +32,9 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "lag_4": (UP_TO_EVALUATION, ["rloo.max_policy_lag=4", 'rloo.importance_correction="none"', "rloo.num_steps=12", "rloo.evaluation.every_steps=0"]),
     "weak_bt": (UP_TO_PREFERENCES, ['reward_model.objective="bt"', "reward_model.num_epochs=0.1875", "rloo.kl_coefficient=0.0"]),
 }
-"""Stages taken from the seed's bsr_kl run, and what differs from the default config."""
+"""Stages taken from the seed's bsr_kl run, and what differs from it."""
+COMMON = ["world.num_training_prompts=16000", "reward_model.num_epochs=3", "reward_model.bt_twin=false"]
+"""Of all settings: a reward model trained longer than the demo's ten minutes allow, and no twin."""
 LAG_4_SEEDS = 1
 
 
@@ -58,7 +60,7 @@ def run(name: str, seed: int) -> Path:
     run_dir = STUDY_DIR / f"{name}_{seed}"
     if shared:
         share_stages(STUDY_DIR / f"bsr_kl_{seed}", run_dir, shared)
-    flags = [f"--set={override}" for override in (f"seed={seed}", *overrides)]
+    flags = [f"--set={override}" for override in (f"seed={seed}", *COMMON, *overrides)]
     subprocess.run([sys.executable, "pipelines/full_rlhf.py", "--run-dir", str(run_dir), *flags], check=True)
     return run_dir
 
