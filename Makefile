@@ -65,7 +65,7 @@ bench-memory: $(INSTALLED)  ## peak memory of training against the longest compl
 study-rloo: $(INSTALLED)  ## RLOO with and without lag, and a reward model made to be over-optimised: three seeds each (an hour on 2 cores)
 	python -m tests.bench.rloo_study
 
-study: $(INSTALLED) has-data  ## the paper's claims re-tested: runs what docs/study/results.jsonl lacks (hours), then makes docs/STUDY.md [DATA=../shared/data]
+study: $(INSTALLED)  ## the paper's claims re-tested: runs what docs/study/results.jsonl lacks (hours), then makes docs/STUDY.md [DATA=../shared/data]
 	python pipelines/study.py --data "$(DATA)"
 
 study-quick: $(INSTALLED)  ## the same with two objectives, two seeds and the embedded world alone (20 minutes); writes only to runs/study_quick/

@@ -2,7 +2,7 @@
 
 import sys
 
-from rm_robust.stages import main, reward_model_stage
+from rm_robust.stages import bt_twin_stage, main, reward_model_stage
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, [reward_model_stage]))
+    sys.exit(main(__doc__, [reward_model_stage, bt_twin_stage]))

@@ -35,3 +35,7 @@ class ScorerUnavailableError(ScoringError):
 
 class RolloutError(RmRobustError):
     """A generator returned stale, incomplete or impossible completions."""
+
+
+class StudyError(RmRobustError):
+    """Runs of the study failed, or another process is at it."""

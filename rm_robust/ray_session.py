@@ -1,6 +1,7 @@
 """The Ray that a pipeline runs on: the cluster it was given, or a local one of this process's own, of which nothing is left behind."""
 
 import atexit
+import contextlib
 import logging
 import os
 
@@ -52,7 +53,8 @@ def shut_down(driver: str) -> None:
     _, left = psutil.wait_procs(workers_of(driver), timeout=WORKERS_END_S)
     for process in left:
         logger.warning("killing process %d, a worker of Ray that did not end", process.pid)
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended after all
+            process.kill()
 
 
 def workers_of(driver: str) -> list[psutil.Process]:

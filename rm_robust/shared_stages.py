@@ -1,6 +1,7 @@
 """Begin a run with the stages of another one: controlled twins that differ only in what comes later."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -26,9 +27,17 @@ def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            shutil.copytree(path, target)
+            shutil.copytree(path, target, copy_function=_link)
         else:
-            shutil.copy2(path, target)
+            _link(path, target)
     lines = (source / "metrics.jsonl").read_text().splitlines()
     (staging / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages))
     staging.rename(run_dir)
+
+
+def _link(source: Path | str, target: Path | str) -> None:
+    """Files of a committed stage are replaced, never changed, so two runs may have them in common; a copy where the file system knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

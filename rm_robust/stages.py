@@ -151,14 +151,13 @@ def bt_twin_stage(run: Run) -> None:
     """Where the config asks for it: the Bradley-Terry twin of the reward model, trained and evaluated alike, in a run directory below this one."""
     if not run.config.reward_model.bt_twin:
         return
-    layout, settings = RunLayout(run.run_dir), run.config.reward_model
-    base_path = settings.base_path or layout.sft_model_dir(run.config)
-    twin = Run(run.config.model_copy(update={"reward_model": settings.as_bt_twin().model_copy(update={"base_path": base_path})}), layout.bt_twin)
-    share_stages(run.run_dir, twin.run_dir, ["preferences"])
+    twin = Run(run.config.model_copy(update={"reward_model": run.config.reward_model.as_bt_twin()}), RunLayout(run.run_dir).bt_twin)
+    share_stages(run.run_dir, twin.run_dir, ["sft", "preferences"])
     claim_run_dir(twin.run_dir, twin.config)
     for stage in (reward_model_stage, evaluation_stage):
         logger.info("Bradley-Terry twin:")
         stage(twin)
+    write_summary(twin.run_dir)
 
 
 def rloo_stage(run: Run) -> None:

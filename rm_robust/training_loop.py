@@ -98,7 +98,9 @@ def run_loop(
             metrics["time/step_s"] = time.perf_counter() - started
             metrics |= throughput(metrics, settings)
             if evaluate is not None:
-                metrics |= evaluate(step + 1)
+                started = time.perf_counter()
+                found = evaluate(step + 1)
+                metrics |= found | ({"time/evaluate_s": time.perf_counter() - started} if found else {})
             is_best = best is not None and best.record(step + 1, metrics)
             num_done = step + 1
             if writer is not None:

@@ -178,6 +178,7 @@ def _metrics(columns: _PairColumns, value: ObjectiveValue) -> dict[str, float]:
         "reward_model/hidden_distance_mean": float(columns.distance_before_B.mean()),
         "reward_model/final_hidden_distance_mean": float(columns.distance_after_B.mean()),
         "reward_model/final_hidden_distance_std": float(columns.distance_after_B.std(correction=0)),
+        "reward_model/final_hidden_distance_skewness": skewness(columns.distance_after_B),
         "reward_model/num_tokens": float(columns.num_tokens_B.sum()),
         "reward_model/num_repeated_tokens": float(columns.num_repeated_tokens_B.sum()),
     }

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import socket
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -256,11 +257,12 @@ class GlooSender:
                 return Sent(share_weights(self._group, self._source, self._memory.buffer), receiving)
             return Sent(send_weights(self._group, self._source), receiving)
         except RuntimeError as error:
-            gloo_says = str(error)
+            logger.warning("sending weights failed:\n%s", traceback.format_exc())  # as text: a log record that is kept would hold the frames too
+            reason = str(error)
         # Outside of the handler: an error that is raised in it holds gloo's, whose frames hold the group. The group would outlive `close`, and an engine
         # that is yet to come to this update would wait for it until the timeout.
         self._client.raise_first_failure(receiving)  # says more than gloo's "connection closed by peer"
-        raise RolloutError(f"The connection to the engines was lost while the weights were sent: {gloo_says}")
+        raise RolloutError(f"Sending the weights failed, and no engine says why: {reason}")
 
     def close(self) -> None:
         del self._group

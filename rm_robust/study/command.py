@@ -1,9 +1,11 @@
 """`pipelines/study.py`: run what is missing, keep its row, then make the document again.
 
-plan ─cells, keys─► missing ─two at a time, base runs first─► rows ─► results.jsonl ─► STUDY.md, study/*.png
+plan ─cells, keys─► missing ─two at a time, the base of a seed first─► rows ─► results.jsonl ─► STUDY.md, study/*.png
 """
 
 import argparse
+import contextlib
+import fcntl
 import logging
 import sys
 import time
@@ -15,12 +17,13 @@ import ray
 from tqdm import tqdm
 
 from rm_robust.config import PipelineConfig
+from rm_robust.errors import DataError, StudyError
 from rm_robust.ray_session import connect_to_ray
 from rm_robust.stages import exit_code_of, repository_root
 from rm_robust.study.document import write_document
 from rm_robust.study.grid import FULL, QUICK, WORLDS, Cell, key_of
 from rm_robust.study.rows import Row, read_rows, write_rows
-from rm_robust.study.runs import prepare_base, run_cell
+from rm_robust.study.runs import real_data, run_cell
 from rm_robust.worker_group import quieten_libraries
 
 logger = logging.getLogger(__name__)
@@ -44,20 +47,27 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     document = folder / "STUDY.md" if parsed.quick else repository_root() / "docs" / "STUDY.md"
     results = document.parent / "study" / "results.jsonl"
 
+    worlds = tuple(parsed.worlds)
+
     def work() -> None:
-        configs = {cell: plan.config(cell, repository_root() / "pipelines" / "configs") for cell in plan.cells(WORLDS)}
+        configs = {cell: plan.config(cell, repository_root() / "pipelines" / "configs") for cell in plan.cells(worlds)}
         keys = {cell: key_of(cell, config) for cell, config in configs.items()}
-        rows = read_rows(results)
-        missing = [cell for cell in plan.cells(tuple(parsed.worlds)) if keys[cell] not in rows]
-        for row in run_all(missing, configs, folder, parsed.data, max_minutes=parsed.max_minutes):
-            rows[row.key] = row
-            write_rows(results, rows)
-        outdated = [row for key, row in rows.items() if key not in keys.values()]
-        if outdated:
-            logger.warning("%d rows of %s are of other settings than the study's now, and are left out (first: %s)", len(outdated), results, outdated[0].cell)
-        known = [row for row in rows.values() if row not in outdated]
-        changed = write_document(document, known, [cell for cell, key in keys.items() if key not in rows])
-        print(f"{len(known)} of {len(keys)} rows; {document} {'was made anew' if changed else 'is as it was'}")
+        with only_one(folder):
+            rows = read_rows(results)
+            missing = [cell for cell, key in keys.items() if key not in rows]
+            if any(cell.world == "rmb" for cell in missing) and parsed.max_minutes != 0:
+                require_same_data([row for row in rows.values() if row.world == "rmb"], real_data(parsed.data))
+            for row in run_all(missing, configs, folder, parsed.data, max_minutes=parsed.max_minutes):
+                rows[row.key] = row
+                write_rows(results, rows)
+            rows = read_rows(results)  # as the next call finds them
+            every_key = {key_of(cell, plan.config(cell, repository_root() / "pipelines" / "configs")) for cell in plan.cells(WORLDS)}
+            outdated = [row for key, row in rows.items() if key not in every_key]
+            if outdated:
+                logger.warning("%d rows of %s are of other settings than the study's, and are left out (first: %s)", len(outdated), results, outdated[0].cell)
+            known = [row for key, row in rows.items() if key in every_key]
+            changed = write_document(document, known, [cell for cell, key in keys.items() if key not in rows])
+        print(f"{len(known)} rows, {sum(key not in rows for key in keys.values())} missing; {document} {'was made anew' if changed else 'is as it was'}")
 
     try:
         return exit_code_of(work)
@@ -67,7 +77,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 
 
 def run_all(cells: Sequence[Cell], configs: Mapping[Cell, PipelineConfig], folder: Path, data_dir: Path, *, max_minutes: float | None) -> Iterator[Row]:
-    """Rows as their runs are done; none is begun after `max_minutes`. An error is raised once the runs under way are done and their rows handed on."""
+    """Rows as their runs are done; none is begun after `max_minutes`. Raises StudyError at the end of a part of which runs failed."""
     started = time.monotonic()
 
     def has_time() -> bool:
@@ -87,24 +97,47 @@ def _run_part(
     waiting: list[Cell], configs: Mapping[Cell, PipelineConfig], folder: Path, data_dir: Path, num_at_a_time: int, has_time: Callable[[], bool]
 ) -> Iterator[Row]:
     pool = ThreadPoolExecutor(num_at_a_time, thread_name_prefix="study")
-    under_way: set[Future[Row]] = set()
-    failure: BaseException | None = None
+    under_way: dict[Future[Row], Cell] = {}
+    failures: dict[Cell, BaseException] = {}
     try:
-        while under_way or (waiting and failure is None and has_time()):
-            while waiting and failure is None and len(under_way) < num_at_a_time and has_time():
+        while under_way or (waiting and has_time()):
+            while waiting and len(under_way) < num_at_a_time and has_time():
                 cell = waiting.pop(0)
-                base_dir = prepare_base(cell, configs[cell], folder, data_dir)  # here, so that no two threads make the same one
-                logger.info("begin %s", cell)
-                under_way.add(pool.submit(run_cell, cell, configs[cell], base_dir, data_dir))
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            for run in done:
-                failure = failure or run.exception()
-                if run.exception() is None:
+                under_way[pool.submit(run_cell, cell, configs[cell], folder, data_dir)] = cell
+            for run in wait(under_way, return_when=FIRST_COMPLETED).done:
+                cell, failure = under_way.pop(run), run.exception()
+                if failure is None:
                     yield run.result()
+                else:
+                    logger.error("%s failed: %s", cell, failure)
+                    failures[cell] = failure
     except BaseException:
         ray.shutdown()  # ends the runs under way, for whose threads the interpreter would wait
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    if failure is not None:
-        raise failure
+    if failures:
+        names = "; ".join(f"{cell}: {type(failure).__name__}: {failure}" for cell, failure in failures.items())
+        raise StudyError(f"{len(failures)} runs failed, the rows of all others are kept. The same command tries them again. {names}")
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raises StudyError while another process runs this study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StudyError(f"Another process is running the study in {folder}. Wait for it, or stop it.") from error
+        yield
+
+
+def require_same_data(rows: Sequence[Row], sha256_of: Mapping[str, str]) -> None:
+    """Raises DataError when a row was made with other files."""
+    for row in rows:
+        for name, sha256 in sha256_of.items():
+            if row.about[f"{name}_sha256"] != sha256:
+                raise DataError(
+                    f"The row of {row.cell} was made with another {name} ({row.about[f'{name}_sha256']}, now {sha256}). Give the folder that it was made with."
+                )

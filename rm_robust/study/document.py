@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from rm_robust.report_figures import STYLE, scenario_label
 from rm_robust.study import figures
-from rm_robust.study.claims import CLAIMS, LAST_EPOCH, MIN_SEEDS, Finding, findings, rank_agreement
+from rm_robust.study.claims import LAST_EPOCH, MIN_SEEDS, Finding, findings, rank_agreement
 from rm_robust.study.grid import PAPERS_BSR, VARIANTS, WORLDS, Cell
 from rm_robust.study.measure import SCENARIOS
 from rm_robust.study.rows import Row
@@ -24,20 +24,21 @@ and batch-wise sum-to-zero regularisation (BSR) hold for models of about 1 M par
 a claim that is not seen here is not refuted, and one that is seen was seen on simpler text than the paper's.
 
 **How.** One world and seed at a time: a language model is trained from scratch on the world's own demonstrations, then every objective trains a reward model
-from that one checkpoint, with the same head and the same batches in the same order (controlled twins), for {LAST_EPOCH} epochs at a constant learning rate,
-measured after each. Seeds change everything: the text of the embedded world, the initial weights, the order.
+from that one checkpoint, with the same head and the same batches in the same order (controlled twins), for {LAST_EPOCH} epochs with a learning rate that
+falls linearly to zero, measured after each. Seeds change the initial weights and the order, in the embedded world the text too.
 
-- **embedded**: the project's own world, whose gold scores are computed; 400 prompts a scenario, tau-b over four completions (accuracy in-domain). See README.
-- **rmb**: real conversations, answers of strong models, labels as published (RMB-Reward-Model-Benchmark); the mistral family is unseen. Pairs only, so every
-  scenario is an accuracy. Pairs with a prompt or a completion above 256 tokens are dropped and counted.
+- **embedded**: the project's own world, whose gold scores are computed; tau-b over four completions of a prompt (accuracy in-domain). See README.
+- **rmb**: real conversations, answers of strong models, labels as published (RMB-Reward-Model-Benchmark). Pairs only, so every scenario is an accuracy.
+  Response-disjoint and mutual-disjoint pairs have a completion of the mistral family, unseen in training, on at least one side. The pairs of a scenario are
+  the same for all seeds: intervals are over seeds, and say nothing of other pairs. Longer pairs are dropped and counted.
 
 **Objectives.** `bt`, `hinge` (margin 1), `bt_norm`, `bt_dr`, `centering` (0.01), BSR with effective coefficient 0.03, 0.1 and 1 over the whole step, and
-`bsr_micro`, the released code's (1e-3 x 16 on the mean of every 16 pairs). Where the paper's BSR must be one of them it is `{PAPERS_BSR}`: its 1e-3 x 128 pairs
-is 0.128.
+`bsr_micro`, the released code's (1e-3 x 16 on the mean of every 16 pairs). Where BSR must be one of them
+it is `{PAPERS_BSR}`: the paper's 1e-3 at its batch of 128 is 0.128 by this project's default scaling; by the paper's printed formula it is far less.
 
 **Verdicts.** Each claim is put as a number that is above 0 if the claim holds here. Its 95 % interval is Student's t over seeds, of differences between twins
 where two objectives are compared. *reproduced*: the whole interval is above 0. *contradicted*: it is below. *not seen at this scale*: neither. Fewer than
-{MIN_SEEDS} seeds: no verdict. With {len(CLAIMS)} claims at 95 % one or two verdicts may be chance.
+{MIN_SEEDS} seeds: no verdict. With some fifty verdicts at 95 % two or three may be chance.
 """
 
 
@@ -94,7 +95,9 @@ def _write_bytes(path: Path, content: bytes) -> bool:
 def _state(rows: Sequence[Row], missing: Sequence[Cell]) -> str:
     hours = sum(row.seconds for row in rows) / 3600
     longest = max((row.seconds for row in rows), default=0) / 60
-    done = f"{len(rows)} runs, {hours:.1f} hours of runs (two at a time, one core each), the longest {longest:.1f} minutes."
+    bases = {(row.world, row.seed): float(row.about["base_seconds"]) for row in rows}
+    done = f"{len(rows)} runs of {hours:.1f} hours together (reward models two at a time on a core each), the longest {longest:.1f} minutes; beside them "
+    done += f"{len(bases)} language models with their data, {sum(bases.values()) / 3600:.1f} hours."
     if not missing:
         return done
     counts: dict[str, int] = {}
@@ -150,8 +153,14 @@ def _epoch_table(rows: Sequence[Row], world: str) -> str:
 
 
 def _data_sentence(rows: Sequence[Row]) -> str:
-    kept, dropped = ({int(row.about[name]) for row in rows} for name in ("num_training_pairs", "num_training_pairs_dropped"))
-    return f"Training pairs: {_range(kept)}, dropped {_range(dropped)}. Minutes a run: {_range({round(row.seconds / 60, 1) for row in rows})}."
+    def counted(name: str) -> str:
+        kept, dropped = ({int(row.about[f"num_{name}{suffix}"]) for row in rows} for suffix in ("", "_dropped"))
+        return f"{name.replace('_', '-')} {_range(kept)} ({_range(dropped)})"
+
+    sets = f"Kept, and in brackets dropped as too long: {', '.join(map(counted, ('train', *SCENARIOS)))}; each is evaluated on its first ones at most."
+    refused = {int(row.figures["rm_bench/num_refused"]) for row in rows if "rm_bench/num_refused" in row.figures}
+    bench = f" RM-Bench: {_range(refused)} of 612 prompts do not fit the model and are left out." if refused else ""
+    return f"{sets}{bench} Minutes a run: {_range({round(row.seconds / 60, 1) for row in rows})}."
 
 
 def _policy_table(rows: Sequence[Row]) -> str:

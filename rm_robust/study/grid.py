@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rm_robust.config import PipelineConfig
+from rm_robust.config import EvaluationConfig, PipelineConfig, RewardModelConfig, ServeConfig, TrackingConfig
 from rm_robust.config_loading import load_config
+from rm_robust.config_rloo import RlooConfig
+from rm_robust.reward_model.objectives import Objective
 
 Part = Literal["reward_model", "rloo"]
 
@@ -24,10 +26,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """Overrides of [reward_model]. BSR by its effective coefficient; bsr_micro is the released code's: 1e-3 x 16 on the mean of every 16 pairs."""
 PAPERS_BSR = "bsr_0.1"
-"""What stands for the paper's BSR where one must: its 1e-3 x 128 pairs is 0.128."""
+"""What stands for BSR where one must: by this project's default scaling the paper's 1e-3 at its batch of 128 is 0.128. The released code's is bsr_micro."""
 WORLDS = ("embedded", "rmb")
-_NOT_OF_A_REWARD_MODEL = ("name", "rloo", "serve", "tracking", "evaluation")
-_NOT_OF_A_ROW = ("name", "tracking")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plan:
 
     def cells(self, worlds: tuple[str, ...]) -> list[Cell]:
         """Seed by seed, so that a study that is stopped half-way has whole comparisons."""
-        reward_models = [Cell("reward_model", world, variant, seed) for world in worlds for seed in self.seeds for variant in self.variants]
+        reward_models = [Cell("reward_model", world, variant, seed) for seed in self.seeds for world in worlds for variant in self.variants]
         rloo = [Cell("rloo", "embedded", variant, seed) for seed in self.rloo_seeds for variant in ("bt", PAPERS_BSR)]
         return reward_models + (rloo if "embedded" in worlds else [])
 
@@ -74,9 +74,22 @@ QUICK = Plan(
 )
 
 
+def reward_model_config(config: PipelineConfig) -> PipelineConfig:
+    """As far as a reward model depends on it: what comes after it as the defaults have it."""
+    return config.model_copy(update={"evaluation": EvaluationConfig(), "serve": ServeConfig(), "rloo": RlooConfig(), "tracking": TrackingConfig()})
+
+
+def base_config(config: PipelineConfig) -> PipelineConfig:
+    """As far as the stages before the reward model depend on it."""
+    return reward_model_config(config).model_copy(update={"reward_model": RewardModelConfig(objective=Objective.BRADLEY_TERRY)})
+
+
 def key_of(cell: Cell, config: PipelineConfig) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of what decides the run's numbers. A reward model's row does not depend on settings of RLOO."""
-    left_out = _NOT_OF_A_REWARD_MODEL if cell.part == "reward_model" else _NOT_OF_A_ROW
-    content = {name: section for name, section in json.loads(config.model_dump_json()).items() if name not in left_out}
-    text = json.dumps({"part": cell.part, "world": cell.world, **content}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Of what decides the run's numbers."""
+    return f"{digest(reward_model_config(config) if cell.part == 'reward_model' else config)}-{cell.part}"
+
+
+def digest(config: PipelineConfig) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of a config but for its name."""
+    content = {name: section for name, section in json.loads(config.model_dump_json()).items() if name != "name"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,7 +17,8 @@ HELD_OUT = (
 )  # fmt: skip
 TRAINING = (
     "accuracy", "loss", "batch_mean_score", "score_std", "score_skewness", "margin_mean", "hidden_norm_mean", "hidden_norm_std",
-    "final_hidden_norm_mean", "final_hidden_norm_std", "hidden_distance_mean", "final_hidden_distance_mean", "final_hidden_distance_std", "head_norm",
+    "final_hidden_norm_mean", "final_hidden_norm_std", "hidden_distance_mean", "final_hidden_distance_mean", "final_hidden_distance_std",
+    "final_hidden_distance_skewness", "head_norm",
     "effective_coefficient",
 )  # fmt: skip
 CURVES = ("hidden_norm_mean", "hidden_norm_std", "final_hidden_distance_mean", "accuracy")

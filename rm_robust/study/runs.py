@@ -1,17 +1,19 @@
 """Does one run of the study with the pipeline's own stages, and makes its row.
 
-<folder>/<world>/base_<seed>        world, sft, preferences: shared by all objectives of a seed, which are therefore twins: same weights, same batches
-<folder>/<world>/<variant>_<seed>   the reward model, and RLOO against it
+<folder>/<world>/base_<seed>_<hash>             world, sft, preferences: all objectives of a seed share them, and are twins: same weights, same batches
+<folder>/<world>/<variant>_<seed>_<hash>        the reward model
+<folder>/<world>/<variant>_<seed>_rloo_<hash>   RLOO against it
+
+The hashes are of the configs: a run of other settings is in nobody's way.
 """
 
+import hashlib
 import logging
+import threading
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.config import PipelineConfig
 from rm_robust.config_loading import Run, claim_run_dir
 from rm_robust.errors import DataError
@@ -21,11 +23,12 @@ from rm_robust.evaluation.suites import SUITES
 from rm_robust.run_layout import RunLayout
 from rm_robust.shared_stages import share_stages
 from rm_robust.stages import preferences_stage, reward_model_stage, rloo_stage, sft_stage, world_stage
-from rm_robust.study.grid import Cell, key_of
+from rm_robust.study.grid import Cell, base_config, digest, key_of, reward_model_config
 from rm_robust.study.measure import reward_model_figures, rloo_figures
-from rm_robust.study.rmb_files import write_rmb_files
+from rm_robust.study.rmb_files import RMB_PAIRS, write_rmb_files
 from rm_robust.study.rows import Row
 from rm_robust.summary import write_summary
+from rm_robust.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -34,46 +37,63 @@ RMB_FILES = Path("runs/study_data/rmb")
 SHARED = ["world", "sft", "preferences"]
 LIBRARIES = ("torch", "transformers", "ray")
 RM_BENCH = "rm_bench.parquet"
+_BASE_LOCK = threading.Lock()
+"""Twins that begin together make their base once."""
 
 
 def prepare_base(cell: Cell, config: PipelineConfig, folder: Path, data_dir: Path) -> Path:
     """The run whose first stages all objectives of the cell's world and seed share."""
     if cell.world == "rmb":
         write_rmb_files(data_dir, RMB_FILES)
-    base = Run(config.model_copy(update={"reward_model": type(config.reward_model)(objective="bt")}), folder / cell.world / f"base_{cell.seed}")
+    own = base_config(config)
+    base = Run(own, folder / cell.world / f"base_{cell.seed}_{digest(own)}")
     claim_run_dir(base.run_dir, base.config)
     for stage in (world_stage, sft_stage, preferences_stage):
         stage(base)
     return base.run_dir
 
 
-def run_cell(cell: Cell, config: PipelineConfig, base_dir: Path, data_dir: Path) -> Row:
+def run_cell(cell: Cell, config: PipelineConfig, folder: Path, data_dir: Path) -> Row:
     """Train what the cell asks for, unless a run that was interrupted did already, and measure it. Raises what the stages raise."""
+    with _BASE_LOCK:
+        base_dir = prepare_base(cell, config, folder, data_dir)
+    logger.info("begin %s", cell)
     counts = RunLayout(base_dir).stage_result("preferences")["preferences"]
-    steps_per_epoch = counts["num_kept"]["train"] // config.reward_model.batch_size
-    evaluated = config.model_copy(update={"reward_model": config.reward_model.model_copy(update={"evaluate_every_steps": steps_per_epoch})})
-    run = Run(evaluated, base_dir.with_name(f"{cell.variant}_{cell.seed}"))
+    trained = _reward_model_run(cell, config, base_dir, steps_per_epoch=counts["num_kept"]["train"] // config.reward_model.batch_size)
+    started = time.monotonic()
+    if cell.part == "rloo":
+        run = Run(config, base_dir.with_name(f"{cell.variant}_{cell.seed}_rloo_{digest(config)}"))
+        share_stages(trained.run_dir, run.run_dir, [*SHARED, "reward_model"])
+        claim_run_dir(run.run_dir, run.config)
+        rloo_stage(run)
+        write_summary(run.run_dir)
+        seconds, (figures, curves) = _stage_seconds(run.run_dir, "rloo"), rloo_figures(run.run_dir)
+    else:
+        figures, curves = reward_model_figures(trained.run_dir, num_epochs=round(config.reward_model.num_epochs))
+        figures |= rm_bench_figures(trained, data_dir) if cell.world == "rmb" else {}
+        seconds = _training_seconds(trained.run_dir) + time.monotonic() - started
+    return Row(key_of(cell, config), cell.part, cell.world, cell.variant, cell.seed, seconds, figures, curves, _about(base_dir, data_dir))
+
+
+def _reward_model_run(cell: Cell, config: PipelineConfig, base_dir: Path, *, steps_per_epoch: int) -> Run:
+    """The cell's reward model, trained, and evaluated after every epoch."""
+    own = reward_model_config(config)
+    settings = own.reward_model.model_copy(update={"evaluate_every_steps": steps_per_epoch})
+    run = Run(own.model_copy(update={"reward_model": settings}), base_dir.with_name(f"{cell.variant}_{cell.seed}_{digest(own)}"))
     share_stages(base_dir, run.run_dir, SHARED)
     claim_run_dir(run.run_dir, run.config)
     reward_model_stage(run)
-    stages = ["reward_model"]
-    if cell.part == "rloo":
-        rloo_stage(run)
-        write_summary(run.run_dir)
-        stages, (figures, curves) = ["rloo"], rloo_figures(run.run_dir)
-    else:
-        figures, curves = reward_model_figures(run.run_dir, num_epochs=round(config.reward_model.num_epochs))
-    started = time.monotonic()
-    if (cell.part, cell.world) == ("reward_model", "rmb"):
-        figures |= rm_bench_figures(run, data_dir)
-    own_seconds = time.monotonic() - started + sum(float(RunLayout(run.run_dir).stage_result(stage)["seconds"]) for stage in stages)
-    return Row(key_of(cell, config), cell.part, cell.world, cell.variant, cell.seed, own_seconds, figures, curves, _about(run, counts))
+    return run
+
+
+def _training_seconds(run_dir: Path) -> float:
+    """Of all steps and evaluations, also those of a run that was interrupted; without the start of its workers."""
+    lines = read_metrics(run_dir, "reward_model")
+    return sum(float(line["time/step_s"]) + float(line.get("time/evaluate_s", 0.0)) for line in lines)
 
 
 def rm_bench_figures(run: Run, data_dir: Path) -> dict[str, float]:
     """RM-Bench's figures of the trained model: what its positions do not hold is left out, and counted in rm_bench/num_refused."""
-    if not (data_dir / RM_BENCH).is_file():
-        raise DataError(f"There is no {RM_BENCH} in {data_dir}. Name the folder of real preference data: DATA=…")
     what = Evaluation("rm_bench", SUITES["rm_bench"], [str(data_dir / RM_BENCH)], run.run_dir / "rm_bench", leave_out_refused=True)
     source = CheckpointSource(RunLayout(run.run_dir).reward_model_checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192)
     result = evaluate(what, read_data(what), source)
@@ -81,11 +101,28 @@ def rm_bench_figures(run: Run, data_dir: Path) -> dict[str, float]:
     return counts | {f"rm_bench/{name}": own["value"] for name, own in result["figures"].items() if own["value"] is not None}
 
 
-def _about(run: Run, counts: Mapping[str, Any]) -> dict[str, str | int | float]:
-    training = verify_checkpoint(RunLayout(run.run_dir).reward_model_checkpoint, "reward_model").training
-    return {
-        "num_training_pairs": counts["num_kept"]["train"],
-        "num_training_pairs_dropped": sum(counts["num_dropped"]["train"].values()),
-        "num_steps": training["num_steps"],
-        **{name: version(name) for name in LIBRARIES},
-    }
+def _about(base_dir: Path, data_dir: Path) -> dict[str, str | int | float]:
+    """Pairs or rankings of every set, kept and dropped (too long); seconds of the base; for real data, whose."""
+    counts = RunLayout(base_dir).stage_result("preferences")["preferences"]
+    about: dict[str, str | int | float] = {f"num_{name}": num for name, num in counts["num_kept"].items()}
+    about |= {f"num_{name}_dropped": sum(reasons.values()) for name, reasons in counts["num_dropped"].items()}
+    about["base_seconds"] = sum(_stage_seconds(base_dir, stage) for stage in ("sft", "preferences"))
+    if base_dir.parent.name == "rmb":
+        about |= {f"{name}_sha256": sha256 for name, sha256 in real_data(data_dir).items()}
+    return about | {name: version(name) for name in LIBRARIES}
+
+
+def real_data(data_dir: Path) -> dict[str, str]:
+    """SHA-256 of the files of real data, by name. Raises DataError for one that is missing."""
+    found = {}
+    for name in (RMB_PAIRS, RM_BENCH):
+        path = data_dir / name
+        if not path.is_file():
+            raise DataError(f"There is no {name} in {data_dir}. Name the folder of real preference data (DATA=…), or leave that world out: --worlds embedded.")
+        with path.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _stage_seconds(run_dir: Path, stage: str) -> float:
+    return float(RunLayout(run_dir).stage_result(stage)["seconds"])

@@ -33,7 +33,7 @@ def test_a_complete_study_runs_nothing_and_changes_nothing(folder: Path, rows: d
     assert (folder / "STUDY.md") in before
     assert main("", ["--quick"]) == 0
     assert state_of(folder) == before
-    assert capsys.readouterr().out.splitlines()[-1] == f"10 of 10 rows; {folder}/STUDY.md is as it was"
+    assert capsys.readouterr().out.splitlines()[-1] == f"10 rows, 0 missing; {folder}/STUDY.md is as it was"
     assert not ray.is_initialized()
 
 
@@ -42,9 +42,9 @@ def test_missing_rows_are_named_and_rows_of_other_settings_kept_but_not_shown(fo
     outdated = Row("0" * 12, first.part, first.world, first.variant, first.seed, 1e6, first.figures, first.curves, first.about)
     write_rows(folder / "study" / "results.jsonl", {row.key: row for row in (outdated, *others)})
     assert main("", ["--quick", "--max-minutes", "0"]) == 0
-    assert "9 of 10 rows" in capsys.readouterr().out
+    assert "9 rows, 1 missing" in capsys.readouterr().out
     text = (folder / "STUDY.md").read_text()
-    assert "9 runs, 0.1 hours" in text or "9 runs, 0.2 hours" in text
+    assert "9 runs of 0.1 hours together" in text  # 9 minutes, and not the 11 days of the other row
     assert f"missing are 1 of {first.part} on {first.world}" in text
     assert len(read_rows(folder / "study" / "results.jsonl")) == 10
 
