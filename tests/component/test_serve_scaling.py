@@ -355,6 +355,7 @@ def test_a_swap_to_an_altered_checkpoint_leaves_the_old_one_serving_and_says_why
     assert {(entry["checkpoint"], entry["reload_error"]) for entry in [listed_model(service) for _ in range(4)]} == {(checkpoints.id_of(checkpoints.one), None)}
 
 
+@pytest.mark.slow
 def test_inside_the_cluster_the_scores_are_those_over_http(cluster: str, checkpoints: Checkpoints) -> None:
     settings = ServiceSettings(models=(model_of("inside", checkpoints.one),), insecure_no_auth=True)
     url = deploy_service(settings, "whole", "/whole")

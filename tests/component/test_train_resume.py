@@ -96,10 +96,8 @@ CASES = {
 }
 
 
-IN_EVERY_RUN = ("fsdp2, 2 workers",)
-
-
-@pytest.mark.parametrize("name", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_ends_as_one_never_killed(name: str, base_dir: Path, tmp_path: Path) -> None:
     strategy, num_workers = CASES[name]
     config = config_of(base_dir, strategy, num_workers)

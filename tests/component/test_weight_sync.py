@@ -382,6 +382,7 @@ def test_the_probe_refuses_an_engine_whose_tied_head_is_stale(ray_session: None,
         ray.kill(actor)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_engine_passes_the_probe_of_a_float32_trainer_within_its_wider_tolerance(ray_session: None, tmp_path: Path) -> None:
     model_dir = save_tiny_qwen2(tmp_path, tie_word_embeddings=True, seed=5)
     engine = start_engine(model_dir, dtype="bfloat16")

@@ -46,6 +46,9 @@ class SmokeRun:
     output: str
 
 
+WITH_TWIN = "--set=reward_model.bt_twin=true"
+
+
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[Launcher]:
     launched = Launcher(tmp_path)
@@ -59,7 +62,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     folder = tmp_path_factory.mktemp("smoke")
     launched = Launcher(folder)
     try:
-        running = launched.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), "--set=reward_model.bt_twin=true")
+        running = launched.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), WITH_TWIN)
         exit_status = running.wait()
     finally:
         launched.close()

@@ -198,6 +198,7 @@ def test_a_relative_run_directory_inside_a_ray_job(
     assert "vanishes with the job. Give an absolute path" in message
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_too_many_malformed_rows(user_files: UserFiles, launcher: Launcher) -> None:
     """Only reading finds them, so this one starts Ray."""

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_robust.chat import ChatFormat
-from tests.e2e.conftest import Launcher, SmokeRun
+from tests.e2e.conftest import WITH_TWIN, Launcher, SmokeRun
 from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG
 
 pytestmark = pytest.mark.timeout(RUN_DEADLINE_S + 120)
@@ -147,9 +147,9 @@ def test_evaluation_scores_are_those_of_plain_transformers(smoke_run: SmokeRun) 
 
 def test_the_same_command_again_skips_every_stage_and_prints_the_same_table(smoke_run: SmokeRun, launcher: Launcher) -> None:
     metrics = (smoke_run.run_dir / "metrics.jsonl").read_bytes()
-    again = launcher.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(smoke_run.run_dir))
+    again = launcher.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(smoke_run.run_dir), WITH_TWIN)
     assert again.wait() == 0, again.output()
-    assert again.output().count("already committed, skipped") == 5
+    assert again.output().count("already committed, skipped") == 7  # two of them the twin's
     assert final_table(again.output()) == final_table(smoke_run.output)
     assert (smoke_run.run_dir / "metrics.jsonl").read_bytes() == metrics
     assert not list(launcher.ray_dir.iterdir()), "Ray was started although there was nothing to do"
