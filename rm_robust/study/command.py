@@ -50,24 +50,25 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     worlds = tuple(parsed.worlds)
 
     def work() -> None:
-        configs = {cell: plan.config(cell, repository_root() / "pipelines" / "configs") for cell in plan.cells(worlds)}
+        configs = {cell: plan.config(cell, repository_root() / "pipelines" / "configs") for cell in plan.cells(WORLDS)}
         keys = {cell: key_of(cell, config) for cell, config in configs.items()}
         with only_one(folder):
             rows = read_rows(results)
-            missing = [cell for cell, key in keys.items() if key not in rows]
+            missing = [cell for cell, key in keys.items() if cell.world in worlds and key not in rows]
             if any(cell.world == "rmb" for cell in missing) and parsed.max_minutes != 0:
                 require_same_data([row for row in rows.values() if row.world == "rmb"], real_data(parsed.data))
             for row in run_all(missing, configs, folder, parsed.data, max_minutes=parsed.max_minutes):
                 rows[row.key] = row
                 write_rows(results, rows)
             rows = read_rows(results)  # as the next call finds them
-            every_key = {key_of(cell, plan.config(cell, repository_root() / "pipelines" / "configs")) for cell in plan.cells(WORLDS)}
+            every_key = set(keys.values())
             outdated = [row for key, row in rows.items() if key not in every_key]
             if outdated:
                 logger.warning("%d rows of %s are of other settings than the study's, and are left out (first: %s)", len(outdated), results, outdated[0].cell)
             known = [row for key, row in rows.items() if key in every_key]
-            changed = write_document(document, known, [cell for cell, key in keys.items() if key not in rows])
-        print(f"{len(known)} rows, {sum(key not in rows for key in keys.values())} missing; {document} {'was made anew' if changed else 'is as it was'}")
+            still_missing = [cell for cell, key in keys.items() if cell.world in worlds and key not in rows]
+            changed = write_document(document, known, still_missing)
+        print(f"{len(known)} rows, {len(still_missing)} missing; {document} {'was made anew' if changed else 'is as it was'}")
 
     try:
         return exit_code_of(work)

@@ -8,10 +8,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from rm_robust.report_figures import STYLE, scenario_label
+from rm_robust.run_record import SCENARIOS
 from rm_robust.study import figures
 from rm_robust.study.claims import LAST_EPOCH, MIN_SEEDS, Finding, findings, rank_agreement
 from rm_robust.study.grid import PAPERS_BSR, VARIANTS, WORLDS, Cell
-from rm_robust.study.measure import SCENARIOS
 from rm_robust.study.rows import Row
 from rm_robust.study.statistics import Figure as RowFigure
 from rm_robust.study.statistics import Interval, between_twins, over_seeds

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rm_robust.report_figures import scenario_label
+from rm_robust.run_record import SCENARIOS
 from rm_robust.study.claims import LAST_EPOCH, dispersion, rank_agreement
 from rm_robust.study.grid import PAPERS_BSR, VARIANTS
-from rm_robust.study.measure import SCENARIOS
 from rm_robust.study.rows import Row
 from rm_robust.study.statistics import over_seeds, t_interval
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from rm_robust.run_layout import RunLayout
-from rm_robust.run_record import metric_series
+from rm_robust.run_record import SCENARIOS, metric_series
 from rm_robust.tracking import MetricsLine, read_metrics
 
-SCENARIOS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
 HELD_OUT = (
     "accuracy", "kendall_tau_b", "brier", "effective_rank", "score_mean", "score_std", "score_length_correlation",
     "hidden_norm_mean", "hidden_norm_std", "hidden_norm_skewness", "final_hidden_norm_mean", "final_hidden_norm_std",

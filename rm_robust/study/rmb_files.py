@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rm_robust.errors import DataError
+from rm_robust.run_record import SCENARIOS
 from rm_robust.tracking import write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 RMB_PAIRS = "rmb_pairs.parquet"
 HELD_OUT_FRACTION = 0.13
 """Of the pairs of known prompts and models, for the in-domain set (as the data's README: 468 of 3,606)."""
-SCENARIOS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
 _KEPT = ("pair_uid", "chosen", "rejected", "chosen_model", "rejected_model")
 
 
@@ -32,9 +32,7 @@ def write_rmb_files(data_dir: Path, folder: Path) -> None:
     source = data_dir / RMB_PAIRS
     if not source.is_file():
         raise DataError(f"There is no {RMB_PAIRS} in {data_dir}. Name the folder of real preference data: DATA=…")
-    with source.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-    manifest = folder / "source.json"
+    sha256, manifest = sha256_of(source), folder / "source.json"
     if manifest.exists():
         found = json.loads(manifest.read_text())["sha256"]
         if found != sha256:
@@ -58,6 +56,11 @@ def write_rmb_files(data_dir: Path, folder: Path) -> None:
     counts = {name: len(own) for name, own in files.items()}
     logger.info("%s: %d pairs, %d left out: %s; %s", RMB_PAIRS, len(rows), sum(left_out.values()), left_out, counts)
     write_json_atomic(manifest, {"sha256": sha256, "num_pairs": len(rows), **left_out, **counts})
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _scenarios_of(rows: list[dict[str, Any]]) -> Iterator[tuple[str | None, dict[str, Any]]]:

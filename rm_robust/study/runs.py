@@ -7,7 +7,6 @@
 The hashes are of the configs: a run of other settings is in nobody's way.
 """
 
-import hashlib
 import logging
 import threading
 import time
@@ -25,7 +24,7 @@ from rm_robust.shared_stages import share_stages
 from rm_robust.stages import preferences_stage, reward_model_stage, rloo_stage, sft_stage, world_stage
 from rm_robust.study.grid import Cell, base_config, digest, key_of, reward_model_config
 from rm_robust.study.measure import reward_model_figures, rloo_figures
-from rm_robust.study.rmb_files import RMB_PAIRS, write_rmb_files
+from rm_robust.study.rmb_files import RMB_PAIRS, sha256_of, write_rmb_files
 from rm_robust.study.rows import Row
 from rm_robust.summary import write_summary
 from rm_robust.tracking import read_metrics
@@ -119,8 +118,7 @@ def real_data(data_dir: Path) -> dict[str, str]:
         path = data_dir / name
         if not path.is_file():
             raise DataError(f"There is no {name} in {data_dir}. Name the folder of real preference data (DATA=…), or leave that world out: --worlds embedded.")
-        with path.open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[name] = sha256_of(path)
     return found
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from rm_robust.run_record import SCENARIOS
 from rm_robust.study.grid import FULL, WORLDS, Cell, Plan, key_of
-from rm_robust.study.measure import CURVES, HELD_OUT, NUM_CURVE_POINTS, RLOO_CURVES, RLOO_EVALUATION, SCENARIOS, TRAINING
+from rm_robust.study.measure import CURVES, HELD_OUT, NUM_CURVE_POINTS, RLOO_CURVES, RLOO_EVALUATION, TRAINING
 from rm_robust.study.rows import Row
 
 CONFIGS_DIR = Path("pipelines/configs").absolute()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rm_robust.study.measure import CURVES, HELD_OUT, RLOO_CURVES, RLOO_EVALUATION, SCENARIOS, TRAINING, reward_model_figures, rloo_figures
+from rm_robust.run_record import SCENARIOS
+from rm_robust.study.measure import CURVES, HELD_OUT, RLOO_CURVES, RLOO_EVALUATION, TRAINING, reward_model_figures, rloo_figures
 
 
 def write_metrics(run_dir: Path, stage: str, lines: list[dict[str, float]]) -> None:

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rm_robust.errors import DataError
-from rm_robust.study.rmb_files import SCENARIOS, write_rmb_files
+from rm_robust.run_record import SCENARIOS
+from rm_robust.study.rmb_files import write_rmb_files
 
 
 def pair(number: int, **changes: object) -> dict[str, Any]:
