@@ -16,7 +16,7 @@ import ray
 import torch
 from ray import cloudpickle
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -249,7 +249,7 @@ def names_of_loaders(engine: RolloutEngine) -> list[str]:
 def wait_until_restarted(engine: ActorHandle) -> None:
     deadline_s = time.monotonic() + 120
     while time.monotonic() < deadline_s:
-        with contextlib.suppress(RayActorError):
+        with contextlib.suppress(ActorUnavailableError):  # an engine that cannot start again raises ActorDiedError, which says why
             assert ray.get(engine.policy_version.remote()) is None
             return
         time.sleep(0.2)
