@@ -28,6 +28,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 PAPERS_BSR = "bsr_0.1"
 """What stands for BSR where one must: by this project's default scaling the paper's 1e-3 at its batch of 128 is 0.128. The released code's is bsr_micro."""
 WORLDS = ("embedded", "rmb")
+DECIDING = {"seed", "world", "data", "model", "sft", "reward_model", "serve", "rloo"}
+"""Sections of the config that a run's numbers depend on."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def key_of(cell: Cell, config: PipelineConfig) -> str:
 
 
 def digest(config: PipelineConfig) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of a config but for its name."""
-    content = {name: section for name, section in json.loads(config.model_dump_json()).items() if name != "name"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    """Twelve hexadecimal digits of the SHA-256 of what decides a run's numbers: not its name, nor where and by how many workers it was trained."""
+    sections = json.loads(config.model_dump_json(include=DECIDING))
+    for stage in ("sft", "reward_model"):
+        del sections[stage]["workers"]  # any number of them takes the same steps
+    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:12]
