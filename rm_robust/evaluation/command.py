@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rm_robust.errors import ConfigError, RmRobustError
-from rm_robust.evaluation.evaluate import Evaluation, evaluate, figure_names, read_data
+from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, evaluate, figure_names, read_data
+from rm_robust.evaluation.page import write_page
 from rm_robust.evaluation.suites import SUITES, Suite, preferences_by
+from rm_robust.ray_session import connect_to_ray
 from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient
 from rm_robust.worker_group import quieten_libraries
@@ -31,7 +33,8 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
         data = read_data(what)
         require_known([figure for figure, _, _ in requirements], figure_names(what.suite, data.cases))
         with _scorer(options) as scorer:
-            result = evaluate(what, data, scorer)
+            result = evaluate(what, data, scorer, cases_at_a_time=CASES_AT_A_TIME * max(1, options.workers))
+        page = write_page(result, options.out)
         print("\n".join(table(result)))
         failed = unmet(requirements, result)
     except (RmRobustError, OSError) as error:
@@ -40,7 +43,7 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)
         return 130
-    print(f"{options.out / 'result.json'}")
+    print(f"{options.out / 'result.json'}, {page}")
     for line in failed:
         print(f"not met: {line}", file=sys.stderr)
     return 1 if failed else 0
@@ -105,6 +108,15 @@ def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
         with RewardClient(options.url, model=options.served_model) as client:
             yield client
         return
+    settings = {"device": options.device, "max_length_tokens": options.max_length_tokens, "max_tokens_per_batch": options.max_tokens_per_batch}
+    if options.workers < 0:
+        raise ConfigError(f"--workers {options.workers} is no number of workers; 0 evaluates in this process.")
+    if options.workers:
+        from rm_robust.evaluation.sharded_source import ShardedSource
+
+        connect_to_ray()
+        yield ShardedSource(options.model, num_workers=options.workers, num_cpus=options.cpus_per_worker, **settings)
+        return
     import torch
 
     from rm_robust.evaluation.checkpoint_source import CheckpointSource
@@ -113,7 +125,7 @@ def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {options.device} cannot be used: {error}") from error
-    yield CheckpointSource(options.model, device=options.device, max_length_tokens=options.max_length_tokens, max_tokens_per_batch=options.max_tokens_per_batch)
+    yield CheckpointSource(options.model, **settings)
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -132,4 +144,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="with --model (default: %(default)s)")
     parser.add_argument("--max-length-tokens", type=int, help="with --model: of a prompt and one completion (default: what the model can read)")
     parser.add_argument("--max-tokens-per-batch", type=int, default=8192, help="with --model (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="with --model: Ray workers that share the cases, each with the checkpoint (default: this process)"
+    )
+    parser.add_argument("--cpus-per-worker", type=float, default=1, help="cores and threads of each (default: %(default)s); on a GPU each has one")
     return parser

@@ -69,7 +69,7 @@ def figure_names(suite: Suite, cases: Sequence[Case]) -> list[str]:
     return list(resampled_figures(strata, suite.combine, seed=SEED, num_resamples=0))
 
 
-def evaluate(what: Evaluation, data: Data, scorer: Scorer) -> dict[str, Any]:
+def evaluate(what: Evaluation, data: Data, scorer: Scorer, *, cases_at_a_time: int = CASES_AT_A_TIME) -> dict[str, Any]:
     """Score every case, or those that an earlier call did not reach, and write `folder`/result.json, which is also returned.
 
     Raises DataError for a folder of another evaluation; ScoringError when scoring fails, when a case has no scores (see Evaluation), and when the
@@ -82,7 +82,7 @@ def evaluate(what: Evaluation, data: Data, scorer: Scorer) -> dict[str, Any]:
     log = ScoreLog(what.folder / SCORES, data.identity | own)
     with tqdm(desc=f"evaluate {what.suite_name}", unit=" prompts", total=len(cases), initial=len(log.outcomes), mininterval=2) as bar:
         while len(log.outcomes) < len(cases):
-            part = cases[len(log.outcomes) : len(log.outcomes) + CASES_AT_A_TIME]
+            part = cases[len(log.outcomes) : len(log.outcomes) + cases_at_a_time]
             outcomes = score_part(scorer, part, checkpoint=checkpoint)
             refused = next((index for index, outcome in enumerate(outcomes) if isinstance(outcome, str)), None)
             if refused is not None and not what.leave_out_refused:
@@ -199,6 +199,7 @@ def _result(what: Evaluation, data: Data, outcomes: Sequence[Outcome], checkpoin
         "figures": {name: _finite(asdict(own)) for name, own in figures_of(what.suite, known_cases, scores).items()},
         "versions": {name: version(name) for name in LIBRARIES},
     }
+    result |= what.suite.details(known_cases, scores)
     return result | ({} if what.against is None else {"against": _compared(what, data, outcomes)})
 
 

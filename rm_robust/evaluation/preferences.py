@@ -70,12 +70,37 @@ def combine(means: Means) -> dict[str, Array]:
     return figures
 
 
+def reliability(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The reliability curve of the pairs: for each bin of confidence that has some, their number, mean confidence and accuracy (Guo et al. 2017, section 2).
+
+    A pair counts in the bin that `calibration_error` counts it in.
+    """
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for case, own in zip(cases, scores, strict=True):
+        if case.is_pair:
+            confidence = _sigmoid(abs(own[0] - own[1]))
+            bins.setdefault(_bin_of(confidence), []).append((confidence, float(own[0] > own[1])))
+    rows = [
+        {"num_pairs": len(members), "mean_confidence": _mean([own for own, _ in members]), "accuracy": _mean([right for _, right in members])}
+        for _, members in sorted(bins.items())
+    ]
+    return {"reliability": rows} if rows else {}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _bin_of(confidence: float) -> int:
+    return min(NUM_BINS - 1, int((confidence - 0.5) * 2 * NUM_BINS))
+
+
 def _of_pair(case: Case, scores: Sequence[float]) -> dict[str, float]:
     margin = scores[0] - scores[1]
     is_right = float(margin > 0)
     confidence = _sigmoid(abs(margin))
     outcomes = {"accuracy": is_right, "brier": (1 - _sigmoid(margin)) ** 2} | dict.fromkeys(GAPS, 0.0)
-    outcomes[GAPS[min(NUM_BINS - 1, int((confidence - 0.5) * 2 * NUM_BINS))]] = is_right - confidence
+    outcomes[GAPS[_bin_of(confidence)]] = is_right - confidence
     longer = len(case.completions[0]) - len(case.completions[1])
     if longer:
         outcomes["accuracy_longer_chosen" if longer > 0 else "accuracy_shorter_chosen"] = is_right

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Array, Means, Stratum
@@ -51,6 +52,15 @@ def combine(means: Means) -> dict[str, Array]:
     return figures
 
 
+def style_matrix(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Share of prompts on which chosen of style i beats rejected of style j, [i][j], averaged over domains as `overall` is."""
+    by_domain: dict[str, dict[str, list[Array]]] = {}
+    for case, own in zip(cases, scores, strict=True):
+        by_domain.setdefault(PARTS.get(case.subset, case.subset), {}).setdefault(case.subset, []).append(_right(own).astype(np.float64))
+    domains = [_mean([_mean(cells) for cells in parts.values()]) for parts in by_domain.values()]
+    return {"style_matrix": _mean(domains).tolist()} if domains else {}
+
+
 def notes(cases: Sequence[Case]) -> list[str]:
     """What the figures are not."""
     present = {PARTS.get(case.subset, case.subset) for case in cases}
@@ -59,10 +69,15 @@ def notes(cases: Sequence[Case]) -> list[str]:
 
 
 def _difficulties(scores: Sequence[float]) -> dict[str, float]:
-    score_I, score_J = np.asarray(scores[:NUM_STYLES]), np.asarray(scores[NUM_STYLES:])
-    right_IJ = score_I[:, None] > score_J[None, :]
+    right_IJ = _right(scores)
     i_IJ, j_IJ = np.indices(right_IJ.shape)
     return {"hard": float(right_IJ[i_IJ < j_IJ].mean()), "normal": float(right_IJ[i_IJ == j_IJ].mean()), "easy": float(right_IJ[i_IJ > j_IJ].mean())}
+
+
+def _right(scores: Sequence[float]) -> NDArray[np.bool_]:
+    """[i, j]: whether chosen[i] scores strictly above rejected[j]."""
+    score_I, score_J = np.asarray(scores[:NUM_STYLES]), np.asarray(scores[NUM_STYLES:])
+    return score_I[:, None] > score_J[None, :]
 
 
 def _mean(parts: list[Array]) -> Array:

@@ -21,18 +21,26 @@ class Suite:
     combine: Combine
     notes: Callable[[Sequence[Case]], list[str]] = lambda _: []
     """What a reader of the figures must know."""
+    details: Callable[[Sequence[Case], Scores], dict[str, Any]] = lambda _cases, _scores: {}
+    """What a picture shows beside the figures: part of the result by its own names."""
     without_interval: frozenset[str] = frozenset()
     """Figures (what follows the last point) that get neither an interval nor a comparison."""
 
 
 def preferences_by(column: str | None) -> Suite:
     """Pairs or rankings, of which `column` names the subset; None: the first usual one that a row has."""
-    return Suite(partial(preferences.parse, by=column), preferences.strata, preferences.combine, without_interval=preferences.BIASED_BY_RESAMPLING)
+    return Suite(
+        partial(preferences.parse, by=column),
+        preferences.strata,
+        preferences.combine,
+        details=preferences.reliability,
+        without_interval=preferences.BIASED_BY_RESAMPLING,
+    )
 
 
 SUITES: dict[str, Suite] = {
     "preferences": preferences_by(None),
-    "rm_bench": Suite(rm_bench.parse, rm_bench.strata, rm_bench.combine, rm_bench.notes),
+    "rm_bench": Suite(rm_bench.parse, rm_bench.strata, rm_bench.combine, rm_bench.notes, rm_bench.style_matrix),
     "reward_bench": Suite(reward_bench.parse_1, reward_bench.strata_1, reward_bench.combine_1, reward_bench.notes_1),
     "reward_bench_2": Suite(reward_bench.parse_2, reward_bench.strata_2, reward_bench.combine_2, reward_bench.notes_2),
 }

@@ -342,22 +342,28 @@ def test_the_service_listens_on_loopback_only(services: Services) -> None:
     assert addresses_listening_at(int(services.proxy.rsplit(":", 1)[1])) == ["0100007F"]
 
 
-def test_a_checkpoint_and_its_endpoint_get_the_same_report(services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_its_workers_and_its_endpoint_get_the_same_report(services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = [item for item in mixed_inputs(7, num_inputs=60) if len(item.completions) > 1]
     data = tmp_path / "ranked.jsonl"
     rows = [item.model_dump() | {"gold_scores": list(range(len(item.completions)))} for item in inputs]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = {}
-    for name, source in {"checkpoint": ["--model", str(services.checkpoint_dir)], "endpoint": ["--url", services.proxy]}.items():
+    checkpoint = ["--model", str(services.checkpoint_dir)]
+    for name, source in {
+        "checkpoint": checkpoint,
+        "workers": [*checkpoint, "--workers=2", "--cpus-per-worker=0.25"],
+        "endpoint": ["--url", services.proxy],
+    }.items():
         status = command.main("", [*source, "--suite=preferences", f"--data={data}", f"--out={tmp_path / name}", "--require=all.kendall_tau>=1"])
         assert status == 1, capsys.readouterr().err  # nobody orders texts at random that well
         log = (tmp_path / name / "scores.jsonl").read_text().splitlines()
         scores = [score for line in log[1:] for score in json.loads(line)["scores"]]
         results[name] = (json.loads((tmp_path / name / "result.json").read_text()), scores)
-    (ours, our_scores), (served, served_scores) = results.values()
-    assert served_scores == pytest.approx(our_scores, abs=1e-4)
-    for figure, own in ours["figures"].items():
-        assert served["figures"][figure] == pytest.approx(own, abs=1e-4)
-    assert {key: ours[key] for key in ours if key != "figures"} == {key: served[key] for key in served if key != "figures"}
+    ours, our_scores = results.pop("checkpoint")
+    for others, scores in results.values():
+        assert scores == pytest.approx(our_scores, abs=1e-4)
+        for figure, own in ours["figures"].items():
+            assert others["figures"][figure] == pytest.approx(own, abs=1e-4)
+        assert {key: ours[key] for key in ours if key != "figures"} == {key: others[key] for key in others if key != "figures"}
     assert ours["num_refused"] == 0
     assert "not met: all.kendall_tau >= 1" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from rm_robust.errors import ConfigError, DataError, RefusedInputError, ScorerUnavailableError, ScoringError
 from rm_robust.evaluation import command
 from rm_robust.evaluation import evaluate as evaluate_module
-from rm_robust.evaluation.evaluate import Evaluation, figure_names, read_data
+from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, figure_names, read_data
 from rm_robust.evaluation.suites import SUITES
 from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
 
@@ -34,8 +34,8 @@ class TextScorer:
         return ScoreReply(model="m", checkpoint=self.checkpoint, results=[ScoreResult.model_validate({"scores": row}) for row in rows])
 
 
-def evaluate(what: Evaluation, scorer: TextScorer) -> dict[str, Any]:
-    return evaluate_module.evaluate(what, read_data(what), scorer)
+def evaluate(what: Evaluation, scorer: TextScorer, *, cases_at_a_time: int = CASES_AT_A_TIME) -> dict[str, Any]:
+    return evaluate_module.evaluate(what, read_data(what), scorer, cases_at_a_time=cases_at_a_time)
 
 
 def length(text: str) -> float:
@@ -62,9 +62,8 @@ def test_the_result_says_what_was_evaluated_with_what(data: Path) -> None:
     assert json.loads((data.parent / "out" / "result.json").read_text()) == result
 
 
-def test_a_stopped_evaluation_goes_on_where_it_stopped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_module, "CASES_AT_A_TIME", 6)
-    once = evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "once"), TextScorer(length))
+def test_a_stopped_evaluation_goes_on_where_it_stopped(data: Path) -> None:
+    once = evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "once"), TextScorer(length), cases_at_a_time=6)
 
     class StopsScorer(TextScorer):
         def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
@@ -73,12 +72,12 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(data: Path, monkeypatch: 
             return super().score(inputs)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(what(data), StopsScorer(length))
+        evaluate(what(data), StopsScorer(length), cases_at_a_time=6)
     log = data.parent / "out" / "scores.jsonl"
     assert not (data.parent / "out" / "result.json").exists()
     log.write_bytes(log.read_bytes() + b'{"case": 12, "sco')  # what a killed process was writing
     rest = TextScorer(length)
-    assert evaluate(what(data), rest) == once
+    assert evaluate(what(data), rest, cases_at_a_time=6) == once
     assert rest.num_scored == NUM_PAIRS - 12 + 1  # the first case is asked again, for the checkpoint
 
 

@@ -86,6 +86,18 @@ def test_calibration_error_is_that_of_bins_of_confidence() -> None:
     assert found["all.calibration_error"] == pytest.approx(0.5 * abs(0.5 - low) + 0.5 * (1 - high))
 
 
+def test_the_reliability_curve_has_the_bins_of_the_calibration_error() -> None:
+    margins = [0.1, 0.1, -0.1, 1.5, 1.5, 9.0]
+    cases, scores = [pair(i, "a", "b") for i in range(len(margins))], [[margin, 0.0] for margin in margins]
+    bins = SUITES["preferences"].details(cases, scores)["reliability"]
+    assert [own["num_pairs"] for own in bins] == [3, 2, 1]
+    assert [own["accuracy"] for own in bins] == pytest.approx([2 / 3, 1, 1])
+    assert [own["mean_confidence"] for own in bins] == pytest.approx([1 / (1 + math.exp(-margin)) for margin in (0.1, 1.5, 9.0)])
+    gaps = [own["num_pairs"] / len(margins) * abs(own["accuracy"] - own["mean_confidence"]) for own in bins]
+    assert figures(cases, scores)["all.calibration_error"] == pytest.approx(sum(gaps))
+    assert SUITES["preferences"].details([ranked(0, [0.0, 1.0, 2.0])], [[0.0, 1.0, 2.0]]) == {}
+
+
 def test_calibration_error_has_no_interval_for_resampling_biases_it() -> None:
     found = figures_of(SUITES["preferences"], PAIRS, [[1.0, 0.0]] * len(PAIRS))["all.calibration_error"]
     assert [math.isnan(value) for value in (found.value, found.low, found.high)] == [False, True, True]

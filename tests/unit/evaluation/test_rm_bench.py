@@ -27,6 +27,18 @@ def test_each_cell_counts_for_its_difficulty() -> None:
     assert found["overall.mean"] == pytest.approx(2 / 3)
 
 
+def test_the_style_matrix_averages_domains_and_not_prompts() -> None:
+    chat, first_code, second_code = [1, 5, 3, 2, 4, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]
+    cases = [rm_bench.parse(row(i, domain)) for i, domain in enumerate(["chat", "code", "code"])]
+    [[a, b, c], [d, e, f], [g, h, i]] = SUITES["rm_bench"].details(cases, [chat, first_code, second_code])["style_matrix"]
+    assert [a, b, c] == [0.25, 0.25, 0.75]  # means of 0, 0, 1 and of a half
+    assert [d, e, f] == [0.75, 0.75, 0.75]
+    assert [g, h, i] == [0.75, 0.25, 0.75]
+    found = figures(cases, [chat, first_code, second_code])
+    assert found["overall.hard"] == pytest.approx((b + c + f) / 3)
+    assert found["overall.easy"] == pytest.approx((d + g + h) / 3)
+
+
 def test_safety_is_the_mean_of_its_parts_and_overall_that_of_the_domains_whatever_their_sizes() -> None:
     right, wrong = [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]
     cases = [rm_bench.parse(row(i, domain)) for i, domain in enumerate(["code", "safety-refuse", "safety-refuse", "safety-refuse", "safety-response"])]
