@@ -14,7 +14,7 @@ INSTALLED := .venv/.installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install demo test test-all test-compat lint serve bench-training bench-scoring bench-rloo bench-memory study-rloo study study-quick has-data lock
+.PHONY: help install demo test test-all test-compat lint serve bench-training bench-scoring bench-evaluation bench-rloo bench-memory study-rloo study study-quick has-data lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -55,6 +55,9 @@ bench-training: has-data .venv/.installed-bench  ## training throughput against 
 
 bench-scoring: has-data .venv/.installed-bench  ## scores over HTTP against OpenRLHF's and vLLM's servers, within 15 minutes: make bench-scoring [DATA=../shared/data]
 	python -m tests.bench.scoring --data "$(DATA)"
+
+bench-evaluation: has-data $(INSTALLED)  ## an evaluation's scores against one forward a response, within 5 minutes: make bench-evaluation [DATA=../shared/data]
+	python -m tests.bench.evaluation --data "$(DATA)"
 
 bench-rloo: .venv/.installed-bench  ## RLOO steps against TRL, overlap, engines, weight updates; within 15 minutes
 	python -m tests.bench.rloo

@@ -8,6 +8,7 @@ the same machine; no real object store has been read.
 
 import functools
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -98,6 +99,26 @@ def read_parquet_rows(file: DataFile) -> list[dict[str, Any]]:
     with open_file(file.root, file.path) as opened:
         rows: list[dict[str, Any]] = pq.read_table(opened).to_pylist()
     return rows
+
+
+def read_rows(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row of a jsonl or parquet file with the number of its line or row, from 1; blank lines are none. Raises DataError naming the first bad one."""
+    if file.suffix == ".parquet":
+        try:
+            yield from enumerate(read_parquet_rows(file), start=1)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{file.path} cannot be read: {error}") from error
+        return
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{file.path}, line {number} is not JSON: {error}. Mend or remove the line.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{file.path}, line {number} must be an object, got {row!r:.200}.")
+        yield number, row
 
 
 def lines_from(root: str, path: str, *, start: int, num_bytes: int) -> list[str]:

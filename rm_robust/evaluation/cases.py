@@ -3,15 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-
 from rm_robust.chat import as_messages, check_text
-from rm_robust.data_files import DataFile, list_files, open_file, read_lines, read_parquet_rows
+from rm_robust.data_files import DataFile, list_files, open_file, read_rows
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Stratum
 from rm_robust.records import Message
@@ -59,11 +57,8 @@ def read_cases(paths: list[str], parse: Callable[[Mapping[str, Any]], Case]) -> 
     files = [file for path in paths for file in list_files(path)]
     cases: list[Case] = []
     for file in files:
-        try:
-            for number, row in enumerate(_rows(file), start=1):
-                cases.append(_case(row, parse, f"{PurePosixPath(file.path).name}:{number}"))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{file.path} cannot be read: {error}") from error
+        for number, row in read_rows(file):
+            cases.append(_case(row, parse, f"{PurePosixPath(file.path).name}:{number}"))
     if not cases:
         raise DataError(f"There are no rows in {', '.join(paths)}.")
     return cases, [HashedFile(file.path, file.num_bytes, _sha256(file)) for file in files]
@@ -112,20 +107,6 @@ def texts_of(row: Mapping[str, Any], column: str) -> list[str]:
 
 def messages_of(row: Mapping[str, Any]) -> list[Message]:
     return as_messages(row.get("prompt"))
-
-
-def _rows(file: DataFile) -> Iterator[Mapping[str, Any]]:
-    if file.suffix == ".parquet":
-        yield from read_parquet_rows(file)
-        return
-    for line in read_lines(file):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file.path} has a line that is no JSON ({error}): {line[:100]!r}.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{file.path} has a line that is no JSON object: {line[:100]!r}.")
-        yield row
 
 
 def _sha256(file: DataFile) -> str:

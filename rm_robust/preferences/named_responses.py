@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from rm_robust.chat import as_messages, check_text
-from rm_robust.data_files import DataFile, list_files, read_lines, read_parquet_rows
+from rm_robust.data_files import list_files, read_rows
 from rm_robust.errors import DataError
 from rm_robust.records import NamedResponse
 from rm_robust.rows import finite_number
@@ -14,30 +14,18 @@ from rm_robust.rows import finite_number
 
 def read_named_responses(paths: list[str]) -> list[NamedResponse]:
     """Every row of every file. Raises DataError naming file and row for the first one that cannot be read: a lost response would bias the split."""
-    responses = [_parse(row, where) for path in paths for file in list_files(path) for where, row in _rows(file)]
+    responses = [
+        _parse(row, f"{file.path}, {'row' if file.suffix == '.parquet' else 'line'} {number}")
+        for path in paths
+        for file in list_files(path)
+        for number, row in read_rows(file)
+    ]
     if not responses:
         raise DataError(f"{', '.join(paths)} hold no response: there is nothing to build scenarios from.")
     return responses
 
 
-def _rows(file: DataFile) -> Iterator[tuple[str, Any]]:
-    if file.suffix == ".parquet":
-        for number, row in enumerate(read_parquet_rows(file), 1):
-            yield f"{file.path}, row {number}", row
-        return
-    for number, line in enumerate(read_lines(file), 1):
-        where = f"{file.path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            yield where, json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON: {error}. Mend or remove the line.") from error
-
-
-def _parse(row: Any, where: str) -> NamedResponse:
-    if not isinstance(row, dict):
-        raise DataError(f"{where} must be an object, got {row!r}.")
+def _parse(row: Mapping[str, Any], where: str) -> NamedResponse:
     missing = [name for name in ("prompt", "model", "completion", "gold_score") if row.get(name) is None]
     if missing:
         raise DataError(f"{where} lacks {missing} (columns: {sorted(row)}).")
