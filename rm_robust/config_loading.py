@@ -6,17 +6,19 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from rm_robust.config import PipelineConfig
+from rm_robust.config_parts import Section
 from rm_robust.errors import ConfigError
 from rm_robust.tracking import write_json_atomic
 
 DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
 RUN_ROOT_VARIABLE = "RM_ROBUST_RUN_ROOT"
 RESOLVED_NAME = "config.resolved.json"
+Config = TypeVar("Config", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ def parse_run(description: str, default_config: Path, arguments: list[str] | Non
 
 
 def load_config(path: Path, overrides: list[str]) -> PipelineConfig:
+    """The config of a pipeline; see load_section."""
+    return load_section(path, overrides, PipelineConfig)
+
+
+def load_section(path: Path, overrides: list[str], kind: type[Config]) -> Config:
     """Read and validate; ConfigError lists every wrong key as `dotted.name = value: what is wrong`."""
     try:
         values = tomllib.loads(path.read_text())
@@ -51,7 +58,7 @@ def load_config(path: Path, overrides: list[str]) -> PipelineConfig:
     for override in overrides:
         _apply_override(values, override)
     try:
-        return PipelineConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
         raise ConfigError(f"{path} is not a valid config:\n  " + "\n  ".join(problems)) from error
@@ -77,7 +84,7 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def claim_run_dir(run_dir: Path, config: PipelineConfig) -> None:
+def claim_run_dir(run_dir: Path, config: Section) -> None:
     """Write the resolved config into the run directory, or check that it is the one already there.
 
     A directory that holds nothing but a config takes the new one: the run before it was refused before it began.

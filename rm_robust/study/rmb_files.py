@@ -1,4 +1,4 @@
-"""RMB's real preference pairs (rmb_pairs.parquet) as the files of a run: training pairs, the four scenarios, demonstrations.
+"""RMB's real preference pairs (rmb_pairs.parquet) as the files of a run: training pairs, the four scenarios, and text to pretrain on.
 
 The split is the one that the data's own columns suggest: unseen prompts, and the mistral family as unseen response models, on at least one side of a pair.
 In-domain pairs are of completions that training does not see, as the paper's are; the training pairs that would show one are left out and counted.
@@ -27,7 +27,7 @@ _KEPT = ("pair_uid", "chosen", "rejected", "chosen_model", "rejected_model")
 
 
 def write_rmb_files(data_dir: Path, folder: Path) -> None:
-    """One file a scenario, and demonstrations from the chosen answers of the training pairs. Raises DataError when `data_dir` has no such file, and
+    """One file a scenario, and both answers of all training pairs as demonstrations. Raises DataError when `data_dir` has no such file, and
     when `folder` holds those of another."""
     source = data_dir / RMB_PAIRS
     if not source.is_file():
@@ -48,8 +48,8 @@ def write_rmb_files(data_dir: Path, folder: Path) -> None:
             left_out["shares_a_completion_with_in_domain"] += 1
         else:
             files[name].append(row)
-    demonstrations = {(json.dumps(row["prompt"]), row["chosen"]) for row in files["train"]}
-    files["sft"] = [{"prompt": json.loads(prompt), "completion": chosen} for prompt, chosen in sorted(demonstrations)]
+    demonstrations = {(json.dumps(row["prompt"]), row[side]) for row in files["train"] for side in ("chosen", "rejected")}
+    files["sft"] = [{"prompt": json.loads(prompt), "completion": completion} for prompt, completion in sorted(demonstrations)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, own in files.items():
         write_text_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own))

@@ -247,13 +247,13 @@ def names_of_loaders(engine: RolloutEngine) -> list[str]:
 
 
 def wait_until_restarted(engine: ActorHandle) -> None:
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 200
     while time.monotonic() < deadline_s:
         with contextlib.suppress(ActorUnavailableError):  # an engine that cannot start again raises ActorDiedError, which says why
             assert ray.get(engine.policy_version.remote()) is None
             return
         time.sleep(0.2)
-    raise AssertionError("the engine did not come back within 120 s")
+    raise AssertionError("the engine did not come back within 200 s")
 
 
 def requests_of(prompts: list[list[int]], *, num_completions: int = 3, max_new_tokens: int = 12, first_seed: int = 0) -> list[GenerationRequest]:

@@ -53,10 +53,11 @@ LAYERS = [
         "rm_robust.training_state",
     ],
     ["rm_robust.embedded_world", "rm_robust.preferences", "rm_robust.sft", "rm_robust.reward_model", "rm_robust.rloo", "rm_robust.run_record"],  # stages
-    ["serve", "rm_robust.evaluation", "rm_robust.report"],
+    ["serve", "rm_robust.report"],
+    ["rm_robust.evaluation"],
     ["rm_robust.summary"],
     ["rm_robust.stages"],
-    ["rm_robust.study"],
+    ["rm_robust.responses", "rm_robust.study"],
     ["pipelines"],
 ]
 UPWARD = {
@@ -66,7 +67,13 @@ UPWARD = {
 }
 """On purpose: create_engine imports the engine that the config names, inside the function; `python -m rm_robust.scoring` is a command's name."""
 HOMES = {
-    "vllm": ["rm_robust.rloo.vllm_engine", "rm_robust.rloo.weight_sync", "rm_robust.rloo.gloo_weight_transfer", "rm_robust.rloo.vllm_weight_loader"],
+    "vllm": [
+        "rm_robust.rloo.vllm_engine",
+        "rm_robust.rloo.weight_sync",
+        "rm_robust.rloo.gloo_weight_transfer",
+        "rm_robust.rloo.vllm_weight_loader",
+        "rm_robust.responses.generation",
+    ],
     "deepspeed": ["rm_robust.deepspeed_engine"],
     "fastapi": ["serve"],
 }
