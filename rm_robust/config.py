@@ -6,7 +6,7 @@ Frozen, and unknown keys are refused; combinations that cannot work are refused 
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from rm_robust.config_parts import ComputeConfig, OptimizerConfig, Section, StrategyConfig, WorkersConfig
 from rm_robust.config_rloo import RlooConfig
@@ -307,24 +307,14 @@ class ReplicaConfig(Section):
 
 
 class ServeConfig(Section):
-    """The scoring service: the proxy reward model and the gold judge."""
+    """The scorers of a run: the proxy reward model and the gold judge."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    """0: a free port."""
     gold: str = "embedded"
     """`embedded`: the world's own judge; a committed reward-model checkpoint directory; or the http(s) URL of a scoring service, whose first model
     is asked with the key in RM_ROBUST_API_KEY."""
     proxy_replica: ReplicaConfig = ReplicaConfig()
     gold_replica: ReplicaConfig = ReplicaConfig()
     request_timeout_s: float = Field(default=60, gt=0)
-
-    @field_validator("host")
-    @classmethod
-    def _loopback_only(cls, value: str) -> str:
-        if value not in ("127.0.0.1", "localhost"):
-            raise ValueError("a run's scorers are for the run alone, so they listen on loopback only; set serve.host to 127.0.0.1")
-        return value
 
     @property
     def gold_url(self) -> str | None:

@@ -37,5 +37,9 @@ class RolloutError(RmRobustError):
     """A generator returned stale, incomplete or impossible completions."""
 
 
+class ClusterError(RmRobustError):
+    """A Ray cluster cannot be reached, does not let us in, or can never run what a config asks for."""
+
+
 class StudyError(RmRobustError):
     """Runs of the study failed, or another process is at it."""

@@ -4,9 +4,13 @@ import atexit
 import contextlib
 import logging
 import os
+import socket
 
 import psutil
 import ray
+from ray.exceptions import AuthenticationError
+
+from rm_robust.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +25,16 @@ not ready after three checks, of 5 s each by default: too few where every core i
 DRIVER_VARIABLE = "RM_ROBUST_DRIVER"
 """In the environment of every worker of a local Ray: whose it is."""
 WORKERS_END_S = 10
+REACHED_WITHIN_S = 10.0
+HEAD_RESOURCE = "node:__internal_head__"
+"""Ray's own: only a cluster's head has it."""
 
 
 def connect_to_ray() -> None:
-    """The job's or RAY_ADDRESS's cluster; otherwise a local one of this process's own, on loopback."""
+    """The job's or RAY_ADDRESS's cluster; otherwise a local one of this process's own, on loopback.
+
+    Raises ClusterError for a cluster that is not there, does not take our token, or is of another version.
+    """
     if ray.is_initialized():
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,12 +45,62 @@ def connect_to_ray() -> None:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that token authentication is on
         environment[DRIVER_VARIABLE] = driver = f"{os.getpid()} since {psutil.Process().create_time()}"
         atexit.register(shut_down, driver)
-    ray.init(
-        address=None if on_cluster else "local",
-        include_dashboard=None if on_cluster else False,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": environment},
-    )
+    if on_cluster:
+        require_reachable(os.environ["RAY_ADDRESS"])
+    try:
+        ray.init(
+            address=None if on_cluster else "local",
+            include_dashboard=None if on_cluster else False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": environment},
+        )
+    except (ConnectionError, AuthenticationError, RuntimeError, ValueError) as error:
+        if not on_cluster:
+            raise
+        raise ClusterError(why_not_connected(os.environ["RAY_ADDRESS"], error)) from error
+
+
+def require_reachable(address: str) -> None:
+    """Raise ClusterError when nobody listens at "host:port". Ray itself would try for minutes, and then end the process without a word."""
+    host, separator, port = address.rpartition(":")
+    if "://" in address or not separator or not port.isdecimal():
+        return  # "auto", ray:// and what Ray refuses by itself
+    try:
+        socket.create_connection((host, int(port)), timeout=REACHED_WITHIN_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"No Ray cluster can be reached at RAY_ADDRESS = {address} ({error}). Start its head, correct the address, or unset RAY_ADDRESS for a local run."
+        ) from error
+
+
+def why_not_connected(address: str, error: Exception) -> str:
+    """What Ray says of a cluster that is there, with what to do."""
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "Version mismatch" in str(error):
+        fix = "Install the same versions of Python and Ray here and on every node (requirements/install.sh takes the locked ones)."
+        said = " ".join(line.strip() for line in str(error).splitlines())
+    elif isinstance(error, AuthenticationError):
+        fix = "Copy the cluster's ~/.ray/auth_token here, or name it with RAY_AUTH_TOKEN_PATH."
+    elif isinstance(error, ConnectionError):
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        fix = (
+            f"Something listens there, and does not let this process in. RAY_AUTH_MODE is {mode}: the cluster's token must be in ~/.ray/auth_token, "
+            "RAY_AUTH_TOKEN or the file of RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token."
+        )
+    else:
+        fix = "Correct RAY_ADDRESS (host:port of the head's GCS, or auto), or unset it for a local run."
+    return f"The Ray cluster at RAY_ADDRESS = {address} cannot be used: {said} {fix}"
+
+
+def head_does_no_work() -> bool:
+    """Whether the head offers no CPU, as on a cluster whose work belongs on other nodes. The caller is connected."""
+    return any(node["Alive"] and HEAD_RESOURCE in node["Resources"] and not node["Resources"].get("CPU") for node in ray.nodes())
+
+
+def is_on_head() -> bool:
+    """Whether this process runs on the head."""
+    own = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == own and HEAD_RESOURCE in node["Resources"] for node in ray.nodes())
 
 
 def shut_down(driver: str) -> None:

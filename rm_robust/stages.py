@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
+from rm_robust.cluster_capacity import Request, check_capacity, requests_of
 from rm_robust.config import ReplicaConfig
 from rm_robust.config_loading import DEFAULT_CONFIG, Run, claim_run_dir, parse_run
 from rm_robust.embedded_world.world_files import write_world
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.experiment_trackers import check_trackers
 from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
-from rm_robust.ray_session import connect_to_ray
+from rm_robust.ray_session import connect_to_ray, head_does_no_work
 from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
 from rm_robust.rloo.controller import run_rloo
@@ -41,10 +43,18 @@ logger = logging.getLogger(__name__)
 
 Stage = Callable[[Run], None]
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+DRIVER_CPUS = 1.0
+DRIVER_RESTARTS = 2
+"""Of the task that runs the stages, when its node is lost: it goes on from what is committed."""
+DRIVER_ENDS_S = 30.0
+SERVED_WITHIN_S = 1800.0
+"""An autoscaler may have to start the nodes first."""
+
 
 def main(description: str, stages: list[Stage]) -> int:
     """What every pipeline script does: parse, check everything that can be checked without a cluster, run its stages. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     quieten_libraries()
 
     def work() -> None:
@@ -53,10 +63,40 @@ def main(description: str, stages: list[Stage]) -> int:
         check_inputs(run)
         if rloo_stage in stages:
             check_rloo_inputs(run)
-        for stage in stages:
-            stage(run)
+        run_stages(run, stages)
 
     return exit_code_of(work)
+
+
+def run_stages(run: Run, stages: list[Stage]) -> None:
+    """One after the other: in this process, or on a cluster whose head does no work in a task on another node, which is started again when its node is lost."""
+    ahead = [name for name in map(name_of, stages) if name in requests_of(run.config) and not RunLayout(run.run_dir).is_done(name)]
+    if not ahead:
+        return drive(run, stages)
+    connect_to_ray()
+    if not head_does_no_work():
+        check_capacity(run.config, ahead)
+        return drive(run, stages)
+    check_capacity(run.config, ahead, beside=[Request("the driver", 1, {"CPU": DRIVER_CPUS})])
+    remote: Any = ray.remote(drive)
+    task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(run, stages)
+    try:
+        ray.get(task)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and the SIGTERM of `ray job stop`
+        ray.cancel(task)
+        ray.wait([task], timeout=DRIVER_ENDS_S)
+        raise
+
+
+def drive(run: Run, stages: list[Stage]) -> None:
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    quieten_libraries()
+    for stage in stages:
+        stage(run)
+
+
+def name_of(stage: Stage) -> str:
+    return stage.__name__.removesuffix("_stage")
 
 
 def exit_code_of(work: Callable[[], None]) -> int:
@@ -66,14 +106,15 @@ def exit_code_of(work: Callable[[], None]) -> int:
     except RmRobustError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RmRobustError):
-            print(f"error: {error.cause}", file=sys.stderr)
+    except (TrainingFailedError, RayTaskError) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RmRobustError):
+            print(f"error: {cause}", file=sys.stderr)
             return 2
+        if isinstance(cause, TrainingFailedError):
+            print(f"error: {cause}\nThe same command again resumes from the last committed state.", file=sys.stderr)
+            return 1
         raise
-    except TrainingFailedError as error:
-        print(f"error: {error}\nThe same command again resumes from the last committed state.", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -179,21 +220,21 @@ def report_stage(run: Run) -> None:
 def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
     """Serve the proxy reward model and the gold judge in this cluster, and reach them without HTTP; a gold judge elsewhere is reached over HTTP.
 
-    Over HTTP this service answers nobody: its one key is thrown away. It is deleted afterwards.
+    The service is deleted afterwards. It has no HTTP side of its own; below a Serve that has one its single key is thrown away.
     """
     from serve.cluster_scorer import ClusterScorer
     from serve.keys import new_key
-    from serve.launch import delete_service, deploy_service, start_serve
+    from serve.launch import delete_service, deploy_inside, start_serve_without_http
     from serve.settings import ServiceLimits, ServiceSettings
 
     config = run.config
     proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
     gold = served_model(config.serve.gold_replica, "gold", None if config.serve.gold == "embedded" else Path(config.serve.gold).absolute())
     gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
-    start_serve(config.serve.host, config.serve.port)
+    start_serve_without_http()
     settings = ServiceSettings(models=(proxy,) if gold_url else (proxy, gold), api_keys=(new_key("run")[1],), limits=ServiceLimits(request_timeout_s=timeout_s))
     try:
-        deploy_service(settings, app_name=config.name, route_prefix=f"/{config.name}")
+        deploy_inside(settings, app_name=config.name, deadline_s=SERVED_WITHIN_S)
         with contextlib.ExitStack() as stack:
             if gold_url:
                 yield ClusterScorer(config.name, "proxy"), stack.enter_context(RewardClient(gold_url, timeout_s=timeout_s))

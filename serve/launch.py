@@ -1,10 +1,10 @@
 """Starts Serve and deploys models on it, waiting until they answer.
 
-Two ways in. `deploy_service` is a whole service below a route prefix of Serve's own proxy, which the pipeline and clusters use. `deploy_models`
-is the replicas alone, for `python -m serve`, whose front has an HTTP server of its own: Serve's Python proxy costs 11 ms of CPU per request, and
-its HAProxy (`RAY_SERVE_ENABLE_HA_PROXY=1`) binds 0.0.0.0 on the replicas' own HTTP ports and the fixed ports 9101 and 8404, whatever host is given,
-and shows every client as one of this machine. On a cluster whose ports are closed to others it is the faster ingress, and the same application
-runs behind it.
+Three ways in. `deploy_service` is a whole service below a route prefix of Serve's own proxy, which clusters use. `deploy_inside` is one without HTTP, for
+a pipeline's own processes. `deploy_models` is the replicas alone, for `python -m serve`, whose front has an HTTP server of its own: Serve's Python proxy
+costs 11 ms of CPU per request, and its HAProxy (`RAY_SERVE_ENABLE_HA_PROXY=1`) binds 0.0.0.0 on the replicas' own HTTP ports and the fixed ports 9101 and
+8404, whatever host is given, and shows every client as one of this machine. On a cluster whose ports are closed to others it is the faster ingress, and
+the same application runs behind it.
 
 On loopback, unless there are keys: Ray's own token does not guard Serve's port.
 """
@@ -49,9 +49,18 @@ def start_serve(host: str, port: int) -> str:
 
 
 def start_serve_without_http() -> None:
-    """For a front that has an HTTP server of its own."""
+    """For a front that has an HTTP server of its own, and for a run's scorers, which nobody else asks. A Serve that already runs stays as it is."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
+
+
+def deploy_inside(settings: ServiceSettings, app_name: str, *, deadline_s: float) -> None:
+    """Deploy (or replace) one service for this cluster alone, whose processes reach it through ClusterScorer; returns once every replica is up.
+
+    Raises as deploy_service.
+    """
+    serve.run_many([serve.RunTarget(service_app(with_verified_checkpoints(settings)), name=app_name, route_prefix=None)], wait_for_applications_running=False)
+    wait_until_up([app_name], deadline_s=deadline_s)
 
 
 def deploy_service(settings: ServiceSettings, app_name: str, route_prefix: str, *, deadline_s: float = 180.0) -> str:

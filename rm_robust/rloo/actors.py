@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +20,8 @@ from rm_robust.run_layout import RunLayout
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 600
+START_TIMEOUT_S = 1800
+"""An autoscaler may have to start the nodes first."""
 SYNC_TIMEOUT_S = 300
 ANSWER_TIMEOUT_S = 30
 
@@ -40,8 +40,7 @@ class RlooActors:
         try:
             self.engines = [_new_engine(config, run_dir, index) for index in range(config.rloo.num_engines)]
             self.trainers = [_new_trainer(config, run_dir, rank) for rank in range(config.rloo.trainers.num_workers)]
-            address = ray.get(self.trainers[0].node_address.remote(), timeout=START_TIMEOUT_S)
-            port = _free_port()
+            address, port = ray.get(self.trainers[0].rendezvous.remote(), timeout=START_TIMEOUT_S)
             done = ray.get([trainer.start.remote(address, port) for trainer in self.trainers], timeout=START_TIMEOUT_S)
             assert len(set(done)) == 1, f"trainers resumed at different steps: {done}"
             self.num_steps_done: int = done[0]
@@ -153,9 +152,3 @@ def _new_trainer(config: PipelineConfig, run_dir: Path, rank: int) -> Any:
     workers = config.rloo.trainers
     options: dict[str, Any] = {"num_cpus": workers.num_cpus_per_worker, "num_gpus": workers.num_gpus_per_worker, "resources": workers.resources_per_worker}
     return ray.remote(PolicyTrainer).options(**options).remote(config, run_dir, rank=rank)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])

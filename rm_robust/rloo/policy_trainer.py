@@ -7,6 +7,7 @@ Shapes: N completions of this rank, M tokens.
 """
 
 import os
+import socket
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,10 +62,13 @@ class PolicyTrainer:
         self._probe_logprobs: list[float] = []
         """Of a policy whose parameters are sharded, its whole weights and its log-probabilities of the probe as of the latest `publish`."""
 
-    def node_address(self) -> str:
+    def rendezvous(self) -> tuple[str, int]:
+        """Rank 0: the address of its node and a free port there, where all ranks meet."""
         import ray
 
-        return str(ray.util.get_node_ip_address())
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return str(ray.util.get_node_ip_address()), int(listener.getsockname()[1])
 
     def start(self, master_address: str, master_port: int) -> int:
         """Join the other ranks, load policy and reference, resume the last committed state; returns the steps already done."""

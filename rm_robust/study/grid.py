@@ -28,7 +28,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 PAPERS_BSR = "bsr_0.1"
 """What stands for BSR where one must: by this project's default scaling the paper's 1e-3 at its batch of 128 is 0.128. The released code's is bsr_micro."""
 WORLDS = ("embedded", "rmb")
-DECIDING = {"seed", "world", "data", "model", "sft", "reward_model", "serve", "rloo"}
+DECIDING: dict[Part, set[str]] = {"reward_model": {"seed", "world", "data", "model", "sft", "reward_model"}}
+DECIDING["rloo"] = DECIDING["reward_model"] | {"serve", "rloo"}
 """Sections of the config that a run's numbers depend on."""
 
 
@@ -88,12 +89,12 @@ def base_config(config: PipelineConfig) -> PipelineConfig:
 
 def key_of(cell: Cell, config: PipelineConfig) -> str:
     """Of what decides the run's numbers."""
-    return f"{digest(reward_model_config(config) if cell.part == 'reward_model' else config)}-{cell.part}"
+    return f"{digest(config, cell.part)}-{cell.part}"
 
 
-def digest(config: PipelineConfig) -> str:
+def digest(config: PipelineConfig, part: Part) -> str:
     """Twelve hexadecimal digits of the SHA-256 of what decides a run's numbers: not its name, nor where and by how many workers it was trained."""
-    sections = json.loads(config.model_dump_json(include=DECIDING))
+    sections = json.loads(config.model_dump_json(include=DECIDING[part]))
     for stage in ("sft", "reward_model"):
         del sections[stage]["workers"]  # any number of them takes the same steps
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:12]

@@ -45,7 +45,7 @@ def prepare_base(cell: Cell, config: PipelineConfig, folder: Path, data_dir: Pat
     if cell.world == "rmb":
         write_rmb_files(data_dir, RMB_FILES)
     own = base_config(config)
-    base = Run(own, folder / cell.world / f"base_{cell.seed}_{digest(own)}")
+    base = Run(own, folder / cell.world / f"base_{cell.seed}_{digest(own, 'reward_model')}")
     claim_run_dir(base.run_dir, base.config)
     for stage in (world_stage, sft_stage, preferences_stage):
         stage(base)
@@ -61,7 +61,7 @@ def run_cell(cell: Cell, config: PipelineConfig, folder: Path, data_dir: Path) -
     trained = _reward_model_run(cell, config, base_dir, steps_per_epoch=counts["num_kept"]["train"] // config.reward_model.batch_size)
     started = time.monotonic()
     if cell.part == "rloo":
-        run = Run(config, base_dir.with_name(f"{cell.variant}_{cell.seed}_rloo_{digest(config)}"))
+        run = Run(config, base_dir.with_name(f"{cell.variant}_{cell.seed}_rloo_{digest(config, 'rloo')}"))
         share_stages(trained.run_dir, run.run_dir, [*SHARED, "reward_model"])
         claim_run_dir(run.run_dir, run.config)
         rloo_stage(run)
@@ -78,7 +78,7 @@ def _reward_model_run(cell: Cell, config: PipelineConfig, base_dir: Path, *, ste
     """The cell's reward model, trained, and evaluated after every epoch."""
     own = reward_model_config(config)
     settings = own.reward_model.model_copy(update={"evaluate_every_steps": steps_per_epoch})
-    run = Run(own.model_copy(update={"reward_model": settings}), base_dir.with_name(f"{cell.variant}_{cell.seed}_{digest(own)}"))
+    run = Run(own.model_copy(update={"reward_model": settings}), base_dir.with_name(f"{cell.variant}_{cell.seed}_{digest(own, 'reward_model')}"))
     share_stages(base_dir, run.run_dir, SHARED)
     claim_run_dir(run.run_dir, run.config)
     reward_model_stage(run)

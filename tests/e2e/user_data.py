@@ -39,7 +39,7 @@ def write_config(path: Path, *, name: str, data: dict[str, object], model_dir: P
     lines = [f'name = "{name}"', "", "[data]", *(f"{key} = {json.dumps(value)}" for key, value in data.items())]
     lines += ["", "[model]", f"path = {json.dumps(str(model_dir))}", "", "[sft]", "enabled = false"]
     lines += ["", "[reward_model]", "batch_size = 16", "checkpoint_every_steps = 2"]
-    lines += ["", "[serve]", "port = 0", f"gold = {json.dumps(str(gold))}"]
+    lines += ["", "[serve]", f"gold = {json.dumps(str(gold))}"]
     lines += ["proxy_replica = { num_cpus = 0.25 }", "gold_replica = { num_cpus = 0.25 }"]
     lines += ["", "[rloo]", "num_steps = 3", "num_prompts_per_step = 4", "num_completions_per_prompt = 2", "max_new_tokens = 16"]
     lines += ["trainers = { num_workers = 1, num_cpus_per_worker = 0.5, num_threads_per_worker = 1 }", rloo]

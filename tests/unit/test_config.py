@@ -126,7 +126,7 @@ def test_a_single_completion_per_prompt_is_refused_with_the_fix() -> None:
         ({"rloo": {"temperature": 0}}, "rloo.temperature"),
         ({"data": {"max_dropped_fraction": 1.5}}, "data.max_dropped_fraction"),
         ({"data": {"overlong": "truncate"}}, "data.overlong"),
-        ({"serve": {"port": 65536}}, "serve.port"),
+        ({"serve": {"request_timeout_s": 0}}, "serve.request_timeout_s"),
     ],
 )
 def test_a_value_out_of_its_bounds_is_refused_by_its_path(values: dict[str, Any], place: str) -> None:

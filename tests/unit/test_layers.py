@@ -44,6 +44,7 @@ LAYERS = [
         "rm_robust.worker_group",
     ],
     [
+        "rm_robust.cluster_capacity",
         "rm_robust.data_pipeline",
         "rm_robust.experiment_trackers",
         "rm_robust.deepspeed_engine",

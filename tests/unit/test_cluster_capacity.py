@@ -1,0 +1,78 @@
+"""A cluster that can never run a config is refused before any work, and one that can grow enough is not."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rm_robust.cluster_capacity import NodeType, Request, check_capacity, requests_of, shortages_of
+from rm_robust.config_loading import load_config
+from rm_robust.errors import ClusterError
+
+CONFIGS = Path("pipelines/configs")
+GPU_NODE = {"CPU": 48.0, "GPU": 4.0, "trainer": 4.0}
+
+
+def test_each_stage_asks_for_what_its_section_says() -> None:
+    requests = requests_of(load_config(CONFIGS / "full_rlhf.toml", []))
+    assert [str(request) for request in requests["reward_model"]] == ["8 x {CPU: 8, GPU: 1, trainer: 1} (reward_model.workers.num_workers)"]
+    assert [(request.setting, request.count) for request in requests["rloo"]] == [
+        ("rloo.trainers.num_workers", 4), ("rloo.num_engines", 4), ("serve.proxy_replica.num_replicas", 2), ("serve.gold_replica.num_replicas", 2),
+    ]  # fmt: skip
+    assert len(requests_of(load_config(CONFIGS / "full_rlhf.toml", ['serve.gold="http://gold"']))["rloo"]) == 3
+    assert requests_of(load_config(CONFIGS / "full_rlhf.toml", ["sft.enabled=false"]))["sft"] == []
+
+
+def test_a_request_fits_when_the_nodes_that_may_come_hold_it() -> None:
+    eight = [Request("workers", 8, {"CPU": 8.0, "GPU": 1.0, "trainer": 1.0})]
+    assert shortages_of("sft", eight, [NodeType("trainer", GPU_NODE, 2)]) == []
+    assert shortages_of("sft", eight, [NodeType("trainer", GPU_NODE, math.inf)]) == []
+    (line,) = shortages_of("sft", eight, [NodeType("trainer", GPU_NODE, 1), NodeType("data", {"CPU": 16.0}, 5)])
+    assert line == ("sft asks for 8 x {CPU: 8, GPU: 1, trainer: 1} (workers), the cluster's maximum is 4 of them: lower workers, or add nodes")
+
+
+def test_one_process_never_spans_two_nodes() -> None:
+    (line,) = shortages_of("sft", [Request("workers", 1, {"CPU": 3.0})], [NodeType("a", {"CPU": 2.0}, 10)])
+    assert "the cluster's maximum is 0 of them" in line
+
+
+def test_what_a_stage_asks_for_is_there_at_once() -> None:
+    requests = [Request("trainers", 1, {"CPU": 1.0}), Request("engines", 1, {"CPU": 0.5}), Request("replicas", 2, {"CPU": 0.25})]
+    assert shortages_of("rloo", requests, [NodeType("laptop", {"CPU": 2.0}, 1)]) == []
+    (line,) = shortages_of("rloo", requests, [NodeType("laptop", {"CPU": 1.0}, 1)])
+    assert line.startswith("rloo asks for 2 CPU at once, the cluster's maximum is 1: 1 x {CPU: 1} (trainers), 1 x {CPU: 0.5} (engines)")
+
+
+def test_fractions_add_up_without_rounding_errors() -> None:
+    requests = [Request("a", 7, {"CPU": 0.1}), Request("b", 3, {"CPU": 0.1})]
+    assert shortages_of("rloo", requests, [NodeType("laptop", {"CPU": 1.0}, 1)]) == []
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets which nodes are found."""
+
+    def is_found(*node_types: NodeType) -> None:
+        monkeypatch.setattr("rm_robust.cluster_capacity.find_node_types", lambda: list(node_types))
+
+    return is_found
+
+
+def test_the_message_names_every_stage_the_values_and_what_there_is(cluster: Any) -> None:
+    cluster(NodeType("trainer", GPU_NODE, 1))
+    config = load_config(CONFIGS / "full_rlhf.toml", ["rloo.num_engines=1"])
+    with pytest.raises(ClusterError) as failure:
+        check_capacity(config, ["reward_model", "rloo"], beside=[Request("the driver", 1, {"CPU": 1.0})])
+    message = str(failure.value)
+    assert "reward_model asks for 8 x {CPU: 8, GPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them" in message
+    assert "rloo asks for 1 x {CPU: 3, GPU: 1, rollout: 1} (rloo.num_engines), the cluster's maximum is 0 of them" in message
+    assert message.endswith("At most it has 1 x {CPU: 48, GPU: 4, trainer: 4}.")
+
+
+def test_a_cluster_that_is_large_enough_passes_and_one_that_keeps_its_limits_to_itself_is_not_refused(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    smoke = load_config(CONFIGS / "smoke.toml", [])
+    cluster(NodeType("laptop", {"CPU": 2.0}, 1))
+    check_capacity(smoke, ["sft", "preferences", "reward_model", "evaluation", "rloo"])
+    monkeypatch.setattr("rm_robust.cluster_capacity.find_node_types", lambda: None)
+    check_capacity(load_config(CONFIGS / "full_rlhf.toml", []), ["reward_model"])
