@@ -14,7 +14,7 @@ INSTALLED := .venv/.installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install demo test test-all test-compat lint serve bench-training bench-scoring bench-evaluation bench-rloo bench-memory study-rloo study study-quick has-data lock
+.PHONY: help install demo test test-all test-compat test-cluster lint serve bench-training bench-scoring bench-evaluation bench-rloo bench-memory study-rloo study study-quick has-data lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,9 @@ endef
 
 test-compat: $(INSTALLED) .venv-compat/.installed  ## a checkpoint in reward-bench and transformers 4.51, in an environment of their own
 	python -m pytest tests/compat
+
+test-cluster: $(INSTALLED)  ## a head and workers as processes on this machine: jobs, resumption, refusals (slow)
+	python -m pytest tests/e2e/test_cluster.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	ruff check .

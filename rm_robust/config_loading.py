@@ -69,14 +69,18 @@ def choose_run_dir(name: str, run_dir: Path | None) -> Path:
     if run_dir is not None:
         chosen, what = run_dir.expanduser(), f"--run-dir {run_dir}"
     else:
-        root = os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs" if in_ray_job() else "runs")
-        chosen, what = Path(root).expanduser() / name, f"{RUN_ROOT_VARIABLE}={root}"
+        chosen, what = run_root() / name, f"{RUN_ROOT_VARIABLE}={run_root()}"
     if in_ray_job() and not chosen.is_absolute():
         raise ConfigError(
             f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. "
             "Give an absolute path on storage that every node sees."
         )
     return chosen.absolute()
+
+
+def run_root() -> Path:
+    """Where runs go that say nothing else."""
+    return Path(os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs" if in_ray_job() else "runs")).expanduser()
 
 
 def in_ray_job() -> bool:

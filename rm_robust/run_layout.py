@@ -11,6 +11,9 @@ from rm_robust.config import PipelineConfig
 from rm_robust.errors import DataError
 from rm_robust.tracking import write_json_atomic
 
+STAGES = ("world", "sft", "preferences", "reward_model", "evaluation", "rloo")
+"""In the order in which they run."""
+
 
 @dataclass(frozen=True)
 class RunLayout:

@@ -2,7 +2,7 @@
 
 `metrics.jsonl` is the record; everything else can be made again from it. One JSON object a line, all stages in one file:
 
-    {"stage": "rloo", "step": 3, "time": 1767225600.123, "rloo/gold_score_mean": 0.1, "time/generate_s": 1.4}
+    {"stage": "rloo", "step": 3, "num_steps": 60, "time": 1767225600.123, "rloo/gold_score_mean": 0.1, "time/generate_s": 1.4}
 """
 
 import json
@@ -37,15 +37,17 @@ class MetricsWriter:
 
     `resume_step` is the last step whose checkpoint is committed, 0 for a fresh stage. Lines of this stage beyond it, which a killed
     process wrote after its last checkpoint, are dropped (and counted in the log), and so is a torn last line: the steps that are now
-    done again appear once. One writer at a time per run directory. `sinks` get what the file gets, and are closed with it.
+    done again appear once. One writer at a time per run directory. `num_steps` of the whole stage stands in every line. `sinks` get what the file
+    gets, and are closed with it.
     """
 
-    def __init__(self, run_dir: Path, stage: str, resume_step: int, *, sinks: Sequence[MetricsSink] = ()) -> None:
+    def __init__(self, run_dir: Path, stage: str, resume_step: int, *, num_steps: int | None = None, sinks: Sequence[MetricsSink] = ()) -> None:
         assert resume_step >= 0, f"resume_step is the number of committed steps, got {resume_step}"
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and the report only reads metrics
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._stage = stage
+        self._num_steps = {} if num_steps is None else {"num_steps": num_steps}
         self._sinks = sinks
         self._resume_step = resume_step
         path = run_dir / METRICS_NAME
@@ -58,7 +60,7 @@ class MetricsWriter:
         assert step >= max(1, self._resume_step), f"{self._stage}: step {step} was already committed (resumed at {self._resume_step})"
         for key, value in metrics.items():
             _check_metric(self._stage, step, key, value)
-        line = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **metrics}
+        line = {"stage": self._stage, "step": step, **self._num_steps, "time": round(time.time(), 3), **metrics}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for key, value in metrics.items():

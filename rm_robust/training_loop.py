@@ -81,7 +81,9 @@ def run_loop(
     `train_step(i)` leaves a gradient in the engine and returns metrics, "<stage>/num_tokens" (of all ranks) among them; `evaluate(n)` returns
     metrics, empty where nothing is due. Rank 0 alone writes metrics, to `trackers()` too.
     """
-    writer = MetricsWriter(run_dir, settings.stage, resume_step=first_step, sinks=trackers()) if engine.rank == 0 else None
+    writer = None
+    if engine.rank == 0:
+        writer = MetricsWriter(run_dir, settings.stage, resume_step=first_step, num_steps=settings.num_steps, sinks=trackers())
     if best is not None:
         best.resume(run_dir, settings.stage, first_step)
     num_done = first_step

@@ -118,7 +118,7 @@ class Controller:
         self.resume()
         self.publish()
         sinks = open_trackers(self.config, self.layout.run_dir, "rloo")
-        with MetricsWriter(self.layout.run_dir, "rloo", resume_step=self.version, sinks=sinks) as writer:
+        with MetricsWriter(self.layout.run_dir, "rloo", resume_step=self.version, num_steps=self.settings.num_steps, sinks=sinks) as writer:
             self.evaluation.sample_baseline(self.version)
             for step in tqdm(range(self.version, self.settings.num_steps), desc="rloo", initial=self.version, total=self.settings.num_steps, mininterval=5):
                 if self.monitor.must_stop:

@@ -50,6 +50,7 @@ LAYERS = [
         "rm_robust.deepspeed_engine",
         "rm_robust.fsdp_engine",
         "rm_robust.policy_model",
+        "rm_robust.status",
         "rm_robust.training_loop",
         "rm_robust.training_state",
     ],

@@ -1,0 +1,15 @@
+"""Where runs stand: stages, steps, latest metrics, time left.
+
+[DIR …]   run directories, or folders of them (default: where runs go, RM_ROBUST_RUN_ROOT or runs/)
+--json    the same for programs
+--watch   again every few seconds, until Ctrl-C
+
+On a cluster, from anywhere: ray job submit --working-dir . -- python pipelines/status.py
+"""
+
+import sys
+
+from rm_robust.status_command import main
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__))

@@ -1,0 +1,139 @@
+"""A head that does no work and two workers, with a token, as the README starts them: a job, its driver killed, its resumption, and what is refused."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rm_robust.training_state import committed_steps
+from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADLINE_S, wait_until
+from tests.e2e.ray_cluster import Cluster, descendants, free_ports, ray_cluster
+from tests.e2e.test_kill_and_resume import check_resumed, lines_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
+
+NUM_WORKERS = 2
+CPUS_OF_A_WORKER = 2
+OF_RAY_ITSELF = re.compile(r"ServeController|ProxyActor|JobSupervisor|_StatsActor|AutoscalingRequester|DatasetStats|ActorLocation")
+"""Actors that Ray keeps on the head, or near the driver, and that do no work of ours."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with ray_cluster(tmp_path_factory.mktemp("cluster"), "ray start --head --num-cpus=0") as started:
+        for _ in range(NUM_WORKERS):
+            started.add_worker(f"--num-cpus={CPUS_OF_A_WORKER}")
+        wait_until(lambda: len(states_of(started, "nodes")) == 1 + NUM_WORKERS, STAGE_DEADLINE_S, started.head.output)
+        yield started
+
+
+def states_of(cluster: Cluster, what: str) -> list[dict[str, Any]]:
+    """`ray list nodes`, actors or tasks, with all details."""
+    listing = cluster.ray("list", what, "--format=json", "--detail", "--limit=10000")
+    assert listing.wait() == 0, listing.output()
+    found: list[dict[str, Any]] = json.loads(listing.output().splitlines()[-1])
+    return found
+
+
+def test_a_job_uses_the_workers_and_not_the_head_and_resumes_after_its_driver_was_killed(cluster: Cluster) -> None:
+    run_dir = cluster.run_root / "smoke"
+    first = cluster.submit()
+    first.wait_for_file(run_dir / "rloo" / "state", "step-*", RUN_DEADLINE_S)
+    drivers = cluster.drivers()
+    assert len(drivers) == 1, descendants(cluster.head.session)
+    os.kill(drivers[0], signal.SIGKILL)
+    assert first.wait() != 0
+    before = lines_of(run_dir, "rloo")
+    committed = committed_steps(run_dir / "rloo" / "state")[-1]
+
+    second = cluster.submit()
+    assert second.wait() == 0, second.output()[-4000:]
+    assert second.output().count("already committed, skipped") == 4
+    check_resumed(run_dir, "rloo", before, committed, num_steps=12)
+
+    (head_id,) = (node["node_id"] for node in states_of(cluster, "nodes") if node["is_head_node"])
+    actors = [actor for actor in states_of(cluster, "actors") if not OF_RAY_ITSELF.search(actor["class_name"])]
+    tasks = [task for task in states_of(cluster, "tasks") if task["type"] == "NORMAL_TASK"]
+    assert {"RolloutEngine", "PolicyTrainer"} <= {actor["class_name"] for actor in actors}
+    assert [actor["class_name"] for actor in actors if actor["node_id"] == head_id] == []
+    assert [task["name"] for task in tasks if task["node_id"] == head_id] == []
+    assert len({process["node_id"] for process in actors + tasks if process["node_id"]}) == NUM_WORKERS
+    assert any(task["name"] == "driver smoke" for task in tasks)
+
+
+def test_a_stopped_job_leaves_nothing_running_and_goes_on_when_it_is_submitted_again(cluster: Cluster) -> None:
+    run_dir = cluster.run_root / "stopped"
+    first = cluster.submit("--set", "name=stopped")
+    first.wait_for_file(run_dir / "rloo" / "state", "step-*", RUN_DEADLINE_S)
+    (job_id,) = re.findall(r"Job '(raysubmit_\w+)' submitted", first.output())
+    assert cluster.ray("job", "stop", job_id).wait() == 0
+    assert "was stopped" in first.output() or first.wait() != 0
+
+    def is_idle() -> bool:
+        return not [actor for actor in states_of(cluster, "actors") if actor["state"] == "ALIVE" and not OF_RAY_ITSELF.search(actor["class_name"])]
+
+    wait_until(is_idle, STAGE_DEADLINE_S, lambda: str([a for a in states_of(cluster, "actors") if a["state"] == "ALIVE"])[:2000])
+    second = cluster.submit("--set", "name=stopped")
+    assert second.wait() == 0, second.output()[-4000:]
+    assert "already committed, skipped" in second.output()
+
+
+def test_a_cluster_that_can_never_run_a_config_says_so_at_once(cluster: Cluster) -> None:
+    asking = cluster.submit("--set", "name=large", "--set", "reward_model.workers.num_workers=8", "--set", "reward_model.workers.num_gpus_per_worker=1")
+    assert asking.wait(STAGE_DEADLINE_S) != 0
+    output = asking.output()
+    assert "reward_model asks for 8 x {CPU: 1, GPU: 1} (reward_model.workers.num_workers), the cluster's maximum is 0 of them" in output
+    assert f"At most it has 1 x {{CPU: {CPUS_OF_A_WORKER}}}; 1 x {{CPU: {CPUS_OF_A_WORKER}}}." in output
+    assert not (cluster.run_root / "large" / "stages").exists()
+
+
+def refusal(cluster: Cluster, folder: Path, **environment: str) -> str:
+    """What a pipeline says that is started beside the cluster, as with `RAY_ADDRESS=head:6379 python pipelines/…`."""
+    own = {"RAY_ADDRESS": cluster.gcs_address, **environment}
+    running = cluster.launcher.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), environment=own)
+    assert running.wait(STAGE_DEADLINE_S) == 2, running.output()[-3000:]
+    (line,) = [line for line in running.output().splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_cluster_that_is_not_there_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    assert f"No Ray cluster can be reached at RAY_ADDRESS = {address}" in refusal(cluster, tmp_path, RAY_ADDRESS=address)
+
+
+def test_a_wrong_token_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    said = refusal(cluster, tmp_path, RAY_AUTH_TOKEN="0" * 64)
+    assert "does not let this process in" in said
+    assert "RAY_AUTH_TOKEN" in said
+
+
+def test_a_cluster_of_another_ray_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    """What a cluster of another version has in its GCS: here this one's own note is changed, and changed back."""
+    note = tmp_path / "note.py"
+    note.write_text(
+        "import json, sys\n"
+        "from ray._raylet import GcsClient\n"
+        "client = GcsClient(address=sys.argv[1])\n"
+        "note = json.loads(client.internal_kv_get(b'CLUSTER_METADATA', b'cluster'))\n"
+        "note['ray_version'] = sys.argv[2]\n"
+        "client.internal_kv_put(b'CLUSTER_METADATA', json.dumps(note).encode(), True, b'cluster')\n"
+    )
+
+    def pretend(version: str) -> None:
+        changed = cluster.launcher.command("python", str(note), cluster.gcs_address, version)
+        assert changed.wait() == 0, changed.output()
+
+    pretend("2.59.0")
+    try:
+        said = refusal(cluster, tmp_path)
+    finally:
+        pretend(ray.__version__)
+    assert "Version mismatch" in said
+    assert "2.59.0" in said
+    assert "Install the same versions" in said
