@@ -132,7 +132,7 @@ def _monitors_this_cluster(process: psutil.Process) -> bool:
 
 
 def _of_workers(setting: str, workers: WorkersConfig) -> Request:
-    return _request(setting, workers.num_workers, workers.num_cpus_per_worker, workers.num_gpus_per_worker, workers.resources_per_worker)
+    return _request(setting, workers.fewest, workers.num_cpus_per_worker, workers.num_gpus_per_worker, workers.resources_per_worker)
 
 
 def _of_replicas(setting: str, replica: ReplicaConfig) -> Request:

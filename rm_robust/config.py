@@ -118,11 +118,15 @@ class LoraConfig(Section):
     """Names of linear layers (q_proj, …)."""
 
 
-def _check_batch(section: str, batch_size: int, workers: WorkersConfig) -> None:
+def _check_workers(section: str, batch_size: int, workers: WorkersConfig, strategy: StrategyConfig) -> None:
     if batch_size < workers.num_workers:
         raise ValueError(
             f"{section}.batch_size = {batch_size} leaves some of {section}.workers.num_workers = {workers.num_workers} workers without a row; "
             "raise the one or lower the other"
+        )
+    if workers.min_workers is not None and strategy.kind == "deepspeed":
+        raise ValueError(
+            f'{section}.workers.min_workers needs {section}.strategy.kind = "ddp" or "fsdp2": DeepSpeed resumes with the same number of workers only'
         )
 
 
@@ -143,7 +147,7 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _every_worker_has_a_row(self) -> Self:
-        _check_batch("sft", self.batch_size, self.workers)
+        _check_workers("sft", self.batch_size, self.workers, self.strategy)
         return self
 
 
@@ -232,7 +236,7 @@ class RewardModelConfig(Section):
 
     @model_validator(mode="after")
     def _every_worker_has_a_pair(self) -> Self:
-        _check_batch("reward_model", self.batch_size, self.workers)
+        _check_workers("reward_model", self.batch_size, self.workers, self.strategy)
         return self
 
     @model_validator(mode="after")
@@ -257,11 +261,12 @@ class RewardModelConfig(Section):
         if self.bsr_scope is BsrScope.MICRO:
             if self.bsr_micro_pairs is None:
                 raise ValueError('reward_model.bsr_scope = "micro" needs reward_model.bsr_micro_pairs, the pairs of a block')
-            if self.batch_size % (self.workers.num_workers * self.bsr_micro_pairs):
-                raise ValueError(
-                    f"reward_model.batch_size = {self.batch_size} must be a multiple of workers.num_workers x bsr_micro_pairs = "
-                    f"{self.workers.num_workers} x {self.bsr_micro_pairs}, so that every block is full"
-                )
+            for num_workers in range(self.workers.fewest, self.workers.num_workers + 1):
+                if self.batch_size % (num_workers * self.bsr_micro_pairs):
+                    raise ValueError(
+                        f"reward_model.batch_size = {self.batch_size} must be a multiple of workers.num_workers x bsr_micro_pairs = "
+                        f"{num_workers} x {self.bsr_micro_pairs}, so that every block is full"
+                    )
         elif self.bsr_micro_pairs is not None:
             raise ValueError('reward_model.bsr_micro_pairs is read only with bsr_scope = "micro"')
         return self

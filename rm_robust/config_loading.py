@@ -91,7 +91,8 @@ def in_ray_job() -> bool:
 def claim_run_dir(run_dir: Path, config: Section) -> None:
     """Write the resolved config into the run directory, or check that it is the one already there.
 
-    A directory that holds nothing but a config takes the new one: the run before it was refused before it began.
+    A directory that holds nothing but a config takes the new one: the run before it was refused before it began. A setting that an earlier version did
+    not have is no difference while it has its default.
     """
     resolved = json.loads(config.model_dump_json())
     path = run_dir / RESOLVED_NAME
@@ -106,12 +107,21 @@ def claim_run_dir(run_dir: Path, config: Section) -> None:
         earlier = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"The run directory {run_dir} cannot be used: {error}. Choose another with --run-dir.") from error
-    changes = _differences(earlier, resolved)
+    changes = _differences(with_new_settings(earlier, type(config)), resolved)
     if changes:
         raise ConfigError(
             f"{run_dir} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
             "Give this config its own --run-dir, or remove that directory to start again."
         )
+
+
+def with_new_settings(earlier: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
+    """A resolved config of an earlier version of this program: what it did not know of yet has its default."""
+    try:
+        filled: dict[str, Any] = json.loads(kind.model_validate(earlier).model_dump_json())
+    except ValidationError:
+        return earlier  # it also had what is gone now, which is a difference
+    return filled
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -27,6 +27,11 @@ class WorkersConfig(Section):
     """What a group of workers asks of the cluster."""
 
     num_workers: int = Field(default=2, ge=1)
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic training: it goes on with as few when nodes are lost, from the last committed state, and grows again when they return; batches stay the
+    same ones. None: always `num_workers`. Not with DeepSpeed, whose state is cut for one number of workers."""
+    resize_every_s: float = Field(default=60, gt=0)
+    """Elastic training only: how often a group that is too small looks for room to grow."""
     num_cpus_per_worker: float = Field(default=1, ge=0)
     num_gpus_per_worker: float = Field(default=0, ge=0)
     num_threads_per_worker: int = Field(default=1, ge=1)
@@ -35,6 +40,16 @@ class WorkersConfig(Section):
     """Floating-point operations a second of one worker's device at the precision in use (H100, bfloat16, dense: 989e12); None: no utilisation."""
     resources_per_worker: dict[str, float] = {}
     """Custom Ray resources, as named in cluster.yaml."""
+
+    @model_validator(mode="after")
+    def _shrinks(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers = {self.min_workers} is more than num_workers = {self.num_workers}; lower it, or leave it out")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        return self.min_workers or self.num_workers
 
 
 class OptimizerConfig(Section):

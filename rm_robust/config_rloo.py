@@ -153,6 +153,8 @@ class RlooConfig(Section):
             raise ValueError(
                 'rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and trainers.num_gpus_per_worker, or use "gloo"'
             )
+        if self.trainers.min_workers is not None:
+            raise ValueError("rloo.trainers.min_workers is not read: RLOO replaces a lost trainer, and waits for it; leave it out")
         if self.num_prompts_per_step % (self.num_minibatches_per_epoch * self.trainers.num_workers):
             raise ValueError(
                 f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of num_minibatches_per_epoch * trainers.num_workers = "

@@ -98,7 +98,7 @@ def run_loop(
             metrics[f"{settings.stage}/gradient_norm"] = engine.step(learning_rate)
             metrics[f"{settings.stage}/learning_rate"] = learning_rate
             metrics["time/step_s"] = time.perf_counter() - started
-            metrics |= throughput(metrics, settings)
+            metrics |= throughput(metrics, settings) | {"throughput/num_workers": engine.world_size}
             if evaluate is not None:
                 started = time.perf_counter()
                 found = evaluate(step + 1)

@@ -16,6 +16,8 @@ WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 
 MAX_WORKER_FAILURES = 2
 """Restarts of a worker group before a stage fails; a restart continues from the last committed state."""
+MAX_ELASTIC_FAILURES = 20
+"""Of an elastic one, which was made to lose nodes."""
 
 
 def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig) -> dict[str, float]:
@@ -27,7 +29,8 @@ def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConf
         _work,
         train_loop_config={"function": function, "config": config, "run_dir": run_dir, "num_threads": workers.num_threads_per_worker},
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
+            num_workers=workers.num_workers if workers.min_workers is None else (workers.min_workers, workers.num_workers),
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
             use_gpu=workers.num_gpus_per_worker > 0,
             resources_per_worker={"CPU": workers.num_cpus_per_worker, **gpu_request(workers.num_gpus_per_worker), **workers.resources_per_worker},
         ),
@@ -35,7 +38,7 @@ def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConf
         run_config=RunConfig(
             name=stage,
             storage_path=str(run_dir / "ray_train"),
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES if workers.min_workers is None else MAX_ELASTIC_FAILURES),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

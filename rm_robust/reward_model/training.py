@@ -74,7 +74,7 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
             settings.checkpoint_every_steps,
             LOGGED,
             flops_per_token=flops_per_token(model),
-            peak_flops=workers.peak_flops_per_worker and workers.peak_flops_per_worker * workers.num_workers,
+            peak_flops=workers.peak_flops_per_worker and workers.peak_flops_per_worker * engine.world_size,
         ),
         first_step=first_step,
         run_dir=run_dir,

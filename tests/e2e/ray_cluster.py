@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.e2e.conftest import Launcher
-from tests.e2e.pipeline_process import EXIT_DEADLINE_S, REPOSITORY, STAGE_DEADLINE_S, Running, wait_until
+from tests.e2e.pipeline_process import EXIT_DEADLINE_S, REPOSITORY, SMOKE_CONFIG, STAGE_DEADLINE_S, Running, wait_until
 
 
 def readme_command(beginning: str) -> list[str]:
@@ -50,6 +50,11 @@ class Cluster:
         command = readme_command("ray job submit --working-dir . -- python pipelines/full_rlhf.py --config pipelines/configs/smoke.toml")
         return self.ray(*command[1:], *arguments)
 
+    def submit_script(self, script: str, *settings: str) -> Running:
+        """Another pipeline on smoke.toml."""
+        overrides = (part for setting in settings for part in ("--set", setting))
+        return self.ray("job", "submit", "--working-dir", ".", "--", "python", f"pipelines/{script}", "--config", SMOKE_CONFIG, *overrides)
+
     def ray(self, *arguments: str) -> Running:
         """Ray's command line, as from a machine outside of the cluster."""
         return self.launcher.command("ray", *arguments, environment={"RAY_ADDRESS": self.dashboard})
@@ -80,14 +85,14 @@ class Cluster:
 
 
 @contextmanager
-def ray_cluster(folder: Path, head_command: str) -> Iterator[Cluster]:
+def ray_cluster(folder: Path, head_command: str, *options: str, port: str | None = None, environment: dict[str, str] | None = None) -> Iterator[Cluster]:
     """A cluster of a head alone, started by the README's line that begins so. Runs go to `folder`/runs."""
     run_root = folder / "runs"
     launcher = Launcher(folder)
     launcher.environment |= {"RM_ROBUST_RUN_ROOT": str(run_root), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    port, dashboard_port, client_port, agent_port = free_ports(4)
+    port, dashboard_port, client_port, agent_port = [port or free_ports(1)[0], *free_ports(3)]
     ports = ["--port", port, "--dashboard-port", dashboard_port, "--ray-client-server-port", client_port, "--dashboard-agent-listen-port", agent_port]
-    head = launcher.command(*readme_command(head_command), *ports, "--min-worker-port=0", "--max-worker-port=0")
+    head = launcher.command(*readme_command(head_command), *ports, "--min-worker-port=0", "--max-worker-port=0", *options, environment=environment)
     cluster = Cluster(launcher, head, "", f"http://127.0.0.1:{dashboard_port}", run_root)
     try:
         cluster.wait_until_it_answers()

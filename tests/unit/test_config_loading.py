@@ -134,6 +134,22 @@ def test_a_changed_config_is_refused_with_every_change_and_both_values(config_pa
     claim_run_dir(run_dir, load_config(config_path, []))
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_is_a_change_only_beyond_its_default(config_path: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    claim_run_dir(run_dir, load_config(config_path, []))
+    (run_dir / "stages").mkdir()
+    resolved = run_dir / "config.resolved.json"
+    earlier = json.loads(resolved.read_text())
+    del earlier["sft"]["workers"]["resize_every_s"]
+    resolved.write_text(json.dumps(earlier))
+    claim_run_dir(run_dir, load_config(config_path, []))
+    with pytest.raises(ConfigError, match=r"sft.workers.resize_every_s: 60.0 there, 5.0 now"):
+        claim_run_dir(run_dir, load_config(config_path, ["sft.workers.resize_every_s=5"]))
+    resolved.write_text(json.dumps(earlier | {"gone": 1}))
+    with pytest.raises(ConfigError, match=r"gone: 1 there, None now"):
+        claim_run_dir(run_dir, load_config(config_path, []))
+
+
 def test_a_run_that_was_refused_before_it_began_leaves_its_directory_to_the_mended_config(config_path: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for num_steps in (8, 9):

@@ -1,0 +1,124 @@
+"""Ray's autoscaler with its fake provider: every stage of a pipeline brings its own kind of node, and all of them go again.
+
+The provider is Ray's own for tests, and private: its nodes are raylets on this machine. The autoscaler that decides is the real one, version 2.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray._private.services
+
+from tests.e2e.pipeline_process import RUN_DEADLINE_S, Running, wait_until
+from tests.e2e.ray_cluster import Cluster, free_ports, ray_cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * RUN_DEADLINE_S)]
+
+HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+IDLE_S = 12
+KINDS = {
+    "data": {"CPU": 2, "data": 2},
+    "trainer": {"CPU": 2, "trainer": 2},
+    "rollout": {"CPU": 1, "rollout": 1},
+    "serving": {"CPU": 1, "serving": 2},
+}
+"""As in cluster.yaml, without GPUs."""
+SETTINGS = (
+    "sft.workers.resources_per_worker={trainer=1}",
+    "reward_model.workers.resources_per_worker={trainer=1}",
+    "evaluation.resources={trainer=1}",
+    "rloo.trainers.resources_per_worker={trainer=1}",
+    "rloo.engine_resources={rollout=1}",
+    "serve.proxy_replica.resources={serving=1}",
+    "serve.gold_replica.resources={serving=1}",
+)
+WATCH = """
+import json, sys, time, ray
+ray.init(log_to_driver=False)
+with open(sys.argv[1], "a") as file:
+    while True:
+        kinds = [kind for node in ray.nodes() if node["Alive"] for kind in sys.argv[2:] if node["Resources"].get(kind)]
+        file.write(json.dumps([time.time(), {kind: kinds.count(kind) for kind in sys.argv[2:]}]) + "\\n")
+        file.flush()
+        time.sleep(1)
+"""
+
+
+def autoscaler_settings(gcs_address: str) -> dict[str, object]:
+    """What `ray up` would write on the head."""
+    workers = {kind: {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2} for kind, resources in KINDS.items()}
+    empty_lists = (
+        "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands", "head_setup_commands",
+        "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+    )  # fmt: skip
+    return {
+        "cluster_name": "fake",
+        "max_workers": 6,
+        "idle_timeout_minutes": IDLE_S / 60,
+        "upscaling_speed": 1.0,
+        "provider": {
+            "type": "external",  # "fake_multinode" wants an example file that Ray's wheel does not have
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "launch_multiple": True,
+            "head_node_id": HEAD_ID,
+            "gcs_address": gcs_address,
+        },
+        "available_node_types": {"head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, **workers},
+        "head_node_type": "head",
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "auth": {},
+        **{name: [] for name in empty_lists},
+    }
+
+
+@dataclass(frozen=True)
+class Watched:
+    cluster: Cluster
+    watch: Path
+
+    def counts(self) -> list[dict[str, int]]:
+        """Nodes of each kind, second by second."""
+        return [json.loads(line)[1] for line in self.watch.read_text().splitlines()] if self.watch.exists() else []
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("autoscaler")
+    port = free_ports(1)[0]
+    config = folder / "autoscaler.json"
+    config.write_text(json.dumps(autoscaler_settings(f"{ray._private.services.get_node_ip_address()}:{port}")))
+    environment = {
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+    }
+    with ray_cluster(folder, "ray start --head --num-cpus=0", f"--autoscaling-config={config}", port=port, environment=environment) as cluster:
+        (folder / "watch.py").write_text(WATCH)
+        watching = Watched(cluster, folder / "watch.jsonl")
+        watcher = cluster.launcher.command("python", str(folder / "watch.py"), str(watching.watch), *KINDS, environment={"RAY_ADDRESS": cluster.gcs_address})
+        wait_until(lambda: bool(watching.counts()), RUN_DEADLINE_S, watcher.output)
+        yield watching
+        watcher.clean_up()
+
+
+def test_every_stage_brings_its_kind_of_node_and_all_go_again(watched: Watched) -> None:
+    assert watched.counts()[-1] == dict.fromkeys(KINDS, 0)
+    job: Running = watched.cluster.submit(*(part for setting in SETTINGS for part in ("--set", setting)))
+    assert job.wait() == 0, job.output()[-4000:]
+    most = {kind: max(count[kind] for count in watched.counts()) for kind in KINDS}
+    assert all(1 <= count <= 2 for count in most.values()), most
+    first = {kind: next(index for index, count in enumerate(watched.counts()) if count[kind]) for kind in KINDS}
+    assert first["trainer"] < first["serving"], "nodes for serving come when RLOO wants them, not before"
+    assert first["trainer"] < first["rollout"]
+    wait_until(lambda: watched.counts()[-1] == dict.fromkeys(KINDS, 0), 10 * IDLE_S, lambda: f"still there: {watched.counts()[-1]}")
+
+
+def test_what_the_autoscaler_may_never_start_is_refused_at_once(watched: Watched) -> None:
+    job = watched.cluster.submit("--set", "name=large", "--set", "reward_model.workers.num_workers=5", "--set", SETTINGS[1])
+    assert job.wait(RUN_DEADLINE_S) != 0
+    assert "reward_model asks for 5 x {CPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them" in job.output()

@@ -1,0 +1,82 @@
+"""Elastic reward-model training: a node is killed, training goes on with what is left, a node comes, training grows again; the batches are the same ones."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rm_robust.tracking import MetricsLine, read_metrics
+from tests.e2e.pipeline_process import RUN_DEADLINE_S, wait_until
+from tests.e2e.ray_cluster import Cluster, ray_cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * RUN_DEADLINE_S)]
+
+SETTINGS = (
+    "sft.workers={num_workers=1, num_cpus_per_worker=1}",
+    "reward_model.workers={num_workers=2, min_workers=1, num_cpus_per_worker=0, resources_per_worker={trainer=1}, resize_every_s=5}",
+    "reward_model.num_epochs=60",
+    "reward_model.checkpoint_every_steps=20",
+    "reward_model.evaluate_every_steps=100000",
+)
+TRAINER = ("--num-cpus=0", '--resources={"trainer": 1}')
+STARTS_WITHIN_S = "15"
+"""Of a worker group, before Ray Train tries a smaller one; its own default is a minute."""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    environment = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": STARTS_WITHIN_S, "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+    with ray_cluster(tmp_path, "ray start --head --num-cpus=0", environment=environment) as started:
+        started.launcher.environment |= environment
+        started.add_worker("--num-cpus=2")  # the driver and the other stages
+        yield started
+
+
+def test_training_loses_a_node_goes_on_and_grows_again_over_the_same_batches(cluster: Cluster) -> None:
+    cluster.add_worker(*TRAINER)
+    victim = cluster.add_worker(*TRAINER)
+    run_dir = cluster.run_root / "elastic"
+    job = cluster.submit_script("full_reward_model.py", *SETTINGS, "name=elastic")
+
+    def lines() -> list[MetricsLine]:
+        return read_metrics(run_dir, "reward_model") if (run_dir / "metrics.jsonl").exists() else []
+
+    def wait_for(num_workers: int, *, after: int) -> int:
+        """Until a step beyond `after` was done by so many; returns it."""
+        found: list[int] = []
+
+        def is_there() -> bool:
+            assert job.process.poll() is None, job.output()[-4000:]
+            found[:] = [int(line["step"]) for line in lines() if line["throughput/num_workers"] == num_workers and int(line["step"]) > after]
+            return bool(found)
+
+        wait_until(is_there, RUN_DEADLINE_S, lambda: job.output()[-4000:])
+        return found[0]
+
+    before = wait_for(2, after=40)
+    os.killpg(victim.session, signal.SIGKILL)
+    victim.clean_up()
+    cluster.workers.remove(victim)
+    alone = wait_for(1, after=before - 20)
+    cluster.add_worker(*TRAINER)
+    wait_for(2, after=alone)
+    assert job.wait() == 0, job.output()[-4000:]
+
+    disturbed = lines()
+    num_steps = int(disturbed[0]["num_steps"])
+    assert [line["step"] for line in disturbed] == list(range(1, num_steps + 1)), "every step once"
+    undisturbed_dir = cluster.run_root / "undisturbed"
+    own = ["reward_model.workers={num_workers=1}", *SETTINGS[2:]]
+    plain = cluster.launcher.pipeline(
+        "full_reward_model.py", "--config", "pipelines/configs/smoke.toml", "--run-dir", str(undisturbed_dir), *(f"--set={setting}" for setting in own)
+    )
+    assert plain.wait() == 0, plain.output()[-3000:]
+    undisturbed = read_metrics(undisturbed_dir, "reward_model")
+    for name in ("reward_model/num_tokens", "reward_model/num_repeated_tokens"):
+        assert [line[name] for line in disturbed] == [line[name] for line in undisturbed], "the same rows in every step: none missed, none twice"
+    early = slice(0, alone + 20)
+    assert [line["reward_model/loss"] for line in disturbed[early]] == pytest.approx(
+        [line["reward_model/loss"] for line in undisturbed[early]], rel=0.05, abs=0.01
+    )
