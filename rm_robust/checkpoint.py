@@ -5,20 +5,25 @@ checkpoints/reward_model/            what transformers, vLLM and reward-bench lo
     rm_robust_manifest.json          kind, content hash, template hash, how it was trained
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from rm_robust.errors import CheckpointError
+from safetensors import SafetensorError
+
+from rm_robust.errors import CheckpointError, StorageError
 
 MANIFEST_NAME = "rm_robust_manifest.json"
 CheckpointKind = Literal["reward_model", "policy"]
+_STORAGE_SIGNS = ("inline_container.cc", "PytorchStreamWriter", "I/O error")
+"""In the texts of torch's RuntimeError and of SafetensorError when a file takes only a part of what is written."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,27 @@ def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
     """`write` fills an empty folder beside `target`, which becomes `target` in one rename, whole or not at all; one writer at a time.
 
     An older `target` is moved aside just before and deleted after. A kill between these renames is the one moment without a `target`; the next
-    commit then puts the older one back before it does anything else.
+    commit then puts the older one back before it does anything else. Raises StorageError when it cannot be written; `target` is then as it was.
     """
+    with storage_errors(target):
+        _commit_directory(target, write)
+
+
+@contextlib.contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """StorageError for what the operating system, torch and safetensors raise when `target` cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not isinstance(error, OSError) and not any(sign in str(error) for sign in _STORAGE_SIGNS):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise StorageError(
+            f"{target} could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage, and run the same command again."
+        ) from error
+
+
+def _commit_directory(target: Path, write: Callable[[Path], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     replaced = target.parent / f".{target.name}.partial-replaced"
     if replaced.exists() and not target.exists():
@@ -51,9 +75,13 @@ def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(stale)
     partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir()
-    write(partial)
-    for path in (*partial.rglob("*"), partial):
-        _sync(path)
+    try:
+        write(partial)
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # it takes the room that is missing
+        raise
     if target.exists():
         target.rename(replaced)
         partial.rename(target)

@@ -21,6 +21,10 @@ class CheckpointError(RmRobustError):
     """A checkpoint directory is missing, incomplete, altered or of the wrong kind."""
 
 
+class StorageError(RmRobustError):
+    """What a run commits could not be written: storage that is full, read-only or away."""
+
+
 class ScoringError(RmRobustError):
     """A scoring request failed for good; never turned into a score."""
 

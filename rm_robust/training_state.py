@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from rm_robust.checkpoint import commit_directory
+from rm_robust.checkpoint import commit_directory, storage_errors
 from rm_robust.train_engine import TrainEngine
 
 
@@ -20,11 +20,12 @@ def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept
     Every rank calls it; it returns after the commit.
     """
     staging = root / ".staging"
-    if engine.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    barrier()
-    engine.save(staging)
+    with storage_errors(root):
+        if engine.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        barrier()
+        engine.save(staging)
     barrier()
     if engine.rank == 0:
         commit_directory(root / f"step-{num_steps_done:07d}", lambda folder: _move_into(staging, folder))

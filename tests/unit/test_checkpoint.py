@@ -5,9 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rm_robust.checkpoint import MANIFEST_NAME, commit_checkpoint, commit_directory, content_sha256, read_manifest, verify_checkpoint
-from rm_robust.errors import CheckpointError
+from rm_robust.errors import CheckpointError, StorageError
+from tests.full_storage import files_of_at_most
 
 
 def write_text(text: str) -> Callable[[Path], None]:
@@ -24,6 +27,10 @@ def weights(target: Path) -> str:
 
 def commit(target: Path, text: str) -> None:
     commit_checkpoint(target, write_text(text), kind="policy", template_sha256="sha256:t", training={"seed": 3})
+
+
+def void(_: object) -> None:
+    return None
 
 
 def fail_half_way(folder: Path) -> None:
@@ -49,36 +56,35 @@ def test_the_target_does_not_exist_while_its_first_content_is_written(tmp_path: 
 
 def test_a_write_that_raises_leaves_no_target_or_the_older_one_whole(tmp_path: Path) -> None:
     target = tmp_path / "policy"
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         commit_directory(target, fail_half_way)
     assert not target.exists()
     commit_directory(target, write_text("one"))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         commit_directory(target, fail_half_way)
     assert weights(target) == "one"
 
 
-def test_the_commit_after_a_failed_one_removes_what_it_left(tmp_path: Path) -> None:
+def test_a_commit_removes_what_a_killed_one_left_and_leaves_that_of_other_targets_alone(tmp_path: Path) -> None:
     target = tmp_path / "policy"
-    with pytest.raises(OSError, match="disk full"):
-        commit_directory(target, fail_half_way)
-    assert len(list(tmp_path.iterdir())) == 1
+    for killed in (".policy.partial-abc", ".policy-2.partial-abc"):
+        (tmp_path / killed).mkdir()
+        write_text("half")(tmp_path / killed)
     commit_directory(target, write_text("two"))
-    assert list(tmp_path.iterdir()) == [target]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".policy-2.partial-abc", "policy"]
 
 
-def test_a_commit_leaves_the_leftovers_of_other_targets_alone(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk full"):
-        commit_directory(tmp_path / "policy-2", fail_half_way)
-    commit_directory(tmp_path / "policy", write_text("one"))
-    assert len(list(tmp_path.iterdir())) == 2
+def test_a_failed_commit_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="disk full"):
+        commit_directory(tmp_path / "policy", fail_half_way)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_older_target_that_a_kill_left_aside_survives_a_failing_commit(tmp_path: Path) -> None:
     target = tmp_path / "policy"
     commit_directory(target, write_text("one"))
     target.rename(tmp_path / ".policy.partial-replaced")  # killed between the two renames of a replacing commit
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         commit_directory(target, fail_half_way)
     assert weights(target) == "one"
 
@@ -157,3 +163,29 @@ def test_a_missing_checkpoint_and_a_foreign_directory_are_told_apart(tmp_path: P
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     commit(tmp_path / "policy", "one")
     assert json.loads((tmp_path / "policy" / MANIFEST_NAME).read_text())["kind"] == "policy"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: (folder / "text").write_text("x" * 200_000),
+        lambda folder: torch.save({"weight": torch.zeros(100_000)}, folder / "engine.pt"),
+        lambda folder: save_file({"weight": torch.zeros(100_000)}, folder / "model.safetensors"),
+    ],
+    ids=["text", "torch", "safetensors"],
+)
+def test_storage_that_is_full_in_the_middle_of_a_commit_leaves_the_older_one_and_says_so(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    target = tmp_path / "checkpoint"
+    commit_directory(target, lambda folder: (folder / "text").write_text("older"))
+    with files_of_at_most(50_000), pytest.raises(StorageError, match=rf"{target} could not be written: .*What was committed before is as it was"):
+        commit_directory(target, lambda folder: void(write(folder)))
+    assert (target / "text").read_text() == "older"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"], "what was half written takes no room"
+
+
+def test_other_errors_of_a_writer_stay_what_they_are(tmp_path: Path) -> None:
+    def write(_: Path) -> None:
+        raise RuntimeError("the model is wrong")
+
+    with pytest.raises(RuntimeError, match="the model is wrong"):
+        commit_directory(tmp_path / "checkpoint", write)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from rm_robust.config_parts import OptimizerConfig
+from rm_robust.errors import StorageError
 from rm_robust.train_engine import DdpEngine
 from rm_robust.training_state import committed_steps, load_state, save_state
+from tests.full_storage import files_of_at_most
 
 
 def new_engine(seed: int = 0) -> DdpEngine:
@@ -71,7 +73,7 @@ def test_half_written_states_are_not_seen_and_are_removed_by_the_next_commit(tmp
             raise OSError("disk full")
 
     engine = FullDisk(nn.Linear(1, 1), optimizer=OptimizerConfig(), device=torch.device("cpu"))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         save_state(engine, tmp_path, 3)
     (tmp_path / ".step-0000003.partial-abc").mkdir()
     assert committed_steps(tmp_path) == []
@@ -82,3 +84,16 @@ def test_half_written_states_are_not_seen_and_are_removed_by_the_next_commit(tmp
 
 def test_there_is_nothing_to_resume_from_where_nothing_was_saved(tmp_path: Path) -> None:
     assert load_state(new_engine(), tmp_path / "nothing") == 0
+
+
+def test_storage_that_is_full_leaves_the_last_state_to_resume_from(tmp_path: Path) -> None:
+    engine = new_engine()
+    train(engine, range(2))
+    save_state(engine, tmp_path / "state", 2)
+    train(engine, range(2, 4))
+    with files_of_at_most(1_000), pytest.raises(StorageError, match="could not be written"):
+        save_state(engine, tmp_path / "state", 4)
+    resumed = new_engine(seed=1)
+    assert load_state(resumed, tmp_path / "state") == 2
+    whole, weights = train(new_engine(), range(4)), train(resumed, range(2, 4))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
