@@ -81,11 +81,13 @@ has-data:
 	@test -f "$(DATA)/human_pairs.parquet" || { echo "There is no human_pairs.parquet in '$(DATA)': name the folder of real preference data, DATA=…" >&2; exit 2; }
 
 # uv, because it can leave out a dependency (cpu-overrides.txt). It reads pip's find-links only when told; indexes it takes from UV_INDEX.
-lock:  ## resolve requirements/cpu.lock again (needs uv)
+lock:  ## resolve requirements/cpu.lock and gpu.lock again (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv, which can override a package's own requirements: pip install uv" >&2; exit 1; }
 	UV_FIND_LINKS="$$(pip config get global.find-links 2>/dev/null)" uv pip compile pyproject.toml --extra cpu --extra test \
 	    --override requirements/cpu-overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	    --no-header --no-annotate --quiet --output-file requirements/cpu.lock
+	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	    --no-header --no-annotate --quiet --output-file requirements/gpu.lock
 
 $(INSTALLED): pyproject.toml requirements/cpu.lock requirements/install.sh
 	@PYTHON="$(PYTHON)" requirements/install.sh $(EXTRA)

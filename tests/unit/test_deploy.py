@@ -1,5 +1,6 @@
 """deploy/*.yaml holds, and a wrong name, port, field, secret or version in it, or less security, is refused by the check that is for it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from serve.keys import KEYS_VARIABLE
 from tests.deploy_manifests import (
     CHECKS,
     KEY_HASH,
+    REPOSITORY,
     Fields,
     Manifests,
     check_config_fits,
@@ -33,6 +35,24 @@ from tests.deploy_manifests import (
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_the_manifests_hold(check: Callable[[Manifests], None]) -> None:
     check(load_manifests())
+
+
+SHIPPED = ("rm_robust", "serve", "pipelines", "deploy", "README.md", "Makefile", "cluster.yaml")
+TOKEN_OFF = re.compile(r"RAY_AUTH_MODE\W{1,6}(?:value\W{1,6})?disabled|authOptions\W+mode\W+disabled")
+
+
+def test_no_shipped_file_turns_the_token_off() -> None:
+    paths = [path for name in SHIPPED for path in ((REPOSITORY / name).rglob("*") if (REPOSITORY / name).is_dir() else [REPOSITORY / name])]
+    texts = {path: path.read_text() for path in paths if path.is_file() and "__pycache__" not in path.parts}
+    assert sum("RAY_AUTH_MODE" in text or "authOptions" in text for text in texts.values()) >= 5  # the three of deploy/, cluster.yaml, README
+    assert [str(path) for path, text in texts.items() if TOKEN_OFF.search(text)] == []
+
+
+@pytest.mark.parametrize(
+    "line", ["RAY_AUTH_MODE=disabled", 'os.environ["RAY_AUTH_MODE"] = "disabled"', "{name: RAY_AUTH_MODE, value: disabled}", "authOptions: {mode: disabled}"]
+)
+def test_a_line_that_turns_the_token_off_is_seen(line: str) -> None:
+    assert TOKEN_OFF.search(line)
 
 
 # Each of the following, done to a good set of files, is refused by the check that is named.

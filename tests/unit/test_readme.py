@@ -9,7 +9,7 @@ from serve.settings import ServiceSettings
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
-LISTED_FOLDERS = ("requirements", "pipelines", "rm_robust", "serve")
+LISTED_FOLDERS = ("requirements", "pipelines", "rm_robust", "serve", "deploy")
 """Folders whose files the tree names one by one."""
 
 
