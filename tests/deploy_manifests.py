@@ -6,6 +6,7 @@ and this project's settings. A check raises AssertionError, or what that code ra
 """
 
 import copy
+import functools
 import json
 import re
 import tomllib
@@ -36,7 +37,7 @@ KEY_HASH = "0" * 64
 KUBERNETES_KINDS = {"Namespace": "core.v1", "PersistentVolumeClaim": "core.v1", "NetworkPolicy": "networking.v1"}
 RAY_FILES = ("ray_cluster.yaml", "ray_job.yaml", "ray_service.yaml")
 OPEN_PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080, "serve": 8000}
-"""By the names under which KubeRay looks for them. Not 10001, Ray Client: nothing here uses it."""
+"""By the names under which KubeRay looks for them. Not 10001, Ray Client: nothing here uses it (newer KubeRay adds it to the head's Service by itself)."""
 OPERATOR_PORTS = {8265, 8000}
 SERVICE_DIFFERS_IN = {
     "proxy_location",
@@ -87,11 +88,18 @@ class Manifests:
 
 
 def load_manifests() -> Manifests:
+    """Fresh objects, for mutations to change; without YAML's aliases, which would be one object and change together."""
+    kubernetes, cluster, job, service = json.loads(parsed_files())
     text = (DEPLOY / "kubernetes.yaml").read_text()
     secrets = re.findall(r"^#   kubectl -n \S+ create secret generic (\S+) --from-(?:file|literal)=([\w.]+)=", text, re.MULTILINE)
-    # Through JSON: what is an anchor and its aliases in YAML would be one object here, and a mutation of the one would change the others.
-    cluster, job, service = (json.loads(json.dumps(yaml.safe_load((DEPLOY / name).read_text()))) for name in RAY_FILES)
-    return Manifests(list(yaml.safe_load_all(text)), cluster, job, service, set(secrets))
+    return Manifests(kubernetes, cluster, job, service, set(secrets))
+
+
+@functools.cache
+def parsed_files() -> str:
+    """As JSON. PyYAML takes longer over them than the checks do."""
+    kubernetes = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+    return json.dumps([kubernetes, *(yaml.safe_load((DEPLOY / name).read_text()) for name in RAY_FILES)])
 
 
 def pod_specs(ray_spec: Fields) -> list[Fields]:
@@ -147,9 +155,15 @@ def autoscaling_config(ray_spec: Fields) -> Fields:
     return config
 
 
+@functools.cache
+def parsed_cluster_yaml() -> Fields:
+    config: Fields = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
+    return config
+
+
 def check_resources(manifests: Manifests) -> None:
     """The groups are cluster.yaml's kinds of node, under the same names, in Ray's own reading; a pod leaves some of its machine to Kubernetes."""
-    cluster_yaml = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
+    cluster_yaml = parsed_cluster_yaml()
     kinds = cluster_yaml["available_node_types"]
     for ray_spec in manifests.ray_specs():
         assert ray_spec["enableInTreeAutoscaling"] is True
