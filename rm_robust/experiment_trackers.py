@@ -1,10 +1,11 @@
-"""Weights & Biases and MLflow, for those who set [tracking]: the metrics of metrics.jsonl, under the same names, one run of theirs a stage.
+"""Where metrics.jsonl's metrics go as well: Ray's Prometheus endpoint; Weights & Biases and MLflow, for those who set [tracking], one run of theirs a stage.
 
 A resumed stage goes on in the run that it began: both are found again by an identity made from the run directory and the stage.
 """
 
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ def check_trackers(config: TrackingConfig) -> None:
 
 
 def open_trackers(config: PipelineConfig, run_dir: Path, stage: str) -> list[MetricsSink]:
-    """Those that the config asks for. Call it where metrics are written: on rank 0 alone."""
+    """Those that the config asks for, and Ray's own metrics. Call it where metrics are written: on rank 0 alone."""
     identity = hashlib.sha256(f"{run_dir}/{stage}".encode()).hexdigest()[:32]
     sinks: list[MetricsSink] = []
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        from rm_robust.cluster_metrics import RayMetricsSink
+
+        sinks.append(RayMetricsSink(config.name))
     if config.tracking.wandb_project:
         settings = config.model_dump(mode="json")
         sinks.append(WandbSink(config.tracking.wandb_project, name=f"{config.name}/{stage}", identity=identity, run_dir=run_dir, settings=settings))

@@ -44,6 +44,12 @@ class Cluster:
         command = [address if part.startswith("--address=") else part for part in readme_command("ray start --address=HEAD:6379")]
         worker = self.launcher.command(*command, "--dashboard-agent-listen-port", agent_port, "--min-worker-port=0", "--max-worker-port=0", *options)
         self.workers.append(worker)
+
+        def is_up() -> bool:
+            assert worker.process.poll() is None, worker.output()
+            return "Ray runtime started" in worker.output()
+
+        wait_until(is_up, STAGE_DEADLINE_S, worker.output)  # two that start at once on one machine take each other's ports
         return worker
 
     def submit(self, *arguments: str) -> Running:

@@ -11,8 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_robust.chat import ChatFormat
+from rm_robust.cluster_metrics import gauge_name
 from tests.e2e.conftest import WITH_TWIN, Launcher, SmokeRun
-from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG
+from tests.e2e.pipeline_process import REPOSITORY, RUN_DEADLINE_S, SMOKE_CONFIG
 
 pytestmark = pytest.mark.timeout(RUN_DEADLINE_S + 120)
 
@@ -29,6 +30,15 @@ def metric_lines(run_dir: Path, stage: str) -> list[dict[str, float]]:
 def final_table(output: str) -> str:
     """What a pipeline prints last: the scenario table and the scores, to the report's path."""
     return output[output.index("scenario            metric") :].strip()
+
+
+def test_the_dashboard_asks_for_metrics_that_a_run_has(smoke_run: SmokeRun) -> None:
+    areas = {stage: metric_lines(smoke_run.run_dir, stage) for stage in ("sft", "reward_model", "rloo")}
+    keys = {key if key.startswith(f"{stage}/") else f"{stage}_{key}" for stage, lines in areas.items() for line in lines for key in line if "/" in key}
+    exported = {f"ray_{gauge_name(key)}" for key in (*keys, "sft/step", "reward_model/step", "rloo/step")}
+    asked = set(re.findall(r"ray_rm_robust_[a-z0-9_]+(?={)", (REPOSITORY / "deploy/grafana_dashboard.json").read_text()))
+    assert len(asked) > 15
+    assert asked <= exported
 
 
 def test_the_run_ends_well_and_says_so_on_the_terminal(smoke_run: SmokeRun) -> None:

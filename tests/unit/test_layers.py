@@ -33,6 +33,7 @@ LAYERS = [
     ],
     [
         "rm_robust.best_step",
+        "rm_robust.cluster_metrics",
         "rm_robust.compute",
         "rm_robust.config_loading",
         "rm_robust.rows",
