@@ -13,7 +13,6 @@ from rm_robust.run_layout import RunLayout
 from rm_robust.status import runs_in, seconds_a_step, status_lines, status_of
 
 SMOKE = Path("pipelines/configs/smoke.toml")
-NOW = time.time()
 
 
 def write_metrics(run_dir: Path, lines: list[dict[str, object]]) -> None:
@@ -23,12 +22,13 @@ def write_metrics(run_dir: Path, lines: list[dict[str, object]]) -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """SFT done, the reward model at step 30 of 50 with two seconds a step, of which one took a minute."""
+    now = time.time()
     folder = tmp_path / "runs" / "smoke"
     claim_run_dir(folder, load_config(SMOKE, []))
     for stage in ("world", "sft", "preferences"):
         RunLayout(folder).run_stage(stage, dict)
-    times = [NOW - 10 - 2 * (30 - step) - (60 if step < 25 else 0) for step in range(1, 31)]
-    lines: list[dict[str, object]] = [{"stage": "sft", "step": 9, "num_steps": 9, "time": NOW - 500, "sft/loss": 1.5}]
+    times = [now - 10 - 2 * (30 - step) - (60 if step < 25 else 0) for step in range(1, 31)]
+    lines: list[dict[str, object]] = [{"stage": "sft", "step": 9, "num_steps": 9, "time": now - 500, "sft/loss": 1.5}]
     lines += [
         {"stage": "reward_model", "step": step, "num_steps": 50, "time": at, "reward_model/loss": 1 / step, "reward_model/accuracy": 0.7}
         for step, at in enumerate(times, start=1)
@@ -56,7 +56,7 @@ def test_a_stage_that_the_config_leaves_out_is_not_listed(tmp_path: Path) -> Non
 
 def test_one_step_alone_has_no_pace_and_a_run_before_its_first_step_has_none_left(run_dir: Path) -> None:
     assert seconds_a_step([{"time": 1.0}]) is None
-    write_metrics(run_dir, [{"stage": "reward_model", "step": 1, "time": NOW}])
+    write_metrics(run_dir, [{"stage": "reward_model", "step": 1, "time": time.time()}])
     (training,) = [own for own in status_of(run_dir) if own.stage == "reward_model"]
     assert (training.step, training.num_steps, training.seconds_left) == (1, None, None)
 
