@@ -14,7 +14,7 @@ INSTALLED := .venv/.installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install demo test test-all test-compat test-cluster lint serve bench-training bench-scoring bench-evaluation bench-rloo bench-memory study-rloo study study-quick has-data lock
+.PHONY: help install demo test test-all test-compat test-cluster lint serve bench-training bench-scoring bench-evaluation bench-rloo bench-memory bench-scaling check-scaling study-rloo study study-quick has-data lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -67,6 +67,12 @@ bench-rloo: .venv/.installed-bench  ## RLOO steps against TRL, overlap, engines,
 
 bench-memory: $(INSTALLED)  ## peak memory of training against the longest completion in the data
 	python -m tests.bench.memory
+
+bench-scaling: $(INSTALLED)  ## this machine's rates and small runs, for docs/SCALING.md: within 10 minutes, on a machine that does nothing else
+	python -m tests.bench.scaling
+
+check-scaling: $(INSTALLED)  ## docs/SCALING.md's formulas against what was measured; fails where one misses a factor of two
+	python -m rm_robust.scaling --check
 
 study-rloo: $(INSTALLED)  ## RLOO with and without lag, and a reward model made to be over-optimised: three seeds each (an hour on 2 cores)
 	python -m tests.bench.rloo_study

@@ -1,0 +1,339 @@
+"""This machine's rates, and small runs that docs/SCALING.md's formulas are held against. `make bench-scaling` runs it, on a machine that does nothing else.
+
+    python -m tests.bench.scaling                 writes docs/scaling_measured.json, and makes the tables of docs/SCALING.md again
+    python -m tests.bench.scaling --quick --to /tmp/x.json      a few steps of everything, to see that it works
+
+Rates: of a process alone, for one thread and for two, and of an engine with the policy of 0.3 M parameters. Runs: the stages of tiny_cpu, shortened, as
+`pipelines/full_rlhf.py` runs them; peak memory of training; weight updates of 20 M and 100 M parameters. Figures are medians.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from rm_robust.config import ModelConfig
+from rm_robust.config_parts import OptimizerConfig
+from rm_robust.packing import Layout
+from rm_robust.records import GenerationRequest, PreferencePair, TokenGroup
+from rm_robust.reward_model.losses import ObjectiveSettings
+from rm_robust.reward_model.model import PackedRewardModel, new_reward_model
+from rm_robust.reward_model.objectives import Objective
+from rm_robust.reward_model.step import StepSettings, reward_model_step
+from rm_robust.run_layout import RunLayout
+from rm_robust.scaling.__main__ import check, update_docs
+from rm_robust.scaling.measured import Measurements
+from rm_robust.scaling.tables import MEASURED
+from rm_robust.sft.from_scratch import make_tokenizer, save_base_model
+from rm_robust.token_files import read_token_groups
+from rm_robust.tracking import read_metrics, write_json_atomic
+from rm_robust.train_engine import DdpEngine
+from tests.bench import memory as memory_bench
+from tests.bench import weight_sync
+from tests.tiny_models import save_qwen2, sized_qwen2_config
+
+CONFIG = "pipelines/configs/tiny_cpu.toml"
+SHORTER = {"sft.num_epochs": 1, "reward_model.num_epochs": 1, "rloo.num_steps": 24, "world.num_training_prompts": 6000, "rloo.evaluation.every_steps": 0}
+"""Of the config, `--set`: enough steps for a median."""
+QUICK = {"sft.num_epochs": 0.1, "reward_model.num_epochs": 0.2, "rloo.num_steps": 6, "world.num_training_prompts": 1500, "rloo.evaluation.every_steps": 0}
+NUM_SKIPPED_STEPS = 3
+"""The first ones of a stage fetch memory and start threads."""
+MATMUL = (1024, 256, 256)
+"""As large as a tiny model's."""
+LONG_FLOATS = 32 * 2**20
+"""128 MiB each: no cache holds them."""
+SHORT_FLOATS = 2**20
+"""4 MiB: a layer of a tiny model keeps more than one core's cache holds."""
+REORDERED = 4096
+"""Rows and columns."""
+ENGINE_THREADS = 2
+NUM_DECODED = 32
+MANY_SEQUENCES = 64
+MEMORY_MODELS = {
+    "5.2 M": memory_bench.MODEL,
+    "20 M": ModelConfig(hidden_size=384, intermediate_size=1536, num_layers=6, num_heads=6, num_kv_heads=6, vocab_size=16384),
+}
+UPDATE_MODELS = {
+    "20 M": MEMORY_MODELS["20 M"],
+    "100 M": ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=8, num_heads=12, num_kv_heads=12, vocab_size=32768),
+}
+MEMORY_TOKENS = 2048
+MIB = 2**20
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["rates"]:
+        print(json.dumps(rates(int(sys.argv[2]))))
+        return
+    if sys.argv[1:2] == ["memory"]:
+        print(trainer_peak_mib(MEMORY_MODELS[sys.argv[2]], Path(sys.argv[3])))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--to", type=Path, default=MEASURED, help="default: %(default)s, and the tables of the documents are made again")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:
+        found = measure(Path(scratch), is_quick=arguments.quick)
+    found["source"] = f"measured by `make bench-scaling`; load before it {load:.1f}."
+    write_json_atomic(arguments.to, json.loads(Measurements.model_validate(found).model_dump_json()))
+    if arguments.to == MEASURED:
+        update_docs(Path.cwd())
+        sys.exit(check(Path.cwd()))
+
+
+def measure(scratch: Path, *, is_quick: bool) -> dict[str, Any]:
+    """Everything, as Measurements has it, but its source."""
+    progress("rates")
+    calibrations = [json.loads(in_own_process("rates", str(count))) for count in (1, 2)]
+    progress("weight updates, and an engine's steps")
+    engine, updates = engine_and_updates(scratch, num_rounds=2 if is_quick else 7)
+    progress("memory")
+    memory = memory_runs(scratch)
+    progress("the stages of tiny_cpu")
+    training, tiny_update = stage_runs(scratch / "run", QUICK if is_quick else SHORTER)
+    machine = f"{os.cpu_count()} CPU cores ({cpu_name()}), no GPU, torch {torch.__version__}"
+    return {
+        "machine": machine,
+        "is_calibrated": True,
+        "calibrations": calibrations,
+        "engine": engine,
+        "training": training,
+        "memory": memory,
+        "updates": [*updates, tiny_update],
+    }
+
+
+def rates(num_threads: int) -> dict[str, float]:
+    """Of this process: as Calibration has them."""
+    torch.set_num_threads(num_threads)
+    rows, inner, columns = MATMUL
+    left, right = torch.randn(rows, inner), torch.randn(inner, columns)
+    long, short = torch.ones(LONG_FLOATS), torch.ones(SHORT_FLOATS)
+    matrix = torch.ones(REORDERED, REORDERED)
+    long_sum, reordered, one = torch.empty_like(long), torch.empty_like(matrix), torch.ones(2)
+    calls: list[Callable[[], object]] = [lambda: one + one, lambda: one[1:]]
+    return {
+        "num_threads": num_threads,
+        "matmul_flops_per_s": 2 * rows * inner * columns / seconds_of(lambda: left @ right, repeats=200),
+        "memory_bytes_per_s": 3 * 4 * LONG_FLOATS / seconds_of(lambda: torch.add(long, long, out=long_sum), repeats=3),
+        "activation_bytes_per_s": 3 * 4 * SHORT_FLOATS / seconds_of(lambda: short + short, repeats=100),
+        "reorder_bytes_per_s": 2 * 4 * REORDERED**2 / seconds_of(lambda: reordered.copy_(matrix.t()), repeats=2),
+        "kernel_s": fmean(seconds_of(call, repeats=20_000) for call in calls),
+    }
+
+
+def seconds_of(call: Callable[[], object], *, repeats: int) -> float:
+    """Median of rounds, each the mean of `repeats` calls; the first round does not count."""
+    rounds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        rounds.append((time.perf_counter() - started) / repeats)
+    return median(rounds[1:])
+
+
+def engine_and_updates(scratch: Path, *, num_rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """An engine's own costs, from the policy of 0.3 M parameters, and the updates of larger ones."""
+    import ray
+    from ray import cloudpickle
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    for module in (weight_sync, sys.modules[__name__]):
+        cloudpickle.register_pickle_by_value(module)  # workers cannot import these files
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=str(scratch))
+    step_s, token_s = engine_step_seconds(scratch / "engine")
+    small = weight_sync.compare("0.3 M", is_tied=True, num_rounds=num_rounds, folder=scratch / "small")
+    update_s = median(small.load_s)
+    updates = []
+    for size, model in UPDATE_MODELS.items():
+        found = weight_sync.compare(size, is_tied=True, num_rounds=num_rounds, folder=scratch / size.replace(" ", ""))
+        for kind, seconds in (("loaded", found.load_s), ("confirmed", found.update_s)):
+            updates.append({"name": f"weight update, {size} tied, {kind}", "model": model.model_dump(), "kind": kind, "measured": median(seconds)})
+    ray.shutdown()
+    return {"step_s": step_s, "token_s": token_s, "update_s": update_s, "probe_s": median(small.update_s) - update_s}, updates
+
+
+def engine_step_seconds(folder: Path) -> tuple[float, float]:
+    """A decoding step, and what each sequence adds: from steps of one sequence and of many."""
+    import ray
+
+    from rm_robust.rloo.vllm_engine import RolloutEngine, cpu_environment
+
+    save_qwen2(folder, sized_qwen2_config("0.3 M", tie_word_embeddings=True))
+    engine: Any = (
+        ray.remote(RolloutEngine)
+        .options(runtime_env={"env_vars": cpu_environment(ENGINE_THREADS)})
+        .remote(
+            model_dir=str(folder),
+            dtype="float32",
+            max_model_len=256,
+            seed=0,
+            device="cpu",
+            kv_cache_memory_bytes=64 * MIB,
+            max_num_seqs=2 * MANY_SEQUENCES,
+            weight_transfer_backend="gloo",
+            tensor_parallel_size=1,
+        )
+    )
+    trainer: Any = ray.remote(weight_sync.Trainer).options(runtime_env={"env_vars": weight_sync.TRAINER_ENVIRONMENT}).remote(str(folder), engine)
+    ray.get(trainer.update.remote(0))
+    one_s, many_s = (
+        median(ray.get(engine.__ray_call__.remote(timed_generation, num_prompts, num_each)) for _ in range(7))
+        for num_prompts, num_each in ((1, 1), (MANY_SEQUENCES // 4, 4))
+    )
+    for actor in (engine, trainer):
+        ray.kill(actor)
+    token_s = (many_s - one_s) / NUM_DECODED / (MANY_SEQUENCES - 1)
+    return one_s / NUM_DECODED - token_s, token_s
+
+
+def timed_generation(engine: Any, num_prompts: int, num_each: int) -> float:
+    """Seconds in the engine's own process; no token stops a completion."""
+    requests = [GenerationRequest(str(i), [3 + i, 4, 5, 6], num_each, NUM_DECODED, 1.0, 1.0, [], seed=i) for i in range(num_prompts)]
+    started = time.perf_counter()
+    for _ in engine.generate(requests):
+        pass
+    return time.perf_counter() - started
+
+
+def memory_runs(scratch: Path) -> list[dict[str, Any]]:
+    """Resident memory of trainers of their own: of the activations alone, and of all that training needs."""
+    base = scratch / "packed"
+    save_base_model(base, memory_bench.MODEL, make_tokenizer(["a b c"], vocab_size=300), seed=0)
+    (way,) = (name for name, (layout, _) in memory_bench.WAYS.items() if layout is Layout.SEGMENTS)
+    peak = median(memory_bench.in_own_process(way, length, str(base)) for length in memory_bench.LENGTHS[:3])
+    found = [memory_run(f"activations of {MEMORY_TOKENS:,} tokens, 5.2 M reward model", memory_bench.MODEL, peak, includes_states=False)]
+    for size, model in MEMORY_MODELS.items():
+        folder = scratch / f"memory{size.replace(' ', '')}"
+        save_qwen2_of(folder, model)
+        peak = float(in_own_process("memory", size, str(folder)))
+        found.append(memory_run(f"states and activations of {MEMORY_TOKENS:,} tokens, {size} reward model", model, peak, includes_states=True))
+    return found
+
+
+def memory_run(name: str, model: ModelConfig, measured: float, *, includes_states: bool) -> dict[str, Any]:
+    return {"name": name, "model": model.model_dump(), "num_tokens": MEMORY_TOKENS, "includes_states": includes_states, "measured": measured}
+
+
+def save_qwen2_of(folder: Path, model: ModelConfig) -> None:
+    """With the vocabulary that the config says, which a tokenizer of a small text would not reach."""
+    from transformers import Qwen2Config
+
+    save_qwen2(
+        folder,
+        Qwen2Config(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_heads,
+            num_key_value_heads=model.num_kv_heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+        ),
+    )
+
+
+def trainer_peak_mib(model: ModelConfig, folder: Path) -> float:
+    """Peak of this process in three steps of MEMORY_TOKENS, above what it held after a step of a tiny model had loaded the libraries."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as tiny:
+        save_qwen2(Path(tiny), sized_qwen2_config("0.3 M", tie_word_embeddings=True))
+        train(Path(tiny), num_pairs=1, num_steps=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    train(folder, num_pairs=MEMORY_TOKENS // (64 + 2 * 32), num_steps=3)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MIB
+
+
+def train(folder: Path, *, num_pairs: int, num_steps: int) -> None:
+    rng = Random(0)
+    packed = PackedRewardModel(new_reward_model(folder, pad_id=0, seed=0), Layout.SEGMENTS)
+    engine = DdpEngine(packed, optimizer=OptimizerConfig(), device=torch.device("cpu"))
+    settings = StepSettings(ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), MEMORY_TOKENS, pad_id=0)
+    for _ in range(num_steps):
+        texts = [[[rng.randrange(3, 250) for _ in range(count)] for count in (64, 32, 32)] for _ in range(num_pairs)]
+        pairs = [PreferencePair(TokenGroup(prompt, both)) for prompt, *both in texts]
+        reward_model_step(engine, pairs, settings, model=packed, device=torch.device("cpu"))
+        engine.step(1e-4)
+
+
+def stage_runs(run_dir: Path, changes: dict[str, float]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Median steps of each stage, and the policy's weight updates, of a run of its own."""
+    overrides = [f"--set={name}={value}" for name, value in {**changes, "reward_model.bt_twin": "false"}.items()]
+    command = [sys.executable, "pipelines/full_rlhf.py", "--config", CONFIG, "--run-dir", str(run_dir), *overrides]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}  # this process has set it for its own cluster
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    return stage_figures(run_dir)
+
+
+def stage_figures(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """From the files of a finished run of tiny_cpu."""
+    layout = RunLayout(run_dir)
+    vocab_size = json.loads((layout.sft_checkpoint / "config.json").read_text())["vocab_size"]
+    sft, pairs = (read_token_groups(folder) for folder in (layout.sft_tokens / "scenario=sft", layout.preference_tokens / "scenario=train"))
+    prompts = read_token_groups(layout.rloo_prompts / "scenario=rloo_prompts")
+    prompt_tokens = fmean(len(row.tokens.prompt_ids) for row in prompts)
+    sampled = of_stage(run_dir, "rloo", "rloo/completion_tokens_mean")
+
+    def run(name: str, kind: str, num_threads: int, prompt: float, completion: float, seconds: float) -> dict[str, Any]:
+        lengths = {"vocab_size": vocab_size, "prompt_tokens": prompt, "completion_tokens": completion}
+        return {"name": name, "kind": kind, "config": CONFIG, "num_threads": num_threads, **lengths, "measured": seconds}
+
+    found = [
+        run(f"{title} step, tiny_cpu, 2 workers", f"{stage}_step", 1, *mean_lengths(rows), of_stage(run_dir, stage, "time/step_s"))
+        for title, stage, rows in (("reward-model", "reward_model", pairs), ("SFT", "sft", sft))
+    ]
+    for part in ("generate", "measure", "update"):
+        found.append(run(f"RLOO {part}, tiny_cpu", f"rloo_{part}", 2, prompt_tokens, sampled, of_stage(run_dir, "rloo", f"time/{part}_s")))
+    update = {
+        "name": "weight update, tiny_cpu, confirmed (time/weight_sync_s)",
+        "model": {"vocab_size": vocab_size},
+        "kind": "confirmed",
+        "measured": of_stage(run_dir, "rloo", "time/weight_sync_s"),
+    }
+    return found, update
+
+
+def mean_lengths(rows: list[Any]) -> tuple[float, float]:
+    """Tokens of a prompt, and of a completion."""
+    return fmean(len(row.tokens.prompt_ids) for row in rows), fmean(len(ids) for row in rows for ids in row.tokens.completion_ids)
+
+
+def of_stage(run_dir: Path, stage: str, key: str) -> float:
+    """Median of a metric over a stage's steps but the first ones."""
+    return median(float(line[key]) for line in read_metrics(run_dir, stage)[NUM_SKIPPED_STEPS:] if key in line)
+
+
+def in_own_process(*arguments: str) -> str:
+    """The last line that this file prints when it is called so."""
+    done = subprocess.run([sys.executable, "-m", "tests.bench.scaling", *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()[-1]
+
+
+def cpu_name() -> str:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else "unknown"
+
+
+def progress(message: str) -> None:
+    print(f"[{time.perf_counter() - STARTED_S:4.0f} s] {message}", flush=True)
+
+
+STARTED_S = time.perf_counter()
+
+if __name__ == "__main__":
+    main()
