@@ -1,7 +1,7 @@
 """What runs on a machine took, beside what the formulas say of them from that machine's few calibrated rates. `tests/bench/scaling.py` writes the file.
 
-The rates are measured apart from the runs: a matrix product, additions of long, short and tiny vectors, a transposed copy, and steps and a weight update of an
-engine with another, smaller model. None is fitted to a line of the table.
+The rates are measured apart from the runs: a matrix product, an addition of long vectors, a gated activation, a transposed copy, a chain of tiny modules,
+and steps and a weight update of an engine with another, smaller model. None is fitted to a line of the table.
 """
 
 import json
@@ -33,11 +33,11 @@ class Calibration(Section):
     memory_bytes_per_s: float = Field(gt=0)
     """Read and written by an addition of vectors that no cache holds."""
     activation_bytes_per_s: float = Field(gt=0)
-    """The same of vectors as large as a tiny model's activations, into memory that is allocated for it."""
+    """The same of a gated activation and its gradient, of vectors as large as a tiny model's."""
     reorder_bytes_per_s: float = Field(gt=0)
     """Read and written by a copy of a transposed matrix."""
     kernel_s: float = Field(gt=0)
-    """An addition of two numbers, and a view of them: their mean."""
+    """A module of one operator on two numbers, or its gradient."""
 
 
 class EngineCalibration(Section):

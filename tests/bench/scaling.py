@@ -4,7 +4,8 @@
     python -m tests.bench.scaling --quick --to /tmp/x.json      a few steps of everything, to see that it works
 
 Rates: of a process alone, for one thread and for two, and of an engine with the policy of 0.3 M parameters. Runs: the stages of tiny_cpu, shortened, as
-`pipelines/full_rlhf.py` runs them; peak memory of training; weight updates of 20 M and 100 M parameters. Figures are medians.
+`pipelines/full_rlhf.py` runs them; peak memory of training; weight updates of 20 M and 100 M parameters. Figures are medians. Runs of other benches stay
+in the file.
 """
 
 import argparse
@@ -55,6 +56,10 @@ LONG_FLOATS = 32 * 2**20
 """128 MiB each: no cache holds them."""
 SHORT_FLOATS = 2**20
 """4 MiB: a layer of a tiny model keeps more than one core's cache holds."""
+GATED_PASSES = 17
+"""Over such vectors, of silu(gate) * up + residual and its gradient: 2 + 3 + 3 forward, 6 of the product and 3 of silu backward."""
+CHAIN = 100
+"""Modules of one tiny operator each."""
 REORDERED = 4096
 """Rows and columns."""
 ENGINE_THREADS = 2
@@ -86,11 +91,19 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:
         found = measure(Path(scratch), is_quick=arguments.quick)
-    found["source"] = f"measured by `make bench-scaling`; load before it {load:.1f}."
+    found["source"] = f"`make bench-scaling`, load before it {load:.1f}; its runs, and those of other benches on this machine (docs/BENCHMARKS.md)."
+    keep_other_runs(found, json.loads(MEASURED.read_text()))
     write_json_atomic(arguments.to, json.loads(Measurements.model_validate(found).model_dump_json()))
     if arguments.to == MEASURED:
         update_docs(Path.cwd())
         sys.exit(check(Path.cwd()))
+
+
+def keep_other_runs(found: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Add what other benches measured, and this one does not."""
+    for kind in ("training", "memory", "updates"):
+        names = {run["name"] for run in found[kind]}
+        found[kind] += [run for run in earlier[kind] if run["name"] not in names]
 
 
 def measure(scratch: Path, *, is_quick: bool) -> dict[str, Any]:
@@ -116,21 +129,25 @@ def measure(scratch: Path, *, is_quick: bool) -> dict[str, Any]:
 
 
 def rates(num_threads: int) -> dict[str, float]:
-    """Of this process: as Calibration has them."""
+    """Of this process: as Calibration has them. Operators beside matrix products run as training runs them, with their gradients."""
     torch.set_num_threads(num_threads)
     rows, inner, columns = MATMUL
     left, right = torch.randn(rows, inner), torch.randn(inner, columns)
-    long, short = torch.ones(LONG_FLOATS), torch.ones(SHORT_FLOATS)
-    matrix = torch.ones(REORDERED, REORDERED)
-    long_sum, reordered, one = torch.empty_like(long), torch.empty_like(matrix), torch.ones(2)
-    calls: list[Callable[[], object]] = [lambda: one + one, lambda: one[1:]]
+    long, other, total = (torch.ones(LONG_FLOATS) for _ in range(3))
+    matrix, reordered = torch.ones(REORDERED, REORDERED), torch.empty(REORDERED, REORDERED)
+    gate, up, residual = (torch.randn(SHORT_FLOATS, requires_grad=True) for _ in range(3))
+    gradient = torch.ones(SHORT_FLOATS)
+    chain, tiny = torch.nn.Sequential(*(torch.nn.SiLU() for _ in range(CHAIN))), torch.ones(2, requires_grad=True)
     return {
         "num_threads": num_threads,
         "matmul_flops_per_s": 2 * rows * inner * columns / seconds_of(lambda: left @ right, repeats=200),
-        "memory_bytes_per_s": 3 * 4 * LONG_FLOATS / seconds_of(lambda: torch.add(long, long, out=long_sum), repeats=3),
-        "activation_bytes_per_s": 3 * 4 * SHORT_FLOATS / seconds_of(lambda: short + short, repeats=100),
+        "memory_bytes_per_s": 3 * 4 * LONG_FLOATS / seconds_of(lambda: torch.add(long, other, out=total), repeats=3),
+        "activation_bytes_per_s": GATED_PASSES
+        * 4
+        * SHORT_FLOATS
+        / seconds_of(lambda: torch.autograd.grad(torch.nn.functional.silu(gate) * up + residual, (gate, up, residual), gradient), repeats=10),
         "reorder_bytes_per_s": 2 * 4 * REORDERED**2 / seconds_of(lambda: reordered.copy_(matrix.t()), repeats=2),
-        "kernel_s": fmean(seconds_of(call, repeats=20_000) for call in calls),
+        "kernel_s": seconds_of(lambda: torch.autograd.grad(chain(tiny).sum(), tiny), repeats=20) / (2 * CHAIN),
     }
 
 
