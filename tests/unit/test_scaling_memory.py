@@ -1,5 +1,6 @@
 """Memory of a trainer against hand counts, and the activations against what torch keeps."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,10 +75,22 @@ def test_the_peak_of_a_policy_is_the_hand_count() -> None:
     assert found.peak_bytes == found.training_bytes
 
 
-def test_loading_is_the_peak_of_a_model_on_many_devices() -> None:
-    found = trainer_memory(Trained(SMALL, P, P), NOTHING, strategy=StrategyConfig(kind="fsdp2"), compute=ComputeConfig(), num_devices=10**6, overhead_bytes=0)
-    assert found.loading_bytes == 4000
-    assert found.peak_bytes == max(4000, found.training_bytes)
+def test_loading_is_the_peak_of_a_deep_model_on_many_devices() -> None:
+    """50 layers of 920 and 110 beside them: two layers at work are far less than the whole float32 model."""
+    deep = replace(SMALL, num_layers=50)
+    number = 50 * 920 + 110
+    found = trainer_memory(
+        Trained(deep, number, number), NOTHING, strategy=StrategyConfig(kind="fsdp2"), compute=ComputeConfig(), num_devices=10**6, overhead_bytes=7
+    )
+    assert found.training_bytes < found.peak_bytes == 4 * number + 7
+
+
+def test_an_update_needs_a_value_of_each_weight_of_the_shard() -> None:
+    """Without activations it is the height of a step; FSDP2 holds a quarter of 16 bytes a weight on 4 devices, DDP all of them."""
+    for strategy, shard, gathered in [(StrategyConfig(kind="ddp"), P, 4 * P), (StrategyConfig(kind="fsdp2", cpu_offload=False), P / 4, None)]:
+        found = trainer_memory(Trained(SMALL, P, P), NOTHING, strategy=strategy, compute=ComputeConfig(), num_devices=4, overhead_bytes=0)
+        assert found.update_bytes == 4 * shard
+        assert found.training_bytes == 16 * shard + max(4 * shard, found.gathered_bytes if gathered is None else gathered)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -10,14 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rm_robust.config import ModelConfig, RewardModelConfig
+from rm_robust.config import LoraConfig, ModelConfig, RewardModelConfig
 from rm_robust.config_parts import ComputeConfig, StrategyConfig, WorkersConfig
 from rm_robust.packing import Layout, PackedBatch, lay_out
 from rm_robust.policy_model import PackedPolicy
 from rm_robust.records import TokenGroup
+from rm_robust.reward_model.objectives import Objective
 from rm_robust.scaling.hardware import GPUS
 from rm_robust.scaling.memory import Trained
-from rm_robust.scaling.plans import Lengths, reward_model_plan
+from rm_robust.scaling.plans import Lengths, adapter_parameters, reward_model_plan
 from rm_robust.scaling.shapes import ModelShape, shape_of_config
 from rm_robust.scaling.training import Passes, Tokens, compute_seconds, forward_flops, layer_calls, passes_of_step, sent_bytes, step_flops, step_seconds
 
@@ -162,3 +163,25 @@ def test_a_reward_models_hours_are_its_flops_over_what_the_gpus_do() -> None:
     flops = 6 * 500 * SHAPE.num_layers * (SHAPE.matrix_parameters_per_layer + 2 * lengths.visible(2) * SHAPE.query_width)
     assert plan.device_hours(1e6) == pytest.approx(1e6 * flops / (0.5 * 989e12) / 3600)
     assert plan.tokens_per_s == pytest.approx(8 * 0.5 * 989e12 / (flops / 500))
+
+
+def test_a_coupled_objective_gathers_the_weights_once_more_in_every_micro_batch() -> None:
+    """512 pairs of 500 tokens on 8 GPUs are 4 micro-batches: 4 passes over the weights in place of 3, and as many FLOPs more."""
+    settings = RewardModelConfig(batch_size=512, workers=WorkersConfig(num_workers=8), strategy=StrategyConfig(kind="fsdp2"))
+    coupled, single = (
+        reward_model_plan(settings.model_copy(update={"objective": objective}), SHAPE, Lengths(100, 200), GPUS["h100"])
+        for objective in (Objective.BATCH_SUM_TO_ZERO, Objective.BRADLEY_TERRY)
+    )
+    assert coupled.sent_bytes / single.sent_bytes == pytest.approx(4 / 3)
+    assert coupled.flops / single.flops == pytest.approx(4 / 3)
+    assert single.sent_bytes == pytest.approx(4 * 3 * 4 * SHAPE.reward_model_parameters * 7 / 8)
+
+
+def test_adapters_need_two_thirds_of_the_arithmetic_and_little_traffic() -> None:
+    """4 FLOPs a frozen weight and token in place of 6, as compute.flops_per_token counts them; gradients of the adapters alone are sent."""
+    settings = RewardModelConfig(objective="bt", workers=WorkersConfig(num_workers=2))
+    whole, adapted = (
+        reward_model_plan(settings.model_copy(update={"lora": lora}), SHAPE, Lengths(100, 200), GPUS["h100"]) for lora in (None, LoraConfig(rank=2))
+    )
+    assert adapted.flops / whole.flops == pytest.approx(2 / 3)
+    assert adapted.sent_bytes == 4 * adapter_parameters(SHAPE, LoraConfig(rank=2))
