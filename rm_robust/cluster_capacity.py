@@ -106,14 +106,15 @@ def find_node_types() -> list[NodeType] | None:
     alive = [NodeType(node["NodeName"], _for_work(node["Resources"]), 1) for node in ray.nodes() if node["Alive"]]
     path = autoscaler_config()
     if path is None:
-        return None if "KUBERNETES_SERVICE_HOST" in os.environ else alive
+        return None if "KUBERNETES_SERVICE_HOST" in os.environ else [node for node in alive if node.resources]
     config = yaml.safe_load(path.read_text())
     head, types = config.get("head_node_type"), config["available_node_types"]
     most = float(config.get("max_workers", math.inf))
-    return [
+    limits = [
         NodeType(name, _for_work(own.get("resources", {})), 1 if name == head else min(most, float(own.get("max_workers", most))))
         for name, own in types.items()
     ]
+    return [node for node in limits if node.resources]
 
 
 def autoscaler_config() -> Path | None:

@@ -28,6 +28,8 @@ from serve.routes import score_reply, scoring_api
 from serve.scorer import Refusal
 from serve.settings import ModelSettings, ServiceSettings, checked_service
 
+FRONT_CPUS = 0.01
+"""It waits for replicas most of the time; but it is work, which a head that offers no CPU is not to do."""
 SPARE_S = 5.0
 """A front that ends first answers what it has begun."""
 FRONT_BEYOND_LIMITS = 1000
@@ -86,7 +88,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def service_app(settings: ServiceSettings) -> Application:
-    """Every model behind one front. The front asks for no CPU of its own.
+    """Every model behind one front.
 
     Raises ConfigError for settings without keys that do not say insecure_no_auth.
     """
@@ -98,7 +100,7 @@ def service_app(settings: ServiceSettings) -> Application:
         max_ongoing_requests=num_accepted,
         user_config={"version": 0},
         graceful_shutdown_timeout_s=settings.limits.request_timeout_s + SPARE_S,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": FRONT_CPUS},
         **SHARED_OPTIONS,
     )(FrontReplica)
     # The front knows a model by its settings, but a change of checkpoint alone must leave the front as it is: it learns of that from the replicas.
