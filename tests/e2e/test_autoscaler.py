@@ -17,14 +17,16 @@ from tests.e2e.ray_cluster import Cluster, free_ports, ray_cluster
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * RUN_DEADLINE_S)]
 
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+HEAD_TYPE = "ray.head.default"
+"""Both as the fake provider has them."""
 IDLE_S = 12
 KINDS = {
     "data": {"CPU": 2, "data": 2},
-    "trainer": {"CPU": 2, "trainer": 2},
-    "rollout": {"CPU": 1, "rollout": 1},
-    "serving": {"CPU": 1, "serving": 2},
+    "trainer": {"CPU": 2, "GPU": 2, "trainer": 2},
+    "rollout": {"CPU": 1, "GPU": 1, "rollout": 1},
+    "serving": {"CPU": 1, "GPU": 2, "serving": 2},
 }
-"""As in cluster.yaml, without GPUs."""
+"""As in cluster.yaml. The GPUs are numbers that nobody uses: the autoscaler starts such nodes only for those who ask for something that they have."""
 SETTINGS = (
     "sft.workers.resources_per_worker={trainer=1}",
     "reward_model.workers.resources_per_worker={trainer=1}",
@@ -65,8 +67,8 @@ def autoscaler_settings(gcs_address: str) -> dict[str, object]:
             "head_node_id": HEAD_ID,
             "gcs_address": gcs_address,
         },
-        "available_node_types": {"head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, **workers},
-        "head_node_type": "head",
+        "available_node_types": {HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, **workers},
+        "head_node_type": HEAD_TYPE,
         "file_mounts": {},
         "file_mounts_sync_continuously": False,
         "auth": {},
@@ -113,8 +115,7 @@ def test_every_stage_brings_its_kind_of_node_and_all_go_again(watched: Watched) 
     most = {kind: max(count[kind] for count in watched.counts()) for kind in KINDS}
     assert all(1 <= count <= 2 for count in most.values()), most
     first = {kind: next(index for index, count in enumerate(watched.counts()) if count[kind]) for kind in KINDS}
-    assert first["trainer"] < first["serving"], "nodes for serving come when RLOO wants them, not before"
-    assert first["trainer"] < first["rollout"]
+    assert first["data"] < first["trainer"] < min(first["serving"], first["rollout"]), "a kind of node comes when a stage wants it, not before"
     wait_until(lambda: watched.counts()[-1] == dict.fromkeys(KINDS, 0), 10 * IDLE_S, lambda: f"still there: {watched.counts()[-1]}")
 
 
