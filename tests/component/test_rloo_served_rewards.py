@@ -126,7 +126,7 @@ def test_a_reward_model_that_is_busy_for_twenty_seconds_is_waited_for(tmp_path: 
 def served_run(folder: Path, **rloo: Any) -> Run:
     """One that has come to its RLOO stage, which serves the proxy and a gold checkpoint itself."""
     replica = {"num_cpus": 0.1, "num_threads": 1}
-    services = {"port": 0, "gold": str(save_tiny_reward_model(folder / "gold", seed=1)), "proxy_replica": replica, "gold_replica": replica}
+    services = {"gold": str(save_tiny_reward_model(folder / "gold", seed=1)), "proxy_replica": replica, "gold_replica": replica}
     config = rloo_config(folder, **rloo)
     config = type(config).model_validate(config.model_dump() | {"serve": services})
     run_dir = rloo_run_dir(config, folder / "run")

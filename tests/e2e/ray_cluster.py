@@ -1,5 +1,7 @@
 """Ray as the README starts it, with ports of a test's own: a head, workers beside it on the same machine, and jobs submitted to it."""
 
+import json
+import os
 import re
 import shlex
 import signal
@@ -9,8 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rm_robust.training_state import committed_steps
 from tests.e2e.conftest import Launcher
-from tests.e2e.pipeline_process import EXIT_DEADLINE_S, REPOSITORY, SMOKE_CONFIG, STAGE_DEADLINE_S, Running, wait_until
+from tests.e2e.pipeline_process import EXIT_DEADLINE_S, REPOSITORY, RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADLINE_S, Running, wait_until
+from tests.e2e.test_kill_and_resume import check_resumed, lines_of
+
+NUM_RLOO_STEPS = 12
+"""As in smoke.toml."""
 
 
 def readme_command(beginning: str) -> list[str]:
@@ -109,6 +116,27 @@ def ray_cluster(folder: Path, head_command: str, *options: str, port: str | None
         cluster.stop()
     finally:
         launcher.close()
+
+
+def kill_the_driver_and_submit_again(cluster: Cluster) -> Running:
+    """The smoke job, its driver killed in RLOO, then the same submit, which must end well and as if never killed; returns the second."""
+    run_dir = cluster.run_root / "smoke"
+    first = cluster.submit()
+    first.wait_for_file(run_dir / "rloo" / "state", "step-*", RUN_DEADLINE_S)
+    drivers = cluster.drivers()
+    assert len(drivers) == 1, descendants(cluster.head.session)
+    os.kill(drivers[0], signal.SIGKILL)
+    assert first.wait() != 0
+    before = lines_of(run_dir, "rloo")
+    committed = committed_steps(run_dir / "rloo" / "state")[-1]
+    second = cluster.submit()
+    assert second.wait() == 0, second.output()[-4000:]
+    skipped = re.findall(r"stage (\w+): already committed, skipped", second.output())  # every raylet of a machine prints a node's log
+    assert set(skipped) == {"sft", "preferences", "reward_model", "evaluation"}
+    assert f"report: {run_dir}/report.html" in second.output()
+    check_resumed(run_dir, "rloo", before, committed, num_steps=NUM_RLOO_STEPS)
+    assert json.loads((run_dir / "stages" / "rloo.json").read_text())["resumed_from_step"] == committed
+    return second
 
 
 def descendants(pid: int) -> dict[int, str]:

@@ -1,9 +1,7 @@
 """A head that does no work and two workers, with a token, as the README starts them: a job, its driver killed, its resumption, and what is refused."""
 
 import json
-import os
 import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from rm_robust.training_state import committed_steps
 from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADLINE_S, wait_until
-from tests.e2e.ray_cluster import Cluster, descendants, free_ports, ray_cluster
-from tests.e2e.test_kill_and_resume import check_resumed, lines_of
+from tests.e2e.ray_cluster import Cluster, free_ports, kill_the_driver_and_submit_again, ray_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
 
@@ -42,22 +38,7 @@ def states_of(cluster: Cluster, what: str) -> list[dict[str, Any]]:
 
 
 def test_a_job_uses_the_workers_and_not_the_head_and_resumes_after_its_driver_was_killed(cluster: Cluster) -> None:
-    run_dir = cluster.run_root / "smoke"
-    first = cluster.submit()
-    first.wait_for_file(run_dir / "rloo" / "state", "step-*", RUN_DEADLINE_S)
-    drivers = cluster.drivers()
-    assert len(drivers) == 1, descendants(cluster.head.session)
-    os.kill(drivers[0], signal.SIGKILL)
-    assert first.wait() != 0
-    before = lines_of(run_dir, "rloo")
-    committed = committed_steps(run_dir / "rloo" / "state")[-1]
-
-    second = cluster.submit()
-    assert second.wait() == 0, second.output()[-4000:]
-    skipped = re.findall(r"stage (\w+): already committed, skipped", second.output())  # several times each: every raylet of this machine sees the log
-    assert set(skipped) == {"sft", "preferences", "reward_model", "evaluation"}
-    check_resumed(run_dir, "rloo", before, committed, num_steps=12)
-
+    kill_the_driver_and_submit_again(cluster)
     (head_id,) = (node["node_id"] for node in states_of(cluster, "nodes") if node["is_head_node"])
     actors = [actor for actor in states_of(cluster, "actors") if not OF_RAY_ITSELF.search(actor["class_name"])]
     tasks = [task for task in states_of(cluster, "tasks") if task["type"] == "NORMAL_TASK"]
