@@ -83,7 +83,8 @@ def test_the_bradley_terry_twin_begins_with_the_same_weights_on_the_same_batches
 def test_every_step_is_one_line_of_metrics_and_a_tensorboard_event(smoke_run: SmokeRun, stage: str) -> None:
     lines = metric_lines(smoke_run.run_dir, stage)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    keys = [key for line in lines for key in line if key not in ("stage", "step", "time")]
+    assert {line["num_steps"] for line in lines} == {len(lines)}
+    keys = [key for line in lines for key in line if key not in ("stage", "step", "num_steps", "time")]
     assert keys
     assert all(re.fullmatch(r"[a-z_]+(/[a-z_0-9]+){1,2}", key) for key in keys)
     events = EventAccumulator(str(smoke_run.run_dir / "tensorboard" / stage)).Reload()
