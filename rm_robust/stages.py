@@ -34,7 +34,7 @@ from rm_robust.sft.preparation import prepare_sft
 from rm_robust.sft.training import train_sft
 from rm_robust.shared_stages import share_stages
 from rm_robust.summary import summary_lines, write_summary
-from rm_robust.worker_group import quieten_libraries, run_on_workers
+from rm_robust.worker_group import LOG_FORMAT, quieten_libraries, run_on_workers
 
 if TYPE_CHECKING:
     from serve.settings import ModelSettings
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 Stage = Callable[[Run], None]
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 DRIVER_CPUS = 1.0
 DRIVER_RESTARTS = 2
 """Of the task that runs the stages, when its node is lost: it goes on from what is committed."""

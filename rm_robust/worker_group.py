@@ -14,6 +14,7 @@ from rm_robust.config_parts import WorkersConfig
 
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MAX_WORKER_FAILURES = 2
 """Restarts of a worker group before a stage fails; a restart continues from the last committed state."""
 MAX_ELASTIC_FAILURES = 20
@@ -72,7 +73,7 @@ def prepare_process(num_threads: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(num_threads)
     quieten_libraries()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
 
 
 _is_train_worker = False

@@ -16,14 +16,14 @@ from rm_robust.evaluation.suites import SUITES, Suite, preferences_by
 from rm_robust.ray_session import connect_to_ray
 from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient
-from rm_robust.worker_group import quieten_libraries
+from rm_robust.worker_group import LOG_FORMAT, quieten_libraries
 
 _REQUIREMENT = re.compile(r"\s*(?P<figure>.+?)\s*(?P<relation>>=|<=)\s*(?P<bound>[-+0-9.eE]+)\s*")
 
 
 def main(description: str, arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 when something that is required does not hold, 2 for a mistake in what was given."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     quieten_libraries()
     options = _parser(description).parse_args(arguments)
     try:

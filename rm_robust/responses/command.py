@@ -24,20 +24,19 @@ from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient
 from rm_robust.stages import exit_code_of
 from rm_robust.tracking import write_json_atomic
-from rm_robust.worker_group import quieten_libraries
+from rm_robust.worker_group import LOG_FORMAT, quieten_libraries
 
 LIBRARIES = ("vllm", "torch", "transformers")
-logger = logging.getLogger(__name__)
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong data or settings, 130 when it was stopped."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="TOML file, e.g. pipelines/configs/responses_paper.toml")
+    parser.add_argument("--config", type=Path, required=True, help="TOML file, e.g. pipelines/configs/responses/paper.toml")
     parser.add_argument("--out", type=Path, required=True, help="folder of the responses; the same command again goes on there")
     parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set num_prompts=100")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     quieten_libraries()
     folder = options.out.absolute()
 

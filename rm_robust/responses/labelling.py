@@ -17,7 +17,6 @@ from rm_robust.responses.response_files import Response, chunk_path, read_respon
 from rm_robust.score_contract import ScoreInput, Scorer
 from rm_robust.tracking import write_json_atomic, write_text_atomic
 
-SCORER = "scorer.json"
 PROMPTS_AT_A_TIME = 32
 
 

@@ -24,7 +24,7 @@ from rm_robust.study.document import write_document
 from rm_robust.study.grid import FULL, QUICK, WORLDS, Cell, key_of
 from rm_robust.study.rows import Row, read_rows, write_rows
 from rm_robust.study.runs import real_data, run_cell
-from rm_robust.worker_group import quieten_libraries
+from rm_robust.worker_group import LOG_FORMAT, quieten_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS), help="default: both")
     parser.add_argument("--max-minutes", type=float, help="begin no further run after so many; 0 only makes the document")
     parsed = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     quieten_libraries()
     plan = QUICK if parsed.quick else FULL
     folder = Path("runs").absolute() / plan.name
