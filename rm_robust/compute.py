@@ -34,6 +34,7 @@ def autocast(device: torch.device, config: ComputeConfig) -> contextlib.Abstract
 
 def flops_per_token(model: PreTrainedModel) -> float:
     """Floating-point operations of a token's forward and backward pass: 6 a weight (Kaplan et al. 2020, section 2.1), 4 where it is frozen and has no
-    gradient of its own. The embedding table is looked up, and attention is not counted."""
+    gradient of its own. The embedding table is looked up, and attention is not counted. Too many for a reward model on CPUs, whose last layer is not computed
+    for every token (reward_model/last_layer.py)."""
     embedding = model.get_input_embeddings().weight
     return float(sum((6 if weight.requires_grad else 4) * weight.numel() for weight in model.parameters() if weight is not embedding))

@@ -32,12 +32,27 @@ class Segment:
     prompt_end: int
 
 
+def every_column(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
+    """The queries of each segment, where every column of the row has one."""
+    return tuple(slice(segment.start, segment.end) for segment in segments)
+
+
+def last_columns(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
+    """The queries of each segment, where only its last column has one."""
+    return tuple(slice(number, number + 1) for number in range(len(segments)))
+
+
 @dataclass(frozen=True)
 class Family:
-    """A prompt with its first completion, and the further ones, which follow it in the row."""
+    """A prompt with its first completion, and the further ones, which follow it in the row; where the queries of each are."""
 
     first: Segment
     others: tuple[Segment, ...]
+    queries: tuple[slice, ...]
+
+    @property
+    def parts(self) -> Iterator[tuple[Segment, slice]]:
+        return zip((self.first, *self.others), self.queries, strict=True)
 
     @property
     def prompt(self) -> slice:
@@ -45,43 +60,49 @@ class Family:
         return slice(self.others[0].prompt_start, self.others[0].prompt_end)
 
     @property
-    def columns_of_others(self) -> slice:
-        return slice(self.others[0].start, self.others[-1].end)
+    def queries_of_others(self) -> slice:
+        return slice(self.queries[1].start, self.queries[-1].stop)
 
 
-def families(segments: tuple[Segment, ...]) -> Iterator[Family]:
+def families(segments: tuple[Segment, ...], queries: tuple[slice, ...]) -> Iterator[Family]:
     heads = [number for number, s in enumerate(segments) if s.prompt_start == s.prompt_end]
     for at, after in zip(heads, [*heads[1:], len(segments)], strict=True):
         assert all(s.prompt_start == segments[at].start for s in segments[at + 1 : after]), "a completion stands beside another prompt"
-        yield Family(segments[at], segments[at + 1 : after])
+        yield Family(segments[at], segments[at + 1 : after], queries[at:after])
+
+
+def is_causal(queries: slice) -> bool:
+    """A single query is the last of its segment and sees all of it."""
+    return bool(queries.stop - queries.start > 1)
 
 
 class SegmentAttention(torch.autograd.Function):
-    """query, key, value [1, heads, T, D] -> [1, heads, T, D].
+    """query [1, heads, Q, D], key and value [1, heads, T, D] -> [1, heads, Q, D]; `queries`: every column's, or each segment's last.
 
     A softmax over two sets of keys is the mean of the softmaxes over each, weighted by exp(log-sum-exp). Its gradient is the sum of each set's own,
     where the flash kernel is told the whole softmax's output and log-sum-exp (Dao, FlashAttention-2, 2023, section 3; as in ring attention).
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], queries: tuple[slice, ...], scale: float) -> Tensor:
         outs, normalisers = [], []
-        for family in families(segments):
-            for s in (family.first, *family.others):
-                out, normaliser = flash(*(part[:, :, s.start : s.end] for part in (query, key, value)), 0.0, True, attn_mask=None, scale=scale)
+        for family in families(segments, queries):
+            for s, columns in family.parts:
+                own_parts = (query[:, :, columns], key[:, :, s.start : s.end], value[:, :, s.start : s.end])
+                out, normaliser = flash(*own_parts, 0.0, is_causal(columns), attn_mask=None, scale=scale)
                 outs.append(out)
                 normalisers.append(normaliser)
             if family.others:
                 own, own_normaliser = (torch.cat(parts[-len(family.others) :], 2) for parts in (outs, normalisers))
                 seen, seen_normaliser = flash(
-                    *(query[:, :, family.columns_of_others], key[:, :, family.prompt], value[:, :, family.prompt]), 0.0, False, attn_mask=None, scale=scale
+                    *(query[:, :, family.queries_of_others], key[:, :, family.prompt], value[:, :, family.prompt]), 0.0, False, attn_mask=None, scale=scale
                 )
                 share_of_own = torch.sigmoid(own_normaliser - seen_normaliser)[..., None]
                 outs[-len(family.others) :] = [torch.lerp(seen.float(), own.float(), share_of_own).to(query.dtype)]
                 normalisers[-len(family.others) :] = [torch.logaddexp(own_normaliser, seen_normaliser)]
         whole, normaliser = torch.cat(outs, 2), torch.cat(normalisers, 2)
         ctx.save_for_backward(query, key, value, whole, normaliser)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.segments, ctx.queries, ctx.scale = segments, queries, scale
         return whole
 
     @staticmethod
@@ -100,12 +121,21 @@ class SegmentAttention(torch.autograd.Function):
             for total, part, where in zip(totals, parts, (columns, keys, keys), strict=True):
                 total[:, :, where] += part
 
-        for family in families(ctx.segments):
-            for s in (family.first, *family.others):
-                add(slice(s.start, s.end), slice(s.start, s.end), is_causal=True)
+        for family in families(ctx.segments, ctx.queries):
+            for s, columns in family.parts:
+                add(columns, slice(s.start, s.end), is_causal=is_causal(columns))
             if family.others:
-                add(family.columns_of_others, family.prompt, is_causal=False)
-        return *(total.to(query.dtype) for total in totals), None, None
+                add(family.queries_of_others, family.prompt, is_causal=False)
+        return *(total.to(query.dtype) for total in totals), None, None, None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], queries: tuple[slice, ...], *, scale: float) -> Tensor:
+    """query [1, heads, Q, D], key and value [1, kv_heads, T, D] -> [1, Q, heads, D]."""
+    query, key, value = of_autocast(query, key, value)
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    out: Tensor = SegmentAttention.apply(query, key, value, segments, queries, scale)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous()
 
 
 def segment_attention(
@@ -120,12 +150,8 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D]: the form that transformers expects of an attention function."""
     assert segments, "segment attention needs its segments: the batch was laid out padded"
-    query, key, value = of_autocast(query, key, value)
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = SegmentAttention.apply(query, key, value, segments, scale)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2).contiguous(), None
+    return attend(query, key, value, segments, every_column(segments), scale=scale), None
 
 
 def of_autocast(*parts: Tensor) -> tuple[Tensor, ...]:

@@ -218,9 +218,9 @@ def prepare_backbone(backbone: nn.Module, layout: Layout) -> None:
     backbone.config._attn_implementation = "sdpa" if layout is Layout.PADDED else str(layout)
 
 
-def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
-    """Last hidden states, [R*T, H], after the final norm."""
-    extra: dict[str, object] = {"segments": batch.segments} if batch.segments else {}
+def hidden_states(backbone: nn.Module, batch: PackedBatch, **for_layers: object) -> Tensor:
+    """Last hidden states, [R*T, H], after the final norm. The decoder's layers get `for_layers` too."""
+    extra = {"segments": batch.segments, **for_layers} if batch.segments else for_layers
     if getattr(backbone.config, "_attn_implementation", "") == Layout.FLEX:
         extra["tree_mask"] = tree_mask(batch.segments, batch.input_ids_RT.device)  # once for all layers
     output = backbone(

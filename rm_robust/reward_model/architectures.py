@@ -6,14 +6,13 @@ import torch
 
 from rm_robust.chat import ChatFormat
 from rm_robust.errors import CheckpointError
-from rm_robust.packing import Layout, choose_layout
+from rm_robust.packing import choose_layout
 from rm_robust.reward_model import armorm
 from rm_robust.reward_model.armorm import PackedArmoRM, load_armorm
 from rm_robust.reward_model.config_json import read_json
 from rm_robust.reward_model.model import PackedRewardModel, load_reward_model
-from rm_robust.reward_model.scoring_forward import ScoringForward
 
-ScoringModel = PackedRewardModel | ScoringForward | PackedArmoRM
+ScoringModel = PackedRewardModel | PackedArmoRM
 
 ONE_SCORE = "ForSequenceClassification"
 """How transformers ends the names of the decoders that it gives one linear head."""
@@ -27,8 +26,7 @@ def load_packed_reward_model(checkpoint_dir: Path, chat: ChatFormat, *, dtype: t
         layout = choose_layout(multi_objective.model.config, device)
         return PackedArmoRM(multi_objective, layout, chat.header_ids).to(device).eval()
     model = load_reward_model(checkpoint_dir, dtype=dtype)
-    packed = PackedRewardModel(model, choose_layout(model.config, device)).to(device).eval()
-    return ScoringForward(packed) if packed.layout is Layout.SEGMENTS else packed
+    return PackedRewardModel(model, choose_layout(model.config, device)).to(device).eval()
 
 
 def known_architecture(checkpoint_dir: Path) -> str:

@@ -15,6 +15,7 @@ from rm_robust.compute import EXACT, autocast
 from rm_robust.config_parts import ComputeConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.packing import Layout, PackedBatch, hidden_states, prepare_backbone
+from rm_robust.reward_model.last_layer import compute_last_layer_at_scored_columns
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class PackedRewardModel(nn.Module):
         self.layout = layout
         self.compute = compute
         prepare_backbone(self.backbone, layout)
+        if layout is Layout.SEGMENTS:
+            compute_last_layer_at_scored_columns(self.backbone)
         score_head(model).float()
 
     @property
@@ -112,21 +115,23 @@ class PackedRewardModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> ScoredBatch:
         with autocast(batch.input_ids_RT.device, self.compute):
-            before_TH, hidden_TH = states_around_final_norm(self.backbone, batch)
-        scored_NH = hidden_TH[batch.scored_index_N]
+            if self.layout is Layout.SEGMENTS:
+                before_NH, scored_NH = states_around_final_norm(self.backbone, batch, scored_index_N=batch.scored_index_N)
+            else:
+                before_NH, scored_NH = (states_TH[batch.scored_index_N] for states_TH in states_around_final_norm(self.backbone, batch))
         with torch.autocast(scored_NH.device.type, enabled=False):
             scores_N = score_head(self.model)(scored_NH.float()).squeeze(1)
-        return ScoredBatch(scores_N, before_TH[batch.scored_index_N].float(), scored_NH.detach().float())
+        return ScoredBatch(scores_N, before_NH.float(), scored_NH.detach().float())
 
 
-def states_around_final_norm(backbone: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Hidden states of every column before the decoder's final norm (no gradient) and after it, both [R*T, H]."""
+def states_around_final_norm(backbone: PreTrainedModel, batch: PackedBatch, **for_layers: object) -> tuple[Tensor, Tensor]:
+    """Hidden states before the decoder's final norm (no gradient) and after it, both [R*T, H], or of the columns that the last layer computed."""
     before: list[Tensor] = []
     final_norm = backbone.norm
     assert isinstance(final_norm, nn.Module), f"{type(backbone).__name__} has no final norm to read hidden norms at"
     handle = final_norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     try:
-        hidden_TH = hidden_states(backbone, batch)
+        hidden_TH = hidden_states(backbone, batch, **for_layers)
     finally:
         handle.remove()
     return before[0].detach().flatten(0, 1), hidden_TH

@@ -2,7 +2,7 @@
 
     python -m tests.bench.scoring_engines --data ../shared/data --size small --threads 1        a minute or two
 
-One by one is plain transformers. The packed forward is the one of training, the scoring forward is what is served. vLLM's pooling runner has the
+One by one is plain transformers. The packed forward is the one of training, evaluation and serving. vLLM's pooling runner has the
 same dialogues as token ids, all at once. "Pairs" have their prompt once (vLLM: prefix caching). Every score is checked against one by one.
 """
 
@@ -21,7 +21,6 @@ from rm_robust.chat import ChatFormat
 from rm_robust.packing import Layout, lay_out, micro_batches
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.model import PackedRewardModel, load_reward_model
-from rm_robust.reward_model.scoring_forward import ScoringForward
 from tests.bench.preference_pairs import hh_rlhf_dialogues, texts_of
 from tests.bench.scoring import SIZES
 from tests.bench.scoring_requests import dialogues, save_scoring_checkpoint
@@ -72,13 +71,10 @@ def engines(checkpoint: Path, chat: ChatFormat, singles: list[TokenGroup]) -> di
 
     pairs = [TokenGroup(a.prompt_ids, [*a.completion_ids, *b.completion_ids]) for a, b in zip(singles[::2], singles[1::2], strict=True)]
     whole = PackedRewardModel(copy.deepcopy(plain), Layout.SEGMENTS).eval()
-    scoring = ScoringForward(PackedRewardModel(copy.deepcopy(plain), Layout.SEGMENTS).eval())
     return {
         "transformers, one by one": one_by_one,
         "packed forward": of_model(whole, singles),
         "packed forward, pairs": of_model(whole, pairs),
-        "scoring forward": of_model(scoring, singles),
-        "scoring forward, pairs": of_model(scoring, pairs),
         "vLLM pooling": vllm_pooling(checkpoint, singles, has_prefix_caching=False),
         "vLLM pooling, pairs": vllm_pooling(checkpoint, singles, has_prefix_caching=True),
     }

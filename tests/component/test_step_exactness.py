@@ -223,6 +223,7 @@ def single() -> Outcomes:
         "sum over pairs": bradley_terry,
         "adapters": run_case(replace(alone, lora=ADAPTERS), exact_step),
         "clipped": run_case(replace(alone, max_gradient_norm=0.1), exact_step),
+        "padded": run_case(replace(alone, layout=Layout.PADDED), exact_step),  # layouts are compared in test_packing.py
         "sft": run_case(alone, demonstration_step),
     }
     return lambda name: others.get(name, free)
