@@ -1,12 +1,15 @@
-"""What is scored: a prompt with some completions, of any suite, and how a file's rows become such cases."""
+"""What is scored: a prompt with some completions, of any suite, and how a file's rows become such cases.
+
+Texts are read where they are needed, a few at a time, and never kept: what stays in memory of a case is what the figures are made of (KnownCase).
+"""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from rm_robust.chat import as_messages, check_text
 from rm_robust.data_files import DataFile, list_files, open_file, read_rows
@@ -16,31 +19,78 @@ from rm_robust.records import Message
 from rm_robust.score_contract import ScoreInput
 
 
-@dataclass(frozen=True)
-class Case:
-    """A prompt and its K >= 2 completions, with what is known of each."""
-
-    prompt: list[Message]
-    completions: list[str]
-    gold_scores: list[float]
-    """The higher the better; a pair has 1 for chosen and 0 for rejected."""
-    subset: str
-    """The part of the suite, as the suite's rules name it."""
-    is_pair: bool = False
-    """Chosen and rejected, not a ranking of two."""
-    own_id: str = ""
-    """What the row's `id` says."""
-    place: str = ""
-    """The file's name and the row's number in it, from 1."""
+class CaseFacts(Protocol):
+    """What a suite's rules read of a prompt and its K >= 2 completions."""
 
     @property
     def prompt_id(self) -> str:
         """Equal for equal prompts."""
+
+    @property
+    def num_characters(self) -> Sequence[int]:
+        """Of each completion."""
+
+    @property
+    def gold_scores(self) -> Sequence[float]:
+        """The higher the better; a pair has 1 for chosen and 0 for rejected."""
+
+    @property
+    def subset(self) -> str:
+        """The part of the suite, as the suite's rules name it."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Chosen and rejected, not a ranking of two."""
+
+    @property
+    def own_id(self) -> str:
+        """What the row's `id` says."""
+
+    @property
+    def place(self) -> str:
+        """The file's name and the row's number in it, from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCase:
+    """A case without its texts."""
+
+    prompt_id: str
+    num_characters: tuple[int, ...]
+    gold_scores: tuple[float, ...]
+    subset: str
+    is_pair: bool
+    own_id: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case as it is scored; its facts are those of CaseFacts."""
+
+    prompt: list[Message]
+    completions: list[str]
+    gold_scores: list[float]
+    subset: str
+    is_pair: bool = False
+    own_id: str = ""
+    place: str = ""
+
+    @property
+    def prompt_id(self) -> str:
         return hashlib.sha256(json.dumps(self.prompt).encode()).hexdigest()[:16]
+
+    @property
+    def num_characters(self) -> list[int]:
+        return [len(completion) for completion in self.completions]
 
     @property
     def score_input(self) -> ScoreInput:
         return ScoreInput(prompt=self.prompt, completions=self.completions)
+
+    @property
+    def without_texts(self) -> KnownCase:
+        return KnownCase(self.prompt_id, tuple(self.num_characters), tuple(self.gold_scores), self.subset, self.is_pair, self.own_id, self.place)
 
 
 @dataclass(frozen=True)
@@ -52,16 +102,20 @@ class HashedFile:
     sha256: str
 
 
-def read_cases(paths: list[str], parse: Callable[[Mapping[str, Any]], Case]) -> tuple[list[Case], list[HashedFile]]:
-    """All rows of all files. Raises DataError naming the file and row of the first that cannot be read: a benchmark without some rows is another one."""
-    files = [file for path in paths for file in list_files(path)]
-    cases: list[Case] = []
-    for file in files:
+def read_cases(paths: list[str], parse: Callable[[Mapping[str, Any]], Case]) -> Iterator[Case]:
+    """All rows of all files, in order. Raises DataError naming the file and row of the first that cannot be read: a benchmark without some rows is
+    another one."""
+    for file in _files(paths):
         for number, row in read_rows(file):
-            cases.append(_case(row, parse, f"{PurePosixPath(file.path).name}:{number}"))
-    if not cases:
-        raise DataError(f"There are no rows in {', '.join(paths)}.")
-    return cases, [HashedFile(file.path, file.num_bytes, _sha256(file)) for file in files]
+            yield _case(row, parse, f"{PurePosixPath(file.path).name}:{number}")
+
+
+def hashed_files(paths: list[str]) -> list[HashedFile]:
+    return [HashedFile(file.path, file.num_bytes, _sha256(file)) for file in _files(paths)]
+
+
+def _files(paths: list[str]) -> list[DataFile]:
+    return [file for path in paths for file in list_files(path)]
 
 
 def _case(row: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Case], place: str) -> Case:
@@ -74,7 +128,7 @@ def _case(row: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Case], pl
     return replace(case, place=place, own_id=str(row.get("id", "")))
 
 
-def strata_by_subset(cases: Sequence[Case], rows: Sequence[Mapping[str, float]]) -> list[Stratum]:
+def strata_by_subset(cases: Sequence[CaseFacts], rows: Sequence[Mapping[str, float]]) -> list[Stratum]:
     """One a subset; `rows` hold what each case has of the columns."""
     found: dict[str, list[int]] = {}
     for index, case in enumerate(cases):
@@ -82,7 +136,7 @@ def strata_by_subset(cases: Sequence[Case], rows: Sequence[Mapping[str, float]])
     return [stratum(name, [cases[index] for index in own], [rows[index] for index in own]) for name, own in sorted(found.items())]
 
 
-def stratum(name: str, cases: Sequence[Case], rows: Sequence[Mapping[str, float]]) -> Stratum:
+def stratum(name: str, cases: Sequence[CaseFacts], rows: Sequence[Mapping[str, float]]) -> Stratum:
     """With a column for whatever some case has."""
     keys = dict.fromkeys(key for row in rows for key in row)  # of all of them, in the order in which they come
     return Stratum(name, [case.prompt_id for case in cases], {key: [row.get(key, math.nan) for row in rows] for key in keys})

@@ -13,6 +13,7 @@ from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, evaluate, figure_names, read_data
 from rm_robust.evaluation.page import write_page
 from rm_robust.evaluation.suites import SUITES, Suite, preferences_by
+from rm_robust.object_storage import local_path
 from rm_robust.ray_session import connect_to_ray
 from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient
@@ -131,7 +132,7 @@ def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path, help="a reward-model checkpoint of this project")
+    source.add_argument("--model", type=local_path, help="a reward-model checkpoint of this project: a directory, or a URI (s3://…)")
     source.add_argument("--url", help="a service that answers /v1/score (the key is taken from RM_ROBUST_API_KEY)")
     parser.add_argument("--served-model", help="with --url: one of its models (default: its first)")
     parser.add_argument("--suite", choices=SUITES, required=True)

@@ -1,6 +1,6 @@
 """A suite's figures for whatever scores: one path for a checkpoint and for a served endpoint.
 
-rows ─parse─► cases ─Scorer─► scores.jsonl (as they come) ─strata─► means ─combine, bootstrap over prompts─► result.json
+rows ─parse─► cases, some at a time ─Scorer─► scores.jsonl (as they come) ─strata─► means ─combine, bootstrap over prompts─► result.json
                          └─ refused (too long, not finite): the evaluation stops, or leaves the case out and says so
 """
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from rm_robust.errors import DataError, RefusedInputError, ScoringError
 from rm_robust.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, Estimate, differences, estimates, resampled_figures
-from rm_robust.evaluation.cases import Case, HashedFile, read_cases
+from rm_robust.evaluation.cases import Case, CaseFacts, HashedFile, KnownCase, hashed_files, read_cases
 from rm_robust.evaluation.score_log import Outcome, ScoreLog, read_log, require_same
 from rm_robust.evaluation.suites import Suite
 from rm_robust.score_contract import Scorer, ScoreReply
@@ -46,16 +47,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Data:
-    """The cases of an evaluation, and what tells them from others."""
+    """The cases of an evaluation without their texts, which are read again to be scored, and what tells them from others."""
 
-    cases: list[Case]
+    cases: list[KnownCase]
     files: list[HashedFile]
     identity: dict[str, Any]
 
 
 def read_data(what: Evaluation) -> Data:
     """Raises DataError for a row that cannot be read, and when `against` is not of the same data, or not finished."""
-    cases, files = read_cases(what.paths, what.suite.parse)
+    cases = [case.without_texts for case in read_cases(what.paths, what.suite.parse)]
+    if not cases:
+        raise DataError(f"There are no rows in {', '.join(what.paths)}.")
+    files = hashed_files(what.paths)
     subsets = sorted({case.subset for case in cases})
     data = Data(cases, files, {"suite": what.suite_name, "files": [file.sha256 for file in files], "num_cases": len(cases), "subsets": subsets})
     if what.against is not None:
@@ -63,9 +67,9 @@ def read_data(what: Evaluation) -> Data:
     return data
 
 
-def figure_names(suite: Suite, cases: Sequence[Case]) -> list[str]:
+def figure_names(suite: Suite, cases: Sequence[CaseFacts]) -> list[str]:
     """What a result of these cases can have."""
-    strata = suite.strata(cases, [[0.0] * len(case.completions) for case in cases])
+    strata = suite.strata(cases, [[0.0] * len(case.gold_scores) for case in cases])
     return list(resampled_figures(strata, suite.combine, seed=SEED, num_resamples=0))
 
 
@@ -76,13 +80,14 @@ def evaluate(what: Evaluation, data: Data, scorer: Scorer, *, cases_at_a_time: i
     checkpoint changes on the way.
     """
     cases = data.cases
-    checkpoint = _checkpoint_of(scorer, cases, what)  # before anything is written
+    checkpoint = _checkpoint_of(scorer, list(islice(read_cases(what.paths, what.suite.parse), CASES_AT_A_TIME)), what)  # before anything is written
     what.folder.mkdir(parents=True, exist_ok=True)
     own = {"checkpoint": checkpoint, "leave_out_refused": what.leave_out_refused, "scored_with": dict(what.scored_with)}
     log = ScoreLog(what.folder / SCORES, data.identity | own)
     with tqdm(desc=f"evaluate {what.suite_name}", unit=" prompts", total=len(cases), initial=len(log.outcomes), mininterval=2) as bar:
-        while len(log.outcomes) < len(cases):
-            part = cases[len(log.outcomes) : len(log.outcomes) + cases_at_a_time]
+        waiting = islice(read_cases(what.paths, what.suite.parse), len(log.outcomes), None)
+        while part := list(islice(waiting, cases_at_a_time)):
+            _require_unchanged(part, cases[len(log.outcomes) : len(log.outcomes) + len(part)])
             outcomes = score_part(scorer, part, checkpoint=checkpoint)
             refused = next((index for index, outcome in enumerate(outcomes) if isinstance(outcome, str)), None)
             if refused is not None and not what.leave_out_refused:
@@ -90,6 +95,7 @@ def evaluate(what: Evaluation, data: Data, scorer: Scorer, *, cases_at_a_time: i
                 raise _no_scores(part[refused], str(outcomes[refused]))
             log.append(outcomes)
             bar.update(len(part))
+    _require_unchanged([], cases[len(log.outcomes) :])
     _require_scores_of(cases, log.outcomes, what.folder / SCORES)
     result = _result(what, data, log.outcomes, checkpoint)
     write_json_atomic(what.folder / "result.json", result)
@@ -112,7 +118,7 @@ def score_part(scorer: Scorer, cases: Sequence[Case], *, checkpoint: str) -> lis
     return list(reply.scores)
 
 
-def figures_of(suite: Suite, cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> dict[str, Estimate]:
+def figures_of(suite: Suite, cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> dict[str, Estimate]:
     """A suite's figures with their intervals, of known scores."""
     found = estimates(suite.strata(cases, scores), suite.combine, seed=SEED)
     without = {name: Estimate(own.value, math.nan, math.nan) for name, own in found.items() if _last_part(name) in suite.without_interval}
@@ -130,14 +136,21 @@ def _ask(scorer: Scorer, cases: Sequence[Case]) -> ScoreReply | str:
 def _checkpoint_of(scorer: Scorer, cases: Sequence[Case], what: Evaluation) -> str:
     """Of the first case that has scores."""
     reason = ""
-    for case in cases[:CASES_AT_A_TIME]:
+    for case in cases:
         reply = _ask(scorer, [case])
         if not isinstance(reply, str):
             return reply.checkpoint
         if not what.leave_out_refused:
             raise _no_scores(case, reply)
         reason = reply
-    raise ScoringError(f"None of the first {len(cases[:CASES_AT_A_TIME])} cases has scores. The last reason: {reason}")
+    raise ScoringError(f"None of the first {len(cases)} cases has scores. The last reason: {reason}")
+
+
+def _require_unchanged(part: Sequence[Case], known: Sequence[KnownCase]) -> None:
+    """Raises DataError when the files are not those that were read first."""
+    for case, expected in zip_longest(part, known):
+        if case is None or case.without_texts != expected:
+            raise DataError(f"Case {(case or expected).place} is not what it was a moment ago: a file changed while it was evaluated. Evaluate again.")
 
 
 def _no_scores(case: Case, reason: str) -> ScoringError:
@@ -155,9 +168,9 @@ def _outcomes_of_other(folder: Path, data: Data) -> tuple[str, list[Outcome]]:
     return str(found["checkpoint"]), outcomes
 
 
-def _require_scores_of(cases: Sequence[Case], outcomes: Sequence[Outcome], path: Path) -> None:
+def _require_scores_of(cases: Sequence[CaseFacts], outcomes: Sequence[Outcome], path: Path) -> None:
     """Raises DataError when a log does not have one score a completion."""
-    if len(cases) != len(outcomes) or any(len(own) != len(case.completions) for case, own in zip(cases, outcomes, strict=True) if not isinstance(own, str)):
+    if len(cases) != len(outcomes) or any(len(own) != len(case.gold_scores) for case, own in zip(cases, outcomes, strict=True) if not isinstance(own, str)):
         raise DataError(f"{path} does not have a score for every completion. Delete it, and evaluate again.")
 
 

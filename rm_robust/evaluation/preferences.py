@@ -23,7 +23,7 @@ import numpy as np
 
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Array, Means, Stratum
-from rm_robust.evaluation.cases import Case, strata_by_subset, stratum
+from rm_robust.evaluation.cases import Case, CaseFacts, strata_by_subset, stratum
 from rm_robust.reward_model.metrics import kendall_tau_b
 from rm_robust.rows import RowKind, parse_row, resolved_kind
 
@@ -50,7 +50,7 @@ def parse(row: Mapping[str, Any], *, by: str | None) -> Case:
     return Case(group.prompt, group.completions, group.gold_scores, subset, is_pair=resolved_kind(row, None) is RowKind.PAIR)
 
 
-def strata(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> list[Stratum]:
+def strata(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
     """All rows, and where there are several subsets each of them, with a column for whatever some case of it has."""
     rows = [
         {"tied_scores": float(len(set(own)) == 1)} | (_of_pair(case, own) if case.is_pair else _of_ranking(case, own))
@@ -70,7 +70,7 @@ def combine(means: Means) -> dict[str, Array]:
     return figures
 
 
-def reliability(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+def reliability(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
     """The reliability curve of the pairs: for each bin of confidence that has some, their number, mean confidence and accuracy (Guo et al. 2017, section 2).
 
     A pair counts in the bin that `calibration_error` counts it in.
@@ -95,21 +95,21 @@ def _bin_of(confidence: float) -> int:
     return min(NUM_BINS - 1, int((confidence - 0.5) * 2 * NUM_BINS))
 
 
-def _of_pair(case: Case, scores: Sequence[float]) -> dict[str, float]:
+def _of_pair(case: CaseFacts, scores: Sequence[float]) -> dict[str, float]:
     margin = scores[0] - scores[1]
     is_right = float(margin > 0)
     confidence = _sigmoid(abs(margin))
     outcomes = {"accuracy": is_right, "brier": (1 - _sigmoid(margin)) ** 2} | dict.fromkeys(GAPS, 0.0)
     outcomes[GAPS[_bin_of(confidence)]] = is_right - confidence
-    longer = len(case.completions[0]) - len(case.completions[1])
+    longer = case.num_characters[0] - case.num_characters[1]
     if longer:
         outcomes["accuracy_longer_chosen" if longer > 0 else "accuracy_shorter_chosen"] = is_right
         outcomes["longer_wins"] = float(margin * longer > 0)
     return outcomes
 
 
-def _of_ranking(case: Case, scores: Sequence[float]) -> dict[str, float]:
-    outcomes = {} if len(set(case.gold_scores)) == 1 else {"kendall_tau": kendall_tau_b(list(scores), case.gold_scores)}
+def _of_ranking(case: CaseFacts, scores: Sequence[float]) -> dict[str, float]:
+    outcomes = {} if len(set(case.gold_scores)) == 1 else {"kendall_tau": kendall_tau_b(list(scores), list(case.gold_scores))}
     return outcomes | {f"best_of_{n}": best_of_n(scores, case.gold_scores, n) for n in _powers_of_two(len(scores))}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Array, Means, Stratum
-from rm_robust.evaluation.cases import Case, messages_of, strata_by_subset, stratum, text_of, texts_of
+from rm_robust.evaluation.cases import Case, CaseFacts, messages_of, strata_by_subset, stratum, text_of, texts_of
 
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
@@ -47,7 +47,7 @@ def parse_1(row: Mapping[str, Any]) -> Case:
     return Case(messages_of(row), [text_of(row, "chosen"), text_of(row, "rejected")], [1.0, 0.0], subset, is_pair=True)
 
 
-def strata_1(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> list[Stratum]:
+def strata_1(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
     """One a subset."""
     return strata_by_subset(cases, [{"accuracy": float(chosen > rejected)} for chosen, rejected in scores])
 
@@ -66,7 +66,7 @@ def combine_1(means: Means) -> dict[str, Array]:
     return figures
 
 
-def notes_1(cases: Sequence[Case]) -> list[str]:
+def notes_1(cases: Sequence[CaseFacts]) -> list[str]:
     return _missing(list(SECTION_OF), cases)
 
 
@@ -83,9 +83,9 @@ def parse_2(row: Mapping[str, Any]) -> Case:
     return Case(messages_of(row), chosen + rejected, [1.0] * len(chosen) + [0.0] * len(rejected), subset)
 
 
-def strata_2(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> list[Stratum]:
+def strata_2(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
     """One a subset."""
-    found: dict[str, list[tuple[Case, Sequence[float]]]] = {}
+    found: dict[str, list[tuple[CaseFacts, Sequence[float]]]] = {}
     for case, own in zip(cases, scores, strict=True):
         found.setdefault(case.subset, []).append((case, own))
     return [_ties(name, scored) if name.lower() == TIES else _best_of(name, scored) for name, scored in sorted(found.items())]
@@ -103,17 +103,17 @@ def combine_2(means: Means) -> dict[str, Array]:
     return figures
 
 
-def notes_2(cases: Sequence[Case]) -> list[str]:
+def notes_2(cases: Sequence[CaseFacts]) -> list[str]:
     return _missing(SUBSETS_2, cases)
 
 
-def _missing(subsets: Sequence[str], cases: Sequence[Case]) -> list[str]:
+def _missing(subsets: Sequence[str], cases: Sequence[CaseFacts]) -> list[str]:
     present = {case.subset.lower() for case in cases}
     missing = [subset for subset in subsets if subset.lower() not in present]
     return [f"not the full benchmark: there is no {', no '.join(missing)}"] if missing else []
 
 
-def _best_of(name: str, scored: list[tuple[Case, Sequence[float]]]) -> Stratum:
+def _best_of(name: str, scored: list[tuple[CaseFacts, Sequence[float]]]) -> Stratum:
     worth = [{"accuracy": float(scores[0] == max(scores)) / list(scores).count(max(scores))} for _, scores in scored]
     return stratum(name, [case for case, _ in scored], worth)
 
@@ -127,7 +127,7 @@ class _Margins:
     to_wrong: float
 
 
-def _ties(name: str, scored: list[tuple[Case, Sequence[float]]]) -> Stratum:
+def _ties(name: str, scored: list[tuple[CaseFacts, Sequence[float]]]) -> Stratum:
     """A number has up to two cases: ref (one right answer) and tied (many). The rows are the cases, resampled by their number."""
     margins: dict[tuple[str, int], _Margins] = {}
     for case, scores in scored:
@@ -152,7 +152,7 @@ def _ties_row(kind: str, number: int, margins: Mapping[tuple[str, int], _Margins
     return row | ({"margin": math.tanh(smaller / own.between_right - 1)} if own.between_right > 0 else {})
 
 
-def _margins(case: Case, scores: Sequence[float]) -> _Margins:
+def _margins(case: CaseFacts, scores: Sequence[float]) -> _Margins:
     right = [score for score, gold in zip(scores, case.gold_scores, strict=True) if gold == 1]
     wrong = [score for score, gold in zip(scores, case.gold_scores, strict=True) if gold == 0]
     return _Margins(max(right) - min(right) if len(right) > 1 else None, min(right) - max(wrong))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Array, Means, Stratum
-from rm_robust.evaluation.cases import Case, messages_of, strata_by_subset, text_of, texts_of
+from rm_robust.evaluation.cases import Case, CaseFacts, messages_of, strata_by_subset, text_of, texts_of
 
 NUM_STYLES = 3
 DIFFICULTIES = ("hard", "normal", "easy")
@@ -32,7 +32,7 @@ def parse(row: Mapping[str, Any]) -> Case:
     return Case(messages_of(row), chosen + rejected, [1.0] * NUM_STYLES + [0.0] * NUM_STYLES, part)
 
 
-def strata(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> list[Stratum]:
+def strata(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
     """One a part."""
     return strata_by_subset(cases, [_difficulties(own) for own in scores])
 
@@ -52,7 +52,7 @@ def combine(means: Means) -> dict[str, Array]:
     return figures
 
 
-def style_matrix(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+def style_matrix(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Share of prompts on which chosen of style i beats rejected of style j, [i][j], averaged over domains as `overall` is."""
     by_domain: dict[str, dict[str, list[Array]]] = {}
     for case, own in zip(cases, scores, strict=True):
@@ -61,7 +61,7 @@ def style_matrix(cases: Sequence[Case], scores: Sequence[Sequence[float]]) -> di
     return {"style_matrix": _mean(domains).tolist()} if domains else {}
 
 
-def notes(cases: Sequence[Case]) -> list[str]:
+def notes(cases: Sequence[CaseFacts]) -> list[str]:
     """What the figures are not."""
     present = {PARTS.get(case.subset, case.subset) for case in cases}
     missing = [domain for domain in DOMAINS if domain not in present] + [part for part in PARTS if part not in {case.subset for case in cases}]

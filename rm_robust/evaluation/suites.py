@@ -7,7 +7,7 @@ from typing import Any
 
 from rm_robust.evaluation import preferences, reward_bench, rm_bench
 from rm_robust.evaluation.bootstrap import Combine, Stratum
-from rm_robust.evaluation.cases import Case
+from rm_robust.evaluation.cases import Case, CaseFacts
 
 Scores = Sequence[Sequence[float]]
 
@@ -17,11 +17,11 @@ class Suite:
     """One benchmark's rules."""
 
     parse: Callable[[Mapping[str, Any]], Case]
-    strata: Callable[[Sequence[Case], Scores], list[Stratum]]
+    strata: Callable[[Sequence[CaseFacts], Scores], list[Stratum]]
     combine: Combine
-    notes: Callable[[Sequence[Case]], list[str]] = lambda _: []
+    notes: Callable[[Sequence[CaseFacts]], list[str]] = lambda _: []
     """What a reader of the figures must know."""
-    details: Callable[[Sequence[Case], Scores], dict[str, Any]] = lambda _cases, _scores: {}
+    details: Callable[[Sequence[CaseFacts], Scores], dict[str, Any]] = lambda _cases, _scores: {}
     """What a picture shows beside the figures: part of the result by its own names."""
     without_interval: frozenset[str] = frozenset()
     """Figures (what follows the last point) that get neither an interval nor a comparison."""

@@ -3,10 +3,13 @@
 import functools
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rm_robust.errors import ConfigError, DataError, RefusedInputError, ScorerUnavailableError, ScoringError
@@ -60,6 +63,35 @@ def test_the_result_says_what_was_evaluated_with_what(data: Path) -> None:
     assert (result["checkpoint"], result["num_cases"], result["num_refused"]) == ("sha256:one", NUM_PAIRS, 0)
     assert result["files"] == [{"path": str(data), "num_bytes": data.stat().st_size, "sha256": "sha256:" + hashlib.sha256(data.read_bytes()).hexdigest()}]
     assert json.loads((data.parent / "out" / "result.json").read_text()) == result
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_texts_are_read_a_few_at_a_time_and_not_kept(tmp_path: Path, suffix: str) -> None:
+    num_rows, text = 500, "word " * 16_000
+    rows = [{"prompt": f"Prompt {i}. {text}", "chosen": f"{i} {text}", "rejected": f"{i}"} for i in range(num_rows)]
+    path = tmp_path / f"pairs{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=20)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    del rows
+    tracemalloc.start()
+    try:
+        assert evaluate(what(path), TextScorer(length), cases_at_a_time=8)["num_cases"] == num_rows
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 0.4 * num_rows * 2 * len(text), "more than a part of the texts at once"
+
+
+def test_a_file_that_changes_between_its_two_readings_is_refused(data: Path) -> None:
+    known = read_data(what(data))
+    data.write_text(data.read_text().replace("Prompt 3.", "Another."))
+    with pytest.raises(DataError, match=r"Case pairs\.jsonl:4 is not what it was a moment ago"):
+        evaluate_module.evaluate(what(data), known, TextScorer(length))
+    data.write_text("".join(f"{line}\n" for line in data.read_text().splitlines()[:3]))
+    with pytest.raises(DataError, match=r"Case pairs\.jsonl:4 is not what it was a moment ago"):
+        evaluate_module.evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "other"), known, TextScorer(length))
 
 
 def test_a_stopped_evaluation_goes_on_where_it_stopped(data: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_row_that_is_none_of_rm_bench_is_refused(changed: dict[str, object]) -
 
 
 def test_a_scorer_of_length_alone_gets_what_was_measured_of_the_real_file(data_dir: Path) -> None:
-    cases, _ = read_cases([str(data_dir / "rm_bench.parquet")], rm_bench.parse)
+    cases = list(read_cases([str(data_dir / "rm_bench.parquet")], rm_bench.parse))
     pooled = [replace(case, subset=rm_bench.PARTS.get(case.subset, case.subset)) for case in cases]  # the known figures are of all safety prompts together
     found = figures(pooled, [[float(len(text)) for text in case.completions] for case in cases])
     by_domain = {domain: [round(found[f"{domain}.{name}"], 2) for name in ("easy", "normal", "hard")] for domain in ("chat", "code", "safety")}
