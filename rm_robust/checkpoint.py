@@ -19,6 +19,7 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from rm_robust.errors import CheckpointError, StorageError
+from rm_robust.object_storage import keep_generation, pull, put_folder
 
 MANIFEST_NAME = "rm_robust_manifest.json"
 CheckpointKind = Literal["reward_model", "policy"]
@@ -46,7 +47,8 @@ def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
     """`write` fills an empty folder beside `target`, which becomes `target` in one rename, whole or not at all; one writer at a time.
 
     An older `target` is moved aside just before and deleted after. A kill between these renames is the one moment without a `target`; the next
-    commit then puts the older one back before it does anything else. Raises StorageError when it cannot be written; `target` is then as it was.
+    commit then puts the older one back before it does anything else. Where the run lies in an object store, it is committed there first
+    (object_storage.py). Raises StorageError when it cannot be written; `target` is then as it was.
     """
     with storage_errors(target):
         _commit_directory(target, write)
@@ -79,6 +81,7 @@ def _commit_directory(target: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         for path in (*partial.rglob("*"), partial):
             _sync(path)
+        generation = put_folder(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # it takes the room that is missing
         raise
@@ -89,6 +92,7 @@ def _commit_directory(target: Path, write: Callable[[Path], None]) -> None:
     else:
         partial.rename(target)
     _sync(target.parent)
+    keep_generation(target, generation)
 
 
 def commit_checkpoint(
@@ -109,7 +113,7 @@ def commit_checkpoint(
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a committed checkpoint. Raises CheckpointError when the folder or its manifest is missing or malformed."""
-    path = folder / MANIFEST_NAME
+    path = pull(folder) / MANIFEST_NAME
     if not folder.is_dir():
         raise CheckpointError(f"There is no checkpoint directory at {folder}. Run the stage that commits it, or correct the path.")
     if not path.is_file():

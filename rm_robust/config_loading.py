@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import Section
 from rm_robust.errors import ConfigError
+from rm_robust.object_storage import forget_uncommitted, local_path, require_writable, uri_of
 from rm_robust.tracking import write_json_atomic
 
 DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
@@ -33,7 +34,7 @@ def parse_run(description: str, default_config: Path, arguments: list[str] | Non
     """Command line of every pipeline -> Run; claims the run directory. Raises ConfigError with the path, the value and the fix."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, default=default_config, help=f"TOML file (default: {DEFAULT_CONFIG}, which needs no data)")
-    parser.add_argument("--run-dir", type=Path, help="where this run's files go; the same directory again resumes the run")
+    parser.add_argument("--run-dir", help="where this run's files go: a path, or a URI (s3://…, gs://…); the same again resumes the run")
     parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set rloo.num_steps=10")
     parsed = parser.parse_args(arguments)
     config = load_config(parsed.config, parsed.overrides)
@@ -64,23 +65,24 @@ def load_section(path: Path, overrides: list[str], kind: type[Config]) -> Config
         raise ConfigError(f"{path} is not a valid config:\n  " + "\n  ".join(problems)) from error
 
 
-def choose_run_dir(name: str, run_dir: Path | None) -> Path:
-    """The absolute run directory. Inside a Ray job the working directory vanishes with the job, so a relative one is refused there."""
+def choose_run_dir(name: str, run_dir: str | None) -> Path:
+    """The absolute run directory; of one in an object store, its copy on this node. Inside a Ray job the working directory vanishes with the job, so a
+    relative one is refused there."""
     if run_dir is not None:
-        chosen, what = run_dir.expanduser(), f"--run-dir {run_dir}"
+        chosen, what = local_path(run_dir).expanduser(), f"--run-dir {run_dir}"
     else:
         chosen, what = run_root() / name, f"{RUN_ROOT_VARIABLE}={run_root()}"
     if in_ray_job() and not chosen.is_absolute():
         raise ConfigError(
             f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. "
-            "Give an absolute path on storage that every node sees."
+            "Give an absolute path on storage that every node sees, or a URI (s3://…, gs://…)."
         )
     return chosen.absolute()
 
 
 def run_root() -> Path:
     """Where runs go that say nothing else."""
-    return Path(os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs" if in_ray_job() else "runs")).expanduser()
+    return local_path(os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs" if in_ray_job() else "runs")).expanduser()
 
 
 def in_ray_job() -> bool:
@@ -97,16 +99,15 @@ def claim_run_dir(run_dir: Path, config: Section) -> None:
     resolved = json.loads(config.model_dump_json())
     path = run_dir / RESOLVED_NAME
     try:
+        forget_uncommitted(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         if not path.exists() or {entry.name for entry in run_dir.iterdir()} == {RESOLVED_NAME}:
             write_json_atomic(path, resolved)
             return
-        probe = run_dir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        require_writable(run_dir)
         earlier = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"The run directory {run_dir} cannot be used: {error}. Choose another with --run-dir.") from error
+        raise ConfigError(f"The run directory {uri_of(run_dir) or run_dir} cannot be used: {error}. Choose another with --run-dir.") from error
     changes = _differences(with_new_settings(earlier, type(config)), resolved)
     if changes:
         raise ConfigError(

@@ -1,10 +1,4 @@
-"""The jsonl and parquet files of a source: where a path or URI leads, what lies there, and its lines.
-
-A path is local; a URI (s3://bucket/folder, gs://…, abfs://…, hdfs://…, file:///…) is read through the filesystem that pyarrow has for its
-scheme, with the credentials that this filesystem finds in its environment (s3: AWS's variables, profile or instance role; options such as
-`?region=` or `?endpoint_override=` may follow the path). Every node that reads needs them. Tests read s3:// from a stand-in for its protocol on
-the same machine; no real object store has been read.
-"""
+"""The jsonl and parquet files of a source: what lies at a path or URI (filesystems.py), and its lines."""
 
 import functools
 import io
@@ -13,16 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rm_robust.errors import DataError
+from rm_robust.filesystems import filesystem_of, is_uri, unreachable
+from rm_robust.object_storage import pull
 
 HUB = "hub:"
 SUFFIXES = (".jsonl", ".parquet")
+_ROWS_AT_A_TIME = 32
 _READ_AHEAD_BYTES = 2**20
 
 
@@ -43,10 +39,11 @@ def list_files(path: str) -> list[DataFile]:
     """The jsonl or parquet files that a path or URI names: itself, or those in the folder. Raises DataError when nothing is there or can be reached."""
     filesystem, inner = filesystem_of(path)
     try:
+        pull_for_reading(path)
         found = filesystem.get_file_info(inner)
         entries = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)) if found.type == pafs.FileType.Directory else [found]
     except Exception as error:  # as in filesystem_of
-        raise _unreachable(path, error) from error
+        raise unreachable(path, error) from error
     if found.type == pafs.FileType.NotFound:
         raise DataError(f"There is no file or folder at {path if is_uri(path) else inner}.")
     files = [DataFile(path, entry.path, entry.size) for entry in sorted(entries, key=lambda entry: entry.path) if entry.type == pafs.FileType.File]
@@ -57,35 +54,18 @@ def list_files(path: str) -> list[DataFile]:
     return files
 
 
-def is_uri(path: str) -> bool:
-    return "://" in path
-
-
-@functools.lru_cache(maxsize=64)
-def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URI, and its place there. Raises DataError for a URI that pyarrow cannot read and a host that it cannot reach."""
-    if not is_uri(path):
-        return pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
-    if urlsplit(path).password is not None:
-        raise DataError(
-            f"A {urlsplit(path).scheme}:// URI holds a password, which would be written to config.resolved.json and logs. Take it out, and give the "
-            "credentials through the environment."
-        )
-    try:
-        filesystem, inner = pafs.FileSystem.from_uri(path)
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{path} is no usable URI: {error}. Its scheme may be file, s3, gs, abfs or hdfs, its options those of pyarrow's filesystem."
-        ) from error
-    except Exception as error:  # pyarrow lets the errors of other libraries through: hf:// raises httpx's
-        raise _unreachable(path, error) from error
-    return filesystem, inner
-
-
 def open_file(root: str, path: str) -> io.BufferedReader:
     """A DataFile's bytes, with seek and readline; object stores are asked for a mebibyte at a time."""
     filesystem, _ = filesystem_of(root)
+    pull_for_reading(root)
     return io.BufferedReader(filesystem.open_input_file(path), _READ_AHEAD_BYTES)
+
+
+@functools.lru_cache(maxsize=64)
+def pull_for_reading(path: str) -> None:
+    """Files of the run itself, where that lies in an object store and this node is another than the one that wrote them. Once a process: they stay."""
+    if not is_uri(path):
+        pull(Path(path).expanduser().absolute())
 
 
 def read_lines(file: DataFile) -> Iterator[str]:
@@ -105,7 +85,9 @@ def read_rows(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every row of a jsonl or parquet file with the number of its line or row, from 1; blank lines are none. Raises DataError naming the first bad one."""
     if file.suffix == ".parquet":
         try:
-            yield from enumerate(read_parquet_rows(file), start=1)
+            with open_file(file.root, file.path) as opened:
+                batches = pq.ParquetFile(opened).iter_batches(_ROWS_AT_A_TIME)
+                yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{file.path} cannot be read: {error}") from error
         return
@@ -139,7 +121,3 @@ def decoded(line: bytes) -> str:
         return line.rstrip(b"\r\n").decode()
     except UnicodeDecodeError:
         return "not UTF-8: " + line.decode(errors="replace")
-
-
-def _unreachable(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} cannot be reached: {error}. Check the address, the network and the credentials of this machine.")

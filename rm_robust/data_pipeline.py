@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import commit_directory
-from rm_robust.data_files import HUB, filesystem_of, lines_from, list_files
+from rm_robust.data_files import HUB, lines_from, list_files
 from rm_robust.errors import DataError
+from rm_robust.filesystems import filesystem_of
+from rm_robust.object_storage import pull, written_by_any_node
 from rm_robust.rows import RowKind
 from rm_robust.rows_tokenising import MALFORMED, STAGED_SCHEMA, TokenLimits, tokenise_text
 from rm_robust.token_files import TOKEN_SCHEMA
@@ -85,7 +87,8 @@ def tokenise_sources(sources: list[Source], *, chat_dir: Path, out_dir: Path, li
 
     def write(folder: Path) -> None:
         staged = folder / "rows"
-        dataset.write_parquet(str(staged), partition_cols=["scenario"])
+        with written_by_any_node(staged, out_dir) as (place, filesystem):
+            dataset.write_parquet(place, partition_cols=["scenario"], filesystem=filesystem)
         reports.append(_split_kept(staged, folder, sources))
         shutil.rmtree(staged)
         (folder / "report.json").write_text(json.dumps(asdict(reports[0]), indent=2) + "\n")
@@ -139,6 +142,7 @@ def _rows_as_text(table: pa.Table) -> pa.Table:
 
 def _tokenise_batch(table: pa.Table, *, source: Source, source_number: int, chat_dir: str, limits: TokenLimits) -> pa.Table:
     if chat_dir not in _chats:  # one tokenizer a worker process
+        pull(Path(chat_dir))
         _chats[chat_dir] = ChatFormat.load(chat_dir)
     rows = [
         token_row | {"source_number": source_number}

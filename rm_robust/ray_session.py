@@ -103,6 +103,28 @@ def is_on_head() -> bool:
     return any(node["NodeID"] == own and HEAD_RESOURCE in node["Resources"] for node in ray.nodes())
 
 
+def keep_ray_datas_actors_here() -> None:
+    """Make the detached actors that Ray 2.60's Data library keeps for a cluster, on this process's node, unless they are there.
+
+    Otherwise it makes them where the driver of the first dataset runs, "so that they fate-share with it". They stay after the job, and a node that an
+    autoscaler has started for the driver would never be idle again. They ask for no CPU. The functions are Ray's own; tests/e2e/test_autoscaler.py
+    sees whether they are still all there are.
+    """
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+    from ray.data._internal.execution.autoscaling_requester import get_or_create_autoscaling_requester_actor
+    from ray.data._internal.execution.node_trackers.actor_location import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+    from ray.data._internal.stats_summary_actor import _get_or_create_stats_summary_actor
+    from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+
+    get_or_create_stats_actor()
+    _get_or_create_stats_summary_actor()
+    get_or_create_actor_location_tracker()
+    get_or_create_autoscaling_requester_actor()
+    get_or_create_autoscaling_coordinator()
+    get_or_create_usage_collection_actor()
+
+
 def shut_down(driver: str) -> None:
     """End a local Ray and whatever is left of its workers.
 

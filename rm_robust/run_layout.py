@@ -9,6 +9,7 @@ from typing import Any
 
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import DataError
+from rm_robust.object_storage import pull
 from rm_robust.tracking import write_json_atomic
 
 STAGES = ("world", "sft", "preferences", "reward_model", "evaluation", "rloo")
@@ -120,6 +121,7 @@ class RunLayout:
             return False
         started = time.time()
         result = work()
+        pull(self.run_dir)  # what other nodes have committed
         (self.run_dir / "stages").mkdir(exist_ok=True)
         write_json_atomic(self.run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": time.time() - started, "finished_at": time.time(), **result})
         return True

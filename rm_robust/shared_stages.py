@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from rm_robust.object_storage import keep_generation, put_file, put_folder, uri_of
+
 FILES = {
     "world": ["world"],
     "sft": ["checkpoints/sft"],
@@ -33,6 +35,20 @@ def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
     lines = (source / "metrics.jsonl").read_text().splitlines()
     (staging / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages))
     staging.rename(run_dir)
+    if uri_of(run_dir) is not None:
+        put_stages(run_dir, stages)
+
+
+def put_stages(run_dir: Path, stages: list[str]) -> None:
+    """A stage's record last: it says that the rest is there."""
+    for stage in stages:
+        for path in [run_dir / name for name in FILES[stage]]:
+            if path.is_dir():
+                keep_generation(path, put_folder(path, path))
+            elif path.exists():
+                put_file(path)
+    for path in (run_dir / "metrics.jsonl", *(run_dir / "stages").iterdir()):
+        put_file(path)
 
 
 def _link(source: Path | str, target: Path | str) -> None:

@@ -22,8 +22,9 @@ from rm_robust.config_loading import DEFAULT_CONFIG, Run, claim_run_dir, parse_r
 from rm_robust.embedded_world.world_files import write_world
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.experiment_trackers import check_trackers
+from rm_robust.object_storage import forget_uncommitted, local_path, pull
 from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
-from rm_robust.ray_session import connect_to_ray, head_does_no_work
+from rm_robust.ray_session import connect_to_ray, head_does_no_work, keep_ray_datas_actors_here
 from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
 from rm_robust.rloo.controller import run_rloo
@@ -77,6 +78,7 @@ def run_stages(run: Run, stages: list[Stage]) -> None:
         check_capacity(run.config, ahead)
         return drive(run, stages)
     check_capacity(run.config, ahead, beside=[Request("the driver", 1, {"CPU": DRIVER_CPUS})])
+    keep_ray_datas_actors_here()
     remote: Any = ray.remote(drive)
     task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(run, stages)
     try:
@@ -90,6 +92,8 @@ def run_stages(run: Run, stages: list[Stage]) -> None:
 def drive(run: Run, stages: list[Stage]) -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     quieten_libraries()
+    forget_uncommitted(run.run_dir)
+    pull(run.run_dir)
     for stage in stages:
         stage(run)
 
@@ -129,7 +133,7 @@ def check_inputs(run: Run) -> None:
     for path in {config.model.path, config.reward_model.base_path} - {None}:
         ChatFormat.load(str(path))
     if config.serve.gold != "embedded" and config.serve.gold_url is None:
-        verify_checkpoint(Path(config.serve.gold), "reward_model")
+        verify_checkpoint(local_path(config.serve.gold), "reward_model")
 
 
 def check_rloo_inputs(run: Run) -> None:
@@ -228,7 +232,7 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
 
     config = run.config
     proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
-    gold = served_model(config.serve.gold_replica, "gold", None if config.serve.gold == "embedded" else Path(config.serve.gold).absolute())
+    gold = served_model(config.serve.gold_replica, "gold", None if config.serve.gold == "embedded" else local_path(config.serve.gold).absolute())
     gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
     start_serve_without_http()
     settings = ServiceSettings(models=(proxy,) if gold_url else (proxy, gold), api_keys=(new_key("run")[1],), limits=ServiceLimits(request_timeout_s=timeout_s))

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rm_robust.errors import DataError, RmRobustError
+from rm_robust.object_storage import put_file
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,10 @@ class MetricsWriter:
         self._num_steps = {} if num_steps is None else {"num_steps": num_steps}
         self._sinks = sinks
         self._resume_step = resume_step
-        path = run_dir / METRICS_NAME
-        _drop_uncommitted(path, stage, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=resume_step + 1, flush_secs=10)
+        self._path, self._tensorboard_dir = run_dir / METRICS_NAME, run_dir / "tensorboard" / stage
+        _drop_uncommitted(self._path, stage, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
         """Append the metrics of one step (from 1). Raises RmRobustError, naming the key, when a value is NaN or infinite."""
@@ -68,10 +69,16 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(step, metrics)
 
+    def publish(self) -> None:
+        """Before a state is committed: to where a run in an object store has its lines, so that none is missing up to that state."""
+        put_file(self._path)
+
     def close(self) -> None:
         """Close all of them; nothing can be written afterwards."""
         self._file.close()
         self._tensorboard.close()
+        for path in (self._path, *(self._tensorboard_dir).glob("*")):
+            put_file(path)
         for sink in self._sinks:
             sink.close()
 
@@ -96,7 +103,7 @@ def write_json_atomic(path: Path, obj: object) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write beside, sync, rename: a reader sees the old file or the new one, never a part."""
+    """Write beside, sync, rename: a reader sees the old file or the new one, never a part; then put it where a run in an object store has it."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -108,6 +115,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+    put_file(path)
 
 
 def log_step(logger: logging.Logger, stage: str, step: int, num_steps: int, metrics: Mapping[str, int | float], keys: Sequence[str]) -> None:

@@ -113,6 +113,8 @@ def run_loop(
             is_last_chance = not is_saved_for_reclaim and is_reclaimed()
             is_saved_for_reclaim |= is_last_chance
             if num_done % settings.checkpoint_every_steps == 0 or is_best or is_over or is_last_chance:
+                if writer is not None:
+                    writer.publish()
                 commit(num_done)
     finally:
         bar.close()

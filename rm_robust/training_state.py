@@ -1,17 +1,26 @@
-"""Exact resume of a training stage: the last committed engine state below `<root>/step-<n>/`, written by all ranks into one shared folder."""
+"""Exact resume of a training stage: the last committed engine state below `<root>/step-<n>/`, written by all ranks into one shared folder.
+
+In an object store nothing is shared: every node has a folder of its own, uploads what its ranks have written there, and rank 0 commits all of it.
+"""
 
 import shutil
+import socket
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from rm_robust.checkpoint import commit_directory, storage_errors
+from rm_robust.object_storage import commit_generation, committed_in, delete_folder, new_generation, pull, put_part, uri_of
 from rm_robust.train_engine import TrainEngine
+
+Value = TypeVar("Value")
 
 
 def committed_steps(root: Path) -> list[int]:
     """Steps with a committed state, oldest first."""
-    return sorted(int(folder.name.removeprefix("step-")) for folder in root.glob("step-*") if folder.is_dir())
+    names = [folder.name for folder in root.glob("step-*") if folder.is_dir()] if uri_of(root) is None else committed_in(root)
+    return sorted(int(name.removeprefix("step-")) for name in names)
 
 
 def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept: int = 1, best_step: int | None = None) -> None:
@@ -19,25 +28,44 @@ def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept
 
     Every rank calls it; it returns after the commit.
     """
-    staging = root / ".staging"
+    staging, target = root / ".staging", folder_of(root, num_steps_done)
+    in_store = uri_of(root) is not None
+    is_first_here = is_first_to_share(root, engine.rank) if in_store else engine.rank == 0
     with storage_errors(root):
-        if engine.rank == 0:
+        if is_first_here:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         barrier()
         engine.save(staging)
     barrier()
+    if in_store:
+        _commit_parts(staging, target, is_first_here=is_first_here, is_leader=engine.rank == 0)
+    elif engine.rank == 0:
+        commit_directory(target, lambda folder: _move_into(staging, folder))
     if engine.rank == 0:
-        commit_directory(root / f"step-{num_steps_done:07d}", lambda folder: _move_into(staging, folder))
         for step in committed_steps(root)[:-num_kept]:
             if step != best_step:
-                shutil.rmtree(root / f"step-{step:07d}")
+                delete_folder(folder_of(root, step)) if in_store else shutil.rmtree(folder_of(root, step))
     barrier()
+
+
+def _commit_parts(staging: Path, target: Path, *, is_first_here: bool, is_leader: bool) -> None:
+    """Each node uploads what its ranks have written; rank 0 commits when all have."""
+    generation = from_every_rank(new_generation())[0]
+    with storage_errors(target):
+        own = put_part(staging, target, generation) if is_first_here else {}
+    parts = from_every_rank(own)
+    if is_leader:
+        with storage_errors(target):
+            commit_generation(target, generation, parts)
+    barrier()
+    if is_first_here:
+        shutil.rmtree(staging)
 
 
 def load_best(engine: TrainEngine, root: Path, best_step: int) -> None:
     """Load the state after `best_step` steps, which save_state kept. Every rank calls it."""
-    engine.load(root / f"step-{best_step:07d}")
+    engine.load(pull(folder_of(root, best_step)))
 
 
 def load_state(engine: TrainEngine, root: Path) -> int:
@@ -45,8 +73,28 @@ def load_state(engine: TrainEngine, root: Path) -> int:
     steps = committed_steps(root)
     if not steps:
         return 0
-    engine.load(root / f"step-{steps[-1]:07d}")
+    engine.load(pull(folder_of(root, steps[-1])))
     return steps[-1]
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:07d}"
+
+
+def is_first_to_share(folder: Path, rank: int) -> bool:
+    """Whether this is the first of the ranks that have the very same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = (socket.gethostname(), folder.stat().st_dev, folder.stat().st_ino)
+    return from_every_rank(place).index(place) == rank
+
+
+def from_every_rank(own: Value) -> list[Value]:
+    """In rank order."""
+    if not dist.is_initialized():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def barrier() -> None:

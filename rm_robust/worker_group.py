@@ -11,6 +11,7 @@ import transformers
 
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import WorkersConfig
+from rm_robust.object_storage import pull, uri_of
 
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 
@@ -38,7 +39,7 @@ def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConf
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.num_gpus_per_worker else "gloo"),  # offloaded shards meet on the CPU
         run_config=RunConfig(
             name=stage,
-            storage_path=str(run_dir / "ray_train"),
+            storage_path=f"{uri_of(run_dir) or run_dir}/ray_train",
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES if workers.min_workers is None else MAX_ELASTIC_FAILURES),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -109,5 +110,5 @@ def _work(settings: dict[str, Any]) -> dict[str, float]:
     global _is_train_worker
     _is_train_worker = True
     prepare_process(settings["num_threads"])
-    result: dict[str, float] = settings["function"](settings["config"], settings["run_dir"])
+    result: dict[str, float] = settings["function"](settings["config"], pull(settings["run_dir"]))
     return result

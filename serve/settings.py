@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rm_robust.config import ReplicaConfig
 from rm_robust.errors import ConfigError
+from rm_robust.object_storage import local_path
 from serve.keys import ApiKey
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -20,8 +21,8 @@ class ModelSettings(ReplicaConfig):
 
     model_name: str = Field(pattern=MODEL_NAME_PATTERN)
     """What requests ask for, and every reply names."""
-    checkpoint_dir: Path | None = None
-    """A committed reward-model checkpoint, on storage that every serving node sees."""
+    checkpoint_dir: Annotated[Path | None, BeforeValidator(lambda given: local_path(given) if isinstance(given, str) else given)] = None
+    """A committed reward-model checkpoint: a path on storage that every serving node sees, or a URI (s3://…, gs://…) of a run in an object store."""
     embedded_judge: bool = False
     """True: the embedded world's gold judge."""
     device: Literal["cpu", "cuda"] = "cpu"

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import DataError
+from rm_robust.object_storage import pull, put_file
 from rm_robust.reward_model.metrics import ScenarioResult, mean_kendall_tau, pairwise_accuracy
 from rm_robust.reward_model.scorer import RewardScorer, ScoredGroup
 from rm_robust.run_layout import RunLayout
@@ -24,7 +25,7 @@ _CHUNK = 64
 
 def evaluate_scenarios(config: PipelineConfig, run_dir: Path, *, device: str) -> dict[str, dict[str, str | int | float]]:
     """Score every scenario that the run has; writes evaluation.json and evaluation/scores.parquet. Raises DataError when there is none."""
-    layout = RunLayout(run_dir)
+    layout = RunLayout(pull(run_dir))
     longest = config.data.max_prompt_tokens + config.data.max_completion_tokens
     scorer = RewardScorer.load(layout.reward_model_checkpoint, device=device, dtype="float32", max_length_tokens=longest)
     present = [name for name in SCENARIOS if (layout.preference_tokens / f"scenario={name}").is_dir()]
@@ -44,6 +45,7 @@ def evaluate_scenarios(config: PipelineConfig, run_dir: Path, *, device: str) ->
         logger.info("evaluation %s: %s %.4f over %d prompts (%d undefined)", scenario, result.metric, result.value, result.num_prompts, result.num_undefined)
     layout.evaluation_scores.parent.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), layout.evaluation_scores)
+    put_file(layout.evaluation_scores)
     write_json_atomic(layout.evaluation_table, table)
     return table
 

@@ -26,6 +26,7 @@ from rm_robust.chat import ChatFormat
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import RolloutError
 from rm_robust.experiment_trackers import open_trackers
+from rm_robust.object_storage import put_file
 from rm_robust.records import GenerationRequest, PromptCompletions
 from rm_robust.rloo.actors import RlooActors, TrainersLostError
 from rm_robust.rloo.advantages import advantages_of, next_kl_coefficient
@@ -128,6 +129,8 @@ class Controller:
                 writer.write(self.version, metrics)
                 log_step(logger, "rloo", self.version, self.settings.num_steps, metrics, LOGGED)
                 if self.version % self.settings.checkpoint_every_steps == 0 or self.is_last:
+                    writer.publish()
+                    put_file(self.layout.rloo_samples)
                     self.actors.save(self.version)
                     self.num_steps_committed, self.num_lost_since_commit = self.version, 0
         for sampled in self.under_way:

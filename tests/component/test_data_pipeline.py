@@ -19,7 +19,7 @@ from rm_robust.rows_tokenising import TokenLimits
 from rm_robust.run_layout import RunLayout
 from rm_robust.sft.preparation import prepare_sft
 from rm_robust.token_files import read_token_groups
-from tests.s3_stand_in import served_bucket
+from tests.s3_server import CREDENTIALS, s3_server
 from tests.tiny_models import tiny_tokenizer
 
 NUM_ROWS = 300
@@ -75,13 +75,14 @@ def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_
 
 
 def test_a_bucket_is_read_by_rays_workers(tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """s3:// over its protocol, from a stand-in on this machine."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "any")
+    """s3:// over its protocol, from moto's server."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
     pq.write_table(pa.Table.from_pylist([pair(number) for number in range(20, 30)]), tmp_path / "b.parquet")
     objects = {"mine/a.jsonl": "\n".join(lines(range(20))).encode(), "mine/b.parquet": (tmp_path / "b.parquet").read_bytes()}
-    with served_bucket("rows", objects) as options:
-        report = tokenise(tmp_path, chat_dir, f"s3://rows/mine?{options}")
+    with s3_server() as server:
+        server.put("rows", objects)
+        report = tokenise(tmp_path, chat_dir, f"s3://rows/mine?{server.options}")
     assert (report.num_kept, report.num_dropped) == ({"train": 30}, {"train": {}})
     assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=train")] == [f"{number:04}" for number in range(30)]
 

@@ -6,7 +6,7 @@ import re
 import shlex
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,10 +46,11 @@ class Cluster:
     run_root: Path
     workers: list[Running] = field(default_factory=list)
 
-    def add_worker(self, *options: str) -> Running:
+    def add_worker(self, *options: str, within: Sequence[str] = ()) -> Running:
+        """`within`: a command that runs the one which follows it."""
         address, agent_port = f"--address={self.gcs_address}", free_ports(1)[0]
         command = [address if part.startswith("--address=") else part for part in readme_command("ray start --address=HEAD:6379")]
-        worker = self.launcher.command(*command, "--dashboard-agent-listen-port", agent_port, "--min-worker-port=0", "--max-worker-port=0", *options)
+        worker = self.launcher.command(*within, *command, "--dashboard-agent-listen-port", agent_port, "--min-worker-port=0", "--max-worker-port=0", *options)
         self.workers.append(worker)
 
         def is_up() -> bool:

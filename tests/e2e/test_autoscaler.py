@@ -117,8 +117,7 @@ def test_every_stage_brings_its_kind_of_node_which_goes_again(watched: Watched) 
     first = {kind: next(index for index, count in enumerate(watched.counts()) if count[kind]) for kind in KINDS}
     assert first["data"] < first["trainer"] < min(first["serving"], first["rollout"]), "a kind of node comes when a stage wants it, not before"
     gone = dict.fromkeys(KINDS, 0)
-    # The node on which the driver ran stays: Ray 2.60 says "busy workers" of it after the job has ended. Why was not found out.
-    wait_until(lambda: watched.counts()[-1] in (gone, gone | {"data": 1}), 10 * IDLE_S, lambda: f"still there: {watched.counts()[-1]}")
+    wait_until(lambda: watched.counts()[-1] == gone, 10 * IDLE_S, lambda: f"still there: {watched.counts()[-1]}")
 
 
 def test_what_the_autoscaler_may_never_start_is_refused_at_once(watched: Watched) -> None:

@@ -1,4 +1,4 @@
-"""Where paths and URIs lead, and how lines are cut. s3:// is read from a stand-in on this machine: no real object store was at hand."""
+"""Where paths and URIs lead, and how lines are cut. s3:// is read from moto's server: no real object store was at hand."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from rm_robust.data_files import DataFile, filesystem_of, lines_from, list_files, read_lines, read_parquet_rows
+from rm_robust.data_files import DataFile, lines_from, list_files, read_lines, read_parquet_rows
 from rm_robust.errors import DataError
-from tests.s3_stand_in import served_bucket
+from rm_robust.filesystems import filesystem_of
+from tests.s3_server import CREDENTIALS, s3_server
 
 LINES = ['{"a": "\u2028 \x85 \x0b"}', "", '{"b": 2}', "x" * 50, '{"c": 3}']
 
@@ -69,11 +70,13 @@ def test_a_folder_of_a_filesystem_that_is_not_local_is_listed_and_read() -> None
 
 
 def test_a_bucket_is_listed_and_read_over_its_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
     write_folder(tmp_path)
     text = "\n".join(LINES).encode()
-    with served_bucket("rows", {"mine/a.parquet": (tmp_path / "a.parquet").read_bytes(), "mine/deep/b.jsonl": text, "other/c.jsonl": b"{}"}) as options:
+    with s3_server() as server:
+        server.put("rows", {"mine/a.parquet": (tmp_path / "a.parquet").read_bytes(), "mine/deep/b.jsonl": text, "other/c.jsonl": b"{}"})
+        options = server.options
         parquet, jsonl = list_files(f"s3://rows/mine?{options}")
         assert (parquet.path, jsonl.path, jsonl.num_bytes) == ("rows/mine/a.parquet", "rows/mine/deep/b.jsonl", len(text))
         assert read_parquet_rows(parquet) == [{"file": "a.parquet"}]

@@ -10,6 +10,8 @@ import pytest
 
 LAYERS = [
     ["rm_robust.config_parts", "rm_robust.errors", "rm_robust.records", "rm_robust.reward_model.objectives"],
+    ["rm_robust.filesystems"],
+    ["rm_robust.object_storage"],
     ["rm_robust.config_rloo", "rm_robust.score_contract"],
     [
         "rm_robust.reward_model.losses",

@@ -1,0 +1,278 @@
+"""A run in an object store, against moto's S3 server: what is committed is seen whole from every node, and what was interrupted is never seen.
+
+Nodes are caches of their own: RM_ROBUST_CACHE names another folder.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rm_robust.checkpoint import commit_checkpoint, commit_directory, verify_checkpoint
+from rm_robust.config import PipelineConfig
+from rm_robust.config_loading import choose_run_dir, claim_run_dir
+from rm_robust.errors import CheckpointError, ConfigError, DataError, StorageError
+from rm_robust.filesystems import filesystem_of
+from rm_robust.object_storage import CACHE_VARIABLE, COMMIT, committed_in, forget_uncommitted, local_path, main, pull, pull_files, put_file, uri_of
+from rm_robust.run_layout import RunLayout
+from rm_robust.shared_stages import share_stages
+from rm_robust.tracking import MetricsWriter, read_metrics, write_json_atomic
+from rm_robust.training_state import committed_steps, load_state, save_state
+from tests.s3_server import S3Server, s3_server
+from tests.unit.test_training_state import new_engine, train
+
+RUN = "s3://runs/deep/mine"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def node(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """The run directory's copy on a node of that name; the last one asked for is where this process is."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    server.put("runs", {})
+    filesystem_of.cache_clear()
+
+    def copy_on(name: str) -> Path:
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / name))
+        return local_path(RUN)
+
+    yield copy_on
+    client = server.client()
+    for key in [entry["Key"] for entry in client.list_objects_v2(Bucket="runs").get("Contents", [])]:
+        client.delete_object(Bucket="runs", Key=key)
+    filesystem_of.cache_clear()
+
+
+def write_two(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "nested").mkdir()
+        (folder / "nested" / "a.bin").write_text(f"{text} a")
+        (folder / "b.bin").write_text(f"{text} b")
+
+    return write
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def whole(text: str) -> dict[str, str]:
+    return {"b.bin": f"{text} b", "nested/a.bin": f"{text} a"}
+
+
+def test_a_copy_knows_its_uri_wherever_it_lies_and_other_paths_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    assert uri_of(local_path("s3://runs/mine/") / "checkpoints" / "policy") == "s3://runs/mine/checkpoints/policy"
+    assert uri_of(tmp_path / "runs") is None
+    assert local_path("runs/mine") == Path("runs/mine")
+    for wrong in ("ftp://host/runs", "s3://", "s3://runs/mine?region=here"):
+        with pytest.raises(DataError, match="cannot hold a run"):
+            local_path(wrong)
+    with pytest.raises(DataError, match="holds a password") as refused:
+        local_path("s3://key:secret@runs/mine")
+    assert "secret" not in str(refused.value)
+
+
+def test_a_folder_committed_on_one_node_is_whole_on_another_and_only_its_newest_generation_stays(node: Callable[[str], Path], server: S3Server) -> None:
+    for text in ("one", "two"):
+        commit_directory(node("first") / "world", write_two(text))
+        assert contents(pull(node("second") / "world")) == whole(text) == contents(node("first") / "world")
+    generation = json.loads(server.client().get_object(Bucket="runs", Key=f"deep/mine/world/{COMMIT}")["Body"].read())["generation"]
+    assert server.keys("runs") == sorted(f"deep/mine/world/{key}" for key in (COMMIT, f"{generation}/b.bin", f"{generation}/nested/a.bin"))
+
+
+def test_a_pull_of_the_run_brings_files_and_folders_but_no_training_state_unless_that_is_named(node: Callable[[str], Path]) -> None:
+    run_dir = node("first")
+    commit_directory(run_dir / "sft" / "base", write_two("base"))
+    commit_directory(run_dir / "sft" / "state" / "step-0000004", write_two("state"))
+    (run_dir / "stages").mkdir()
+    write_json_atomic(run_dir / "stages" / "sft.json", {"stage": "sft"})
+    run_dir = node("second")
+    assert contents(pull(run_dir) / "sft" / "base") == whole("base")
+    assert json.loads((run_dir / "stages" / "sft.json").read_text()) == {"stage": "sft"}
+    assert not (run_dir / "sft" / "state").exists()
+    assert contents(pull(run_dir / "sft" / "state" / "step-0000004")) == whole("state")
+    assert (pull(node("third") / "sft" / "base" / "nested" / "a.bin")).read_text() == "base a"  # inside a committed folder
+    assert set(contents(pull_files(node("fourth")))) == {"stages/sft.json"}
+
+
+def test_a_second_pull_downloads_nothing(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = node("first")
+    commit_directory(run_dir / "world", write_two("one"))
+    write_json_atomic(run_dir / "summary.json", {})
+    downloaded: list[str] = []
+    monkeypatch.setattr("rm_robust.object_storage._download", lambda filesystem, inner, path: downloaded.append(inner))
+    pull(run_dir)
+    assert downloaded == []
+    (run_dir / "world").rename(run_dir / "gone")
+    with pytest.raises(FileNotFoundError):  # it tries: the stand-in makes no file
+        pull(run_dir)
+    assert len(downloaded) == 1
+
+
+def test_an_object_of_other_bytes_than_were_committed_is_refused_by_its_name(node: Callable[[str], Path], server: S3Server) -> None:
+    commit_directory(node("first") / "world", write_two("one"))
+    (key,) = (key for key in server.keys("runs") if key.endswith("b.bin"))
+    server.put("runs", {key: b"one B"})
+    with pytest.raises(CheckpointError, match=rf"s3://runs/{key} has other bytes than were committed"):
+        pull(node("second"))
+    assert not (node("second") / "world").exists()
+    server.put("runs", {f"deep/mine/world/{COMMIT}": b"{}"})
+    with pytest.raises(CheckpointError, match=r"is not what this program commits"):
+        pull(node("third"))
+
+
+KILLED = """
+import os, signal, sys
+from rm_robust import checkpoint, object_storage
+from tests.unit.test_object_storage import RUN, write_two
+
+where, upload = sys.argv[1], object_storage._upload
+
+def end(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def upload_or_end(filesystem, path, inner):
+    if path.name == where:
+        stream = filesystem.open_output_stream(inner)
+        stream.write(path.read_bytes())
+        end()
+    upload(filesystem, path, inner)
+
+object_storage._upload = upload_or_end
+if where == "before the commit":
+    object_storage.commit_generation = end
+if where == "before the former one is deleted":
+    object_storage.pafs.FileSelector = end
+if where == "before the copy is marked":
+    checkpoint.keep_generation = end
+checkpoint.commit_directory(object_storage.local_path(RUN) / "world", write_two("two"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "seen"),
+    [("b.bin", "one"), ("a.bin", "one"), ("before the commit", "one"), ("before the former one is deleted", "two"), ("before the copy is marked", "two")],
+)
+def test_a_commit_killed_at_any_point_leaves_one_whole_generation_and_the_next_clears_its_rest(
+    node: Callable[[str], Path], server: S3Server, where: str, seen: str
+) -> None:
+    run_dir = node("first")
+    commit_directory(run_dir / "world", write_two("one"))
+    killed = subprocess.run([sys.executable, "-c", KILLED, where], env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    forget_uncommitted(run_dir)  # the next process on the same node, and
+    pull(run_dir)
+    assert contents(run_dir / "world") == whole(seen)
+    assert contents(pull(node("second")) / "world") == whole(seen)  # any other
+    commit_directory(node("first") / "world", write_two("three"))
+    assert contents(pull(node("third")) / "world") == whole("three")
+    assert len(server.keys("runs")) == 3
+
+
+def test_a_training_state_whose_upload_is_cut_off_leaves_the_last_one_and_training_goes_on_from_it(
+    node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train(new_engine(), range(6))
+    root, engine = node("first") / "sft" / "state", new_engine()
+    train(engine, range(4))
+    save_state(engine, root, 4)
+    train(engine, range(4, 5))
+
+    def refuse(*_: object) -> None:
+        raise OSError("When uploading part: AWS Error NETWORK_CONNECTION")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("rm_robust.object_storage._upload", refuse)
+        with pytest.raises(StorageError, match="step-0000005 could not be written: When uploading part"):
+            save_state(engine, root, 5)
+    root, resumed = node("second") / "sft" / "state", new_engine(seed=1)
+    assert committed_steps(root) == [4]
+    assert load_state(resumed, root) == 4
+    weights = train(resumed, range(4, 6))
+    assert all((weights[name] == tensor).all() for name, tensor in expected.items())
+    save_state(resumed, root, 6)
+    assert committed_steps(root) == [6]
+    assert committed_in(root) == ["step-0000006"]
+
+
+def test_what_a_node_has_beyond_the_store_is_gone_at_the_start_of_a_run(node: Callable[[str], Path]) -> None:
+    run_dir = node("first")
+    commit_directory(run_dir / "world", write_two("one"))
+    for name in ("stages/sft.json", "sft/base/config.json", ".world.partial-1/b.bin"):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text("{}")
+    forget_uncommitted(run_dir)
+    assert [path.name for path in run_dir.iterdir() if not path.name.startswith(".world")] == ["world"]
+    assert contents(run_dir / "world") == whole("one")
+
+
+def test_a_run_is_claimed_in_the_store_and_another_config_is_refused_on_every_node(node: Callable[[str], Path], server: S3Server) -> None:
+    node("first")
+    run_dir = choose_run_dir("mine", RUN)
+    claim_run_dir(run_dir, PipelineConfig(name="mine"))
+    assert RunLayout(run_dir).run_stage("world", lambda: {"num_rows": 3})
+    run_dir = node("second")
+    claim_run_dir(run_dir, PipelineConfig(name="mine"))
+    assert RunLayout(run_dir).is_done("world")
+    with pytest.raises(ConfigError, match="another config:\n  seed: 0 there, 1 now"):
+        claim_run_dir(node("third"), PipelineConfig(name="mine", seed=1))
+    assert server.keys("runs") == ["deep/mine/config.resolved.json", "deep/mine/stages/world.json"]
+    assert choose_run_dir("mine", "s3://absent/mine") == local_path("s3://absent/mine")
+    with pytest.raises(ConfigError, match="The run directory s3://absent/mine cannot be used"):
+        claim_run_dir(local_path("s3://absent/mine"), PipelineConfig(name="mine"))
+
+
+def test_metrics_are_in_the_store_up_to_every_committed_state(node: Callable[[str], Path]) -> None:
+    run_dir = node("first")
+    with MetricsWriter(run_dir, "sft", 0) as writer:
+        writer.write(1, {"sft/loss": 1.0})
+        writer.publish()
+        writer.write(2, {"sft/loss": 0.5})
+        assert [line["step"] for line in read_metrics(pull(node("second")), "sft")] == [1]
+    assert [line["step"] for line in read_metrics(pull(node("third")), "sft")] == [1, 2]
+    assert list((node("third") / "tensorboard" / "sft").iterdir())
+
+
+def test_a_twin_begins_in_the_store_with_its_siblings_stages(node: Callable[[str], Path]) -> None:
+    run_dir = node("first")
+    commit_directory(run_dir / "checkpoints" / "sft", write_two("sft"))
+    commit_directory(run_dir / "preferences" / "tokens", write_two("tokens"))
+    for stage in ("sft", "preferences"):
+        RunLayout(run_dir).run_stage(stage, dict)
+    (run_dir / "metrics.jsonl").write_text('{"stage": "sft", "step": 1}\n{"stage": "rloo", "step": 1}\n')
+    share_stages(run_dir, run_dir / "bt_twin", ["sft", "preferences"])
+    twin = pull(node("second") / "bt_twin")
+    assert contents(twin / "checkpoints" / "sft") == whole("sft")
+    assert contents(twin / "preferences" / "tokens") == whole("tokens")
+    assert [line["step"] for line in read_metrics(twin, "sft")] == [1]
+    assert RunLayout(twin).is_done("preferences")
+
+
+def test_a_checkpoint_is_verified_from_the_store_and_copied_out_of_it(node: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = node("first") / "checkpoints" / "reward_model"
+    commit_checkpoint(target, write_two("weights"), kind="reward_model", template_sha256="sha256:t", training={"seed": 3})
+    assert verify_checkpoint(node("second") / "checkpoints" / "reward_model", "reward_model").training == {"seed": 3}
+    assert main([f"{RUN}/checkpoints/reward_model", str(tmp_path / "out")]) == 0
+    assert verify_checkpoint(tmp_path / "out", "reward_model").training == {"seed": 3}
+    assert main([f"{RUN}/checkpoints/policy", str(tmp_path / "none")]) == 2
+    assert "s3://runs/deep/mine/checkpoints/policy is no committed folder" in capsys.readouterr().err
+
+
+def test_paths_on_a_file_system_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    put_file(tmp_path / "a")
+    forget_uncommitted(tmp_path)
+    assert pull(tmp_path) == tmp_path
+    assert contents(tmp_path) == {"a": "a"}
