@@ -32,6 +32,8 @@ class Hardware:
     """What an engine's step costs beside arithmetic: scheduler, launches, Python."""
     engine_token_s: float = 0.0
     """And each of its tokens: sampler, log-probabilities, output objects."""
+    has_segments: bool = False
+    """Packed rows are laid out in segments, as on CPUs: a reward model computes its last layer at the scored tokens alone."""
     cache_block_tokens: int = 16
     """vLLM's: what a prompt's completions share of it, in whole blocks (128 on a CPU)."""
     activation_bytes_per_s: float = inf

@@ -145,6 +145,7 @@ def cpu_of(found: Measurements, num_threads: int) -> Hardware:
         devices_per_node=1,
         host_bytes_per_s=rates.memory_bytes_per_s,
         price_per_hour=0,
+        has_segments=True,
         cache_block_tokens=128,
         engine_step_s=found.engine.step_s,
         engine_token_s=found.engine.token_s,

@@ -4,7 +4,7 @@ What a config does not say, the lengths of its texts, is given. Every figure is 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rm_robust.config import LoraConfig, PipelineConfig, RewardModelConfig, SftConfig
 from rm_robust.config_rloo import RlooConfig
@@ -136,6 +136,8 @@ def _training_plan(
     tokens_per_step = settings.batch_size * lengths.group_tokens(num_completions)
     max_tokens = settings.max_tokens_per_micro_batch
     tokens = _tokens(lengths, settings.batch_size / devices, num_completions, is_policy=is_policy, max_tokens=max_tokens)
+    if hardware.has_segments and not is_policy:
+        tokens = replace(tokens, num_scored=tokens.num_groups * num_completions)
     is_coupled = isinstance(settings, RewardModelConfig) and settings.objective in BATCH_COUPLED
     passes = passes_of_step(settings.compute, is_batch_coupled=is_coupled, num_micro_batches=tokens.num_micro_batches)
     if trained.num_trained < trained.num_parameters:

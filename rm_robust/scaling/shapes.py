@@ -43,6 +43,11 @@ class ModelShape:
         return self.hidden_size * (2 * self.query_width + 2 * self.kv_width) + 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def kv_parameters_per_layer(self) -> int:
+        """Keys and values alone."""
+        return 2 * self.hidden_size * self.kv_width
+
+    @property
     def layer_parameters(self) -> int:
         """With two norms, and biases where there are any."""
         biases = self.query_width + 2 * self.kv_width if self.has_qkv_bias else 0

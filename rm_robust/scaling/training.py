@@ -44,6 +44,8 @@ class Tokens:
     num_predicted: float = 0
     """Tokens whose logits a policy computes."""
     num_micro_batches: int = 1
+    num_scored: float | None = None
+    """Tokens at which the last layer is computed whole, and the others' keys and values alone (reward_model/last_layer.py). None: all."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,14 @@ def passes_of_step(compute: ComputeConfig, *, is_batch_coupled: bool, num_micro_
 def forward_flops(shape: ModelShape, tokens: Tokens) -> float:
     """Matrix products: 2 a weight and token; attention 4 x visible x width of the queries; logits of the predicted tokens (Kaplan et al. 2020, table 1).
 
-    The embedding is looked up. A reward model's head, H weights a completion, is left out.
+    The embedding is looked up. A reward model's head, H weights a completion, is left out. A completion's last token sees twice the average.
     """
     layer = FORWARD_FLOPS * shape.matrix_parameters_per_layer + 4 * tokens.visible * shape.query_width
-    return shape.num_layers * layer * tokens.num_tokens + FORWARD_FLOPS * shape.embedding_parameters * tokens.num_predicted
+    last = layer * tokens.num_tokens
+    if tokens.num_scored is not None:
+        keys_and_values = FORWARD_FLOPS * shape.kv_parameters_per_layer
+        last = keys_and_values * tokens.num_tokens + (layer - keys_and_values + 4 * tokens.visible * shape.query_width) * tokens.num_scored
+    return (shape.num_layers - 1) * layer * tokens.num_tokens + last + FORWARD_FLOPS * shape.embedding_parameters * tokens.num_predicted
 
 
 def step_flops(shape: ModelShape, tokens: Tokens, passes: Passes) -> float:
@@ -77,12 +83,20 @@ def step_flops(shape: ModelShape, tokens: Tokens, passes: Passes) -> float:
     return forward_flops(shape, tokens) * (passes.num_forward + passes.num_frozen + passes.num_backward * BACKWARD_FLOPS / FORWARD_FLOPS)
 
 
+def layers_of_activations(shape: ModelShape, tokens: Tokens) -> float:
+    """How many layers' operators beside matrix products a token passes; those of keys and values are taken by their share of the weights."""
+    if tokens.num_scored is None:
+        return shape.num_layers
+    share = shape.kv_parameters_per_layer / shape.matrix_parameters_per_layer
+    return shape.num_layers - 1 + share + (1 - share) * tokens.num_scored / tokens.num_tokens
+
+
 def compute_seconds(trained: Trained, tokens: Tokens, passes: Passes, hardware: Hardware, *, num_updates: int = 1) -> float:
     """Of one device and step, communication apart."""
     shape, num_forward = trained.shape, passes.num_forward + passes.num_frozen
     sizes = (shape.hidden_size, shape.kv_width, shape.intermediate_size, shape.num_heads)
     forward, backward = (sum(factor * size for factor, size in zip(factors, sizes, strict=True)) for factors in (TRAFFIC_FORWARD, TRAFFIC_BACKWARD))
-    activations = shape.num_layers * tokens.num_tokens * (num_forward * forward + passes.num_backward * backward)
+    activations = layers_of_activations(shape, tokens) * tokens.num_tokens * (num_forward * forward + passes.num_backward * backward)
     logits = shape.vocab_size * tokens.num_predicted * (num_forward * LOGIT_TRAFFIC[0] + passes.num_backward * LOGIT_TRAFFIC[1])
     calls = num_forward * layer_calls(tokens, 0) + passes.num_backward * layer_calls(tokens, 1)
     return (

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from rm_robust.config import LoraConfig, ModelConfig, RewardModelConfig
 from rm_robust.config_parts import ComputeConfig, StrategyConfig, WorkersConfig
 from rm_robust.packing import Layout, PackedBatch, lay_out
 from rm_robust.policy_model import PackedPolicy
 from rm_robust.records import TokenGroup
+from rm_robust.reward_model.model import PackedRewardModel
 from rm_robust.reward_model.objectives import Objective
 from rm_robust.scaling.hardware import GPUS
 from rm_robust.scaling.memory import Trained
@@ -56,6 +57,29 @@ def test_flops_of_a_forward_and_backward_pass_are_torchs_own_count() -> None:
     assert counter.get_total_flops() == pytest.approx(forward_flops(SHAPE, tokens), rel=0.01)
     with FlopCounterMode(display=False) as counter:
         logprobs_M.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(step_flops(SHAPE, tokens, Passes(0, 1)), rel=0.01)
+
+
+def test_flops_of_a_reward_model_on_a_cpu_are_torchs_own_count_with_the_last_layer_at_the_scored_tokens() -> None:
+    """Attention left out again, and the head's H products a completion are within the per cent."""
+    config = Qwen2Config(
+        vocab_size=MODEL.vocab_size,
+        hidden_size=MODEL.hidden_size,
+        intermediate_size=MODEL.intermediate_size,
+        num_hidden_layers=MODEL.num_layers,
+        num_attention_heads=MODEL.num_heads,
+        num_key_value_heads=MODEL.num_kv_heads,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    model, packed = PackedRewardModel(Qwen2ForSequenceClassification(config).eval(), Layout.SEGMENTS), batch(3, 2)
+    tokens = Tokens(packed.num_tokens, 0, 3, 2, num_scored=6)
+    with FlopCounterMode(display=False) as counter:
+        scored = model(packed)
+    assert counter.get_total_flops() == pytest.approx(forward_flops(SHAPE, tokens), rel=0.01)
+    assert forward_flops(SHAPE, tokens) < 0.8 * forward_flops(SHAPE, replace(tokens, num_scored=None))
+    with FlopCounterMode(display=False) as counter:
+        scored.scores_N.sum().backward()
     assert counter.get_total_flops() == pytest.approx(step_flops(SHAPE, tokens, Passes(0, 1)), rel=0.01)
 
 
