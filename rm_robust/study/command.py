@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import ray
+import torch
 from tqdm import tqdm
 
 from rm_robust.config import PipelineConfig
@@ -86,6 +87,7 @@ def run_all(cells: Sequence[Cell], configs: Mapping[Cell, PipelineConfig], folde
 
     if not cells or not has_time():
         return
+    torch.set_num_threads(1)  # RM-Bench is scored in this process, for several runs at a time
     connect_to_ray()
     with tqdm(total=len(cells), desc="study", unit=" runs") as progress:
         for part, num_at_a_time in (("reward_model", RUNS_AT_A_TIME), ("rloo", 1)):
