@@ -41,8 +41,8 @@ endef
 test-compat: $(INSTALLED) .venv-compat/.installed  ## a checkpoint in reward-bench and transformers 4.51, in an environment of their own
 	python -m pytest tests/compat
 
-test-cluster: $(INSTALLED)  ## a head and workers as processes on this machine: jobs, refusals, an object store, lost nodes, the autoscaler (25 minutes)
-	for file in cluster object_storage elastic autoscaler; do python -m pytest tests/e2e/test_$$file.py || exit 1; done
+test-cluster: $(INSTALLED)  ## a head and workers as processes on this machine: jobs, refusals, an object store, lost nodes, the autoscaler (40 minutes)
+	for file in cluster object_storage node_faults elastic autoscaler; do python -m pytest tests/e2e/test_$$file.py || exit 1; done
 
 lint: $(INSTALLED)  ## ruff and mypy
 	ruff check .

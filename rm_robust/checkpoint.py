@@ -19,7 +19,7 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from rm_robust.errors import CheckpointError, StorageError
-from rm_robust.object_storage import keep_generation, pull, put_folder
+from rm_robust.object_storage import pull_folder, put_folder, shown
 
 MANIFEST_NAME = "rm_robust_manifest.json"
 CheckpointKind = Literal["reward_model", "policy"]
@@ -64,7 +64,8 @@ def storage_errors(target: Path) -> Iterator[None]:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise StorageError(
-            f"{target} could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage, and run the same command again."
+            f"{shown(target)} could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage, and run the same "
+            "command again."
         ) from error
 
 
@@ -81,18 +82,17 @@ def _commit_directory(target: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         for path in (*partial.rglob("*"), partial):
             _sync(path)
-        generation = put_folder(partial, target)
+        with put_folder(partial, target):
+            if target.exists():
+                target.rename(replaced)
+                partial.rename(target)
+                shutil.rmtree(replaced)
+            else:
+                partial.rename(target)
+            _sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # it takes the room that is missing
         raise
-    if target.exists():
-        target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(target)
-    _sync(target.parent)
-    keep_generation(target, generation)
 
 
 def commit_checkpoint(
@@ -113,11 +113,11 @@ def commit_checkpoint(
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a committed checkpoint. Raises CheckpointError when the folder or its manifest is missing or malformed."""
-    path = pull(folder) / MANIFEST_NAME
+    path = pull_folder(folder) / MANIFEST_NAME
     if not folder.is_dir():
-        raise CheckpointError(f"There is no checkpoint directory at {folder}. Run the stage that commits it, or correct the path.")
+        raise CheckpointError(f"There is no checkpoint directory at {shown(folder)}. Run the stage that commits it, or correct the path.")
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half copied. Copy the whole directory.")
+        raise CheckpointError(f"{shown(folder)} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half copied. Copy the whole directory.")
     try:
         return Manifest(**json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
@@ -128,7 +128,7 @@ def verify_checkpoint(folder: Path, kind: CheckpointKind) -> Manifest:
     """The manifest, after checking the kind and that no file changed since the commit."""
     manifest = read_manifest(folder)
     if manifest.kind != kind:
-        raise CheckpointError(f"{folder} is a {manifest.kind} checkpoint, and a {kind} is needed here.")
+        raise CheckpointError(f"{shown(folder)} is a {manifest.kind} checkpoint, and a {kind} is needed here.")
     found = content_sha256(folder)
     if found != manifest.content_sha256:
         raise CheckpointError(f"{folder} was altered after its commit: content is {found}, the manifest says {manifest.content_sha256}. Restore it.")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import Section
 from rm_robust.errors import ConfigError
-from rm_robust.object_storage import forget_uncommitted, local_path, require_writable, uri_of
+from rm_robust.object_storage import local_path, names_in, read_text, require_writable, shown
 from rm_robust.tracking import write_json_atomic
 
 DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
@@ -38,6 +38,7 @@ def parse_run(description: str, default_config: Path, arguments: list[str] | Non
     parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set rloo.num_steps=10")
     parsed = parser.parse_args(arguments)
     config = load_config(parsed.config, parsed.overrides)
+    local_path(config.serve.gold)  # a URI that holds a password is refused before it is written anywhere
     run_dir = choose_run_dir(config.name, parsed.run_dir)
     claim_run_dir(run_dir, config)
     return Run(config, run_dir)
@@ -99,19 +100,19 @@ def claim_run_dir(run_dir: Path, config: Section) -> None:
     resolved = json.loads(config.model_dump_json())
     path = run_dir / RESOLVED_NAME
     try:
-        forget_uncommitted(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or {entry.name for entry in run_dir.iterdir()} == {RESOLVED_NAME}:
+        names = names_in(run_dir)
+        if RESOLVED_NAME not in names or names == {RESOLVED_NAME}:
             write_json_atomic(path, resolved)
             return
         require_writable(run_dir)
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(read_text(path))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"The run directory {uri_of(run_dir) or run_dir} cannot be used: {error}. Choose another with --run-dir.") from error
+        raise ConfigError(f"The run directory {shown(run_dir)} cannot be used: {error}. Choose another with --run-dir.") from error
     changes = _differences(with_new_settings(earlier, type(config)), resolved)
     if changes:
         raise ConfigError(
-            f"{run_dir} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
+            f"{shown(run_dir)} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
             "Give this config its own --run-dir, or remove that directory to start again."
         )
 

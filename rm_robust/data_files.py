@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rm_robust.errors import DataError
 from rm_robust.filesystems import filesystem_of, is_uri, unreachable
-from rm_robust.object_storage import pull
+from rm_robust.object_storage import pull_folder
 
 HUB = "hub:"
 SUFFIXES = (".jsonl", ".parquet")
@@ -65,7 +65,7 @@ def open_file(root: str, path: str) -> io.BufferedReader:
 def pull_for_reading(path: str) -> None:
     """Files of the run itself, where that lies in an object store and this node is another than the one that wrote them. Once a process: they stay."""
     if not is_uri(path):
-        pull(Path(path).expanduser().absolute())
+        pull_folder(Path(path).expanduser().absolute())
 
 
 def read_lines(file: DataFile) -> Iterator[str]:

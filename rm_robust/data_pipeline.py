@@ -20,7 +20,7 @@ from rm_robust.checkpoint import commit_directory
 from rm_robust.data_files import HUB, lines_from, list_files
 from rm_robust.errors import DataError
 from rm_robust.filesystems import filesystem_of
-from rm_robust.object_storage import pull, written_by_any_node
+from rm_robust.object_storage import pull_folder, written_by_any_node
 from rm_robust.rows import RowKind
 from rm_robust.rows_tokenising import MALFORMED, STAGED_SCHEMA, TokenLimits, tokenise_text
 from rm_robust.token_files import TOKEN_SCHEMA
@@ -142,7 +142,7 @@ def _rows_as_text(table: pa.Table) -> pa.Table:
 
 def _tokenise_batch(table: pa.Table, *, source: Source, source_number: int, chat_dir: str, limits: TokenLimits) -> pa.Table:
     if chat_dir not in _chats:  # one tokenizer a worker process
-        pull(Path(chat_dir))
+        pull_folder(Path(chat_dir))
         _chats[chat_dir] = ChatFormat.load(chat_dir)
     rows = [
         token_row | {"source_number": source_number}

@@ -12,6 +12,7 @@ from typing import Any
 
 from rm_robust.config import PipelineConfig, TrackingConfig
 from rm_robust.errors import ConfigError
+from rm_robust.object_storage import shown, uri_of
 from rm_robust.tracking import MetricsSink
 
 IDENTITY_TAG = "rm_robust.identity"
@@ -26,7 +27,7 @@ def check_trackers(config: TrackingConfig) -> None:
 
 def open_trackers(config: PipelineConfig, run_dir: Path, stage: str) -> list[MetricsSink]:
     """Those that the config asks for, and Ray's own metrics. Call it where metrics are written: on rank 0 alone."""
-    identity = hashlib.sha256(f"{run_dir}/{stage}".encode()).hexdigest()[:32]
+    identity = hashlib.sha256(f"{shown(run_dir)}/{stage}".encode()).hexdigest()[:32]
     sinks: list[MetricsSink] = []
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         from rm_robust.cluster_metrics import RayMetricsSink
@@ -46,7 +47,8 @@ class WandbSink:
     def __init__(self, project: str, *, name: str, identity: str, run_dir: Path, settings: dict[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(run_dir), config=settings)
+        folder = str(run_dir) if uri_of(run_dir) is None else None  # what it keeps in a copy would be deleted with the copy
+        self._run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=folder, config=settings)
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
         self._run.log(dict(metrics), step=step)

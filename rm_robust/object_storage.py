@@ -2,10 +2,10 @@
 
     s3://bucket/runs/mine  <─put, pull─►  ~/.cache/rm_robust_object_storage/s3/bucket/runs/mine      the same path on every node
 
-    a file                 one object, which a put replaces whole: stages/sft.json, metrics.jsonl
-    a committed folder     <folder>/<generation>/<file>, and <folder>/.commit.json, which names the generation and the sizes and hashes of its files.
+    a file                 one object, which a put replaces: stages/sft.json, metrics.jsonl
+    a committed folder     <folder>/generation-<id>/<file>, and <folder>/.commit.json, which names the generation and the sizes and hashes of its files.
                            It is put last: a reader sees the former folder or the new one, whole. What an interrupted put leaves is in no generation
-                           that is named, and goes with the next put.
+                           that is named: nobody pulls it, and it goes with the next put, or when the run starts again.
 
 The copy's path tells the URI, so the rest of the program handles paths, and all of this does nothing for a run directory on a file system. One
 process at a time writes a run, as everywhere. `python -m rm_robust.object_storage s3://bucket/runs/mine/checkpoints/policy DIR` copies a committed
@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -27,17 +28,21 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from rm_robust.errors import CheckpointError, DataError, RmRobustError
+from rm_robust.errors import CheckpointError, DataError, RmRobustError, StorageError
 from rm_robust.filesystems import filesystem_of, is_uri, refuse_password
 
 COPIES = "rm_robust_object_storage"
-"""The part of a path below which scheme, bucket and key follow: so every node knows a copy for what it is, wherever it keeps its own."""
+"""The part of a path below which scheme, bucket and key follow: so every node knows a copy for what it is."""
 SCHEMES = ("s3", "gs", "abfs")
 CACHE_VARIABLE = "RM_ROBUST_CACHE"
 COMMIT = ".commit.json"
 STATE = "state"
 """Folders of training states, by far the largest: they are pulled only by who names them."""
-_UNCOMMITTED = "uncommitted-"
+GENERATION, UNCOMMITTED = "generation-", "uncommitted-"
+"""How the parts of a key begin below which nothing is a file by itself."""
+LOCK = ".pull-lock"
+NUM_READINGS = 5
+"""Of a folder that is committed again and again while it is pulled."""
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -81,100 +86,162 @@ def uri_of(path: Path) -> str | None:
     return f"{scheme}://{'/'.join(rest)}"
 
 
-def pull(path: Path) -> Path:
-    """Bring this node's copy of `path`, and of what lies below it but training states, to what is committed; returns `path`.
+def shown(path: Path) -> str:
+    """For messages: what the user knows it by."""
+    return uri_of(path) or str(path)
 
-    Raises OSError when the store cannot be reached, CheckpointError when it holds other bytes than were committed.
+
+@contextlib.contextmanager
+def reached(path: Path) -> Iterator[None]:
+    """StorageError for what the operating system and pyarrow raise."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{shown(path)} cannot be reached: {error}. What was committed is as it was. Check the address, the network and the credentials of this machine "
+            "(they need to list, read, write and delete), and run the same command again."
+        ) from error
+
+
+def pull(run_dir: Path) -> Path:
+    """Bring this node's copy of a run, or of a part of one, to what is committed, but for training states; returns it.
+
+    Raises StorageError when the store cannot be reached, CheckpointError when it holds other bytes than were committed.
     """
-    if uri_of(path) is None:
-        return path
-    filesystem, inner = _place(path)
-    for folder in (path, *path.parents[: len(Path(inner).parts) - 1]):  # it may lie inside a committed folder, though not above the bucket
-        if (commit := _read_commit(folder)) is not None:
-            _fetch_folder(folder, commit)
-            return path
-    files = _files_below(filesystem, inner)
-    folders = _committed_folders(path, files)
-    for folder in folders:
-        if STATE not in folder.relative_to(path).parts:
-            commit = _read_commit(folder)
-            assert commit is not None, f"{folder} was committed a moment ago"
-            _fetch_folder(folder, commit)
-    _fetch_loose_files(filesystem, path, files, folders)
+    if uri_of(run_dir) is not None:
+        with reached(run_dir):
+            files = _files_below(run_dir)
+            for folder in _committed_folders(run_dir, files):
+                if STATE not in folder.relative_to(run_dir).parts:
+                    _fetch_folder(folder)
+            _fetch_files(run_dir, files)
+    return run_dir
+
+
+def pull_folder(path: Path) -> Path:
+    """As `pull`, of the committed folder that `path` is or lies in, and of that alone; nothing where there is none."""
+    if uri_of(path) is not None:
+        with reached(path):
+            _, inner = _place(path)
+            for folder in (path, *path.parents[: len(Path(inner).parts) - 1]):  # not above the bucket
+                if _fetch_folder(folder):
+                    break
     return path
 
 
 def pull_files(path: Path) -> Path:
     """As `pull`, without any committed folder: the records and metrics of the runs below."""
     if uri_of(path) is not None:
-        filesystem, inner = _place(path)
-        files = _files_below(filesystem, inner)
-        _fetch_loose_files(filesystem, path, files, _committed_folders(path, files))
+        with reached(path):
+            _fetch_files(path, _files_below(path))
     return path
 
 
+@contextlib.contextmanager
+def copies_of_ones_own() -> Iterator[None]:
+    """For who only looks: beside a run on the same node, its files would be replaced below its hands."""
+    before = os.environ.get(CACHE_VARIABLE)
+    with tempfile.TemporaryDirectory(prefix="rm_robust") as folder:
+        os.environ[CACHE_VARIABLE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[CACHE_VARIABLE]
+            os.environ |= {} if before is None else {CACHE_VARIABLE: before}
+
+
 def forget_uncommitted(run_dir: Path) -> None:
-    """At the start of a run: what this node has beyond the store was never committed, and is deleted. Then as `pull_files`."""
+    """On a node where a run begins, or goes on after a loss: what its copy has beyond the store was never committed, and is deleted."""
     if uri_of(run_dir) is None:
         return
-    files = _files_below(*_place(run_dir))
-    folders = _committed_folders(run_dir, files)
-    kept = {run_dir / key for key in files} | {_mark(folder) for folder in folders}
-    for path in sorted(run_dir.rglob("*"), reverse=True):  # files before their folders
-        if _is_in_a_folder(path, folders):
-            continue
-        if path.is_dir():
-            with contextlib.suppress(OSError):  # it is not empty
-                path.rmdir()
-        elif path not in kept:
-            path.unlink()
-    pull_files(run_dir)
+    with reached(run_dir):
+        files = _files_below(run_dir)
+        folders = _committed_folders(run_dir, files)
+        kept = {run_dir / key for key in files if _is_a_file(key)} | {_mark(folder) for folder in folders}
+        for path in sorted(run_dir.rglob("*"), reverse=True):  # files before their folders
+            if _is_in_a_folder(path, folders) or path.name.endswith(LOCK):
+                continue
+            if path.is_dir():
+                with contextlib.suppress(OSError):  # it is not empty
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink(missing_ok=True)
+
+
+def delete_uncommitted(run_dir: Path) -> None:
+    """In the store, at the start of a run: what interrupted puts have left where nothing was committed before them."""
+    if uri_of(run_dir) is None:
+        return
+    with reached(run_dir):
+        filesystem, inner = _place(run_dir)
+        files = _files_below(run_dir)
+        folders = _committed_folders(run_dir, files)
+        left = {key[: key.index(part)] + part for key in files for part in key.split("/") if part.startswith((GENERATION, UNCOMMITTED))}
+        for key in sorted(left):
+            if not _is_in_a_folder(run_dir / key, folders):
+                filesystem.delete_dir(f"{inner}/{key}")
+
+
+def names_in(run_dir: Path) -> set[str]:
+    """What the run directory holds, at its top. Raises OSError."""
+    if uri_of(run_dir) is None:
+        return {entry.name for entry in run_dir.iterdir()}
+    return {key.split("/")[0] for key in _files_below(run_dir)}
+
+
+def read_text(path: Path) -> str:
+    """Of a file of the run, without touching the copy. Raises OSError."""
+    if uri_of(path) is None:
+        return path.read_text()
+    filesystem, inner = _place(path)
+    with filesystem.open_input_file(inner) as stream:
+        return bytes(stream.read()).decode()
 
 
 def require_writable(run_dir: Path) -> None:
     """Raises OSError where nothing can be written to the run directory."""
-    probe = run_dir / f".writable-{os.getpid()}"
-    probe.touch()
-    put_file(probe)
-    probe.unlink()
-    if uri_of(probe) is not None:
-        filesystem, inner = _place(probe)
-        filesystem.delete_file(inner)
+    name = f".writable-{os.getpid()}"
+    if uri_of(run_dir) is None:
+        (run_dir / name).touch()
+        (run_dir / name).unlink()
+        return
+    filesystem, inner = _place(run_dir / name)
+    _write(filesystem, inner, b"")
+    filesystem.delete_file(inner)
 
 
 def put_file(path: Path) -> None:
-    """After `path` was written: the object of which it is the copy. Raises OSError."""
+    """After `path` was written: the object of which it is the copy. Raises StorageError."""
     if uri_of(path) is None:
         return
-    filesystem, inner = _place(path)
-    _upload(filesystem, path, inner)
-    stored = filesystem.get_file_info(inner)
-    os.utime(path, ns=(stored.mtime_ns, stored.mtime_ns))  # so that a pull finds the two alike
+    with reached(path):
+        filesystem, inner = _place(path)
+        _write(filesystem, inner, path.read_bytes())
+        stored = filesystem.get_file_info(inner)
+        os.utime(path, ns=(stored.mtime_ns, stored.mtime_ns))  # so that a pull finds the two alike
 
 
-def put_folder(written: Path, folder: Path) -> str | None:
-    """Commit what was `written` as the `folder`; returns its generation, which `keep_generation` wants once the copy is that too. None for a folder that
-    is no copy. Raises OSError."""
+@contextlib.contextmanager
+def put_folder(written: Path, folder: Path) -> Iterator[None]:
+    """Commit what was `written` as the `folder`; the body makes the copy that too, while no other process of this node pulls it. Raises OSError."""
     if uri_of(folder) is None:
-        return None
-    _mark(folder).unlink(missing_ok=True)
-    generation = new_generation()
-    commit_generation(folder, generation, [put_part(written, folder, generation)])
-    return generation
-
-
-def keep_generation(folder: Path, generation: str | None) -> None:
-    """The copy `folder` is now what was put under that generation: a pull has nothing to do."""
-    if generation is not None:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        _mark(folder).unlink(missing_ok=True)
+        generation = new_generation()
+        commit_generation(folder, generation, [put_part(written, folder, generation)])
+        yield
         _mark(folder).write_text(generation)
 
 
 def new_generation() -> str:
-    return uuid.uuid4().hex
+    return GENERATION + uuid.uuid4().hex
 
 
 def put_part(written: Path, folder: Path, generation: str) -> dict[str, StoredFile]:
-    """Upload files of a generation that several nodes write; nobody sees them before `commit_generation`."""
+    """Upload files of a generation, which several processes may write parts of; nobody sees them before `commit_generation`."""
     filesystem, inner = _place(folder)
     found = {}
     for path in sorted(entry for entry in written.rglob("*") if entry.is_file()):
@@ -188,11 +255,11 @@ def commit_generation(folder: Path, generation: str, parts: Iterable[Mapping[str
     """Make it what `folder` is, in one put; then delete the generations before it, and what interrupted puts have left."""
     filesystem, inner = _place(folder)
     files = {key: stored for part in parts for key, stored in part.items()}
-    with filesystem.open_output_stream(f"{inner}/{COMMIT}") as stream:
-        stream.write(json.dumps(asdict(Commit(generation, files))).encode())
-    for entry in filesystem.get_file_info(pafs.FileSelector(inner)):
-        if entry.type == pafs.FileType.Directory and entry.base_name != generation:
-            filesystem.delete_dir(entry.path)
+    _write(filesystem, f"{inner}/{COMMIT}", json.dumps(asdict(Commit(generation, files))).encode())
+    with contextlib.suppress(OSError):  # committed it is; what stays goes with the next put
+        for entry in filesystem.get_file_info(pafs.FileSelector(inner)):
+            if entry.type == pafs.FileType.Directory and entry.base_name != generation:
+                filesystem.delete_dir(entry.path)
 
 
 @contextlib.contextmanager
@@ -202,30 +269,48 @@ def written_by_any_node(folder: Path, target: Path) -> Iterator[tuple[str, pafs.
         yield str(folder), None
         return
     filesystem, inner = _place(target)
-    place = f"{inner}/{_UNCOMMITTED}{new_generation()}"
+    place = f"{inner}/{UNCOMMITTED}{uuid.uuid4().hex}"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield place, filesystem
-        for key, info in _files_below(filesystem, place).items():
-            (folder / key).parent.mkdir(parents=True, exist_ok=True)
-            _download(filesystem, info.path, folder / key)
+        for entry in filesystem.get_file_info(pafs.FileSelector(place, recursive=True, allow_not_found=True)):
+            if entry.type == pafs.FileType.File:
+                path = folder / entry.path.removeprefix(f"{place}/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _download(filesystem, entry.path, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(place)
 
 
 def committed_in(root: Path) -> list[str]:
-    """Names of the committed folders in `root`, in the store. Raises OSError."""
-    filesystem, inner = _place(root)
-    names = [key.split("/") for key in _files_below(filesystem, inner)]
+    """Names of the committed folders in `root`, in the store. Raises StorageError."""
+    with reached(root):
+        names = [key.split("/") for key in _files_below(root)]
     return sorted(parts[0] for parts in names if parts[1:] == [COMMIT])
 
 
 def delete_folder(folder: Path) -> None:
-    """First what makes it one."""
+    """In the store, first what makes it one; then the copy. Raises OSError."""
     filesystem, inner = _place(folder)
     filesystem.delete_file(f"{inner}/{COMMIT}")
     filesystem.delete_dir(inner)
-    shutil.rmtree(folder, ignore_errors=True)
+    delete_copy(folder)
+
+
+def delete_copy(folder: Path) -> None:
+    """Of a folder that is of no use here any more; nothing for a folder that is no copy."""
+    if uri_of(folder) is not None:
+        _mark(folder).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Of this node's processes works on the copy."""
+    with folder.with_name(f".{folder.name}{LOCK}").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _place(path: Path) -> tuple[pafs.FileSystem, str]:
@@ -238,8 +323,9 @@ def _place(path: Path) -> tuple[pafs.FileSystem, str]:
     return filesystem, f"{root}/{key}".rstrip("/")
 
 
-def _files_below(filesystem: pafs.FileSystem, inner: str) -> dict[str, pafs.FileInfo]:
-    """By their path below."""
+def _files_below(path: Path) -> dict[str, pafs.FileInfo]:
+    """Objects by their key below `path`."""
+    filesystem, inner = _place(path)
     entries = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True, allow_not_found=True))
     return {entry.path.removeprefix(f"{inner}/"): entry for entry in entries if entry.type == pafs.FileType.File}
 
@@ -250,6 +336,11 @@ def _committed_folders(path: Path, files: Iterable[str]) -> list[Path]:
 
 def _is_in_a_folder(path: Path, folders: list[Path]) -> bool:
     return any(folder == path or folder in path.parents for folder in folders)
+
+
+def _is_a_file(key: str) -> bool:
+    """By itself: of no folder, committed or not."""
+    return not any(part.startswith((GENERATION, UNCOMMITTED)) or part == COMMIT for part in key.split("/"))
 
 
 def _read_commit(folder: Path) -> Commit | None:
@@ -264,31 +355,50 @@ def _read_commit(folder: Path) -> Commit | None:
         raise CheckpointError(f"{uri_of(folder)}/{COMMIT} is not what this program commits ({error!r}). Restore it, or delete the folder.") from error
 
 
-def _fetch_folder(folder: Path, commit: Commit) -> None:
-    """Unless this node has that generation."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
-        if folder.is_dir() and _mark(folder).is_file() and _mark(folder).read_text() == commit.generation:
-            return
-        filesystem, inner = _place(folder)
-        partial = folder.with_name(f".{folder.name}.partial-pull")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for key, stored in commit.files.items():
-            path = partial / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _download(filesystem, f"{inner}/{commit.generation}/{key}", path)
-            if (path.stat().st_size, _sha256(path)) != (stored.num_bytes, stored.sha256):
-                raise CheckpointError(f"{uri_of(folder)}/{commit.generation}/{key} has other bytes than were committed. Restore the object, or commit again.")
-        _mark(folder).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        keep_generation(folder, commit.generation)
+def _fetch_folder(folder: Path) -> bool:
+    """Unless this node has its generation. False where there is no such committed folder."""
+    for reading in range(1, NUM_READINGS + 1):
+        commit = _read_commit(folder)
+        if commit is None:
+            return False
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with only_one(folder):
+            if folder.is_dir() and _mark(folder).is_file() and _mark(folder).read_text() == commit.generation:
+                return True
+            try:
+                partial = _download_generation(folder, commit)
+            except FileNotFoundError:
+                if reading == NUM_READINGS or _read_commit(folder) == commit:
+                    raise
+                continue  # it was committed anew meanwhile, and the former generation is gone
+            _mark(folder).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            _mark(folder).write_text(commit.generation)
+            return True
+    raise AssertionError("the last reading returns or raises")
 
 
-def _fetch_loose_files(filesystem: pafs.FileSystem, path: Path, files: Mapping[str, pafs.FileInfo], folders: list[Path]) -> None:
+def _download_generation(folder: Path, commit: Commit) -> Path:
+    """Into a folder beside, every file checked."""
+    filesystem, inner = _place(folder)
+    partial = folder.with_name(f".{folder.name}.partial-pull")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for key, stored in commit.files.items():
+        path = partial / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _download(filesystem, f"{inner}/{commit.generation}/{key}", path)
+        if (path.stat().st_size, _sha256(path)) != (stored.num_bytes, stored.sha256):
+            raise CheckpointError(f"{uri_of(folder)}/{commit.generation}/{key} has other bytes than were committed. Restore the object, or commit again.")
+    return partial
+
+
+def _fetch_files(path: Path, files: Mapping[str, pafs.FileInfo]) -> None:
+    """Those that are of no folder."""
+    filesystem, _ = _place(path)
     for key, info in files.items():
-        if not _is_in_a_folder(path / key, folders) and _UNCOMMITTED not in key:
+        if _is_a_file(key):
             _fetch_file(filesystem, info, path / key)
 
 
@@ -302,8 +412,14 @@ def _fetch_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, path: Path) ->
     partial.replace(path)
 
 
+def _write(filesystem: pafs.FileSystem, inner: str, content: bytes) -> None:
+    """One object, in one call: pyarrow has no way to give a half-written stream up, and closes it also on the way out of an exception."""
+    with filesystem.open_output_stream(inner) as stream:
+        stream.write(content)
+
+
 def _upload(filesystem: pafs.FileSystem, path: Path, inner: str) -> None:
-    """An object appears when its stream is closed, and not at all when it is not."""
+    """A file of a generation, of any size; half of one is no harm there."""
     with path.open("rb") as source, filesystem.open_output_stream(inner) as stream:
         shutil.copyfileobj(source, stream, _CHUNK_BYTES)
 
@@ -323,23 +439,18 @@ def _mark(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.generation")
 
 
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Of this node's processes."""
-    with folder.with_name(f".{folder.name}.pull-lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rm_robust.object_storage", description="Copy a committed folder of a run out of an object store.")
     parser.add_argument("uri", help="s3://bucket/runs/mine/checkpoints/reward_model")
     parser.add_argument("folder", type=Path, help="a new folder")
     options = parser.parse_args(arguments)
     try:
-        if not is_uri(options.uri) or _read_commit(local_path(options.uri)) is None:
-            raise CheckpointError(f"{options.uri} is no committed folder in an object store.")
-        shutil.copytree(pull(local_path(options.uri)), options.folder)
+        with copies_of_ones_own():
+            copy = local_path(options.uri)
+            with reached(copy):
+                if uri_of(copy) is None or not _fetch_folder(copy):
+                    raise CheckpointError(f"{options.uri} is no committed folder in an object store.")
+            shutil.copytree(copy, options.folder)
     except (RmRobustError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

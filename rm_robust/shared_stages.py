@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from rm_robust.object_storage import keep_generation, put_file, put_folder, uri_of
+from rm_robust.object_storage import forget_uncommitted, pull, put_file, put_folder, uri_of
 
 FILES = {
     "world": ["world"],
@@ -19,6 +19,12 @@ FILES = {
 
 def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
     """`run_dir` becomes a run that has done these stages, as `source` did them; one that exists already is left alone."""
+    if uri_of(run_dir) is not None:
+        forget_uncommitted(run_dir)
+        pull(run_dir)
+        if (run_dir / "stages" / f"{stages[-1]}.json").exists():
+            return
+        shutil.rmtree(run_dir, ignore_errors=True)  # it was put in part
     if run_dir.exists():
         return
     staging = run_dir.with_name(f".{run_dir.name}.partial")
@@ -44,11 +50,14 @@ def put_stages(run_dir: Path, stages: list[str]) -> None:
     for stage in stages:
         for path in [run_dir / name for name in FILES[stage]]:
             if path.is_dir():
-                keep_generation(path, put_folder(path, path))
+                with put_folder(path, path):
+                    pass  # the copy is that already
             elif path.exists():
                 put_file(path)
-    for path in (run_dir / "metrics.jsonl", *(run_dir / "stages").iterdir()):
-        put_file(path)
+    put_file(run_dir / "metrics.jsonl")
+    for stage in stages:
+        if (run_dir / "stages" / f"{stage}.json").exists():  # else it is one that the config leaves out
+            put_file(run_dir / "stages" / f"{stage}.json")
 
 
 def _link(source: Path | str, target: Path | str) -> None:

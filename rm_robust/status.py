@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rm_robust.config_loading import RESOLVED_NAME
 from rm_robust.errors import DataError
+from rm_robust.object_storage import shown
 from rm_robust.run_layout import STAGES, RunLayout
 from rm_robust.tracking import MetricsLine, read_metrics
 
@@ -41,7 +42,7 @@ class StageStatus:
 def status_of(run_dir: Path) -> list[StageStatus]:
     """Every stage in order. Raises DataError for a folder that is no run."""
     if not (run_dir / RESOLVED_NAME).is_file():
-        raise DataError(f"{run_dir} is no run: it has no {RESOLVED_NAME}. Name a run directory, or a folder of them.")
+        raise DataError(f"{shown(run_dir)} is no run: it has no {RESOLVED_NAME}. Name a run directory, or a folder of them.")
     config, layout = json.loads((run_dir / RESOLVED_NAME).read_text()), RunLayout(run_dir)
     left_out = {"world": config["data"]["source"] != "embedded", "sft": not config["sft"]["enabled"]}
     return [_stage_status(layout, stage) for stage in STAGES if not left_out.get(stage)]
@@ -53,13 +54,13 @@ def runs_in(folder: Path) -> list[Path]:
         return [folder]
     found = [path.parent for path in folder.glob(f"*/{RESOLVED_NAME}")]
     if not found:
-        raise DataError(f"There is no run in {folder}.")
+        raise DataError(f"There is no run in {shown(folder)}.")
     return sorted(found, key=lambda run_dir: -max(path.stat().st_mtime for path in (run_dir, *run_dir.iterdir())))
 
 
 def status_lines(run_dir: Path, stages: Sequence[StageStatus]) -> list[str]:
     """For a terminal."""
-    return [str(run_dir), *(f"  {own.stage:13} {own.state:8} {_told(own)}".rstrip() for own in stages)]
+    return [shown(run_dir), *(f"  {own.stage:13} {own.state:8} {_told(own)}".rstrip() for own in stages)]
 
 
 def _stage_status(layout: RunLayout, stage: str) -> StageStatus:

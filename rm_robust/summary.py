@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rm_robust.object_storage import uri_of
+from rm_robust.object_storage import shown
 from rm_robust.report import write_report
 from rm_robust.run_layout import RunLayout
 from rm_robust.run_record import RunRecord, first_and_last_tenth, gold_gain, judged_steps, metric_series, policy_evaluations, read_run
@@ -21,7 +21,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
         "response_models": None if run.response_models is None else {"training": run.response_models.training, "unseen": run.response_models.unseen},
         "bt_twin": None if run.bt_twin is None else {name: {"metric": r.metric, "value": r.value} for name, r in run.bt_twin.evaluation.items()},
         "stage_seconds": run.all_stage_seconds,
-        "report": uri_of(report_path) or str(report_path),
+        "report": shown(report_path),
     }
     write_json_atomic(RunLayout(run_dir).summary, summary)
     return summary

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from rm_robust.errors import DataError, RmRobustError
+from rm_robust.errors import DataError, RmRobustError, StorageError
 from rm_robust.object_storage import put_file
 
 logger = logging.getLogger(__name__)
@@ -70,17 +70,22 @@ class MetricsWriter:
             sink.write(step, metrics)
 
     def publish(self) -> None:
-        """Before a state is committed: to where a run in an object store has its lines, so that none is missing up to that state."""
-        put_file(self._path)
+        """Before a state is committed: to where a run in an object store has its lines, so that none is missing up to that state. Raises StorageError."""
+        self._tensorboard.flush()
+        for path in (self._path, *self._tensorboard_dir.glob("*")):
+            put_file(path)
 
     def close(self) -> None:
         """Close all of them; nothing can be written afterwards."""
         self._file.close()
         self._tensorboard.close()
-        for path in (self._path, *(self._tensorboard_dir).glob("*")):
-            put_file(path)
         for sink in self._sinks:
             sink.close()
+        try:
+            for path in (self._path, *self._tensorboard_dir.glob("*")):
+                put_file(path)
+        except StorageError as error:  # it may come of another error, which is the one to be raised; a stage that ends well says so by a put of its own
+            logger.warning("%s", error)
 
     def __enter__(self) -> Self:
         return self

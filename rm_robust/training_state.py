@@ -1,17 +1,16 @@
 """Exact resume of a training stage: the last committed engine state below `<root>/step-<n>/`, written by all ranks into one shared folder.
 
-In an object store nothing is shared: every node has a folder of its own, uploads what its ranks have written there, and rank 0 commits all of it.
+In an object store nothing is shared: every rank writes a folder of its own and uploads it, and rank 0 commits all of them as one.
 """
 
 import shutil
-import socket
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from rm_robust.checkpoint import commit_directory, storage_errors
-from rm_robust.object_storage import commit_generation, committed_in, delete_folder, new_generation, pull, put_part, uri_of
+from rm_robust.object_storage import commit_generation, committed_in, delete_copy, delete_folder, new_generation, pull_folder, put_part, uri_of
 from rm_robust.train_engine import TrainEngine
 
 Value = TypeVar("Value")
@@ -28,18 +27,17 @@ def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept
 
     Every rank calls it; it returns after the commit.
     """
-    staging, target = root / ".staging", folder_of(root, num_steps_done)
-    in_store = uri_of(root) is not None
-    is_first_here = is_first_to_share(root, engine.rank) if in_store else engine.rank == 0
+    target, in_store = folder_of(root, num_steps_done), uri_of(root) is not None
+    staging = root / (f".staging-{engine.rank}" if in_store else ".staging")
     with storage_errors(root):
-        if is_first_here:
+        if in_store or engine.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         barrier()
         engine.save(staging)
     barrier()
     if in_store:
-        _commit_parts(staging, target, is_first_here=is_first_here, is_leader=engine.rank == 0)
+        _commit_parts(staging, target, is_leader=engine.rank == 0)
     elif engine.rank == 0:
         commit_directory(target, lambda folder: _move_into(staging, folder))
     if engine.rank == 0:
@@ -49,23 +47,22 @@ def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept
     barrier()
 
 
-def _commit_parts(staging: Path, target: Path, *, is_first_here: bool, is_leader: bool) -> None:
-    """Each node uploads what its ranks have written; rank 0 commits when all have."""
+def _commit_parts(staging: Path, target: Path, *, is_leader: bool) -> None:
+    """Each rank uploads what it has written; rank 0 commits when all have."""
     generation = from_every_rank(new_generation())[0]
     with storage_errors(target):
-        own = put_part(staging, target, generation) if is_first_here else {}
+        own = put_part(staging, target, generation)
     parts = from_every_rank(own)
     if is_leader:
         with storage_errors(target):
             commit_generation(target, generation, parts)
     barrier()
-    if is_first_here:
-        shutil.rmtree(staging)
+    shutil.rmtree(staging)
 
 
 def load_best(engine: TrainEngine, root: Path, best_step: int) -> None:
     """Load the state after `best_step` steps, which save_state kept. Every rank calls it."""
-    engine.load(pull(folder_of(root, best_step)))
+    _load(engine, folder_of(root, best_step))
 
 
 def load_state(engine: TrainEngine, root: Path) -> int:
@@ -73,19 +70,18 @@ def load_state(engine: TrainEngine, root: Path) -> int:
     steps = committed_steps(root)
     if not steps:
         return 0
-    engine.load(pull(folder_of(root, steps[-1])))
+    _load(engine, folder_of(root, steps[-1]))
     return steps[-1]
+
+
+def _load(engine: TrainEngine, folder: Path) -> None:
+    engine.load(pull_folder(folder))
+    barrier()
+    delete_copy(folder)  # of an object store: other nodes would keep every state that they ever went on from
 
 
 def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:07d}"
-
-
-def is_first_to_share(folder: Path, rank: int) -> bool:
-    """Whether this is the first of the ranks that have the very same folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place = (socket.gethostname(), folder.stat().st_dev, folder.stat().st_ino)
-    return from_every_rank(place).index(place) == rank
 
 
 def from_every_rank(own: Value) -> list[Value]:

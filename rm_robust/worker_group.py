@@ -11,7 +11,7 @@ import transformers
 
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import WorkersConfig
-from rm_robust.object_storage import pull, uri_of
+from rm_robust.object_storage import forget_uncommitted, pull, uri_of
 
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 
@@ -92,6 +92,16 @@ def is_reclaimed() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
+def own_copy(run_dir: Path) -> Path:
+    """Of a run in an object store, as it is committed, before any rank of this node writes to it."""
+    if uri_of(run_dir) is not None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            forget_uncommitted(run_dir)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+    return pull(run_dir)
+
+
 def _trainer_class() -> Any:
     """TorchTrainer without Ray's PlacementGroupCleaner. That looks its controller up in whatever Ray it finds first on the machine, and takes the
     workers' resources away when another Ray answers that it knows no such controller (Ray 2.60). Ours needs no cleaning: it ends with the driver."""
@@ -110,5 +120,5 @@ def _work(settings: dict[str, Any]) -> dict[str, float]:
     global _is_train_worker
     _is_train_worker = True
     prepare_process(settings["num_threads"])
-    result: dict[str, float] = settings["function"](settings["config"], pull(settings["run_dir"]))
+    result: dict[str, float] = settings["function"](settings["config"], own_copy(settings["run_dir"]))
     return result

@@ -28,7 +28,7 @@ from ray import serve
 from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
-from rm_robust.object_storage import local_path, pull
+from rm_robust.object_storage import local_path, pull_folder
 from rm_robust.reward_model.config_json import read_json
 from rm_robust.score_contract import SCORE_PATH
 from rm_robust.scoring import KEY_VARIABLE
@@ -52,7 +52,7 @@ KEEP_ALIVE_S = 75
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m serve", description="Serve reward models on this machine until Ctrl-C.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=local_path, help="a committed reward-model checkpoint: a directory, or a URI (s3://…)")
+    what.add_argument("--checkpoint", help="a committed reward-model checkpoint: a directory, or a URI (s3://…)")
     what.add_argument("--service", type=Path, help="a TOML file with the fields of ServiceSettings (serve/settings.py)")
     what.add_argument("--embedded-judge", action="store_true", help="the embedded world's gold judge")
     parser.add_argument("--keys", type=Path, help=f"the file of the keys that are accepted (default: the keys in {KEYS_VARIABLE})")
@@ -105,7 +105,7 @@ def model_from(arguments: argparse.Namespace) -> dict[str, object]:
     """The fields of the one model that the command line says."""
     if arguments.embedded_judge:
         return {"model_name": "embedded_judge", "embedded_judge": True}
-    checkpoint_dir = pull(arguments.checkpoint.absolute())
+    checkpoint_dir = pull_folder(local_path(arguments.checkpoint).absolute())
     num_replicas, num_threads = workers_of(arguments, checkpoint_dir)
     return {
         "model_name": checkpoint_dir.name,

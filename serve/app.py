@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import ConfigError
+from rm_robust.object_storage import uri_of
 from rm_robust.score_contract import ScoreReply, ScoreRequest
 from serve.deployment import ScorerReplica, WhatToLoad, scorer_options
 from serve.front import Front
@@ -112,7 +113,7 @@ def scorer_app(model: ModelSettings, settings: ServiceSettings) -> Application:
     """One model's replicas. Deploying it again with another checkpoint, and no other change, swaps the checkpoint in the replicas that are there."""
     checkpoint_dir = None if model.checkpoint_dir is None else str(model.checkpoint_dir)
     what = WhatToLoad(checkpoint_dir=checkpoint_dir, generation=time.time_ns())
-    if model.checkpoint_dir is not None and model.checkpoint_dir.is_dir():  # not where a YAML is built away from the models
+    if model.checkpoint_dir is not None and (model.checkpoint_dir.is_dir() or uri_of(model.checkpoint_dir)):  # not where a YAML is built away from the models
         what["checkpoint"] = read_manifest(model.checkpoint_dir).content_sha256
     known, timeout_s = without_checkpoint(model), settings.limits.batch_timeout_s
     deployment = serve.deployment(name=scorer_name(model), user_config=dict(what), **scorer_options(model), **SHARED_OPTIONS)(ScorerReplica)

@@ -56,6 +56,8 @@ class KnownCase:
     """A case without its texts."""
 
     prompt_id: str
+    fingerprint: bytes
+    """Of all its texts."""
     num_characters: tuple[int, ...]
     gold_scores: tuple[float, ...]
     subset: str
@@ -90,7 +92,9 @@ class Case:
 
     @property
     def without_texts(self) -> KnownCase:
-        return KnownCase(self.prompt_id, tuple(self.num_characters), tuple(self.gold_scores), self.subset, self.is_pair, self.own_id, self.place)
+        texts = json.dumps([self.prompt, self.completions]).encode()
+        fingerprint = hashlib.blake2b(texts, digest_size=8).digest()
+        return KnownCase(self.prompt_id, fingerprint, tuple(self.num_characters), tuple(self.gold_scores), self.subset, self.is_pair, self.own_id, self.place)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
     options = _parser(description).parse_args(arguments)
     try:
         requirements = [parse_requirement(text) for text in options.require]
+        options.model = options.model and local_path(options.model)
         scored_with = {"max_length_tokens": options.max_length_tokens} if options.url is None else {}
         what = Evaluation(options.suite, _suite(options), options.data, options.out, options.leave_out_refused, options.against, scored_with)
         data = read_data(what)
@@ -132,7 +133,7 @@ def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=local_path, help="a reward-model checkpoint of this project: a directory, or a URI (s3://…)")
+    source.add_argument("--model", help="a reward-model checkpoint of this project: a directory, or a URI (s3://…)")
     source.add_argument("--url", help="a service that answers /v1/score (the key is taken from RM_ROBUST_API_KEY)")
     parser.add_argument("--served-model", help="with --url: one of its models (default: its first)")
     parser.add_argument("--suite", choices=SUITES, required=True)

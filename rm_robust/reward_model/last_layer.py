@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 
 from rm_robust.packed_attention import Segment, attend, last_columns
 
@@ -59,5 +59,5 @@ def scored_columns(
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on [1, columns, heads, D]."""
-    turned: Tensor = apply_rotary_pos_emb(heads, heads, cos, sin, unsqueeze_dim=2)[0]
+    turned: Tensor = heads * cos.unsqueeze(2) + rotate_half(heads) * sin.unsqueeze(2)
     return turned

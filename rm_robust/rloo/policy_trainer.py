@@ -23,7 +23,7 @@ from torch import Tensor
 from rm_robust.chat import ChatFormat
 from rm_robust.compute import EXACT, prepare_for_training
 from rm_robust.config import PipelineConfig
-from rm_robust.object_storage import pull
+from rm_robust.object_storage import pull_folder
 from rm_robust.packing import PackedBatch, choose_layout, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy
 from rm_robust.records import PromptCompletions, TokenGroup
@@ -80,7 +80,7 @@ class PolicyTrainer:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=self.rank, world_size=num_workers, timeout=timedelta(minutes=10))
         sft_dir = self.layout.sft_model_dir(self.config)
-        pull(Path(sft_dir))
+        pull_folder(Path(sft_dir))
         self.chat = ChatFormat.load(sft_dir)
         torch.manual_seed(self.config.seed)
         temperature = self.settings.temperature

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rm_robust.errors import ConfigError, RolloutError
-from rm_robust.object_storage import pull
+from rm_robust.object_storage import pull_folder
 from rm_robust.records import Completion, GenerationRequest, PromptCompletions
 from rm_robust.rloo.weight_sharing import memory_namespace
 
@@ -86,7 +86,7 @@ class RolloutEngine:
         `kv_cache_memory_bytes` is used on CPU only; on a GPU vLLM takes its usual share of the memory.
         Raises ConfigError for a combination that vLLM cannot run, or a CPU actor without `cpu_environment`.
         """
-        pull(Path(model_dir))
+        pull_folder(Path(model_dir))
         _check_settings(model_dir, device, tensor_parallel_size, weight_transfer_backend)
         from vllm import LLM
 

@@ -110,7 +110,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 def test_every_stage_brings_its_kind_of_node_which_goes_again(watched: Watched) -> None:
     assert watched.counts()[-1] == dict.fromkeys(KINDS, 0)
-    job: Running = watched.cluster.submit(*(part for setting in SETTINGS for part in ("--set", setting)))
+    job: Running = watched.cluster.submit_in_place(*(part for setting in SETTINGS for part in ("--set", setting)))
     assert job.wait() == 0, job.output()[-4000:]
     most = {kind: max(count[kind] for count in watched.counts()) for kind in KINDS}
     assert all(1 <= count <= 2 for count in most.values()), most
@@ -121,6 +121,6 @@ def test_every_stage_brings_its_kind_of_node_which_goes_again(watched: Watched) 
 
 
 def test_what_the_autoscaler_may_never_start_is_refused_at_once(watched: Watched) -> None:
-    job = watched.cluster.submit("--set", "name=large", "--set", "reward_model.workers.num_workers=5", "--set", SETTINGS[1])
+    job = watched.cluster.submit_in_place("--set", "name=large", "--set", "reward_model.workers.num_workers=5", "--set", SETTINGS[1])
     assert job.wait(RUN_DEADLINE_S) != 0
     assert "reward_model asks for 5 x {CPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them" in job.output()

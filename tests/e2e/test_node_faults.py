@@ -89,7 +89,9 @@ def steps_of(run_dir: Path, stage: str) -> list[int]:
 
 def test_the_nodes_of_sft_of_the_driver_and_of_the_evaluation_are_lost_in_one_run(nodes: Nodes) -> None:
     run_dir = nodes.cluster.run_root / "smoke"
-    job = nodes.cluster.submit(*ONE_WORKER, "--set", "sft.num_epochs=20")
+    job = nodes.cluster.submit_in_place(
+        *ONE_WORKER, "--set", "sft.num_epochs=20", "--set", "evaluation.max_tokens_per_batch=64"
+    )  # long enough to be found at work
     job.wait_for_file(run_dir / "sft" / "state", "step-*", RUN_DEADLINE_S)
     nodes.kill(node_of(nodes, job, "actors", is_training))  # the driver may be on it too: then both start again
     nodes.add(2)
@@ -133,7 +135,7 @@ def test_a_node_that_hangs_for_a_while_holds_the_run_up_and_changes_nothing(tmp_
 def test_a_head_that_is_lost_costs_a_new_cluster_and_the_same_submit(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "smoke"
     with ray_cluster(tmp_path, HEAD) as cluster:
-        cluster.add_worker("--num-cpus=2")
+        cluster.add_worker("--num-cpus=4")
         first = cluster.submit()
         first.wait_for_file(run_dir / "rloo" / "state", "step-*", RUN_DEADLINE_S)
         os.killpg(cluster.head.session, signal.SIGKILL)
@@ -145,7 +147,7 @@ def test_a_head_that_is_lost_costs_a_new_cluster_and_the_same_submit(tmp_path: P
         time.sleep(POLL_EVERY_S)
     before, committed = lines_of(run_dir, "rloo"), committed_steps(run_dir / "rloo" / "state")[-1]
     with ray_cluster(tmp_path, HEAD) as cluster:
-        cluster.add_worker("--num-cpus=2")
+        cluster.add_worker("--num-cpus=4")
         second = cluster.submit()
         assert second.wait() == 0, second.output()[-4000:]
         assert set(re.findall(r"stage (\w+): already committed, skipped", second.output())) == {"sft", "preferences", "reward_model", "evaluation"}

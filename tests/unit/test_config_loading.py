@@ -84,7 +84,7 @@ def test_a_missing_unreadable_or_nameless_file_is_refused_by_path(tmp_path: Path
 def test_a_run_goes_to_runs_below_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert choose_run_dir("mine", None) == tmp_path / "runs" / "mine"
-    assert choose_run_dir("mine", Path("here")) == tmp_path / "here"
+    assert choose_run_dir("mine", "here") == tmp_path / "here"
     monkeypatch.setenv(RUN_ROOT_VARIABLE, "root")
     assert choose_run_dir("mine", None) == tmp_path / "root" / "mine"
 
@@ -94,13 +94,13 @@ def test_inside_a_ray_job_a_relative_run_directory_is_refused_and_home_is_the_de
     monkeypatch.setenv("HOME", "/home/someone")
     assert in_ray_job()
     assert choose_run_dir("mine", None) == Path("/home/someone/rm_robust/runs/mine")
-    assert choose_run_dir("mine", Path("~/there")) == Path("/home/someone/there")
+    assert choose_run_dir("mine", "~/there") == Path("/home/someone/there")
     with pytest.raises(ConfigError, match=r"--run-dir runs/mine is relative.*vanishes with the job.*absolute path"):
-        choose_run_dir("mine", Path("runs/mine"))
+        choose_run_dir("mine", "runs/mine")
     monkeypatch.setenv(RUN_ROOT_VARIABLE, "root")
     with pytest.raises(ConfigError, match=f"{RUN_ROOT_VARIABLE}=root is relative"):
         choose_run_dir("mine", None)
-    assert choose_run_dir("mine", tmp_path) == tmp_path
+    assert choose_run_dir("mine", str(tmp_path)) == tmp_path
     monkeypatch.setenv(RUN_ROOT_VARIABLE, str(tmp_path))
     assert choose_run_dir("mine", None) == tmp_path / "mine"
 

@@ -13,12 +13,27 @@ from pathlib import Path
 
 import pytest
 
+from rm_robust import object_storage, shared_stages, status_command
 from rm_robust.checkpoint import commit_checkpoint, commit_directory, verify_checkpoint
 from rm_robust.config import PipelineConfig
 from rm_robust.config_loading import choose_run_dir, claim_run_dir
 from rm_robust.errors import CheckpointError, ConfigError, DataError, StorageError
 from rm_robust.filesystems import filesystem_of
-from rm_robust.object_storage import CACHE_VARIABLE, COMMIT, committed_in, forget_uncommitted, local_path, main, pull, pull_files, put_file, uri_of
+from rm_robust.object_storage import (
+    CACHE_VARIABLE,
+    COMMIT,
+    committed_in,
+    copies_of_ones_own,
+    delete_uncommitted,
+    forget_uncommitted,
+    local_path,
+    main,
+    pull,
+    pull_files,
+    pull_folder,
+    put_file,
+    uri_of,
+)
 from rm_robust.run_layout import RunLayout
 from rm_robust.shared_stages import share_stages
 from rm_robust.tracking import MetricsWriter, read_metrics, write_json_atomic
@@ -87,7 +102,7 @@ def test_a_copy_knows_its_uri_wherever_it_lies_and_other_paths_are_none(monkeypa
 def test_a_folder_committed_on_one_node_is_whole_on_another_and_only_its_newest_generation_stays(node: Callable[[str], Path], server: S3Server) -> None:
     for text in ("one", "two"):
         commit_directory(node("first") / "world", write_two(text))
-        assert contents(pull(node("second") / "world")) == whole(text) == contents(node("first") / "world")
+        assert contents(pull_folder(node("second") / "world")) == whole(text) == contents(node("first") / "world")
     generation = json.loads(server.client().get_object(Bucket="runs", Key=f"deep/mine/world/{COMMIT}")["Body"].read())["generation"]
     assert server.keys("runs") == sorted(f"deep/mine/world/{key}" for key in (COMMIT, f"{generation}/b.bin", f"{generation}/nested/a.bin"))
 
@@ -102,8 +117,10 @@ def test_a_pull_of_the_run_brings_files_and_folders_but_no_training_state_unless
     assert contents(pull(run_dir) / "sft" / "base") == whole("base")
     assert json.loads((run_dir / "stages" / "sft.json").read_text()) == {"stage": "sft"}
     assert not (run_dir / "sft" / "state").exists()
-    assert contents(pull(run_dir / "sft" / "state" / "step-0000004")) == whole("state")
-    assert (pull(node("third") / "sft" / "base" / "nested" / "a.bin")).read_text() == "base a"  # inside a committed folder
+    assert contents(pull_folder(run_dir / "sft" / "state" / "step-0000004")) == whole("state")
+    assert (pull_folder(node("third") / "sft" / "base" / "nested" / "a.bin")).read_text() == "base a"  # inside a committed folder
+    pull_folder(node("none") / "sft")
+    assert not node("none").exists(), "a folder that is none brings nothing"
     assert set(contents(pull_files(node("fourth")))) == {"stages/sft.json"}
 
 
@@ -116,7 +133,7 @@ def test_a_second_pull_downloads_nothing(node: Callable[[str], Path], monkeypatc
     pull(run_dir)
     assert downloaded == []
     (run_dir / "world").rename(run_dir / "gone")
-    with pytest.raises(FileNotFoundError):  # it tries: the stand-in makes no file
+    with pytest.raises(StorageError, match=r"\.world\.partial-pull/b\.bin"):  # it tries: the stand-in makes no file
         pull(run_dir)
     assert len(downloaded) == 1
 
@@ -156,7 +173,7 @@ if where == "before the commit":
 if where == "before the former one is deleted":
     object_storage.pafs.FileSelector = end
 if where == "before the copy is marked":
-    checkpoint.keep_generation = end
+    checkpoint._sync = lambda path: end() if path.name == "mine" else None
 checkpoint.commit_directory(object_storage.local_path(RUN) / "world", write_two("two"))
 """
 
@@ -165,20 +182,32 @@ checkpoint.commit_directory(object_storage.local_path(RUN) / "world", write_two(
     ("where", "seen"),
     [("b.bin", "one"), ("a.bin", "one"), ("before the commit", "one"), ("before the former one is deleted", "two"), ("before the copy is marked", "two")],
 )
-def test_a_commit_killed_at_any_point_leaves_one_whole_generation_and_the_next_clears_its_rest(
-    node: Callable[[str], Path], server: S3Server, where: str, seen: str
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_commit_killed_at_any_point_leaves_one_whole_generation_or_none_and_the_next_clears_its_rest(
+    node: Callable[[str], Path], server: S3Server, where: str, seen: str, is_first: bool
 ) -> None:
     run_dir = node("first")
-    commit_directory(run_dir / "world", write_two("one"))
+    (run_dir / "stages").mkdir(parents=True)
+    write_json_atomic(run_dir / "stages" / "sft.json", {})  # the run is there, whatever becomes of its world
+    if not is_first:
+        commit_directory(run_dir / "world", write_two("one"))
     killed = subprocess.run([sys.executable, "-c", KILLED, where], env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    forget_uncommitted(run_dir)  # the next process on the same node, and
-    pull(run_dir)
-    assert contents(run_dir / "world") == whole(seen)
-    assert contents(pull(node("second")) / "world") == whole(seen)  # any other
+    for name in ("second", "first"):  # any other node, and the next process on the same one
+        copy = node(name)
+        forget_uncommitted(copy)
+        pull(copy)
+        if is_first and seen == "one":
+            assert not (copy / "world").exists()
+        else:
+            assert contents(copy / "world") == whole(seen)
+    delete_uncommitted(run_dir)
+    left = {"b.bin": 0, "a.bin": 1, "before the commit": 2, "before the former one is deleted": 2, "before the copy is marked": 0}[where]
+    num_files = (1 if seen == "one" else 4) if is_first else 4 + left  # beside a committed generation it goes with the next commit
+    assert len(server.keys("runs")) == num_files
     commit_directory(node("first") / "world", write_two("three"))
     assert contents(pull(node("third")) / "world") == whole("three")
-    assert len(server.keys("runs")) == 3
+    assert len(server.keys("runs")) == 4
 
 
 def test_a_training_state_whose_upload_is_cut_off_leaves_the_last_one_and_training_goes_on_from_it(
@@ -214,7 +243,7 @@ def test_what_a_node_has_beyond_the_store_is_gone_at_the_start_of_a_run(node: Ca
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text("{}")
     forget_uncommitted(run_dir)
-    assert [path.name for path in run_dir.iterdir() if not path.name.startswith(".world")] == ["world"]
+    assert [path.name for path in run_dir.iterdir() if path.suffix not in (".generation", ".pull-lock")] == ["world"]
     assert contents(run_dir / "world") == whole("one")
 
 
@@ -225,9 +254,12 @@ def test_a_run_is_claimed_in_the_store_and_another_config_is_refused_on_every_no
     assert RunLayout(run_dir).run_stage("world", lambda: {"num_rows": 3})
     run_dir = node("second")
     claim_run_dir(run_dir, PipelineConfig(name="mine"))
+    pull(run_dir)
     assert RunLayout(run_dir).is_done("world")
-    with pytest.raises(ConfigError, match="another config:\n  seed: 0 there, 1 now"):
-        claim_run_dir(node("third"), PipelineConfig(name="mine", seed=1))
+    (run_dir / "metrics.jsonl").write_text("the run that is under way here has not put it yet")
+    with pytest.raises(ConfigError, match=f"^{RUN} holds a run of another config:\n  seed: 0 there, 1 now"):
+        claim_run_dir(run_dir, PipelineConfig(name="mine", seed=1))
+    assert (run_dir / "metrics.jsonl").exists(), "who is refused leaves the copy alone"
     assert server.keys("runs") == ["deep/mine/config.resolved.json", "deep/mine/stages/world.json"]
     assert choose_run_dir("mine", "s3://absent/mine") == local_path("s3://absent/mine")
     with pytest.raises(ConfigError, match="The run directory s3://absent/mine cannot be used"):
@@ -243,6 +275,80 @@ def test_metrics_are_in_the_store_up_to_every_committed_state(node: Callable[[st
         assert [line["step"] for line in read_metrics(pull(node("second")), "sft")] == [1]
     assert [line["step"] for line in read_metrics(pull(node("third")), "sft")] == [1, 2]
     assert list((node("third") / "tensorboard" / "sft").iterdir())
+
+
+def test_who_only_looks_leaves_the_copies_of_a_run_alone(node: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = node("first")
+    claim_run_dir(run_dir, PipelineConfig(name="mine"))
+    with MetricsWriter(run_dir, "sft", 0, num_steps=3) as writer:
+        writer.write(1, {"sft/loss": 1.0})
+        writer.publish()
+        writer.write(2, {"sft/loss": 0.5})
+        assert status_command.main("", [RUN]) == 0
+        assert "step 1 of 3" in capsys.readouterr().out
+        with copies_of_ones_own():
+            assert local_path(RUN) != run_dir
+        writer.write(3, {"sft/loss": 0.2})
+    assert [line["step"] for line in read_metrics(pull(node("second")), "sft")] == [1, 2, 3]
+
+
+def test_a_store_that_goes_away_is_a_storage_error_and_hides_no_other(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = node("first")
+
+    def refuse(*_: object) -> None:
+        raise OSError("AWS Error NETWORK_CONNECTION")
+
+    def train() -> None:
+        with MetricsWriter(run_dir, "sft", 0) as writer:
+            writer.write(1, {"sft/loss": 1.0})
+            monkeypatch.setattr("rm_robust.object_storage._write", refuse)
+            with pytest.raises(StorageError, match=f"{RUN}/metrics.jsonl cannot be reached: AWS Error"):
+                writer.publish()
+            raise KeyError("the first error")
+
+    with pytest.raises(KeyError, match="the first error"):
+        train()
+
+
+def test_a_folder_that_is_committed_anew_while_it_is_pulled_is_pulled_anew(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    commit_directory(node("first") / "world", write_two("one"))
+    download, cache, begun = object_storage._download, os.environ[CACHE_VARIABLE], []
+
+    def commit_meanwhile(filesystem: object, inner: str, path: Path) -> None:
+        if not begun:
+            begun.append(path)
+            commit_directory(node("first") / "world", write_two("two"))
+            node("second")
+        download(filesystem, inner, path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(object_storage, "_download", commit_meanwhile)
+    assert contents(pull(node("second")) / "world") == whole("two")
+    assert cache != os.environ[CACHE_VARIABLE]
+
+
+def test_a_twin_that_was_put_in_part_is_put_again(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = node("first")
+    for name in ("checkpoints/sft", "preferences/tokens"):
+        commit_directory(run_dir / name, write_two(name))
+    for stage in ("sft", "preferences"):
+        RunLayout(run_dir).run_stage(stage, dict)
+    (run_dir / "metrics.jsonl").write_text("")
+    put, names = shared_stages.put_folder, []
+
+    def put_once(written: Path, folder: Path) -> object:
+        names.append(folder.name)
+        if len(names) > 1:
+            raise KeyboardInterrupt
+        return put(written, folder)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shared_stages, "put_folder", put_once)
+        with pytest.raises(KeyboardInterrupt):
+            share_stages(run_dir, run_dir / "bt_twin", ["sft", "preferences"])
+    share_stages(run_dir, run_dir / "bt_twin", ["sft", "preferences"])
+    twin = pull(node("second") / "bt_twin")
+    assert contents(twin / "preferences" / "tokens") == whole("preferences/tokens")
+    assert RunLayout(twin).is_done("preferences")
 
 
 def test_a_twin_begins_in_the_store_with_its_siblings_stages(node: Callable[[str], Path]) -> None:
