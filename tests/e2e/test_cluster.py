@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
 
 NUM_WORKERS = 2
 CPUS_OF_A_WORKER = 2
-OF_RAY_ITSELF = re.compile(r"ServeController|ProxyActor|JobSupervisor|PreemptionWatcher|_StatsActor|AutoscalingRequester|DatasetStats|ActorLocation")
+OF_RAY_ITSELF = re.compile(
+    r"ServeController|ProxyActor|JobSupervisor|PreemptionWatcher|_StatsActor|AutoscalingRequester|DatasetStats|ActorLocation"
+    r"|AutoscalingCoordinator|StatsSummary|UsageCollection"
+)
 """Actors that Ray keeps on the head, or near the driver, and that do no work of ours."""
 
 
