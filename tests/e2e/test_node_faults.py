@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rm_robust.tracking import read_metrics
-from tests.e2e.pipeline_process import POLL_EVERY_S, RUN_DEADLINE_S, STAGE_DEADLINE_S, Running, wait_until
+from tests.e2e.pipeline_process import POLL_EVERY_S, RUN_DEADLINE_S, STAGE_DEADLINE_S, Running, session_processes, wait_until
 from tests.e2e.ray_cluster import NUM_RLOO_STEPS, Cluster, ray_cluster
 from tests.e2e.test_cluster import states_of
 from tests.e2e.test_kill_and_resume import check_resumed, committed_steps, lines_of
@@ -117,13 +117,16 @@ def test_a_node_that_hangs_for_a_while_holds_the_run_up_and_changes_nothing(tmp_
         job = cluster.submit_script("train_sft.py", "sft.workers.num_workers=2", "sft.num_epochs=20")
         job.wait_for_file(run_dir / "sft" / "state", "step-*", RUN_DEADLINE_S)
         node = nodes.running[node_of(nodes, job, "actors", is_training)]
-        os.killpg(node.session, signal.SIGSTOP)
+        hung = list(session_processes(node.session))  # raylet and workers have process groups of their own
+        for pid in hung:
+            os.kill(pid, signal.SIGSTOP)
         try:
             stopped_at = time.monotonic()
             wait_until(lambda: time.monotonic() - stopped_at > HANGS_S, 2 * HANGS_S, str)
             seen = steps_of(run_dir, "sft")
         finally:
-            os.killpg(node.session, signal.SIGCONT)
+            for pid in hung:
+                os.kill(pid, signal.SIGCONT)
         assert job.wait() == 0, job.output()[-4000:]
         lines = read_metrics(run_dir, "sft")
         assert [int(line["step"]) for line in lines] == list(range(1, int(lines[0]["num_steps"]) + 1))
