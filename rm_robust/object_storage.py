@@ -41,6 +41,7 @@ STATE = "state"
 GENERATION, UNCOMMITTED = "generation-", "uncommitted-"
 """How the parts of a key begin below which nothing is a file by itself."""
 LOCK = ".pull-lock"
+PARTIAL = ".partial"
 NUM_READINGS = 5
 """Of a folder that is committed again and again while it is pulled."""
 _CHUNK_BYTES = 8 * 2**20
@@ -78,9 +79,9 @@ def local_path(text: str) -> Path:
 
 
 def uri_of(path: Path) -> str | None:
-    """The URI of which `path` is the copy; None for any other path."""
+    """The URI of which `path` is the copy; None for any other path, and for what is still written beside one (checkpoint.py)."""
     parts = path.parts
-    if COPIES not in parts:
+    if COPIES not in parts or any(part.startswith(".") and PARTIAL in part for part in parts):
         return None
     scheme, *rest = parts[parts.index(COPIES) + 1 :]
     return f"{scheme}://{'/'.join(rest)}"

@@ -72,8 +72,7 @@ class MetricsWriter:
     def publish(self) -> None:
         """Before a state is committed: to where a run in an object store has its lines, so that none is missing up to that state. Raises StorageError."""
         self._tensorboard.flush()
-        for path in (self._path, *self._tensorboard_dir.glob("*")):
-            put_file(path)
+        self._put()
 
     def close(self) -> None:
         """Close all of them; nothing can be written afterwards."""
@@ -82,10 +81,13 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.close()
         try:
-            for path in (self._path, *self._tensorboard_dir.glob("*")):
-                put_file(path)
+            self._put()
         except StorageError as error:  # it may come of another error, which is the one to be raised; a stage that ends well says so by a put of its own
             logger.warning("%s", error)
+
+    def _put(self) -> None:
+        for path in (self._path, *self._tensorboard_dir.glob("*")):
+            put_file(path)
 
     def __enter__(self) -> Self:
         return self

@@ -107,6 +107,14 @@ def test_a_folder_committed_on_one_node_is_whole_on_another_and_only_its_newest_
     assert server.keys("runs") == sorted(f"deep/mine/world/{key}" for key in (COMMIT, f"{generation}/b.bin", f"{generation}/nested/a.bin"))
 
 
+def test_what_is_written_beside_a_folder_before_its_commit_is_not_put_by_itself(node: Callable[[str], Path], server: S3Server) -> None:
+    """A checkpoint's JSON files are written by write_json_atomic, which puts the files of a run."""
+    commit_directory(node("first") / "policy", lambda folder: write_json_atomic(folder / "config.json", {"a": 1}))
+    keys = server.keys("runs")
+    assert len(keys) == 2
+    assert all(key.startswith("deep/mine/policy/") for key in keys), keys
+
+
 def test_a_pull_of_the_run_brings_files_and_folders_but_no_training_state_unless_that_is_named(node: Callable[[str], Path]) -> None:
     run_dir = node("first")
     commit_directory(run_dir / "sft" / "base", write_two("base"))
