@@ -78,6 +78,8 @@ class MemoryRun(Section):
     model: ModelConfig
     num_tokens: float = Field(gt=0)
     """Of a micro-batch."""
+    num_scored: float = Field(gt=0)
+    """Of them."""
     includes_states: bool
     """False where the process had made a step already (tests/bench/memory.py): weights, gradients and moments were part of its peak."""
     measured: float = Field(gt=0)
@@ -194,6 +196,7 @@ def _predicted_seconds(run: TrainingRun, found: Measurements, repository: Path) 
 def _predicted_mib(run: MemoryRun) -> float:
     shape: ModelShape = shape_of_config(run.model)
     trained = Trained(shape, shape.reward_model_parameters, shape.reward_model_parameters)
-    memory = trainer_memory(trained, MicroBatch(run.num_tokens), strategy=StrategyConfig(kind="ddp"), compute=ComputeConfig(), num_devices=1, overhead_bytes=0)
+    batch = MicroBatch(run.num_tokens, num_scored=run.num_scored)
+    memory = trainer_memory(trained, batch, strategy=StrategyConfig(kind="ddp"), compute=ComputeConfig(), num_devices=1, overhead_bytes=0)
     before = 0 if run.includes_states else memory.state_bytes
     return (memory.training_bytes - before) / 2**20

@@ -15,7 +15,9 @@ MOMENTS = 2
 SAVED_BYTES_FLOAT32 = (44, 16, 8)
 SAVED_BYTES_BFLOAT16 = (36, 8, 8)
 """What one layer keeps of a token for its backward pass: bytes by H, by I, and by head. Counted on transformers 5.19's Qwen2 with our packed attention,
-each storage once (tests/unit/test_scaling_training.py counts again). Korthikanti et al. 2022, equation 2, have 34 H for GPT's layer in float16."""
+each storage once (tests/unit/test_scaling_memory.py counts again). Korthikanti et al. 2022, equation 2, have 34 H for GPT's layer in float16."""
+LAST_SAVED_BYTES_FLOAT32, LAST_SAVED_BYTES_BFLOAT16 = 20, 16
+"""By H, of the last layer where it is computed at the scored tokens alone (reward_model/last_layer.py): a token's norm, key and value. Counted there too."""
 CAST_BYTES = 2
 """Autocast's bfloat16 copy of a weight. torch keeps those of a forward pass until it ends, under FSDP2 too, where the weights they were made of are gone by
 then: so every rank holds a copy of the whole model (seen on CPU; ZeRO-3: assumed)."""
@@ -71,10 +73,13 @@ class TrainerMemory:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One trainer's. `num_predicted`: tokens whose logits are computed (a policy's completions; 0 for a reward model)."""
+    """One trainer's."""
 
     num_tokens: float
     num_predicted: float = 0
+    """Tokens whose logits are computed: a policy's completions, none of a reward model's."""
+    num_scored: float | None = None
+    """As Tokens has it (scaling/training.py). None: the last layer is as the others."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,10 @@ def trainer_memory(
     weights, gradients, optimizer, gathered = _states(trained, strategy, num_devices)
     all_weights = FLOAT_BYTES * trained.num_parameters
     casts = CAST_BYTES * (trained.num_parameters - shape.embedding_parameters) if compute.precision == "bfloat16" else 0
-    saved = saved_bytes_per_token_and_layer(shape, compute) * batch.num_tokens
+    saved, last = saved_bytes_per_token_and_layer(shape, compute) * batch.num_tokens, last_layer_saved_bytes(shape, compute, batch)
     of_hidden, of_feed_forward = WORKING_VALUES
     working = FLOAT_BYTES * (of_hidden * shape.hidden_size + of_feed_forward * shape.intermediate_size) * batch.num_tokens
-    kept, layer = saved * shape.num_layers + casts, working
+    kept, layer = saved * (shape.num_layers - 1) + last + casts, working
     if compute.gradient_checkpointing:
         kept, layer = FLOAT_BYTES * shape.hidden_size * batch.num_tokens * shape.num_layers, saved + working
     is_gathered_on_load = not (strategy.kind == "fsdp2" and strategy.cpu_offload)
@@ -123,6 +128,15 @@ def saved_bytes_per_token_and_layer(shape: ModelShape, compute: ComputeConfig) -
     """Activations that one layer keeps of a token when nothing is computed again."""
     by_hidden, by_feed_forward, by_head = SAVED_BYTES_BFLOAT16 if compute.precision == "bfloat16" else SAVED_BYTES_FLOAT32
     return by_hidden * shape.hidden_size + by_feed_forward * shape.intermediate_size + by_head * shape.num_heads
+
+
+def last_layer_saved_bytes(shape: ModelShape, compute: ComputeConfig, batch: MicroBatch) -> float:
+    """Of all the micro-batch's tokens."""
+    of_token = saved_bytes_per_token_and_layer(shape, compute)
+    if batch.num_scored is None:
+        return of_token * batch.num_tokens
+    by_hidden = LAST_SAVED_BYTES_BFLOAT16 if compute.precision == "bfloat16" else LAST_SAVED_BYTES_FLOAT32
+    return by_hidden * shape.hidden_size * batch.num_tokens + of_token * batch.num_scored
 
 
 def _states(trained: Trained, strategy: StrategyConfig, num_devices: int) -> tuple[float, float, float, float]:

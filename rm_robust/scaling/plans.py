@@ -206,4 +206,5 @@ def _tokens(lengths: Lengths, num_groups: float, num_completions: int, *, is_pol
 
 def _largest_micro_batch(tokens: Tokens, max_tokens: int) -> MicroBatch:
     largest = min(tokens.num_tokens, max_tokens)
-    return MicroBatch(largest, largest * tokens.num_predicted / tokens.num_tokens)
+    share = largest / tokens.num_tokens
+    return MicroBatch(largest, share * tokens.num_predicted, None if tokens.num_scored is None else share * tokens.num_scored)

@@ -74,6 +74,8 @@ UPDATE_MODELS = {
     "100 M": ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=8, num_heads=12, num_kv_heads=12, vocab_size=32768),
 }
 MEMORY_TOKENS = 2048
+PAIR_TOKENS = (64, 32, 32)
+"""Of a prompt and two completions."""
 MIB = 2**20
 
 
@@ -242,7 +244,9 @@ def memory_runs(scratch: Path) -> list[dict[str, Any]]:
 
 
 def memory_run(name: str, model: ModelConfig, measured: float, *, includes_states: bool) -> dict[str, Any]:
-    return {"name": name, "model": model.model_dump(), "num_tokens": MEMORY_TOKENS, "includes_states": includes_states, "measured": measured}
+    num_scored = 2 * MEMORY_TOKENS // sum(PAIR_TOKENS)
+    batch = {"num_tokens": MEMORY_TOKENS, "num_scored": num_scored}
+    return {"name": name, "model": model.model_dump(), **batch, "includes_states": includes_states, "measured": measured}
 
 
 def save_qwen2_of(folder: Path, model: ModelConfig) -> None:
@@ -272,7 +276,7 @@ def trainer_peak_mib(model: ModelConfig, folder: Path) -> float:
         save_qwen2(Path(tiny), sized_qwen2_config("0.3 M", tie_word_embeddings=True))
         train(Path(tiny), num_pairs=1, num_steps=1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    train(folder, num_pairs=MEMORY_TOKENS // (64 + 2 * 32), num_steps=3)
+    train(folder, num_pairs=MEMORY_TOKENS // sum(PAIR_TOKENS), num_steps=3)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MIB
 
 
@@ -282,7 +286,7 @@ def train(folder: Path, *, num_pairs: int, num_steps: int) -> None:
     engine = DdpEngine(packed, optimizer=OptimizerConfig(), device=torch.device("cpu"))
     settings = StepSettings(ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), MEMORY_TOKENS, pad_id=0)
     for _ in range(num_steps):
-        texts = [[[rng.randrange(3, 250) for _ in range(count)] for count in (64, 32, 32)] for _ in range(num_pairs)]
+        texts = [[[rng.randrange(3, 250) for _ in range(count)] for count in PAIR_TOKENS] for _ in range(num_pairs)]
         pairs = [PreferencePair(TokenGroup(prompt, both)) for prompt, *both in texts]
         reward_model_step(engine, pairs, settings, model=packed, device=torch.device("cpu"))
         engine.step(1e-4)

@@ -17,7 +17,7 @@ from rm_robust.config_parts import ComputeConfig, StrategyConfig
 from rm_robust.packing import Layout, lay_out
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.model import PackedRewardModel
-from rm_robust.scaling.memory import MicroBatch, Trained, saved_bytes_per_token_and_layer, trainer_memory
+from rm_robust.scaling.memory import MicroBatch, Trained, last_layer_saved_bytes, saved_bytes_per_token_and_layer, trainer_memory
 from rm_robust.scaling.shapes import ModelShape, shape_of_config
 
 P = 1000
@@ -122,6 +122,10 @@ def test_a_layer_keeps_of_a_token_what_the_formula_says(precision: str, hidden: 
     tokens_more = 4 * 64
     counted = (kept(3, 8) - kept(3, 4) - kept(1, 8) + kept(1, 4)) / 2 / tokens_more
     assert counted == pytest.approx(saved_bytes_per_token_and_layer(shape, compute), rel=0.01)
+    last = last_layer_saved_bytes(shape, compute, MicroBatch(tokens_more, num_scored=4 * 2))
+    rotary_positions = 2 * 4 * shape.head_size * tokens_more
+    assert kept(1, 8) - kept(1, 4) - rotary_positions == pytest.approx(last, rel=0.03)
+    assert last < 0.6 * last_layer_saved_bytes(shape, compute, MicroBatch(tokens_more))
 
 
 def saved_bytes(model: PackedRewardModel, num_groups: int) -> int:
