@@ -19,7 +19,9 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from rm_robust.errors import CheckpointError, StorageError
-from rm_robust.object_storage import pull_folder, put_folder, shown
+from rm_robust.object_storage.copies import shown
+from rm_robust.object_storage.pulls import pull_folder
+from rm_robust.object_storage.puts import put_folder
 
 MANIFEST_NAME = "rm_robust_manifest.json"
 CheckpointKind = Literal["reward_model", "policy"]
@@ -48,7 +50,7 @@ def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
 
     An older `target` is moved aside just before and deleted after. A kill between these renames is the one moment without a `target`; the next
     commit then puts the older one back before it does anything else. Where the run lies in an object store, it is committed there first
-    (object_storage.py). Raises StorageError when it cannot be written; `target` is then as it was.
+    (object_storage/). Raises StorageError when it cannot be written; `target` is then as it was.
     """
     with storage_errors(target):
         _commit_directory(target, write)

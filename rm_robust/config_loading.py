@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import Section
 from rm_robust.errors import ConfigError
-from rm_robust.object_storage import local_path, names_in, read_text, require_writable, shown
+from rm_robust.object_storage.copies import local_path, shown
+from rm_robust.object_storage.generations import names_in, read_text
+from rm_robust.object_storage.puts import require_writable
 from rm_robust.tracking import write_json_atomic
 
 DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")

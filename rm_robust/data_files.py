@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rm_robust.errors import DataError
 from rm_robust.filesystems import filesystem_of, is_uri, unreachable
-from rm_robust.object_storage import pull_folder
+from rm_robust.object_storage.pulls import pull_folder
 
 HUB = "hub:"
 SUFFIXES = (".jsonl", ".parquet")

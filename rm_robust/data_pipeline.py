@@ -20,7 +20,8 @@ from rm_robust.checkpoint import commit_directory
 from rm_robust.data_files import HUB, lines_from, list_files
 from rm_robust.errors import DataError
 from rm_robust.filesystems import filesystem_of
-from rm_robust.object_storage import pull_folder, written_by_any_node
+from rm_robust.object_storage.pulls import pull_folder
+from rm_robust.object_storage.puts import written_by_any_node
 from rm_robust.rows import RowKind
 from rm_robust.rows_tokenising import MALFORMED, STAGED_SCHEMA, TokenLimits, tokenise_text
 from rm_robust.token_files import TOKEN_SCHEMA

@@ -12,7 +12,7 @@ from typing import Any
 
 from rm_robust.config import PipelineConfig, TrackingConfig
 from rm_robust.errors import ConfigError
-from rm_robust.object_storage import shown, uri_of
+from rm_robust.object_storage.copies import shown, uri_of
 from rm_robust.tracking import MetricsSink
 
 IDENTITY_TAG = "rm_robust.identity"

@@ -9,7 +9,7 @@ from typing import Any
 
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import DataError
-from rm_robust.object_storage import pull
+from rm_robust.object_storage.pulls import pull
 from rm_robust.tracking import write_json_atomic
 
 STAGES = ("world", "sft", "preferences", "reward_model", "evaluation", "rloo")

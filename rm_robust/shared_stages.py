@@ -5,7 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
-from rm_robust.object_storage import forget_uncommitted, pull, put_file, put_folder, uri_of
+from rm_robust.object_storage.copies import uri_of
+from rm_robust.object_storage.pulls import pull_anew
+from rm_robust.object_storage.puts import put_file, put_folder
 
 FILES = {
     "world": ["world"],
@@ -20,8 +22,7 @@ FILES = {
 def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
     """`run_dir` becomes a run that has done these stages, as `source` did them; one that exists already is left alone."""
     if uri_of(run_dir) is not None:
-        forget_uncommitted(run_dir)
-        pull(run_dir)
+        pull_anew(run_dir)
         if (run_dir / "stages" / f"{stages[-1]}.json").exists():
             return
         shutil.rmtree(run_dir, ignore_errors=True)  # it was put in part

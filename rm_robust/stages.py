@@ -22,7 +22,9 @@ from rm_robust.config_loading import DEFAULT_CONFIG, Run, claim_run_dir, parse_r
 from rm_robust.embedded_world.world_files import write_world
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.experiment_trackers import check_trackers
-from rm_robust.object_storage import delete_uncommitted, forget_uncommitted, local_path, pull
+from rm_robust.object_storage.copies import local_path
+from rm_robust.object_storage.pulls import pull_anew
+from rm_robust.object_storage.puts import delete_uncommitted
 from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
 from rm_robust.ray_session import connect_to_ray, head_does_no_work, keep_ray_datas_actors_here
 from rm_robust.reward_model.evaluation import evaluate_scenarios
@@ -93,8 +95,7 @@ def drive(run: Run, stages: list[Stage]) -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     quieten_libraries()
     delete_uncommitted(run.run_dir)
-    forget_uncommitted(run.run_dir)
-    pull(run.run_dir)
+    pull_anew(run.run_dir)
     for stage in stages:
         stage(run)
 

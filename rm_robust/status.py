@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rm_robust.config_loading import RESOLVED_NAME
 from rm_robust.errors import DataError
-from rm_robust.object_storage import shown
+from rm_robust.object_storage.copies import shown
 from rm_robust.run_layout import STAGES, RunLayout
 from rm_robust.tracking import MetricsLine, read_metrics
 

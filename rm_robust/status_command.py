@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 from rm_robust.config_loading import run_root
 from rm_robust.errors import RmRobustError
-from rm_robust.object_storage import copies_of_ones_own, local_path, pull_files, shown
+from rm_robust.object_storage.copies import copies_of_ones_own, local_path, shown
+from rm_robust.object_storage.pulls import pull_files
 from rm_robust.status import runs_in, status_lines, status_of
 
 WATCH_EVERY_S = 5.0

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rm_robust.object_storage import shown
+from rm_robust.object_storage.copies import shown
 from rm_robust.report import write_report
 from rm_robust.run_layout import RunLayout
 from rm_robust.run_record import RunRecord, first_and_last_tenth, gold_gain, judged_steps, metric_series, policy_evaluations, read_run

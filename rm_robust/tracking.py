@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rm_robust.errors import DataError, RmRobustError, StorageError
-from rm_robust.object_storage import put_file
+from rm_robust.object_storage.puts import put_file
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from rm_robust.checkpoint import commit_directory, storage_errors
-from rm_robust.object_storage import commit_generation, committed_in, delete_copy, delete_folder, new_generation, pull_folder, put_part, uri_of
+from rm_robust.object_storage.copies import delete_copy, uri_of
+from rm_robust.object_storage.generations import commit_generation, committed_in, delete_folder, new_generation, put_part
+from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.train_engine import TrainEngine
 
 Value = TypeVar("Value")

@@ -11,7 +11,8 @@ import transformers
 
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import WorkersConfig
-from rm_robust.object_storage import forget_uncommitted, pull, uri_of
+from rm_robust.object_storage.copies import uri_of
+from rm_robust.object_storage.pulls import forget_uncommitted, pull
 
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 

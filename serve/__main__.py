@@ -28,7 +28,8 @@ from ray import serve
 from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
-from rm_robust.object_storage import local_path, pull_folder
+from rm_robust.object_storage.copies import local_path
+from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.reward_model.config_json import read_json
 from rm_robust.score_contract import SCORE_PATH
 from rm_robust.scoring import KEY_VARIABLE

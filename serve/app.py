@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import ConfigError
-from rm_robust.object_storage import uri_of
+from rm_robust.object_storage.copies import uri_of
 from rm_robust.score_contract import ScoreReply, ScoreRequest
 from serve.deployment import ScorerReplica, WhatToLoad, scorer_options
 from serve.front import Front

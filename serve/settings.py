@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rm_robust.config import ReplicaConfig
 from rm_robust.errors import ConfigError
-from rm_robust.object_storage import local_path
+from rm_robust.object_storage.copies import local_path
 from serve.keys import ApiKey
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

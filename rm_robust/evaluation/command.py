@@ -13,7 +13,7 @@ from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, evaluate, figure_names, read_data
 from rm_robust.evaluation.page import write_page
 from rm_robust.evaluation.suites import SUITES, Suite, preferences_by
-from rm_robust.object_storage import local_path
+from rm_robust.object_storage.copies import local_path
 from rm_robust.ray_session import connect_to_ray
 from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import DataError
-from rm_robust.object_storage import pull, put_file
+from rm_robust.object_storage.pulls import pull
+from rm_robust.object_storage.puts import put_file
 from rm_robust.reward_model.metrics import ScenarioResult, mean_kendall_tau, pairwise_accuracy
 from rm_robust.reward_model.scorer import RewardScorer, ScoredGroup
 from rm_robust.run_layout import RunLayout

@@ -26,7 +26,7 @@ from rm_robust.chat import ChatFormat
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import RolloutError
 from rm_robust.experiment_trackers import open_trackers
-from rm_robust.object_storage import put_file
+from rm_robust.object_storage.puts import put_file
 from rm_robust.records import GenerationRequest, PromptCompletions
 from rm_robust.rloo.actors import RlooActors, TrainersLostError
 from rm_robust.rloo.advantages import advantages_of, next_kl_coefficient

@@ -23,7 +23,7 @@ from torch import Tensor
 from rm_robust.chat import ChatFormat
 from rm_robust.compute import EXACT, prepare_for_training
 from rm_robust.config import PipelineConfig
-from rm_robust.object_storage import pull_folder
+from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.packing import PackedBatch, choose_layout, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy
 from rm_robust.records import PromptCompletions, TokenGroup

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rm_robust.errors import ConfigError, RolloutError
-from rm_robust.object_storage import pull_folder
+from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.records import Completion, GenerationRequest, PromptCompletions
 from rm_robust.rloo.weight_sharing import memory_namespace
 

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from rm_robust.config_parts import OptimizerConfig, StrategyConfig
-from rm_robust.object_storage import CACHE_VARIABLE, local_path
+from rm_robust.object_storage.copies import CACHE_VARIABLE, local_path
 from rm_robust.packing import Layout
 from rm_robust.records import PreferencePair
 from rm_robust.reward_model.losses import ObjectiveSettings

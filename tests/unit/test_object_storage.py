@@ -13,27 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from rm_robust import object_storage, shared_stages, status_command
+from rm_robust import shared_stages, status_command
 from rm_robust.checkpoint import commit_checkpoint, commit_directory, verify_checkpoint
 from rm_robust.config import PipelineConfig
 from rm_robust.config_loading import choose_run_dir, claim_run_dir
 from rm_robust.errors import CheckpointError, ConfigError, DataError, StorageError
 from rm_robust.filesystems import filesystem_of
-from rm_robust.object_storage import (
-    CACHE_VARIABLE,
-    COMMIT,
-    committed_in,
-    copies_of_ones_own,
-    delete_uncommitted,
-    forget_uncommitted,
-    local_path,
-    main,
-    pull,
-    pull_files,
-    pull_folder,
-    put_file,
-    uri_of,
-)
+from rm_robust.object_storage import pulls
+from rm_robust.object_storage.__main__ import main
+from rm_robust.object_storage.copies import CACHE_VARIABLE, copies_of_ones_own, local_path, uri_of
+from rm_robust.object_storage.generations import COMMIT, committed_in
+from rm_robust.object_storage.pulls import forget_uncommitted, pull, pull_anew, pull_files, pull_folder
+from rm_robust.object_storage.puts import delete_uncommitted, put_file
 from rm_robust.run_layout import RunLayout
 from rm_robust.shared_stages import share_stages
 from rm_robust.tracking import MetricsWriter, read_metrics, write_json_atomic
@@ -137,7 +128,7 @@ def test_a_second_pull_downloads_nothing(node: Callable[[str], Path], monkeypatc
     commit_directory(run_dir / "world", write_two("one"))
     write_json_atomic(run_dir / "summary.json", {})
     downloaded: list[str] = []
-    monkeypatch.setattr("rm_robust.object_storage._download", lambda filesystem, inner, path: downloaded.append(inner))
+    monkeypatch.setattr("rm_robust.object_storage.pulls.download", lambda filesystem, inner, path: downloaded.append(inner))
     pull(run_dir)
     assert downloaded == []
     (run_dir / "world").rename(run_dir / "gone")
@@ -160,10 +151,11 @@ def test_an_object_of_other_bytes_than_were_committed_is_refused_by_its_name(nod
 
 KILLED = """
 import os, signal, sys
-from rm_robust import checkpoint, object_storage
+from rm_robust import checkpoint
+from rm_robust.object_storage import copies, generations, puts
 from tests.unit.test_object_storage import RUN, write_two
 
-where, upload = sys.argv[1], object_storage._upload
+where, upload = sys.argv[1], generations._upload
 
 def end(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -175,14 +167,14 @@ def upload_or_end(filesystem, path, inner):
         end()
     upload(filesystem, path, inner)
 
-object_storage._upload = upload_or_end
+generations._upload = upload_or_end
 if where == "before the commit":
-    object_storage.commit_generation = end
+    puts.commit_generation = end
 if where == "before the former one is deleted":
-    object_storage.pafs.FileSelector = end
+    generations.pafs.FileSelector = end
 if where == "before the copy is marked":
     checkpoint._sync = lambda path: end() if path.name == "mine" else None
-checkpoint.commit_directory(object_storage.local_path(RUN) / "world", write_two("two"))
+checkpoint.commit_directory(copies.local_path(RUN) / "world", write_two("two"))
 """
 
 
@@ -203,8 +195,7 @@ def test_a_commit_killed_at_any_point_leaves_one_whole_generation_or_none_and_th
     assert killed.returncode == -signal.SIGKILL
     for name in ("second", "first"):  # any other node, and the next process on the same one
         copy = node(name)
-        forget_uncommitted(copy)
-        pull(copy)
+        pull_anew(copy)
         if is_first and seen == "one":
             assert not (copy / "world").exists()
         else:
@@ -231,7 +222,7 @@ def test_a_training_state_whose_upload_is_cut_off_leaves_the_last_one_and_traini
         raise OSError("When uploading part: AWS Error NETWORK_CONNECTION")
 
     with monkeypatch.context() as broken:
-        broken.setattr("rm_robust.object_storage._upload", refuse)
+        broken.setattr("rm_robust.object_storage.generations._upload", refuse)
         with pytest.raises(StorageError, match="step-0000005 could not be written: When uploading part"):
             save_state(engine, root, 5)
     root, resumed = node("second") / "sft" / "state", new_engine(seed=1)
@@ -309,7 +300,7 @@ def test_a_store_that_goes_away_is_a_storage_error_and_hides_no_other(node: Call
     def train() -> None:
         with MetricsWriter(run_dir, "sft", 0) as writer:
             writer.write(1, {"sft/loss": 1.0})
-            monkeypatch.setattr("rm_robust.object_storage._write", refuse)
+            monkeypatch.setattr("rm_robust.object_storage.puts.write_object", refuse)
             with pytest.raises(StorageError, match=f"{RUN}/metrics.jsonl cannot be reached: AWS Error"):
                 writer.publish()
             raise KeyError("the first error")
@@ -320,7 +311,7 @@ def test_a_store_that_goes_away_is_a_storage_error_and_hides_no_other(node: Call
 
 def test_a_folder_that_is_committed_anew_while_it_is_pulled_is_pulled_anew(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     commit_directory(node("first") / "world", write_two("one"))
-    download, cache, begun = object_storage._download, os.environ[CACHE_VARIABLE], []
+    download, cache, begun = pulls.download, os.environ[CACHE_VARIABLE], []
 
     def commit_meanwhile(filesystem: object, inner: str, path: Path) -> None:
         if not begun:
@@ -329,7 +320,7 @@ def test_a_folder_that_is_committed_anew_while_it_is_pulled_is_pulled_anew(node:
             node("second")
         download(filesystem, inner, path)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(object_storage, "_download", commit_meanwhile)
+    monkeypatch.setattr(pulls, "download", commit_meanwhile)
     assert contents(pull(node("second")) / "world") == whole("two")
     assert cache != os.environ[CACHE_VARIABLE]
 
