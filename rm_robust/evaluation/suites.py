@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rm_robust.evaluation import preferences, reward_bench, rm_bench
+from rm_robust.evaluation import constant_answers, preferences, reward_bench, rm_bench
 from rm_robust.evaluation.bootstrap import Combine, Stratum
 from rm_robust.evaluation.cases import Case, CaseFacts
 
@@ -40,6 +40,7 @@ def preferences_by(column: str | None) -> Suite:
 
 SUITES: dict[str, Suite] = {
     "preferences": preferences_by(None),
+    "constant_answers": Suite(constant_answers.parse, constant_answers.strata, constant_answers.combine, details=constant_answers.answers),
     "rm_bench": Suite(rm_bench.parse, rm_bench.strata, rm_bench.combine, rm_bench.notes, rm_bench.style_matrix),
     "reward_bench": Suite(reward_bench.parse_1, reward_bench.strata_1, reward_bench.combine_1, reward_bench.notes_1),
     "reward_bench_2": Suite(reward_bench.parse_2, reward_bench.strata_2, reward_bench.combine_2, reward_bench.notes_2),
