@@ -59,7 +59,7 @@ bench-training: has-data .venv/.installed-bench  ## training throughput against 
 bench-scoring: has-data .venv/.installed-bench  ## scores over HTTP against OpenRLHF's and vLLM's servers, within 15 minutes: make bench-scoring [DATA=../shared/data]
 	python -m tests.bench.scoring --data "$(DATA)"
 
-bench-evaluation: has-data $(INSTALLED)  ## an evaluation's scores against one forward a response, within 5 minutes: make bench-evaluation [DATA=../shared/data]
+bench-evaluation: has-data $(INSTALLED)  ## an evaluation's scores against one forward a response, within 10 minutes: make bench-evaluation [DATA=../shared/data]
 	python -m tests.bench.evaluation --data "$(DATA)"
 
 bench-rloo: .venv/.installed-bench  ## RLOO steps against TRL, overlap, engines, weight updates; within 15 minutes

@@ -96,8 +96,9 @@ def _state(rows: Sequence[Row], missing: Sequence[Cell]) -> str:
     hours = sum(row.seconds for row in rows) / 3600
     longest = max((row.seconds for row in rows), default=0) / 60
     bases = {(row.world, row.seed): float(row.about["base_seconds"]) for row in rows}
-    done = f"{len(rows)} runs of {hours:.1f} hours together (reward models two at a time on a core each), the longest {longest:.1f} minutes; beside them "
-    done += f"{len(bases)} language models with their data, {sum(bases.values()) / 3600:.1f} hours."
+    two_cores = hours - sum(row.seconds for row in rows if row.part == "reward_model") / 2 / 3600
+    done = f"{len(rows)} runs of {hours:.1f} hours together, {two_cores:.1f} of two cores (reward models run two at a time, on a core each), the longest "
+    done += f"{longest:.1f} minutes; beside them {len(bases)} language models with their data, {sum(bases.values()) / 3600:.1f} hours."
     if not missing:
         return done
     counts: dict[str, int] = {}

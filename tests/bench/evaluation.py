@@ -1,6 +1,6 @@
 """Scores for an evaluation, against the way of the paper's released run_kendall.py: one forward a response, batch 1, plain transformers.
 
-    python -m tests.bench.evaluation --data ../shared/data          a few minutes
+    python -m tests.bench.evaluation --data ../shared/data          within 10 minutes
 
 Both ways read the same conversations as text, in float32, with the same threads, in one process, in turns. Ours is what evaluate_reward_model.py --model
 does: the scores of CheckpointSource. Every score is checked against the other's. The limit is the ratio of the tokens that each computes: a prompt's
