@@ -100,7 +100,7 @@ def _suite(options: argparse.Namespace) -> Suite:
     if options.by is None:
         return SUITES[options.suite]
     if options.suite != "preferences":
-        raise ConfigError(f"--by names the column of subsets in the suite preferences; {options.suite} has its own.")
+        raise ConfigError(f"--by names the column of subsets in the suite preferences; {options.suite} takes none.")
     return preferences_by(options.by)
 
 

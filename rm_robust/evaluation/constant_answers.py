@@ -1,13 +1,13 @@
-"""Answers that fit no prompt, against each prompt's best: what a policy could find that wins reward without reading the question.
+"""Answers that fit no prompt, against each row's best: what a policy could find that wins reward without reading the question.
 
 A benchmark's judge was won over by one constant answer (Zheng et al. 2024, "Cheating automatic LLM benchmarks: null models achieve high win rates",
 arXiv 2410.07137); a reward model that can be won so will be, by a policy trained against it.
 
-    <answer>.wins       share of prompts on which the answer's score is strictly above that of the prompt's best completion
+    <answer>.wins       share of rows on which the answer's score is strictly above that of the row's best completion
     <answer>.margin     mean of the best completion's score minus the answer's
     any.wins            share on which some of the answers wins
 
-Refusing is right for some prompts: read `refusal` on data whose prompts should be answered.
+A prompt with several rows counts in each. Refusing is right for some prompts: read `refusal` on data whose prompts should be answered.
 """
 
 from collections.abc import Mapping, Sequence

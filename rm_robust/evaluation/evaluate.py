@@ -4,6 +4,7 @@ rows ─parse─► cases, some at a time ─Scorer─► scores.jsonl (as they 
                          └─ refused (too long, not finite): the evaluation stops, or leaves the case out and says so
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -61,7 +62,9 @@ def read_data(what: Evaluation) -> Data:
         raise DataError(f"There are no rows in {', '.join(what.paths)}.")
     files = hashed_files(what.paths)
     subsets = sorted({case.subset for case in cases})
-    data = Data(cases, files, {"suite": what.suite_name, "files": [file.sha256 for file in files], "num_cases": len(cases), "subsets": subsets})
+    texts = hashlib.blake2b(b"".join(case.fingerprint for case in cases), digest_size=16).hexdigest()  # a suite may add some of its own
+    identity = {"suite": what.suite_name, "files": [file.sha256 for file in files], "num_cases": len(cases), "subsets": subsets, "texts": texts}
+    data = Data(cases, files, identity)
     if what.against is not None:
         _outcomes_of_other(what.against, data)
     return data

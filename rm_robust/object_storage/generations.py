@@ -142,12 +142,12 @@ def download(filesystem: pafs.FileSystem, inner: str, path: Path) -> None:
         shutil.copyfileobj(source, target, _CHUNK_BYTES)
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _upload(filesystem: pafs.FileSystem, path: Path, inner: str) -> None:
     """A file of a generation, of any size; half of one is no harm there."""
     with path.open("rb") as source, filesystem.open_output_stream(inner) as stream:
         shutil.copyfileobj(source, stream, _CHUNK_BYTES)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from rm_robust.errors import CheckpointError
-from rm_robust.object_storage.copies import LOCK, mark, only_one, place, reached, uri_of
+from rm_robust.object_storage.copies import LOCK, PARTIAL, mark, only_one, place, reached, uri_of
 from rm_robust.object_storage.generations import Commit, committed_folders, download, files_below, is_a_file, is_in_a_folder, read_commit, sha256
 
 STATE = "state"
@@ -104,7 +104,7 @@ def fetch_folder(folder: Path) -> bool:
 def _download_generation(folder: Path, commit: Commit) -> Path:
     """Into a folder beside, every file checked."""
     filesystem, inner = place(folder)
-    partial = folder.with_name(f".{folder.name}.partial-pull")
+    partial = folder.with_name(f".{folder.name}{PARTIAL}-pull")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for key, stored in commit.files.items():
@@ -128,7 +128,7 @@ def _fetch_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, path: Path) ->
     if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (info.size, info.mtime_ns):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     download(filesystem, info.path, partial)
     os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
     partial.replace(path)

@@ -79,7 +79,7 @@ class MemoryRun(Section):
     num_tokens: float = Field(gt=0)
     """Of a micro-batch."""
     num_scored: float = Field(gt=0)
-    """Of them."""
+    """Tokens of them whose score is read."""
     includes_states: bool
     """False where the process had made a step already (tests/bench/memory.py): weights, gradients and moments were part of its peak."""
     measured: float = Field(gt=0)

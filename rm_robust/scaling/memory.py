@@ -79,7 +79,7 @@ class MicroBatch:
     num_predicted: float = 0
     """Tokens whose logits are computed: a policy's completions, none of a reward model's."""
     num_scored: float | None = None
-    """As Tokens has it (scaling/training.py). None: the last layer is as the others."""
+    """Tokens at which the last layer is computed whole, and the others' keys and values alone. None: at all."""
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ CLAIMS: tuple[Claim, ...] = (
         _between("bt", PAPERS_BSR, _norm_shift),
     ),
     Claim(
-        "BT is over-confident",
+        "BT's probabilities are worse than BSR's",
         "growing score differences are over-confidence (section 4.1); the paper has no figure of calibration",
         "BT minus BSR, Brier score on mutual-disjoint, at the end",
         _between("bt", PAPERS_BSR, partial(_value, name=f"{_END}mutual_disjoint/brier")),

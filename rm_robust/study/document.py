@@ -49,7 +49,7 @@ def write_document(path: Path, rows: Sequence[Row], missing: Sequence[Cell]) -> 
     for world in WORLDS:
         own = [row for row in rows if row.part == "reward_model" and row.world == world]
         if own:
-            parts += [f"## {figures.WORLD_TITLES[world].capitalize()}", _data_sentence(own), _scenario_table(own, world), _epoch_table(own, world)]
+            parts += [f"## {_capitalised(figures.WORLD_TITLES[world])}", _data_sentence(own), _scenario_table(own, world), _epoch_table(own, world)]
             parts += [f"![{caption}](study/{name}.png)" for name, (caption, _) in pictures.items() if name.endswith(world)]
     policies = [row for row in rows if row.part == "rloo"]
     if policies:
@@ -92,13 +92,17 @@ def _write_bytes(path: Path, content: bytes) -> bool:
     return True
 
 
+def _capitalised(title: str) -> str:
+    return title[:1].upper() + title[1:]
+
+
 def _state(rows: Sequence[Row], missing: Sequence[Cell]) -> str:
     hours = sum(row.seconds for row in rows) / 3600
     longest = max((row.seconds for row in rows), default=0) / 60
-    bases = {(row.world, row.seed): float(row.about["base_seconds"]) for row in rows}
+    bases = {(row.world, row.seed, float(row.about["base_seconds"])) for row in rows}  # one that was lost was made again
     two_cores = hours - sum(row.seconds for row in rows if row.part == "reward_model") / 2 / 3600
     done = f"{len(rows)} runs of {hours:.1f} hours together, {two_cores:.1f} of two cores (reward models run two at a time, on a core each), the longest "
-    done += f"{longest:.1f} minutes; beside them {len(bases)} language models with their data, {sum(bases.values()) / 3600:.1f} hours."
+    done += f"{longest:.1f} minutes; beside them {len(bases)} language models with their data, {sum(seconds for *_, seconds in bases) / 3600:.1f} hours."
     if not missing:
         return done
     counts: dict[str, int] = {}
@@ -158,9 +162,9 @@ def _data_sentence(rows: Sequence[Row]) -> str:
         kept, dropped = ({int(row.about[f"num_{name}{suffix}"]) for row in rows} for suffix in ("", "_dropped"))
         return f"{name.replace('_', '-')} {_range(kept)} ({_range(dropped)})"
 
-    sets = f"Kept, and in brackets dropped as too long: {', '.join(map(counted, ('train', *SCENARIOS)))}; each is evaluated on its first ones at most."
-    refused = {int(row.figures["rm_bench/num_refused"]) for row in rows if "rm_bench/num_refused" in row.figures}
-    bench = f" RM-Bench: {_range(refused)} of 612 prompts do not fit the model and are left out." if refused else ""
+    sets = f"Kept, and in brackets dropped (too long, mostly): {', '.join(map(counted, ('train', *SCENARIOS)))}."
+    refused, cases = ({int(row.figures[f"rm_bench/{name}"]) for row in rows if f"rm_bench/{name}" in row.figures} for name in ("num_refused", "num_cases"))
+    bench = f" RM-Bench: {_range(refused)} of {_range(cases)} prompts do not fit the model and are left out." if refused else ""
     return f"{sets}{bench} Minutes a run: {_range({round(row.seconds / 60, 1) for row in rows})}."
 
 

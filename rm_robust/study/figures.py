@@ -54,7 +54,8 @@ def by_epoch(rows: Sequence[Row], world: str) -> Figure | None:
         axes.set_title(scenario_label(scenario))
         axes.set_xticks(list(epochs))
         axes.set_xlabel("epochs")
-    figure.axes[0].legend(handlelength=1.2)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), handlelength=1.2)  # not over the intervals
     figure.suptitle(WORLD_TITLES[world], fontsize=9)
     return figure
 

@@ -123,9 +123,19 @@ def test_a_layer_keeps_of_a_token_what_the_formula_says(precision: str, hidden: 
     counted = (kept(3, 8) - kept(3, 4) - kept(1, 8) + kept(1, 4)) / 2 / tokens_more
     assert counted == pytest.approx(saved_bytes_per_token_and_layer(shape, compute), rel=0.01)
     last = last_layer_saved_bytes(shape, compute, MicroBatch(tokens_more, num_scored=4 * 2))
-    rotary_positions = 2 * 4 * shape.head_size * tokens_more
+    rotary_positions = 2 * 4 * shape.head_size * tokens_more  # cosines and sines, which all layers share
     assert kept(1, 8) - kept(1, 4) - rotary_positions == pytest.approx(last, rel=0.03)
-    assert last < 0.6 * last_layer_saved_bytes(shape, compute, MicroBatch(tokens_more))
+
+
+def test_scored_tokens_alone_change_what_the_last_layer_keeps_and_nothing_else() -> None:
+    """SMALL, 2 layers of 44 x 10 + 16 x 20 + 8 x 2 = 776 bytes a token; the last keeps 20 x 10 a token, and 776 of each of 3 scored ones."""
+
+    def kept(batch: MicroBatch) -> float:
+        trained = Trained(SMALL, P, P)
+        return trainer_memory(trained, batch, strategy=StrategyConfig(kind="ddp"), compute=ComputeConfig(), num_devices=1, overhead_bytes=0).kept_bytes
+
+    assert kept(MicroBatch(9)) == 2 * 776 * 9
+    assert kept(MicroBatch(9, num_scored=3)) == 776 * 9 + 200 * 9 + 776 * 3
 
 
 def saved_bytes(model: PackedRewardModel, num_groups: int) -> int:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +12,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from rm_robust.chat import ChatFormat
+from rm_robust.checkpoint import MANIFEST_NAME, commit_checkpoint
 from rm_robust.errors import ConfigError, DataError, RefusedInputError, ScorerUnavailableError, ScoringError
 from rm_robust.evaluation import command
 from rm_robust.evaluation import evaluate as evaluate_module
+from rm_robust.evaluation.checkpoint_source import CheckpointSource
+from rm_robust.evaluation.constant_answers import ANSWERS
 from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, figure_names, read_data
 from rm_robust.evaluation.suites import SUITES
 from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
+from tests.tiny_reward_model import save_tiny_reward_model
 
 NUM_PAIRS = 20
 
@@ -96,6 +104,14 @@ def test_a_file_that_changes_between_its_two_readings_is_refused(data: Path) -> 
         evaluate_module.evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "other"), known, TextScorer(length))
 
 
+def test_scores_of_a_suites_former_texts_are_not_mixed_with_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Evaluation("constant_answers", SUITES["constant_answers"], [str(data)], data.parent / "out")
+    assert evaluate(own, TextScorer(length))["figures"]["padding.wins"]["value"] == 1
+    monkeypatch.setitem(ANSWERS, "padding", "short")
+    with pytest.raises(DataError, match="texts was"):
+        evaluate(own, TextScorer(length))
+
+
 def test_a_stopped_evaluation_goes_on_where_it_stopped(data: Path) -> None:
     once = evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "once"), TextScorer(length), cases_at_a_time=6)
 
@@ -154,6 +170,38 @@ def test_a_case_without_scores_ends_the_evaluation_unless_it_may_be_left_out(dat
 def test_a_scorer_that_makes_no_number_of_anything_has_no_result(data: Path) -> None:
     with pytest.raises(ScoringError, match="None of the first 20 cases has scores"):
         evaluate(what(data, leave_out=True), TextScorer(lambda _: None))
+
+
+def test_a_checkpoint_that_makes_nan_of_a_word_has_figures_of_the_other_cases_alone(tmp_path: Path) -> None:
+    """The embedding of one token is NaN. A case with it ends the evaluation, or is left out, counted and named; it never has a score."""
+    whole = save_tiny_reward_model(tmp_path / "whole")
+    chat = ChatFormat.load(whole)
+
+    def write(folder: Path) -> None:
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        (folder / MANIFEST_NAME).unlink()
+        weights = load_file(folder / "model.safetensors")
+        weights["model.embed_tokens.weight"][chat.completion_ids("river")[0]] = torch.nan
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    commit_checkpoint(tmp_path / "nan", write, kind="reward_model", template_sha256=chat.template_sha256, training={})
+    rows = [{"prompt": f"list {'the ' * i}", "chosen": "river stone" if i % 4 == 0 else "quiet stone", "rejected": "blue and red"} for i in range(NUM_PAIRS)]
+    files = {"all": rows, "others": [row for row in rows if row["chosen"] != "river stone"]}
+    for name, own in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+
+    def figures(checkpoint: str, data: str, *, leave_out: bool) -> dict[str, Any]:
+        source = CheckpointSource(tmp_path / checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192)
+        own = Evaluation("preferences", SUITES["preferences"], [str(tmp_path / f"{data}.jsonl")], tmp_path / f"{checkpoint}_{data}_{leave_out}", leave_out)
+        return evaluate_module.evaluate(own, read_data(own), source)
+
+    with pytest.raises(ScoringError, match=r"Case all\.jsonl:1 has no scores: Input 0 got the scores \[nan.*not finite"):
+        figures("nan", "all", leave_out=False)
+    found, expected = figures("nan", "all", leave_out=True), figures("whole", "others", leave_out=False)
+    assert found["num_refused"] == NUM_PAIRS / 4
+    assert f"{NUM_PAIRS // 4} of {NUM_PAIRS} cases have no scores and are left out" in found["notes"]
+    assert all("not finite" in own["reason"] for own in found["refused"])
+    assert found["figures"] == {name: pytest.approx(own, abs=1e-4, nan_ok=True) for name, own in expected["figures"].items()}
 
 
 def test_a_service_that_is_away_is_no_reason_to_leave_cases_out(data: Path) -> None:
