@@ -8,7 +8,6 @@ sequence: it grows. The last line is JSON.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,6 @@ LENGTHS = (32, 128, 256, 512, 960)
 """Tokens of the longest completions; 64 + 2 x 960 fill the budget."""
 BUDGET_TOKENS = 2048
 MODEL = ModelConfig(hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4, vocab_size=4096, max_position_embeddings=1024)
-MIB = 2**20
 WAYS = {"packed, micro-batches within the budget": (Layout.SEGMENTS, BUDGET_TOKENS), "control: one padded batch": (Layout.PADDED, 10**9)}
 
 
@@ -71,11 +69,17 @@ def measure(layout: Layout, budget_tokens: int, length: int, base: Path) -> None
     settings = StepSettings(ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), budget_tokens, pad_id=0)
     reward_model_step(engine, [pair(4)], settings, model=packed, device=torch.device("cpu"))  # libraries, optimiser state
     engine.step(1e-4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     for _ in range(2):
         reward_model_step(engine, [pair(32) for _ in range(31)] + [pair(length)], settings, model=packed, device=torch.device("cpu"))
         engine.step(1e-4)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MIB)
+    print(peak_mib() - before)
+
+
+def peak_mib() -> float:
+    """Of this process. Its ru_maxrss would begin with the size of the process that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ in the file.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -275,9 +274,9 @@ def trainer_peak_mib(model: ModelConfig, folder: Path) -> float:
     with tempfile.TemporaryDirectory() as tiny:
         save_qwen2(Path(tiny), sized_qwen2_config("0.3 M", tie_word_embeddings=True))
         train(Path(tiny), num_pairs=1, num_steps=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_bench.peak_mib()
     train(folder, num_pairs=MEMORY_TOKENS // sum(PAIR_TOKENS), num_steps=3)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MIB
+    return memory_bench.peak_mib() - before
 
 
 def train(folder: Path, *, num_pairs: int, num_steps: int) -> None:
