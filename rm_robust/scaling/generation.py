@@ -79,7 +79,8 @@ def generation_seconds(shape: ModelShape, sampling: Sampling, engines: Engines, 
     computing_s = forward_flops(shape, Tokens(batch, context, batch, num_predicted=batch)) / rate
     num_prompt_tokens = sampling.computed_prompt_tokens(hardware.cache_block_tokens) / engines.count
     prompts_s = forward_flops(shape, Tokens(num_prompt_tokens, sampling.prompt_tokens / 2, 0)) / rate
-    return prompts_s + num_steps * (max(reading_s, computing_s) + hardware.engine_step_s) + per_engine * hardware.engine_token_s
+    overhead_s = per_engine * hardware.engine_token_s + sampling.num_completions / engines.count * hardware.engine_completion_s
+    return prompts_s + num_steps * (max(reading_s, computing_s) + hardware.engine_step_s) + overhead_s
 
 
 def engine_memory_bytes(shape: ModelShape, engines: Engines) -> float:

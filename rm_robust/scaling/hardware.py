@@ -32,6 +32,8 @@ class Hardware:
     """What an engine's step costs beside arithmetic: scheduler, launches, Python."""
     engine_token_s: float = 0.0
     """And each of its tokens: sampler, log-probabilities, output objects."""
+    engine_completion_s: float = 0.0
+    """And each completion once: its request, and its way to who asked."""
     has_segments: bool = False
     """Packed rows are laid out in segments, as on CPUs: a reward model computes its last layer at the scored tokens alone."""
     cache_block_tokens: int = 16
@@ -42,6 +44,8 @@ class Hardware:
     """At which a CPU engine packs a matrix into another order, read and written."""
     kernel_s: float = 0.0
     """What calling an operator costs. 0: likewise."""
+    attention_call_s: tuple[float, float] = (0.0, 0.0)
+    """What one costs of those that attention calls for every text, its kernel among them, forward and backward. 0: likewise."""
     update_s: float = 0.0
     """What loading new weights costs an engine beside their bytes: calls of actors, its own bookkeeping."""
     probe_s: float = 0.0

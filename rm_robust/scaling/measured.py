@@ -1,7 +1,7 @@
 """What runs on a machine took, beside what the formulas say of them from that machine's few calibrated rates. `tests/bench/scaling.py` writes the file.
 
 The rates are measured apart from the runs: a matrix product, an addition of long vectors, a gated activation, a transposed copy, a chain of tiny modules,
-and steps and a weight update of an engine with another, smaller model. None is fitted to a line of the table.
+attention over short texts, and steps and a weight update of an engine with another, smaller model. None is fitted to a line of the table.
 """
 
 import json
@@ -38,15 +38,19 @@ class Calibration(Section):
     """Read and written by a copy of a transposed matrix."""
     kernel_s: float = Field(gt=0)
     """A module of one operator on two numbers, or its gradient."""
+    attention_call_s: tuple[float, float]
+    """Segment attention on texts that fill no block of its kernel, forward and backward, by operator that it calls."""
 
 
 class EngineCalibration(Section):
     """Of a vLLM engine with the policy of 0.3 M parameters, which none of the lines is about."""
 
     step_s: float = Field(ge=0)
-    """A decoding step of no sequence: from one of 1 and one of many."""
+    """A decoding step of no sequence."""
     token_s: float = Field(ge=0)
     """What each sequence adds to it."""
+    completion_s: float = Field(ge=0)
+    """What a completion costs once, of whatever length, until it is where it was asked for."""
     update_s: float = Field(ge=0)
     """A weight update, loaded."""
     probe_s: float = Field(ge=0)
@@ -151,9 +155,11 @@ def cpu_of(found: Measurements, num_threads: int) -> Hardware:
         cache_block_tokens=128,
         engine_step_s=found.engine.step_s,
         engine_token_s=found.engine.token_s,
+        engine_completion_s=found.engine.completion_s,
         activation_bytes_per_s=rates.activation_bytes_per_s,
         reorder_bytes_per_s=rates.reorder_bytes_per_s,
         kernel_s=rates.kernel_s,
+        attention_call_s=rates.attention_call_s,
         update_s=found.engine.update_s,
         probe_s=found.engine.probe_s,
     )

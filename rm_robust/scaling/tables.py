@@ -198,16 +198,20 @@ def calibration_table(repository: Path) -> str:
             f"{rates.activation_bytes_per_s / 1e9:.1f}",
             f"{rates.reorder_bytes_per_s / 1e9:.1f}",
             f"{rates.kernel_s * 1e6:.1f}",
+            ", ".join(f"{seconds * 1e6:.1f}" for seconds in rates.attention_call_s),
         ]
         for rates in found.calibrations
     ]
     engine = found.engine
     of_engine = (
-        f"An engine: {engine.step_s * 1e3:.2f} ms a step and {engine.token_s * 1e6:.0f} us a token; {engine.update_s * 1e3:.0f} ms for a weight update "
-        f"without its bytes, and {engine.probe_s * 1e3:.0f} ms to confirm it."
+        f"An engine: {engine.step_s * 1e3:.2f} ms a step, {engine.token_s * 1e6:.0f} us a token and {engine.completion_s * 1e3:.1f} ms a completion; "
+        f"{engine.update_s * 1e3:.0f} ms for a weight update without its bytes, and {engine.probe_s * 1e3:.0f} ms to confirm it."
     )
     kind = "Measured" if found.is_calibrated else "NOMINAL, NOT MEASURED"
-    table = markdown(["threads", "matrix products GFLOP/s", "memory GB/s", "activations GB/s", "reordering GB/s", "a call, us"], rows)
+    table = markdown(
+        ["threads", "matrix products GFLOP/s", "memory GB/s", "activations GB/s", "reordering GB/s", "a call, us", "in attention, us (forward, backward)"],
+        rows,
+    )
     shares = "; ".join(f"{name}: {share:.2f}" for name, share in measured_utilisation(found, repository).items())
     of_engine += f"\n\nMFU, of the rate of matrix products: {shares}."
     return f"{found.machine}. {kind}: {found.source}\n\n{table}\n\n{of_engine}"

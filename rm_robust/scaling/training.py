@@ -2,7 +2,8 @@
 
     compute_s = FLOPs / (peak x utilisation) + activation bytes / activation rate + operator calls x cost of a call + update bytes / memory rate
 
-On a GPU the second and third are part of `utilisation`. Shapes: N devices, P parameters, T tokens a device and step, M of them predicted.
+On a GPU the second and third are part of `utilisation`. A call in attention, which goes text by text on CPUs, has a cost of its own.
+Shapes: N devices, P parameters, T tokens a device and step, M of them predicted.
 """
 
 from dataclasses import dataclass
@@ -99,19 +100,25 @@ def compute_seconds(trained: Trained, tokens: Tokens, passes: Passes, hardware: 
     activations = layers_of_activations(shape, tokens) * tokens.num_tokens * (num_forward * forward + passes.num_backward * backward)
     logits = shape.vocab_size * tokens.num_predicted * (num_forward * LOGIT_TRAFFIC[0] + passes.num_backward * LOGIT_TRAFFIC[1])
     calls = num_forward * layer_calls(tokens, 0) + passes.num_backward * layer_calls(tokens, 1)
+    forward_s, backward_s = (attention_calls(tokens, direction) * hardware.attention_call_s[direction] for direction in (0, 1))
     return (
         step_flops(shape, tokens, passes) / (hardware.peak_flops_per_s * hardware.utilisation)
         + (activations + logits) / hardware.activation_bytes_per_s
-        + shape.num_layers * calls * hardware.kernel_s
+        + shape.num_layers * (calls * hardware.kernel_s + num_forward * forward_s + passes.num_backward * backward_s)
         + num_updates * UPDATE_BYTES * trained.num_trained / hardware.memory_bytes_per_s
     )
 
 
 def layer_calls(tokens: Tokens, direction: int) -> float:
-    """Operators that a step calls in one layer; `direction` 0: in a forward pass, 1: in a backward pass."""
+    """Operators that a step calls in one layer, beside attention's; `direction` 0: in a forward pass, 1: in a backward pass."""
+    return tokens.num_micro_batches * LAYER_CALLS[direction]
+
+
+def attention_calls(tokens: Tokens, direction: int) -> float:
+    """Those that attention calls in one layer, text by text."""
     completions = tokens.num_groups * tokens.num_completions_per_prompt
     shared = tokens.num_groups if tokens.num_completions_per_prompt > 1 else 0
-    return tokens.num_micro_batches * LAYER_CALLS[direction] + completions * COMPLETION_CALLS[direction] + shared * SHARED_PROMPT_CALLS[direction]
+    return completions * COMPLETION_CALLS[direction] + shared * SHARED_PROMPT_CALLS[direction]
 
 
 def sent_bytes(trained: Trained, strategy: StrategyConfig, *, num_devices: int, num_micro_batches: int, num_first_passes: int) -> float:

@@ -16,16 +16,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean, median
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from scipy.optimize import nnls
 
 from rm_robust.config import ModelConfig
 from rm_robust.config_parts import OptimizerConfig
-from rm_robust.packing import Layout
+from rm_robust.packed_attention import attend, every_column
+from rm_robust.packing import Layout, lay_out
+from rm_robust.ray_session import WORKER_ENVIRONMENT
 from rm_robust.records import GenerationRequest, PreferencePair, TokenGroup
 from rm_robust.reward_model.losses import ObjectiveSettings
 from rm_robust.reward_model.model import PackedRewardModel, new_reward_model
@@ -35,12 +41,13 @@ from rm_robust.run_layout import RunLayout
 from rm_robust.scaling.__main__ import check, update_docs
 from rm_robust.scaling.measured import Measurements
 from rm_robust.scaling.tables import MEASURED
+from rm_robust.scaling.training import Tokens, attention_calls
 from rm_robust.sft.from_scratch import make_tokenizer, save_base_model
 from rm_robust.token_files import read_token_groups
 from rm_robust.tracking import read_metrics, write_json_atomic
 from rm_robust.train_engine import DdpEngine
 from tests.bench import memory as memory_bench
-from tests.bench import weight_sync
+from tests.bench import trainers, weight_sync
 from tests.tiny_models import save_qwen2, sized_qwen2_config
 
 CONFIG = "pipelines/configs/tiny_cpu.toml"
@@ -49,7 +56,7 @@ SHORTER = {"sft.num_epochs": 1, "reward_model.num_epochs": 1, "rloo.num_steps": 
 QUICK = {"sft.num_epochs": 0.1, "reward_model.num_epochs": 0.2, "rloo.num_steps": 6, "world.num_training_prompts": 1500, "rloo.evaluation.every_steps": 0}
 NUM_SKIPPED_STEPS = 3
 """The first ones of a stage fetch memory and start threads."""
-MATMUL = (1024, 256, 256)
+MATMUL = (1024, 128, 256)
 """As large as a tiny model's."""
 LONG_FLOATS = 32 * 2**20
 """128 MiB each: no cache holds them."""
@@ -59,11 +66,17 @@ GATED_PASSES = 17
 """Over such vectors, of silu(gate) * up + residual and its gradient: 2 + 3 + 3 forward, 6 of the product and 3 of silu backward."""
 CHAIN = 100
 """Modules of one tiny operator each."""
+ATTENDED = (32, 2, 16)
+"""Prompts, completions of each, and tokens of both: fewer than the kernel takes at a time."""
+ATTENTION_HEADS = (4, 32)
+"""And their size."""
 REORDERED = 4096
 """Rows and columns."""
-ENGINE_THREADS = 2
-NUM_DECODED = 32
-MANY_SEQUENCES = 64
+ENGINE_THREADS = 1
+SAMPLED = ((1, 64), (2, 24), (8, 32), (16, 12), (16, 64))
+"""Prompts, and tokens of the longest completion: the others' lengths are spread evenly below."""
+SAMPLED_EACH = 4
+"""Completions of a prompt."""
 MEMORY_MODELS = {
     "5.2 M": memory_bench.MODEL,
     "20 M": ModelConfig(hidden_size=384, intermediate_size=1536, num_layers=6, num_heads=6, num_kv_heads=6, vocab_size=16384),
@@ -75,6 +88,19 @@ UPDATE_MODELS = {
 MEMORY_TOKENS = 2048
 PAIR_TOKENS = (64, 32, 32)
 """Of a prompt and two completions."""
+LARGE_PAIRS, LARGE_STEPS = 16, 4
+LARGE_TOKENS = (144, 50)
+"""Of a prompt and a completion: hh-rlhf's dialogues, on average."""
+LARGE_NAMES = {1: "reward-model step, 5.2 M, dialogues", 2: "reward-model step, 5.2 M, dialogues, 2 workers"}
+LARGE_CHANGES = (
+    "model.hidden_size=256",
+    "model.intermediate_size=1024",
+    "model.vocab_size=4096",
+    "model.max_position_embeddings=1024",
+    "reward_model.batch_size=16",
+    "reward_model.objective=bt",
+    "reward_model.bt_twin=false",
+)
 MIB = 2**20
 
 
@@ -110,13 +136,16 @@ def keep_other_runs(found: dict[str, Any], earlier: dict[str, Any]) -> None:
 def measure(scratch: Path, *, is_quick: bool) -> dict[str, Any]:
     """Everything, as Measurements has it, but its source."""
     progress("rates")
-    calibrations = [json.loads(in_own_process("rates", str(count))) for count in (1, 2)]
+    calibrations = [json.loads(in_own_process("rates", "1"))]
     progress("weight updates, and an engine's steps")
     engine, updates = engine_and_updates(scratch, num_rounds=2 if is_quick else 7)
     progress("memory")
     memory = memory_runs(scratch)
+    progress("steps of 5.2 M")
+    steps = large_steps(scratch / "large", num_rounds=2 if is_quick else 5)
     progress("the stages of tiny_cpu")
     training, tiny_update = stage_runs(scratch / "run", QUICK if is_quick else SHORTER)
+    training += steps
     machine = f"{os.cpu_count()} CPU cores ({cpu_name()}), no GPU, torch {torch.__version__}"
     return {
         "machine": machine,
@@ -149,7 +178,24 @@ def rates(num_threads: int) -> dict[str, float]:
         / seconds_of(lambda: torch.autograd.grad(torch.nn.functional.silu(gate) * up + residual, (gate, up, residual), gradient), repeats=10),
         "reorder_bytes_per_s": 2 * 4 * REORDERED**2 / seconds_of(lambda: reordered.copy_(matrix.t()), repeats=2),
         "kernel_s": seconds_of(lambda: torch.autograd.grad(chain(tiny).sum(), tiny), repeats=20) / (2 * CHAIN),
+        "attention_call_s": attention_call_seconds(),
     }
+
+
+def attention_call_seconds() -> tuple[float, float]:
+    """Forward and backward over short texts, by operator called."""
+    num_prompts, num_completions, length = ATTENDED
+    batch = lay_out([TokenGroup([1] * length, [[1] * length] * num_completions)] * num_prompts, Layout.SEGMENTS, pad_id=0)
+    query, key, value = (torch.randn(1, ATTENTION_HEADS[0], batch.num_tokens, ATTENTION_HEADS[1], requires_grad=True) for _ in range(3))
+    queries, gradient = every_column(batch.segments), torch.ones(1, batch.num_tokens, *ATTENTION_HEADS)
+
+    def forward() -> torch.Tensor:
+        return attend(query, key, value, batch.segments, queries, scale=1.0)
+
+    forward_s = seconds_of(forward, repeats=5)
+    both_s = seconds_of(lambda: torch.autograd.grad(forward(), (query, key, value), gradient), repeats=5)
+    tokens = Tokens(batch.num_tokens, 0, num_prompts, num_completions)
+    return forward_s / attention_calls(tokens, 0), (both_s - forward_s) / attention_calls(tokens, 1)
 
 
 def seconds_of(call: Callable[[], object], *, repeats: int) -> float:
@@ -172,7 +218,7 @@ def engine_and_updates(scratch: Path, *, num_rounds: int) -> tuple[dict[str, flo
     for module in (weight_sync, sys.modules[__name__]):
         cloudpickle.register_pickle_by_value(module)  # workers cannot import these files
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=str(scratch))
-    step_s, token_s = engine_step_seconds(scratch / "engine")
+    engine = engine_seconds(scratch / "engine")
     small = weight_sync.compare("0.3 M", is_tied=True, num_rounds=num_rounds, folder=scratch / "small")
     update_s = median(small.load_s)
     updates = []
@@ -181,11 +227,11 @@ def engine_and_updates(scratch: Path, *, num_rounds: int) -> tuple[dict[str, flo
         for kind, seconds in (("loaded", found.load_s), ("confirmed", found.update_s)):
             updates.append({"name": f"weight update, {size} tied, {kind}", "model": model.model_dump(), "kind": kind, "measured": median(seconds)})
     ray.shutdown()
-    return {"step_s": step_s, "token_s": token_s, "update_s": update_s, "probe_s": median(small.update_s) - update_s}, updates
+    return engine | {"update_s": update_s, "probe_s": median(small.update_s) - update_s}, updates
 
 
-def engine_step_seconds(folder: Path) -> tuple[float, float]:
-    """A decoding step, and what each sequence adds: from steps of one sequence and of many."""
+def engine_seconds(folder: Path) -> dict[str, float]:
+    """What a decoding step costs, a token and a completion: the least squares over samplings of few and many, short and long ones, none below 0."""
     import ray
 
     from rm_robust.rloo.vllm_engine import RolloutEngine, cpu_environment
@@ -201,29 +247,32 @@ def engine_step_seconds(folder: Path) -> tuple[float, float]:
             seed=0,
             device="cpu",
             kv_cache_memory_bytes=64 * MIB,
-            max_num_seqs=2 * MANY_SEQUENCES,
+            max_num_seqs=128,
             weight_transfer_backend="gloo",
             tensor_parallel_size=1,
         )
     )
     trainer: Any = ray.remote(weight_sync.Trainer).options(runtime_env={"env_vars": weight_sync.TRAINER_ENVIRONMENT}).remote(str(folder), engine)
     ray.get(trainer.update.remote(0))
-    one_s, many_s = (
-        median(ray.get(engine.__ray_call__.remote(timed_generation, num_prompts, num_each)) for _ in range(7))
-        for num_prompts, num_each in ((1, 1), (MANY_SEQUENCES // 4, 4))
-    )
+    counts, seconds = [], []
+    for num_prompts, longest in SAMPLED:
+        lengths = [max(1, longest * (i + 1) // num_prompts) for i in range(num_prompts)]
+        counts.append((longest, SAMPLED_EACH * sum(lengths), SAMPLED_EACH * num_prompts))
+        seconds.append(median(timed_generation(engine, lengths) for _ in range(7)))
     for actor in (engine, trainer):
         ray.kill(actor)
-    token_s = (many_s - one_s) / NUM_DECODED / (MANY_SEQUENCES - 1)
-    return one_s / NUM_DECODED - token_s, token_s
+    found, _ = nnls(counts, seconds)
+    return {"step_s": found[0], "token_s": found[1], "completion_s": found[2]}
 
 
-def timed_generation(engine: Any, num_prompts: int, num_each: int) -> float:
-    """Seconds in the engine's own process; no token stops a completion."""
-    requests = [GenerationRequest(str(i), [3 + i, 4, 5, 6], num_each, NUM_DECODED, 1.0, 1.0, [], seed=i) for i in range(num_prompts)]
+def timed_generation(engine: Any, lengths: list[int]) -> float:
+    """Seconds until the last completion is here; one prompt a length, and no token stops a completion."""
+    import ray
+
+    requests = [GenerationRequest(str(i), [3 + i, 4, 5, 6], SAMPLED_EACH, length, 1.0, 1.0, [], seed=i) for i, length in enumerate(lengths)]
     started = time.perf_counter()
-    for _ in engine.generate(requests):
-        pass
+    for finished in engine.generate.remote(requests):
+        ray.get(finished)
     return time.perf_counter() - started
 
 
@@ -291,6 +340,33 @@ def train(folder: Path, *, num_pairs: int, num_steps: int) -> None:
         engine.step(1e-4)
 
 
+def large_steps(folder: Path, *, num_rounds: int) -> list[dict[str, Any]]:
+    """Bradley-Terry steps of 16 pairs with the mean lengths of hh-rlhf's dialogues, by one worker and by two, a round of each in turn."""
+    save_qwen2_of(folder / "base", memory_bench.MODEL)
+    new_reward_model(folder / "base", pad_id=0, seed=0).save_pretrained(str(folder / "model"))
+    rng, (prompt, completion) = Random(0), LARGE_TOKENS
+    lengths = [(prompt, completion, completion)] * LARGE_PAIRS
+    batches = [
+        [TokenGroup(*pair) for pair in ([ids[0], ids[1:]] for ids in ([[rng.randrange(3, 4000) for _ in range(n)] for n in row] for row in lengths))]
+        for _ in range(num_rounds * LARGE_STEPS)
+    ]
+    work = trainers.Work(folder / "model", batches, LARGE_STEPS, pad_id=0)
+    with patch.dict(os.environ, WORKER_ENVIRONMENT), ExitStack() as stack:
+        contenders = [trainers.Contender(name, trainers.train_with_rm_robust, replace(work, world_size=count)) for count, name in LARGE_NAMES.items()]
+        for contender in contenders:
+            stack.enter_context(contender)
+        for _ in range(num_rounds):
+            for contender in contenders:
+                contender.run_round()
+    common = {"kind": "reward_model_step", "config": CONFIG, "num_threads": 1, "vocab_size": memory_bench.MODEL.vocab_size}
+    common |= {"prompt_tokens": prompt, "completion_tokens": completion}
+    changes = {count: [*LARGE_CHANGES, f"reward_model.workers.num_workers={count}"] for count in LARGE_NAMES}
+    return [
+        common | {"name": one.name, "overrides": changes[count], "measured": LARGE_PAIRS / median(one.pairs_per_s)}
+        for count, one in zip(LARGE_NAMES, contenders, strict=True)
+    ]
+
+
 def stage_runs(run_dir: Path, changes: dict[str, float]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Median steps of each stage, and the policy's weight updates, of a run of its own."""
     overrides = [f"--set={name}={value}" for name, value in {**changes, "reward_model.bt_twin": "false"}.items()]
@@ -318,7 +394,7 @@ def stage_figures(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         for title, stage, rows in (("reward-model", "reward_model", pairs), ("SFT", "sft", sft))
     ]
     for part in ("generate", "measure", "update"):
-        found.append(run(f"RLOO {part}, tiny_cpu", f"rloo_{part}", 2, prompt_tokens, sampled, of_stage(run_dir, "rloo", f"time/{part}_s")))
+        found.append(run(f"RLOO {part}, tiny_cpu", f"rloo_{part}", 1, prompt_tokens, sampled, of_stage(run_dir, "rloo", f"time/{part}_s")))
     update = {
         "name": "weight update, tiny_cpu, confirmed (time/weight_sync_s)",
         "model": {"vocab_size": vocab_size},
@@ -339,8 +415,9 @@ def of_stage(run_dir: Path, stage: str, key: str) -> float:
 
 
 def in_own_process(*arguments: str) -> str:
-    """The last line that this file prints when it is called so."""
-    done = subprocess.run([sys.executable, "-m", "tests.bench.scaling", *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    """The last line that this file prints when it is called so, in the environment of a run's workers."""
+    environment = os.environ | WORKER_ENVIRONMENT
+    done = subprocess.run([sys.executable, "-m", "tests.bench.scaling", *arguments], check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return done.stdout.splitlines()[-1]
 
 

@@ -30,6 +30,7 @@ def test_generation_is_as_many_steps_as_the_longest_completion_has_tokens() -> N
     assert EIGHT_OF_FIVE.longest_completion == 10
     assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, engine_step_s=0.5)) == 5
     assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, engine_token_s=0.5)) == 20
+    assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, engine_completion_s=0.5)) == 4
     step_bytes = 2 * 1940 + 4 * 22.5 * 40
     assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, memory_bytes_per_s=100.0)) == pytest.approx(10 * step_bytes / 100)
 

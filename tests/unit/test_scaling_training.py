@@ -21,7 +21,18 @@ from rm_robust.scaling.hardware import GPUS
 from rm_robust.scaling.memory import Trained
 from rm_robust.scaling.plans import Lengths, adapter_parameters, reward_model_plan
 from rm_robust.scaling.shapes import ModelShape, shape_of_config
-from rm_robust.scaling.training import Passes, Tokens, compute_seconds, forward_flops, layer_calls, passes_of_step, sent_bytes, step_flops, step_seconds
+from rm_robust.scaling.training import (
+    Passes,
+    Tokens,
+    attention_calls,
+    compute_seconds,
+    forward_flops,
+    layer_calls,
+    passes_of_step,
+    sent_bytes,
+    step_flops,
+    step_seconds,
+)
 
 MODEL = ModelConfig(hidden_size=128, intermediate_size=224, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=300)
 SHAPE = shape_of_config(MODEL)
@@ -141,7 +152,7 @@ def test_a_layer_calls_as_many_operators_as_the_formula_says(num_completions: in
     one, three = counted(1), counted(3)
     tokens = Tokens(packed.num_tokens, 0, 3, num_completions)
     for direction in (0, 1):
-        assert (three[direction] - one[direction]) / 2 == pytest.approx(layer_calls(tokens, direction), rel=0.03)
+        assert (three[direction] - one[direction]) / 2 == pytest.approx(layer_calls(tokens, direction) + attention_calls(tokens, direction), rel=0.03)
 
 
 def test_each_term_of_a_step_is_its_hand_count() -> None:
@@ -153,8 +164,8 @@ def test_each_term_of_a_step_is_its_hand_count() -> None:
     assert compute_seconds(trained, tokens, passes, replace(idle, memory_bytes_per_s=16.0)) == 32 * 5 / 16
     traffic = 10 * (152.5 + 45.3 + 20.6 + 166 + 461.9 + 70.1 + 34.4 + 100)
     assert compute_seconds(trained, tokens, passes, replace(idle, activation_bytes_per_s=2.0)) == pytest.approx(traffic / 2)
-    calls = 82 + 153 + 4 * (4 + 19) + 2 * (11 + 19)
-    assert compute_seconds(trained, tokens, passes, replace(idle, kernel_s=0.5)) == calls / 2
+    assert compute_seconds(trained, tokens, passes, replace(idle, kernel_s=0.5)) == (82 + 153) / 2
+    assert compute_seconds(trained, tokens, passes, replace(idle, attention_call_s=(0.5, 0.25))) == (4 * 4 + 2 * 11) / 2 + (4 * 19 + 2 * 19) / 4
 
 
 def test_what_a_device_sends_is_the_hand_count() -> None:
