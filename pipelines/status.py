@@ -1,4 +1,4 @@
-"""Where runs stand: stages, steps, latest metrics, time left.
+"""Where runs stand: stages (those of a Bradley-Terry twin as bt_twin/…), steps, latest metrics, time left of a stage at its present pace.
 
 [DIR …]   run directories, or folders of them (default: where runs go, RM_ROBUST_RUN_ROOT or runs/)
 --json    the same for programs

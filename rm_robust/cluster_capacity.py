@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -22,6 +23,8 @@ from rm_robust.ray_session import is_on_head
 
 logger = logging.getLogger(__name__)
 
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+"""Written by Kubernetes."""
 NOT_FOR_WORK = ("memory", "object_store_memory")
 """Resources of a node that no stage asks for."""
 
@@ -62,7 +65,7 @@ def requests_of(config: PipelineConfig) -> dict[str, list[Request]]:
     evaluation = config.evaluation
     return {
         "sft": [_of_workers("sft.workers.num_workers", config.sft.workers)] if config.sft.enabled else [],
-        "preferences": [Request("a task of Ray Data", 1, {"CPU": 1.0})],
+        "preferences": [_request("data.task_resources", 1, 1.0, 0.0, config.data.task_resources)],
         "reward_model": [_of_workers("reward_model.workers.num_workers", config.reward_model.workers)],
         "evaluation": [_request("evaluation", 1, evaluation.num_cpus, evaluation.num_gpus, evaluation.resources)],
         "rloo": rloo_requests,
@@ -105,16 +108,41 @@ def find_node_types() -> list[NodeType] | None:
         return None
     alive = [NodeType(node["NodeName"], _for_work(node["Resources"]), 1) for node in ray.nodes() if node["Alive"]]
     path = autoscaler_config()
-    if path is None:
-        return None if "KUBERNETES_SERVICE_HOST" in os.environ else [node for node in alive if node.resources]
-    config = yaml.safe_load(path.read_text())
+    if path is not None:
+        return node_types_of(yaml.safe_load(path.read_text()), alive)
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        config = kubernetes_config()
+        return None if config is None else node_types_of(config, alive)
+    return _of_use(alive)
+
+
+def node_types_of(config: Mapping[str, Any], alive: Sequence[NodeType]) -> list[NodeType] | None:
+    """Of an autoscaler's config. `alive` instead, once all are there, where its nodes say themselves what they have (provider: local)."""
     head, types = config.get("head_node_type"), config["available_node_types"]
     most = float(config.get("max_workers", math.inf))
-    limits = [
-        NodeType(name, _for_work(own.get("resources", {})), 1 if name == head else min(most, float(own.get("max_workers", most))))
-        for name, own in types.items()
-    ]
-    return [node for node in limits if node.resources]
+    if any(not own.get("resources") for own in types.values()):
+        return _of_use(alive) if len(alive) > most else None
+    return _of_use(
+        [NodeType(name, _for_work(own["resources"]), 1 if name == head else min(most, float(own.get("max_workers", most)))) for name, own in types.items()]
+    )
+
+
+def _of_use(node_types: Sequence[NodeType]) -> list[NodeType]:
+    return [node for node in node_types if node.resources and node.max_count]
+
+
+def kubernetes_config() -> dict[str, Any] | None:
+    """Of KubeRay's autoscaler, derived as it derives it from the RayCluster that this pod belongs to. None, with a log line, where that may not be read."""
+    from ray.autoscaler._private.kuberay import autoscaling_config, node_provider
+
+    try:
+        api = node_provider.KubernetesHttpApiClient(namespace=POD_NAMESPACE.read_text().strip())
+        cluster = api.get(f"rayclusters/{os.environ['RAY_CLUSTER_NAME']}")
+    except (OSError, KeyError) as error:  # requests' errors are OSErrors
+        logger.info("the RayCluster of this pod cannot be read: %r", error)
+        return None
+    config: dict[str, Any] = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)
+    return config
 
 
 def autoscaler_config() -> Path | None:

@@ -1,6 +1,6 @@
 """A stage's metrics as gauges of Ray's own Prometheus endpoint, which every node has: `ray_rm_robust_<area>_<name>{run, …}`, the latest value.
 
-Ray puts `ray_` before every name; the scoring service's own /metrics says `rm_robust_…` without it. deploy/grafana_dashboard.json draws both.
+Ray puts `ray_` before every name. The scoring service's metrics (serve/metrics.py) are there too, by `service`; deploy/grafana_dashboard.json draws both.
 """
 
 import re

@@ -71,6 +71,8 @@ class DataConfig(Section):
     but never its begin-of-sequence token and its assistant header. Both are counted. Longer prompts of rloo_prompts are always dropped."""
     max_completion_tokens: int = Field(default=96, ge=2)
     """Longer completions (end-of-turn token included) are dropped and counted."""
+    task_resources: dict[str, float] = {}
+    """Custom Ray resources, as named in cluster.yaml, of each task of Ray Data that reads, tokenises or writes; beside its one CPU."""
 
     @model_validator(mode="after")
     def _sources_are_named(self) -> Self:

@@ -5,8 +5,10 @@ files ─read (data_files.py)─► rows ─rows_tokenising.py─► token rows,
 
 import json
 import logging
+import math
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _EXAMPLES_PER_REASON = 20
 _PART_BYTES = 2**20
+_BATCH_ROWS = 1024
 _chats: dict[str, ChatFormat] = {}
 
 
@@ -79,17 +82,24 @@ def check_sources(sources: list[Source]) -> None:
                 raise DataError(f"{path} ({source.scenario}) is empty: there is no row in it.")
 
 
-def tokenise_sources(sources: list[Source], *, chat_dir: Path, out_dir: Path, limits: TokenLimits) -> TokeniseReport:
-    """Run the pipeline and commit `out_dir`. Raises DataError when a source ends empty or too many of its rows are malformed."""
+def tokenise_sources(
+    sources: list[Source], *, chat_dir: Path, out_dir: Path, limits: TokenLimits, task_resources: Mapping[str, float] | None = None
+) -> TokeniseReport:
+    """Run the pipeline and commit `out_dir`. Raises DataError when a source ends empty or too many of its rows are malformed.
+
+    Each task that reads, tokenises or writes asks for `task_resources` beside its CPU. Two of Ray Data 2.60's own take none, and a CPU is enough for
+    them anywhere: the listing of parquet files, and the count of a hub data set's blocks.
+    """
     check_sources(sources)
-    rows = [_dataset_of(source, number=number, chat_dir=chat_dir, limits=limits) for number, source in enumerate(sources)]
+    resources = dict(task_resources or {})
+    rows = [_dataset_of(source, resources, number=number, chat_dir=chat_dir, limits=limits) for number, source in enumerate(sources)]
     dataset = rows[0].union(*rows[1:]) if len(rows) > 1 else rows[0]
     reports: list[TokeniseReport] = []
 
     def write(folder: Path) -> None:
         staged = folder / "rows"
         with written_by_any_node(staged, out_dir) as (place, filesystem):
-            dataset.write_parquet(place, partition_cols=["scenario"], filesystem=filesystem)
+            dataset.write_parquet(place, partition_cols=["scenario"], filesystem=filesystem, ray_remote_args={"resources": resources})
         reports.append(_split_kept(staged, folder, sources))
         shutil.rmtree(staged)
         (folder / "report.json").write_text(json.dumps(asdict(reports[0]), indent=2) + "\n")
@@ -99,17 +109,18 @@ def tokenise_sources(sources: list[Source], *, chat_dir: Path, out_dir: Path, li
     return reports[0]
 
 
-def _dataset_of(source: Source, *, number: int, chat_dir: Path, limits: TokenLimits) -> Any:
+def _dataset_of(source: Source, resources: dict[str, float], *, number: int, chat_dir: Path, limits: TokenLimits) -> Any:
     settings = {"source": source, "source_number": number, "chat_dir": str(chat_dir), "limits": limits}
-    parts = [_read(path) for path in source.paths]
+    parts = [_read(path, resources) for path in source.paths]
     texts = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
-    return texts.map_batches(_tokenise_batch, fn_kwargs=settings, batch_format="pyarrow", batch_size=1024)
+    return texts.map_batches(_tokenise_batch, fn_kwargs=settings, batch_format="pyarrow", batch_size=_BATCH_ROWS, resources=resources)
 
 
-def _read(path: str) -> Any:
+def _read(path: str, resources: dict[str, float]) -> Any:
     """A dataset of JSON texts (column "text"): jsonl lines as they are, so that one torn line is one malformed row.
 
-    (Not ray.data.read_text: it cuts lines with str.splitlines, see data_files.read_lines.)
+    (Not ray.data.read_text: it cuts lines with str.splitlines, see data_files.read_lines. Not from_huggingface: its tasks would download once more
+    what load_dataset has here, and on nodes of any kind.)
     """
     import ray.data
 
@@ -117,16 +128,19 @@ def _read(path: str) -> Any:
         import datasets
 
         name, _, split = path.removeprefix(HUB).partition(":")
-        return ray.data.from_huggingface(datasets.load_dataset(name, split=split or "train")).map_batches(_rows_as_text, batch_format="pyarrow")
+        table = datasets.load_dataset(name, split=split or "train").with_format("arrow")[:]
+        blocks = ray.data.from_arrow(table, override_num_blocks=max(1, math.ceil(table.num_rows / _BATCH_ROWS)))
+        return blocks.map_batches(_rows_as_text, batch_format="pyarrow", resources=resources)
     files = list_files(path)
     pieces = [{"root": f.root, "path": f.path, "start": start} for f in files if f.suffix == ".jsonl" for start in range(0, f.num_bytes, _PART_BYTES)]
     parquet = [f.path for f in files if f.suffix == ".parquet"]
     parts = []
     if pieces:
-        parts.append(ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(_lines_of_pieces, batch_format="pyarrow", batch_size=None))
+        items = ray.data.from_items(pieces, override_num_blocks=len(pieces))
+        parts.append(items.map_batches(_lines_of_pieces, batch_format="pyarrow", batch_size=None, resources=resources))
     if parquet:
-        tables = ray.data.read_parquet(parquet, filesystem=filesystem_of(path)[0], override_num_blocks=max(2, len(parquet)))
-        parts.append(tables.map_batches(_rows_as_text, batch_format="pyarrow"))
+        tables = ray.data.read_parquet(parquet, filesystem=filesystem_of(path)[0], override_num_blocks=max(2, len(parquet)), resources=resources)
+        parts.append(tables.map_batches(_rows_as_text, batch_format="pyarrow", resources=resources))
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -11,10 +12,16 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from rm_robust.errors import ClusterError
+from rm_robust.log_lines import FORMAT_VARIABLE
 
 logger = logging.getLogger(__name__)
 
+KEEPS_FREED_MEMORY = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**30}"
+"""GLIBC_TUNABLES, read when a process starts: one heap of huge pages, which keeps what is freed (1 GiB at its end). Otherwise the activations of every step
+are fetched from the system and given back: 15,000 page faults a step of the 1 M policy. Without them RLOO's `measure` takes 0.18 s in place of 0.215,
+a reward-model step 6 to 8 per cent less, and peak memory is the same (two cores, float32, medians of three)."""
 WORKER_ENVIRONMENT = {
+    "GLIBC_TUNABLES": KEEPS_FREED_MEMORY,
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -39,7 +46,7 @@ def connect_to_ray() -> None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cluster = "RAY_ADDRESS" in os.environ
-    environment = dict(WORKER_ENVIRONMENT)
+    environment = WORKER_ENVIRONMENT | handed_on()
     if not on_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that token authentication is on
@@ -58,6 +65,12 @@ def connect_to_ray() -> None:
         if not on_cluster:
             raise
         raise ClusterError(why_not_connected(os.environ["RAY_ADDRESS"], error)) from error
+
+
+def handed_on() -> dict[str, str]:
+    """How this process was asked to log, for its workers; not what a job's own runtime environment says to them already, which Ray refuses to hear twice."""
+    of_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {}).get("env_vars", {})
+    return {name: os.environ[name] for name in (FORMAT_VARIABLE, "TQDM_DISABLE") if name in os.environ and name not in of_job}
 
 
 def require_reachable(address: str) -> None:

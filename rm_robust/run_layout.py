@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rm_robust.checkpoint import storage_errors
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import DataError
 from rm_robust.object_storage.pulls import pull
@@ -116,14 +117,19 @@ class RunLayout:
         return (self.run_dir / "stages" / f"{stage}.json").exists()
 
     def run_stage(self, stage: str, work: Callable[[], dict[str, Any]]) -> bool:
-        """Do `work` unless this run has committed the stage before; its result (plain JSON) is recorded with the seconds it took."""
+        """Do `work` unless this run has committed the stage before; its result (plain JSON) is recorded with the seconds it took.
+
+        Raises StorageError when the record cannot be written; the stage is then not done.
+        """
         if self.is_done(stage):
             return False
         started = time.time()
         result = work()
         pull(self.run_dir)  # what other nodes have committed
-        (self.run_dir / "stages").mkdir(exist_ok=True)
-        write_json_atomic(self.run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": time.time() - started, "finished_at": time.time(), **result})
+        record = self.run_dir / "stages" / f"{stage}.json"
+        with storage_errors(record):
+            record.parent.mkdir(exist_ok=True)
+        write_json_atomic(record, {"stage": stage, "seconds": time.time() - started, "finished_at": time.time(), **result})
         return True
 
     def stage_result(self, stage: str) -> dict[str, Any]:

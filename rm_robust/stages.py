@@ -5,6 +5,7 @@ world ─► sft ─► preferences ─► reward_model ─► evaluation ─►
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,19 +18,21 @@ from ray.train import TrainingFailedError
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.cluster_capacity import Request, check_capacity, requests_of
-from rm_robust.config import ReplicaConfig
+from rm_robust.config import PipelineConfig, ReplicaConfig
 from rm_robust.config_loading import DEFAULT_CONFIG, Run, claim_run_dir, parse_run
 from rm_robust.embedded_world.world_files import write_world
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.experiment_trackers import check_trackers
+from rm_robust.log_lines import lines_are_of, start_logging
 from rm_robust.object_storage.copies import local_path
-from rm_robust.object_storage.pulls import pull_anew
+from rm_robust.object_storage.pulls import pull_anew, pull_files
 from rm_robust.object_storage.puts import delete_uncommitted
 from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
 from rm_robust.ray_session import connect_to_ray, head_does_no_work, keep_ray_datas_actors_here
 from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
 from rm_robust.rloo.controller import run_rloo
+from rm_robust.run_claim import only_writer
 from rm_robust.run_layout import RunLayout
 from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient
@@ -37,7 +40,7 @@ from rm_robust.sft.preparation import prepare_sft
 from rm_robust.sft.training import train_sft
 from rm_robust.shared_stages import share_stages
 from rm_robust.summary import summary_lines, write_summary
-from rm_robust.worker_group import LOG_FORMAT, quieten_libraries, run_on_workers
+from rm_robust.worker_group import quieten_libraries, run_on_workers
 
 if TYPE_CHECKING:
     from serve.settings import ModelSettings
@@ -56,15 +59,12 @@ SERVED_WITHIN_S = 1800.0
 
 def main(description: str, stages: list[Stage]) -> int:
     """What every pipeline script does: parse, check everything that can be checked without a cluster, run its stages. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
-    quieten_libraries()
 
     def work() -> None:
+        start_logging()
+        quieten_libraries()
         run = parse_run(description, repository_root() / DEFAULT_CONFIG)
         logger.info("run directory %s", run.run_dir)
-        check_inputs(run)
-        if rloo_stage in stages:
-            check_rloo_inputs(run)
         run_stages(run, stages)
 
     return exit_code_of(work)
@@ -72,17 +72,20 @@ def main(description: str, stages: list[Stage]) -> int:
 
 def run_stages(run: Run, stages: list[Stage]) -> None:
     """One after the other: in this process, or on a cluster whose head does no work in a task on another node, which is started again when its node is lost."""
-    ahead = [name for name in map(name_of, stages) if name in requests_of(run.config) and not RunLayout(run.run_dir).is_done(name)]
-    if not ahead:
-        return drive(run, stages)
-    connect_to_ray()
-    if not head_does_no_work():
-        check_capacity(run.config, ahead)
-        return drive(run, stages)
+    ahead = stages_ahead(run, stages)
+    if ahead and "RAY_ADDRESS" in os.environ:
+        connect_to_ray()
+    if ray.is_initialized() and head_does_no_work():
+        drive_elsewhere(run, stages, ahead)
+    else:
+        drive(run, stages, ahead)
+
+
+def drive_elsewhere(run: Run, stages: list[Stage], ahead: list[str]) -> None:
     check_capacity(run.config, ahead, beside=[Request("the driver", 1, {"CPU": DRIVER_CPUS})])
     keep_ray_datas_actors_here()
     remote: Any = ray.remote(drive)
-    task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(run, stages)
+    task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(run, stages, [])
     try:
         ray.get(task)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and the SIGTERM of `ray job stop`
@@ -91,13 +94,30 @@ def run_stages(run: Run, stages: list[Stage]) -> None:
         raise
 
 
-def drive(run: Run, stages: list[Stage]) -> None:
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+def stages_ahead(run: Run, stages: list[Stage]) -> list[str]:
+    """Names of `stages` that ask the cluster for something and are not committed; those of the Bradley-Terry twin are a reward model's."""
+    pull_files(run.run_dir)
+    layout = RunLayout(run.run_dir)
+    ahead = [name for name in map(name_of, stages) if name in requests_of(run.config) and not layout.is_done(name)]
+    if bt_twin_stage in stages and run.config.reward_model.bt_twin:
+        ahead += [name for name in map(name_of, TWIN_STAGES) if name not in ahead and not RunLayout(layout.bt_twin).is_done(name)]
+    return ahead
+
+
+def drive(run: Run, stages: list[Stage], ahead: list[str]) -> None:
+    """All stages, as the only one who writes the run directory. `ahead`: those that the cluster is asked for now, whether it can ever run them."""
+    start_logging()
     quieten_libraries()
-    delete_uncommitted(run.run_dir)
-    pull_anew(run.run_dir)
-    for stage in stages:
-        stage(run)
+    with only_writer(run.run_dir):
+        check_inputs(run, stages)
+        if ahead:
+            connect_to_ray()
+            check_capacity(run.config, ahead)
+        delete_uncommitted(run.run_dir)
+        pull_anew(run.run_dir)
+        for stage in stages:
+            lines_are_of(run.config.name, name_of(stage))
+            stage(run)
 
 
 def name_of(stage: Stage) -> str:
@@ -127,8 +147,8 @@ def repository_root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def check_inputs(run: Run) -> None:
-    """Raise an RmRobustError for missing or empty files and for models that would make scores wrong, before any cluster work."""
+def check_inputs(run: Run, stages: list[Stage]) -> None:
+    """Raise an RmRobustError for missing or empty files, for models that would make scores wrong, and where RLOO would have no prompts; before any work."""
     config = run.config
     check_trackers(config.tracking)
     check_preference_sources(config, run.run_dir)
@@ -136,11 +156,7 @@ def check_inputs(run: Run) -> None:
         ChatFormat.load(str(path))
     if config.serve.gold != "embedded" and config.serve.gold_url is None:
         verify_checkpoint(local_path(config.serve.gold), "reward_model")
-
-
-def check_rloo_inputs(run: Run) -> None:
-    """Raise ConfigError when RLOO would have no prompts, before any stage is run for it."""
-    if run.config.data.source != "embedded" and not run.config.data.rloo_prompts:
+    if rloo_stage in stages and config.data.source != "embedded" and not config.data.rloo_prompts:
         raise ConfigError("data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the reward model one by one.")
 
 
@@ -186,21 +202,32 @@ def evaluation_stage(run: Run) -> None:
 
     def work() -> dict[str, Any]:
         connect_to_ray()
-        remote: Any = ray.remote(evaluate_scenarios)  # type: ignore[arg-type]  # Ray's annotations know no keyword-only parameters
-        task = remote.options(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, resources=settings.resources)
+        remote: Any = ray.remote(evaluate_in_task)  # type: ignore[arg-type]  # Ray's annotations know no keyword-only parameters
+        name = f"evaluation of {run.config.name}"
+        task = remote.options(name=name, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, resources=settings.resources)
         return {"evaluation": ray.get(task.remote(run.config, run.run_dir, device="cuda" if settings.num_gpus else "cpu"))}
 
     _announce(RunLayout(run.run_dir), "evaluation", work)
+
+
+def evaluate_in_task(config: PipelineConfig, run_dir: Path, *, device: str) -> dict[str, dict[str, str | int | float]]:
+    start_logging()
+    quieten_libraries()
+    lines_are_of(config.name, "evaluation")
+    return evaluate_scenarios(config, run_dir, device=device)
 
 
 def bt_twin_stage(run: Run) -> None:
     """Where the config asks for it: the Bradley-Terry twin of the reward model, trained and evaluated alike, in a run directory below this one."""
     if not run.config.reward_model.bt_twin:
         return
-    twin = Run(run.config.model_copy(update={"reward_model": run.config.reward_model.as_bt_twin()}), RunLayout(run.run_dir).bt_twin)
+    config = run.config.model_copy(update={"reward_model": run.config.reward_model.as_bt_twin()})
+    # Its record keeps the run's name; its lines, gauges and tracked runs are told from the run's own.
+    twin = Run(config.model_copy(update={"name": f"{config.name}/bt_twin"}), RunLayout(run.run_dir).bt_twin)
     share_stages(run.run_dir, twin.run_dir, ["sft", "preferences"])
-    claim_run_dir(twin.run_dir, twin.config)
-    for stage in (reward_model_stage, evaluation_stage):
+    claim_run_dir(twin.run_dir, config)
+    for stage in TWIN_STAGES:
+        lines_are_of(twin.config.name, name_of(stage))
         logger.info("Bradley-Terry twin:")
         stage(twin)
     write_summary(twin.run_dir)
@@ -267,5 +294,6 @@ def _announce(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]])
     layout.run_stage(stage, work)
 
 
+TWIN_STAGES: tuple[Stage, ...] = (reward_model_stage, evaluation_stage)
 ALL_STAGES: list[Stage] = [world_stage, sft_stage, preferences_stage, reward_model_stage, evaluation_stage, bt_twin_stage, rloo_stage, report_stage]
 REWARD_MODEL_STAGES: list[Stage] = [stage for stage in ALL_STAGES if stage is not rloo_stage]

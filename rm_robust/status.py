@@ -1,10 +1,14 @@
-"""Where a run stands, from its own files alone: stages, steps, the latest metrics, and how long the rest of a stage takes at its present pace."""
+"""Where a run stands, from its own files alone: stages, steps, the latest metrics, and how long the rest of a stage takes at its present pace.
+
+How long the whole run takes nobody can say from them: a stage that waits has no measured pace, its number of steps is known once it begins (a run that stops
+early has fewer), and an earlier run's pace is of other machines. So each stage has its own time left, and the run has none.
+"""
 
 import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rm_robust.config_loading import RESOLVED_NAME
@@ -20,6 +24,8 @@ SHOWN = {
     "reward_model": ("reward_model/loss", "reward_model/accuracy", "reward_model/in_domain_accuracy"),
     "rloo": ("rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean"),
 }
+TWIN_STAGES = ("reward_model", "evaluation")
+"""What the Bradley-Terry twin does itself, between the run's own evaluation and RLOO."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,16 @@ class StageStatus:
 
 
 def status_of(run_dir: Path) -> list[StageStatus]:
-    """Every stage in order. Raises DataError for a folder that is no run."""
+    """Every stage in order, those of a Bradley-Terry twin as `bt_twin/…`. Raises DataError for a folder that is no run."""
     if not (run_dir / RESOLVED_NAME).is_file():
         raise DataError(f"{shown(run_dir)} is no run: it has no {RESOLVED_NAME}. Name a run directory, or a folder of them.")
     config, layout = json.loads((run_dir / RESOLVED_NAME).read_text()), RunLayout(run_dir)
     left_out = {"world": config["data"]["source"] != "embedded", "sft": not config["sft"]["enabled"]}
-    return [_stage_status(layout, stage) for stage in STAGES if not left_out.get(stage)]
+    stages = [_stage_status(layout, stage) for stage in STAGES if not left_out.get(stage)]
+    if config["reward_model"]["bt_twin"]:
+        twin = RunLayout(layout.bt_twin)
+        stages[-1:-1] = [replace(_stage_status(twin, stage), stage=f"{twin.run_dir.name}/{stage}") for stage in TWIN_STAGES]
+    return stages
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -60,7 +70,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 def status_lines(run_dir: Path, stages: Sequence[StageStatus]) -> list[str]:
     """For a terminal."""
-    return [shown(run_dir), *(f"  {own.stage:13} {own.state:8} {_told(own)}".rstrip() for own in stages)]
+    return [shown(run_dir), *(f"  {own.stage:20} {own.state:8} {_told(own)}".rstrip() for own in stages)]
 
 
 def _stage_status(layout: RunLayout, stage: str) -> StageStatus:
@@ -69,9 +79,10 @@ def _stage_status(layout: RunLayout, stage: str) -> StageStatus:
     is_done = layout.is_done(stage)
     step, num_steps = (int(last["step"]), _whole(last.get("num_steps"))) if last else (None, None)
     pace_s = seconds_a_step(lines)
+    begins_with = layout.rloo_samples if stage == "rloo" else layout.run_dir / stage  # rloo/ has its prompts long before
     return StageStatus(
         stage=stage,
-        state="done" if is_done else "begun" if last or (layout.run_dir / stage).exists() else "waiting",
+        state="done" if is_done else "begun" if last or begins_with.exists() else "waiting",
         seconds=float(layout.stage_result(stage)["seconds"]) if is_done else None,
         step=step,
         num_steps=num_steps,

@@ -5,6 +5,7 @@
     {"stage": "rloo", "step": 3, "num_steps": 60, "time": 1767225600.123, "rloo/gold_score_mean": 0.1, "time/generate_s": 1.4}
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from rm_robust.checkpoint import storage_errors
 from rm_robust.errors import DataError, RmRobustError, StorageError
 from rm_robust.object_storage.puts import put_file
 
@@ -33,28 +35,34 @@ class MetricsSink(Protocol):
     def close(self) -> None: ...
 
 
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
     """Appends one stage's metrics to `run_dir/metrics.jsonl` and to TensorBoard events in `run_dir/tensorboard/<stage>`.
 
     `resume_step` is the last step whose checkpoint is committed, 0 for a fresh stage. Lines of this stage beyond it, which a killed
     process wrote after its last checkpoint, are dropped (and counted in the log), and so is a torn last line: the steps that are now
     done again appear once. One writer at a time per run directory. `num_steps` of the whole stage stands in every line. `sinks` get what the file
-    gets, and are closed with it.
+    gets, and are closed with it. Every method raises StorageError, naming the file, when its storage is full or away.
     """
 
     def __init__(self, run_dir: Path, stage: str, resume_step: int, *, num_steps: int | None = None, sinks: Sequence[MetricsSink] = ()) -> None:
         assert resume_step >= 0, f"resume_step is the number of committed steps, got {resume_step}"
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and the report only reads metrics
 
-        run_dir.mkdir(parents=True, exist_ok=True)
         self._stage = stage
         self._num_steps = {} if num_steps is None else {"num_steps": num_steps}
         self._sinks = sinks
         self._resume_step = resume_step
         self._path, self._tensorboard_dir = run_dir / METRICS_NAME, run_dir / "tensorboard" / stage
-        _drop_uncommitted(self._path, stage, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=resume_step + 1, flush_secs=10)
+        with storage_errors(self._path):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _drop_uncommitted(self._path, stage, resume_step)
+            self._file = self._path.open("a", encoding="utf-8")
+        with storage_errors(self._tensorboard_dir):
+            self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
         """Append the metrics of one step (from 1). Raises RmRobustError, naming the key, when a value is NaN or infinite."""
@@ -62,28 +70,37 @@ class MetricsWriter:
         for key, value in metrics.items():
             _check_metric(self._stage, step, key, value)
         line = {"stage": self._stage, "step": step, **self._num_steps, "time": round(time.time(), 3), **metrics}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for key, value in metrics.items():
-            self._tensorboard.add_scalar(key, value, step)
+        with storage_errors(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        with storage_errors(self._tensorboard_dir):  # its thread writes later, and the next call raises what it met
+            for key, value in metrics.items():
+                self._tensorboard.add_scalar(key, value, step)
         for sink in self._sinks:
             sink.write(step, metrics)
 
     def publish(self) -> None:
         """Before a state is committed: to where a run in an object store has its lines, so that none is missing up to that state. Raises StorageError."""
-        self._tensorboard.flush()
+        with storage_errors(self._tensorboard_dir):
+            self._tensorboard.flush()
         self._put()
 
     def close(self) -> None:
-        """Close all of them; nothing can be written afterwards."""
-        self._file.close()
-        self._tensorboard.close()
-        for sink in self._sinks:
-            sink.close()
+        """Close all of them, whichever fails; nothing can be written afterwards."""
+        with contextlib.ExitStack() as closing:
+            for sink in self._sinks:
+                closing.callback(sink.close)
+            closing.callback(self._close, self._tensorboard_dir, self._tensorboard)
+            closing.callback(self._close, self._path, self._file)
         try:
             self._put()
         except StorageError as error:  # it may come of another error, which is the one to be raised; a stage that ends well says so by a put of its own
             logger.warning("%s", error)
+
+    @staticmethod
+    def _close(path: Path, writer: Closable) -> None:
+        with storage_errors(path):  # of a file, the line that did not fit is tried once more
+            writer.close()
 
     def _put(self) -> None:
         for path in (self._path, *self._tensorboard_dir.glob("*")):
@@ -110,18 +127,26 @@ def write_json_atomic(path: Path, obj: object) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write beside, sync, rename: a reader sees the old file or the new one, never a part; then put it where a run in an object store has it."""
+    """Write beside, sync, rename: a reader sees the old file or the new one, never a part; then put it where a run in an object store has it.
+
+    Raises StorageError, naming the file, when it cannot be written; what was there is then as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with storage_errors(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # it takes the room that is missing
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     put_file(path)
 
 

@@ -11,12 +11,12 @@ import transformers
 
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import WorkersConfig
+from rm_robust.log_lines import lines_are_of, start_logging
 from rm_robust.object_storage.copies import uri_of
 from rm_robust.object_storage.pulls import forget_uncommitted, pull
 
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 MAX_WORKER_FAILURES = 2
 """Restarts of a worker group before a stage fails; a restart continues from the last committed state."""
 MAX_ELASTIC_FAILURES = 20
@@ -30,7 +30,7 @@ def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConf
 
     trainer = _trainer_class()(
         _work,
-        train_loop_config={"function": function, "config": config, "run_dir": run_dir, "num_threads": workers.num_threads_per_worker},
+        train_loop_config={"function": function, "stage": stage, "config": config, "run_dir": run_dir, "num_threads": workers.num_threads_per_worker},
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers if workers.min_workers is None else (workers.min_workers, workers.num_workers),
             elastic_resize_monitor_interval_s=workers.resize_every_s,
@@ -75,7 +75,7 @@ def prepare_process(num_threads: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(num_threads)
     quieten_libraries()
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
+    start_logging(force=True)
 
 
 _is_train_worker = False
@@ -120,6 +120,9 @@ def _trainer_class() -> Any:
 def _work(settings: dict[str, Any]) -> dict[str, float]:
     global _is_train_worker
     _is_train_worker = True
+    import ray.train
+
     prepare_process(settings["num_threads"])
+    lines_are_of(settings["config"].name, settings["stage"], f"rank {ray.train.get_context().get_world_rank()}")
     result: dict[str, float] = settings["function"](settings["config"], own_copy(settings["run_dir"]))
     return result

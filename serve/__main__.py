@@ -28,8 +28,10 @@ from ray import serve
 from rm_robust.checkpoint import read_manifest
 from rm_robust.embedded_world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
+from rm_robust.log_lines import lines_are_of, start_logging
 from rm_robust.object_storage.copies import local_path
 from rm_robust.object_storage.pulls import pull_folder
+from rm_robust.ray_session import KEEPS_FREED_MEMORY
 from rm_robust.reward_model.config_json import read_json
 from rm_robust.score_contract import SCORE_PATH
 from rm_robust.scoring import KEY_VARIABLE
@@ -68,10 +70,10 @@ def main() -> int:
     one.add_argument("--max-length-tokens", type=int, help=f"prompt + completion (default: what the model takes, at most {MOST_TOKENS_BY_DEFAULT})")
     one.add_argument("--no-prompt-sharing", action="store_true", help="compute a prompt for each request, also where a batch has it twice")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("httpx", "ray.serve"):  # a line per request and a dozen per deployment
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
+        start_logging()
         asyncio.run(serve_until_interrupted(arguments))
     except RmRobustError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -152,10 +154,12 @@ def num_positions(checkpoint_dir: Path) -> int:
 async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
     """Start a Ray of its own, the models on it and the HTTP server here; all end with this function, after the requests in progress."""
     settings = settings_from(arguments)
+    lines_are_of(settings.models[0].model_name, "serve", "front")
     refuse_open_host(arguments.host, settings)
     port = arguments.port or free_port(arguments.host)
     refuse_taken_port(arguments.host, port)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not take the core that the front needs
+    os.environ.setdefault("GLIBC_TUNABLES", KEEPS_FREED_MEMORY)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     ray.init(address="local", include_dashboard=False)

@@ -22,7 +22,7 @@ from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import ConfigError
 from rm_robust.object_storage.copies import uri_of
 from rm_robust.score_contract import ScoreReply, ScoreRequest
-from serve.deployment import ScorerReplica, WhatToLoad, scorer_options
+from serve.deployment import ScorerReplica, WhatToLoad, log_as_replica, scorer_options
 from serve.front import Front
 from serve.keys import KEYS_VARIABLE, Guard, keys_from_environment
 from serve.routes import score_reply, scoring_api
@@ -65,7 +65,8 @@ class FrontReplica:
     """Holds no model: it answers while replicas work. In the same cluster, `handle.score.remote(ScoreRequest)` does without HTTP."""
 
     def __init__(self, settings: ServiceSettings, handles: "dict[str, DeploymentHandle[Any]]") -> None:
-        self._front = Front(settings, handles)
+        own = log_as_replica()
+        self._front = Front(settings, handles, service=own.app_name)
         self.api: ASGIApp = scoring_api(self._front, Guard(settings.api_keys))
 
     async def reconfigure(self, _: dict[str, int]) -> None:
@@ -73,7 +74,10 @@ class FrontReplica:
         await self._front.start()
 
     async def score(self, request: ScoreRequest) -> ScoreReply | Refusal:
+        started_s = time.perf_counter()
         outcome = await self._front.score(request, request.model)
+        status, reason = (outcome.status, outcome.type) if isinstance(outcome, Refusal) else (200, None)
+        self._front.metrics.answered("handle", status, seconds=time.perf_counter() - started_s, reason=reason)
         return outcome if isinstance(outcome, Refusal) else score_reply(request, outcome)
 
 

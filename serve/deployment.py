@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from ray import serve
+from ray.serve.context import ReplicaContext
 
 from rm_robust.errors import CheckpointError, RmRobustError
+from rm_robust.log_lines import lines_are_of, start_logging
 from serve.scorer import Batch, BatchScorer, BatchScores, OtherGeneration, ServedModel
 from serve.settings import ModelSettings
 
@@ -26,12 +28,20 @@ class WhatToLoad(TypedDict):
     """Its content hash; a directory that has another by now is not loaded."""
 
 
+def log_as_replica() -> ReplicaContext:
+    """Warnings of this replica's process say whose they are; Serve's own lines are as SHARED_OPTIONS say."""
+    own = serve.get_replica_context()
+    start_logging(logging.WARNING)
+    lines_are_of(own.app_name, "serve", f"{own.deployment} {own.replica_tag}")
+    return own
+
+
 class ScorerReplica:
     """`handle.score.remote(Batch)` gives BatchScores, or OtherGeneration for a batch that was prepared for another checkpoint."""
 
     def __init__(self, settings: ModelSettings, batch_timeout_s: float) -> None:
         self._settings, self._batch_timeout_s = settings, batch_timeout_s
-        self._id = serve.get_replica_context().replica_tag
+        self._id = log_as_replica().replica_tag
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")
         self._scorer: BatchScorer | None = None
         self._reload_error: str | None = None

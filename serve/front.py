@@ -29,16 +29,23 @@ DESCRIBED_WITHIN_S = 5.0
 ASK_AGAIN_AFTER_S = 0.5
 DESCRIPTION_IS_FRESH_S = 1.0
 """Whoever asks within it gets the last answer: /readyz needs no key, and must not keep replicas from scoring."""
+COPIED_EVERY_S = 5.0
+"""Ray sends on what it has every 10 s, by default."""
 NO_ANSWER = (RayError, DeploymentUnavailableError, BackPressureError, TimeoutError, RmRobustError)
 """Also when the front cannot read what a replica has loaded."""
 
 
 class Front:
-    """Made once in each process that answers requests; `handles` reach the replicas of each model by its name. Call `start` first."""
+    """Made once in each process that answers requests; `handles` reach the replicas of each model by its name. Call `start` first.
 
-    def __init__(self, settings: ServiceSettings, handles: Mapping[str, "DeploymentHandle[Any]"]) -> None:
+    `service` is what Ray's endpoint calls it; without one, its first model's name.
+    """
+
+    def __init__(self, settings: ServiceSettings, handles: Mapping[str, "DeploymentHandle[Any]"], *, service: str | None = None) -> None:
         self.settings = settings
         self.metrics = ServiceMetrics()
+        self._service = service or settings.models[0].model_name
+        self._copying: asyncio.Task[None] | None = None
         self._handles = handles
         self._described: dict[str, tuple[float, ServedModel]] = {}
         self._describing = {model.model_name: asyncio.Lock() for model in settings.models}
@@ -65,8 +72,20 @@ class Front:
                 await asyncio.sleep(ASK_AGAIN_AFTER_S)
             else:
                 break
+        if self._copying is None:
+            self._copying = asyncio.create_task(self._copy_metrics())
         gc.collect()
         gc.freeze()  # half a million objects of imported libraries, or every few seconds all requests wait 0.3 s until they have been looked through again
+
+    async def _copy_metrics(self) -> None:
+        copy = self.metrics.copy_for_ray(self._service)
+        try:
+            while True:
+                copy.write()
+                await asyncio.sleep(COPIED_EVERY_S)
+        except Exception:
+            logger.exception("Ray's endpoint gets no more metrics of %s", self._service)
+            raise
 
     @property
     def model_names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What /metrics says, in Prometheus' text format: one registry a front."""
+"""What /metrics says, in Prometheus' text format: one registry a front. The same is on Ray's own endpoint, where a service without HTTP has it too."""
 
 import time
 from collections import deque
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+from ray.util.metrics import Gauge as RayGauge
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -73,8 +74,26 @@ class ScoreMoments(Collector):
         yield from (counts, means, deviations)
 
 
+class RayCopy:
+    """A registry's samples as gauges of Ray's endpoint: the same names, to which Ray adds `ray_`, and the label `service`.
+
+    Counters and buckets are gauges there; `rate` and `histogram_quantile` ask for no type. A copy every few seconds costs requests nothing.
+    """
+
+    def __init__(self, registry: CollectorRegistry, service: str) -> None:
+        self._registry, self._service = registry, service
+        self._gauges: dict[str, RayGauge] = {}
+
+    def write(self) -> None:
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if sample.name not in self._gauges:
+                    self._gauges[sample.name] = RayGauge(sample.name, description=family.documentation, tag_keys=(*sample.labels, "service"))
+                self._gauges[sample.name].set(sample.value, tags={**sample.labels, "service": self._service})
+
+
 class ServiceMetrics:
-    """Everything that one front counts."""
+    """Everything that one front counts. A call through a handle counts as a request of the route `handle`."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -92,6 +111,17 @@ class ServiceMetrics:
         self.latencies, self.scores = RecentLatencies(), ScoreMoments()
         self._registry.register(self.latencies)
         self._registry.register(self.scores)
+
+    def answered(self, route: str, status: int, *, seconds: float, reason: str | None) -> None:
+        """`reason` is why there are no scores."""
+        self.requests.labels(route, status).inc()
+        self.seconds.labels(route).observe(seconds)
+        self.latencies.add(route, seconds)
+        if reason is not None:
+            self.refusals.labels(route, reason).inc()
+
+    def copy_for_ray(self, service: str) -> RayCopy:
+        return RayCopy(self._registry, service)
 
     def text(self) -> Response:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
@@ -137,15 +167,8 @@ class CountRequests:
 
         async def count_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._count(route, message, time.perf_counter() - started_s)
+                reason = Headers(raw=message["headers"]).get(ERROR_HEADER)
+                self._metrics.answered(route, message["status"], seconds=time.perf_counter() - started_s, reason=reason)
             await send(message)
 
         await self._app(scope, receive, count_and_send)
-
-    def _count(self, route: str, message: Message, seconds: float) -> None:
-        self._metrics.requests.labels(route, message["status"]).inc()
-        self._metrics.seconds.labels(route).observe(seconds)
-        self._metrics.latencies.add(route, seconds)
-        reason = Headers(raw=message["headers"]).get(ERROR_HEADER)
-        if reason is not None:
-            self._metrics.refusals.labels(route, reason).inc()

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,18 +12,19 @@ from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, evaluate, figure_names, read_data
 from rm_robust.evaluation.page import write_page
 from rm_robust.evaluation.suites import SUITES, Suite, preferences_by
+from rm_robust.log_lines import start_logging
 from rm_robust.object_storage.copies import local_path
 from rm_robust.ray_session import connect_to_ray
 from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient
-from rm_robust.worker_group import LOG_FORMAT, quieten_libraries
+from rm_robust.worker_group import quieten_libraries
 
 _REQUIREMENT = re.compile(r"\s*(?P<figure>.+?)\s*(?P<relation>>=|<=)\s*(?P<bound>[-+0-9.eE]+)\s*")
 
 
 def main(description: str, arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 when something that is required does not hold, 2 for a mistake in what was given."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    start_logging()
     quieten_libraries()
     options = _parser(description).parse_args(arguments)
     try:

@@ -38,7 +38,7 @@ def parse(row: Mapping[str, Any]) -> Case:
 
 def strata(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
     """One of all rows."""
-    return [stratum(ALL, cases, [_of_prompt(best, answers) for best, *answers in scores])]
+    return [stratum(ALL, cases, [_of_row(best, answers) for best, *answers in scores])]
 
 
 def combine(means: Means) -> dict[str, Array]:
@@ -50,7 +50,7 @@ def answers(_cases: Sequence[CaseFacts], _scores: Sequence[Sequence[float]]) -> 
     return {"answers": ANSWERS}
 
 
-def _of_prompt(best: float, scores: Sequence[float]) -> dict[str, float]:
+def _of_row(best: float, scores: Sequence[float]) -> dict[str, float]:
     named = dict(zip(ANSWERS, scores, strict=True))
     figures = {f"{name}.wins": float(score > best) for name, score in named.items()} | {"any.wins": float(max(scores) > best)}
     return figures | {f"{name}.margin": best - score for name, score in named.items()}

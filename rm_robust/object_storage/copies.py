@@ -23,7 +23,7 @@ COPIES = "rm_robust_object_storage"
 """The part of a path below which scheme, bucket and key follow: so every node knows a copy for what it is."""
 SCHEMES = ("s3", "gs", "abfs")
 CACHE_VARIABLE = "RM_ROBUST_CACHE"
-LOCK = ".pull-lock"
+LOCK = ".lock"
 PARTIAL = ".partial"
 
 

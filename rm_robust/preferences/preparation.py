@@ -25,11 +25,17 @@ def prepare_preferences(config: PipelineConfig, run_dir: Path) -> dict[str, Any]
         scenarios = _build(config, layout)
         commit_directory(layout.scenarios, lambda folder: _write_scenarios(folder, scenarios))
     report = tokenise_sources(
-        preference_sources(config, layout), chat_dir=Path(reward_model_base_dir(config, layout)), out_dir=layout.preference_tokens, limits=limits
+        preference_sources(config, layout),
+        chat_dir=Path(reward_model_base_dir(config, layout)),
+        out_dir=layout.preference_tokens,
+        limits=limits,
+        task_resources=data.task_resources,
     )
     found = {"preferences": asdict(report)}
     if prompt_source := rloo_prompt_source(config, layout):
-        prompts = tokenise_sources([prompt_source], chat_dir=Path(layout.sft_model_dir(config)), out_dir=layout.rloo_prompts, limits=limits)
+        prompts = tokenise_sources(
+            [prompt_source], chat_dir=Path(layout.sft_model_dir(config)), out_dir=layout.rloo_prompts, limits=limits, task_resources=data.task_resources
+        )
         found["rloo_prompts"] = asdict(prompts)
     return found
 

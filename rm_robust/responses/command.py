@@ -6,7 +6,6 @@ config ─► responses/<model>/*.jsonl ─Scorer─► labelled/*.jsonl ─► 
 import argparse
 import contextlib
 import hashlib
-import logging
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions, version
@@ -15,6 +14,7 @@ from typing import Any
 
 from rm_robust.config_loading import RESOLVED_NAME, claim_run_dir, load_section
 from rm_robust.evaluation.checkpoint_source import CheckpointSource
+from rm_robust.log_lines import start_logging
 from rm_robust.ray_session import connect_to_ray
 from rm_robust.responses.config import LabelsConfig, ResponsesConfig
 from rm_robust.responses.generation import check_models, generate
@@ -24,7 +24,7 @@ from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient
 from rm_robust.stages import exit_code_of
 from rm_robust.tracking import write_json_atomic
-from rm_robust.worker_group import LOG_FORMAT, quieten_libraries
+from rm_robust.worker_group import quieten_libraries
 
 LIBRARIES = ("vllm", "torch", "transformers")
 
@@ -36,7 +36,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the responses; the same command again goes on there")
     parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set num_prompts=100")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    start_logging()
     quieten_libraries()
     folder = options.out.absolute()
 

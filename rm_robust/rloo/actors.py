@@ -2,15 +2,18 @@
 
 import contextlib
 import logging
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from torch import Tensor
 
 from rm_robust.config import PipelineConfig
+from rm_robust.errors import ClusterError
+from rm_robust.log_lines import environment_of
 from rm_robust.records import PromptCompletions
 from rm_robust.rloo.policy_trainer import PolicyTrainer
 from rm_robust.rloo.rollout import Measurement, Update, split_evenly
@@ -24,10 +27,11 @@ START_TIMEOUT_S = 1800
 """An autoscaler may have to start the nodes first."""
 SYNC_TIMEOUT_S = 300
 ANSWER_TIMEOUT_S = 30
+SHUTDOWN_TIMEOUT_S = 10
 
 
 class TrainersLostError(Exception):
-    """The policy under training is gone; what was committed is not."""
+    """The policy under training is gone, or never came to be; what was committed is not lost."""
 
 
 class RlooActors:
@@ -40,13 +44,13 @@ class RlooActors:
         try:
             self.engines = [_new_engine(config, run_dir, index) for index in range(config.rloo.num_engines)]
             self.trainers = [_new_trainer(config, run_dir, rank) for rank in range(config.rloo.trainers.num_workers)]
-            address, port = ray.get(self.trainers[0].rendezvous.remote(), timeout=START_TIMEOUT_S)
-            done = ray.get([trainer.start.remote(address, port) for trainer in self.trainers], timeout=START_TIMEOUT_S)
+            address, port = _started(self.trainers[0].rendezvous.remote())
+            done = _started([trainer.start.remote(address, port) for trainer in self.trainers])
             assert len(set(done)) == 1, f"trainers resumed at different steps: {done}"
             self.num_steps_done: int = done[0]
             self._connect()
         except BaseException:
-            self.close()
+            self.kill()
             raise
 
     def measure(self, completions: list[PromptCompletions], *, keep_graph: bool = True) -> list[Measurement]:
@@ -98,7 +102,7 @@ class RlooActors:
         self._of_trainers("commit", [((target, num_steps_done), {})] * len(self.trainers))
 
     def _connect(self) -> None:
-        ray.get(self.trainers[0].connect.remote(self.engines, SYNC_TIMEOUT_S), timeout=START_TIMEOUT_S)
+        _started(self.trainers[0].connect.remote(self.engines, SYNC_TIMEOUT_S))
 
     def _of_trainers(self, method: str, arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
         """One call to each, and their answers in order. Raises TrainersLostError when one has gone: the others then wait for it in vain."""
@@ -110,7 +114,11 @@ class RlooActors:
     def close(self) -> None:
         """Shut the engines down and kill every actor; nothing is left behind."""
         with contextlib.suppress(RayError):
-            ray.get([engine.shutdown.remote() for engine in self.engines], timeout=10)
+            ray.get([engine.shutdown.remote() for engine in self.engines], timeout=SHUTDOWN_TIMEOUT_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """Every actor, whatever it is at."""
         for actor in [*self.engines, *self.trainers]:
             ray.kill(actor)
         self.engines, self.trainers = [], []
@@ -119,7 +127,23 @@ class RlooActors:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:  # an engine that samples would answer late, and a job that is stopped has seconds
+            self.kill()
+
+
+def _started(calls: Any) -> Any:
+    """The answers of actors that may wait for a node first. Raises ClusterError when none comes, TrainersLostError for an actor that ends instead."""
+    try:
+        return ray.get(calls, timeout=START_TIMEOUT_S)
+    except GetTimeoutError as error:
+        raise ClusterError(
+            f"RLOO's trainers and engines were not all up after {START_TIMEOUT_S} s: the nodes that rloo.trainers and rloo.engine_* ask for did not come, "
+            "or a model takes longer to load. `ray status` shows what waits; the same command resumes."
+        ) from error
+    except ACTOR_LOST as error:
+        raise TrainersLostError(f"A trainer or engine ended while it started: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def _new_engine(config: PipelineConfig, run_dir: Path, index: int) -> Any:
@@ -130,6 +154,7 @@ def _new_engine(config: PipelineConfig, run_dir: Path, index: int) -> Any:
         "num_gpus": settings.engine_num_gpus,
         "resources": settings.engine_resources,
         "runtime_env": {"env_vars": {} if on_gpu else cpu_environment(settings.engine_num_threads)},
+        "name": _actor_name(config, f"engine {index}"),
     }
     return (
         ray.remote(RolloutEngine)
@@ -150,5 +175,16 @@ def _new_engine(config: PipelineConfig, run_dir: Path, index: int) -> Any:
 
 def _new_trainer(config: PipelineConfig, run_dir: Path, rank: int) -> Any:
     workers = config.rloo.trainers
-    options: dict[str, Any] = {"num_cpus": workers.num_cpus_per_worker, "num_gpus": workers.num_gpus_per_worker, "resources": workers.resources_per_worker}
+    options: dict[str, Any] = {
+        "num_cpus": workers.num_cpus_per_worker,
+        "num_gpus": workers.num_gpus_per_worker,
+        "resources": workers.resources_per_worker,
+        "runtime_env": {"env_vars": environment_of(config.name, "rloo", f"trainer {rank}")},
+        "name": _actor_name(config, f"trainer {rank}"),
+    }
     return ray.remote(PolicyTrainer).options(**options).remote(config, run_dir, rank=rank)
+
+
+def _actor_name(config: PipelineConfig, role: str) -> str:
+    """As Ray's dashboard and `ray list actors` show it. An actor that Ray has not buried yet, of before a loss, still has its name, hence the last part."""
+    return f"{config.name} {role} {uuid.uuid4().hex[:6]}"

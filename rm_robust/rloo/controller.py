@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from rm_robust.best_step import BestStep
 from rm_robust.chat import ChatFormat
+from rm_robust.checkpoint import storage_errors
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import RolloutError
 from rm_robust.experiment_trackers import open_trackers
@@ -60,27 +61,27 @@ class Faults:
 def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scorer) -> dict[str, Any]:
     """Train the policy to checkpoints/policy, resuming from the last committed state. Ray must be up, and both must answer.
 
-    Lost engines and trainers are replaced. Raises RolloutError when more than rloo.max_restarts are lost without a committed step between them.
+    Lost engines and trainers are replaced. Raises RolloutError when more than rloo.max_restarts are lost without a committed step between them,
+    ClusterError when nodes for them do not come.
     """
     faults, resumed_from, num_restarts = Faults(), None, 0
     while True:
-        with RlooActors(config, run_dir) as actors, RewardSources(config.rloo, proxy=proxy, gold=gold) as rewards:
-            first_step = actors.num_steps_done
-            resumed_from = first_step if resumed_from is None else resumed_from
-            controller = Controller(config, run_dir, actors, rewards, gold, faults)
-            try:
+        controller = None
+        try:
+            with RlooActors(config, run_dir) as actors, RewardSources(config.rloo, proxy=proxy, gold=gold) as rewards:
+                resumed_from = actors.num_steps_done if resumed_from is None else resumed_from
+                controller = Controller(config, run_dir, actors, rewards, gold, faults)
                 return {"num_steps": controller.run(), "resumed_from_step": resumed_from, **vars(faults)}
-            except TrainersLostError as error:
-                committed = controller.num_steps_committed
-                num_restarts = 1 if committed > first_step else num_restarts + 1
-                if num_restarts > config.rloo.max_restarts:
-                    raise RolloutError(
-                        f"{error} That was {num_restarts} times without a committed step between; rloo.max_restarts = {config.rloo.max_restarts}. "
-                        "Look at Ray's logs for why they end; the same command resumes."
-                    ) from error
-                faults.trainers_restarted += 1
-                faults.steps_redone += controller.version - committed
-                logger.warning("%s Going on from step %d.", error, committed)
+        except TrainersLostError as error:
+            num_restarts = 1 if controller is not None and controller.has_committed else num_restarts + 1
+            if num_restarts > config.rloo.max_restarts:
+                raise RolloutError(
+                    f"{error} That was {num_restarts} times without a committed step between; rloo.max_restarts = {config.rloo.max_restarts}. "
+                    "Look at Ray's logs for why they end; the same command resumes."
+                ) from error
+            faults.trainers_restarted += 1
+            faults.steps_redone += 0 if controller is None else controller.version - controller.num_steps_committed
+            logger.warning("%s Going on from the last committed step.", error)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Controller:
     def __init__(self, config: PipelineConfig, run_dir: Path, actors: RlooActors, rewards: RewardSources, gold: Scorer, faults: Faults) -> None:
         self.config, self.settings, self.layout = config, config.rloo, RunLayout(run_dir)
         self.actors, self.rewards, self.faults = actors, rewards, faults
-        self.version = self.num_steps_committed = actors.num_steps_done
+        self.version = self.num_steps_committed = self.first_step = actors.num_steps_done
         self.chat = ChatFormat.load(self.layout.sft_model_dir(config))
         self.prompts, held = self.prompts_and_held()
         self.evaluation = PolicyEvaluation(self.layout, held, self.settings, chat=self.chat, seed=config.seed, gold=gold, sample=self.sample, actors=actors)
@@ -263,6 +264,11 @@ class Controller:
         return next_kl_coefficient(coefficient, kl_mean, target_kl=target_kl, horizon_steps=self.settings.kl_horizon_steps)
 
     @property
+    def has_committed(self) -> bool:
+        """A step of its own."""
+        return self.num_steps_committed > self.first_step
+
+    @property
     def is_last(self) -> bool:
         return self.version == self.settings.num_steps or self.monitor.must_stop
 
@@ -270,7 +276,7 @@ class Controller:
         """Append the first completion of some prompts to rloo/samples.jsonl, for the report, at every checkpoint and the first step."""
         if (self.version - 1) % self.settings.checkpoint_every_steps and self.version != self.settings.num_steps:
             return
-        with self.layout.rloo_samples.open("a") as file:
+        with storage_errors(self.layout.rloo_samples), self.layout.rloo_samples.open("a") as file:
             for p in range(min(self.settings.num_sample_prompts, len(prompts))):
                 first = completions[p].completions[0]
                 sample = {

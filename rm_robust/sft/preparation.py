@@ -23,7 +23,8 @@ def prepare_sft(config: PipelineConfig, run_dir: Path, limits: TokenLimits) -> d
     if config.model.path is None and not layout.base_model.exists():
         tokenizer = make_tokenizer(_texts(source), vocab_size=config.model.vocab_size)
         commit_directory(layout.base_model, lambda folder: save_base_model(folder, config.model, tokenizer, seed=config.seed))
-    report = tokenise_sources([source], chat_dir=Path(layout.base_model_dir(config)), out_dir=layout.sft_tokens, limits=limits)
+    chat_dir, resources = Path(layout.base_model_dir(config)), config.data.task_resources
+    report = tokenise_sources([source], chat_dir=chat_dir, out_dir=layout.sft_tokens, limits=limits, task_resources=resources)
     return {"sft": asdict(report)}
 
 

@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from rm_robust.config import PipelineConfig
 from rm_robust.errors import DataError, StudyError
+from rm_robust.log_lines import start_logging
 from rm_robust.ray_session import connect_to_ray
 from rm_robust.stages import exit_code_of, repository_root
 from rm_robust.study.document import write_document
 from rm_robust.study.grid import FULL, QUICK, WORLDS, Cell, key_of
 from rm_robust.study.rows import Row, read_rows, write_rows
 from rm_robust.study.runs import real_data, run_cell
-from rm_robust.worker_group import LOG_FORMAT, quieten_libraries
+from rm_robust.worker_group import quieten_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS), help="default: both")
     parser.add_argument("--max-minutes", type=float, help="begin no further run after so many; 0 only makes the document")
     parsed = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    start_logging()
     quieten_libraries()
     plan = QUICK if parsed.quick else FULL
     folder = Path("runs").absolute() / plan.name

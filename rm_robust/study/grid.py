@@ -97,4 +97,5 @@ def digest(config: PipelineConfig, part: Part) -> str:
     sections = json.loads(config.model_dump_json(include=DECIDING[part]))
     for stage in ("sft", "reward_model"):
         del sections[stage]["workers"]  # any number of them takes the same steps
+    del sections["data"]["task_resources"]  # the same rows on whatever nodes
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:12]

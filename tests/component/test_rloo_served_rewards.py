@@ -1,6 +1,7 @@
 """RLOO against served reward models: one loses a replica, one answers 429 for twenty seconds, and every score arrives; none outlives its stage."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -154,9 +155,17 @@ def test_nothing_of_the_stage_remains_however_it_ends(end: str, tmp_path: Path) 
     if end == "success":
         rloo_stage(run)
     elif end == "failure":
+        names: list[str] = []
+
+        def both_are_there() -> bool:
+            names[:] = ray.util.list_named_actors()
+            return len(names) == 2
+
+        threading.Thread(target=wait_for, args=(both_are_there,), kwargs={"what": "an engine and a trainer"}, daemon=True).start()
         Killer("PolicyTrainer", lambda: len(read_metrics(run.run_dir, "rloo")) == 1)
         with pytest.raises(RolloutError, match="without a committed step between"):
             rloo_stage(run)
+        assert sorted(re.sub(" [0-9a-f]{6}$", "", name) for name in names) == ["faults engine 0", "faults trainer 0"]
     else:
         threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):

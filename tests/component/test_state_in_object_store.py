@@ -68,7 +68,7 @@ def _worker(rank: int, folder: Path, strategy: StrategyConfig) -> None:
     assert load_state(resumed, root) == 2
     found = train(resumed, its_module, 1)
     gap = max((float((found[name] - tensor).abs().max()) for name, tensor in expected.items()), default=0.0)
-    left = [path for path in (folder / f"other{rank}").rglob("*") if path.is_file() and not path.name.endswith(".pull-lock")]
+    left = [path for path in (folder / f"other{rank}").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     torch.save((len(expected), gap, left), folder / f"outcome{rank}.pt")
     dist.destroy_process_group()
     os._exit(0)  # as in test_step_exactness.py

@@ -1,12 +1,18 @@
 """A cluster that can never run a config is refused before any work, and one that can grow enough is not."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests as http
+import yaml
+from ray.autoscaler._private.kuberay import node_provider
+from ray.autoscaler._private.local.config import prepare_local
 
-from rm_robust.cluster_capacity import NodeType, Request, check_capacity, requests_of, shortages_of
+from rm_robust import cluster_capacity
+from rm_robust.cluster_capacity import NodeType, Request, check_capacity, kubernetes_config, node_types_of, requests_of, shortages_of
 from rm_robust.config_loading import load_config
 from rm_robust.errors import ClusterError
 
@@ -17,6 +23,7 @@ GPU_NODE = {"CPU": 48.0, "GPU": 4.0, "trainer": 4.0}
 def test_each_stage_asks_for_what_its_section_says() -> None:
     requests = requests_of(load_config(CONFIGS / "full_rlhf.toml", []))
     assert [str(request) for request in requests["reward_model"]] == ["8 x {CPU: 8, GPU: 1, trainer: 1} (reward_model.workers.num_workers)"]
+    assert [str(request) for request in requests["preferences"]] == ["1 x {CPU: 1, data: 1} (data.task_resources)"]
     assert [(request.setting, request.count) for request in requests["rloo"]] == [
         ("rloo.trainers.num_workers", 4), ("rloo.num_engines", 4), ("serve.proxy_replica.num_replicas", 2), ("serve.gold_replica.num_replicas", 2),
     ]  # fmt: skip
@@ -76,3 +83,61 @@ def test_a_cluster_that_is_large_enough_passes_and_one_that_keeps_its_limits_to_
     check_capacity(smoke, ["sft", "preferences", "reward_model", "evaluation", "rloo"])
     monkeypatch.setattr("rm_robust.cluster_capacity.find_node_types", lambda: None)
     check_capacity(load_config(CONFIGS / "full_rlhf.toml", []), ["reward_model"])
+
+
+def test_the_kinds_of_cluster_yaml_are_found_and_its_head_offers_nothing() -> None:
+    config = yaml.safe_load(Path("cluster.yaml").read_text())
+    node_types = node_types_of(config, alive=[])
+    assert node_types is not None
+    assert {node.name: node.max_count for node in node_types} == {"data": 8, "trainer": 2, "rollout": 8, "serving": 4}
+    config["max_workers"] = 3
+    assert max(node.max_count for node in node_types_of(config, alive=[]) or []) == 3
+
+
+def test_machines_that_state_their_own_resources_count_once_all_are_there() -> None:
+    settings = {"cluster_name": "own", "provider": {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}}
+    config, _ = prepare_local(settings)
+    nodes = [NodeType("head", {}, 1), NodeType("a", GPU_NODE, 1), NodeType("b", {"CPU": 16.0}, 1)]
+    assert node_types_of(config, nodes[:2]) is None
+    assert node_types_of(config, nodes) == nodes[1:]
+
+
+@pytest.fixture
+def pod(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """This process as if it ran on the head of deploy/ray_cluster.yaml. Returns the file of its namespace."""
+    namespace = tmp_path / "namespace"
+    namespace.write_text("rm-robust\n")
+    cluster = yaml.safe_load(Path("deploy/ray_cluster.yaml").read_text())
+    asked = {f"rm-robust/rayclusters/{cluster['metadata']['name']}": cluster}
+
+    def get(api: node_provider.KubernetesHttpApiClient, path: str) -> dict[str, Any]:
+        if f"{api._namespace}/{path}" not in asked:
+            raise http.HTTPError("403 Forbidden")
+        return asked[f"{api._namespace}/{path}"]
+
+    monkeypatch.setattr(cluster_capacity, "POD_NAMESPACE", namespace)
+    monkeypatch.setattr(node_provider.KubernetesHttpApiClient, "get", get)
+    monkeypatch.setitem(os.environ, "RAY_CLUSTER_NAME", cluster["metadata"]["name"])
+    return namespace
+
+
+def test_the_limits_of_kuberays_autoscaler_are_those_of_the_raycluster(pod: Path) -> None:
+    config = kubernetes_config()
+    assert config is not None
+    node_types = node_types_of(config, alive=[])
+    assert node_types is not None
+    assert {node.name for node in node_types} == {"data", "trainer", "rollout", "serving"}
+    full = load_config(CONFIGS / "full_rlhf.toml", [])
+    assert [line for stage, wanted in requests_of(full).items() for line in shortages_of(stage, wanted, node_types)] == []
+    too_many = load_config(CONFIGS / "full_rlhf.toml", ["rloo.num_engines=99"])
+    (line,) = shortages_of("rloo", requests_of(too_many)["rloo"], node_types)
+    assert "lower rloo.num_engines" in line
+
+
+def test_a_raycluster_that_may_not_be_read_is_no_limit(pod: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pod.write_text("elsewhere")
+    assert kubernetes_config() is None
+    monkeypatch.delitem(os.environ, "RAY_CLUSTER_NAME")
+    assert kubernetes_config() is None
+    pod.unlink()
+    assert kubernetes_config() is None

@@ -41,6 +41,7 @@ def bundles_by_stage(config: PipelineConfig) -> dict[str, list[Resources]]:
     engines = [resources(rloo.engine_num_cpus, rloo.engine_num_gpus, rloo.engine_resources)] * rloo.num_engines
     return {
         "sft": worker_bundles(config.sft.workers),
+        "preferences": [resources(1, 0, config.data.task_resources)],
         "reward_model": worker_bundles(config.reward_model.workers),
         "evaluation": [resources(evaluation.num_cpus, evaluation.num_gpus, evaluation.resources)],
         "rloo": [*worker_bundles(rloo.trainers), *engines, *replica_bundles(serve.proxy_replica), *replica_bundles(serve.gold_replica)],
@@ -78,6 +79,7 @@ def test_every_stage_of_full_rlhf_fits_on_the_cluster() -> None:
         ("reward_model.workers.num_workers=9", "reward_model"),  # two trainer nodes of four GPUs
         ("sft.workers.num_cpus_per_worker=13", "sft"),  # 48 CPUs for four of them
         ("evaluation.resources={trainr=1}", "evaluation"),
+        ("data.task_resources={dat=1}", "preferences"),
         ("rloo.engine_num_gpus=2", "rloo"),  # rollout nodes have one GPU
         ("rloo.num_engines=9", "rloo"),
         ("serve.gold_replica.num_replicas=3", "rloo"),  # with the proxy's two, on four serving nodes
@@ -91,4 +93,16 @@ def test_every_gpu_of_full_rlhf_is_asked_for_on_a_kind_of_node() -> None:
     """Without a custom resource a process lands on whatever kind of node has a GPU free, and takes the place of another stage's."""
     for stage, bundles in bundles_by_stage(load_config(FULL_RLHF, [])).items():
         for bundle in bundles:
-            assert bundle["GPU"] == sum(amount for name, amount in bundle.items() if name not in ("CPU", "GPU")), (stage, bundle)
+            assert bundle["GPU"] == sum(amount for name, amount in bundle.items() if name not in ("CPU", "GPU", "data")), (stage, bundle)
+
+
+def custom_resources_asked_for(paths: list[Path]) -> set[str]:
+    bundles = [bundle for path in paths for stage in bundles_by_stage(load_config(path, [])).values() for bundle in stage]
+    return {name for bundle in bundles for name in bundle} - {"CPU", "GPU"}
+
+
+def test_every_custom_resource_of_the_cluster_is_asked_for_by_a_config_and_no_other() -> None:
+    kinds = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())["available_node_types"].values()
+    offered = {name for kind in kinds for name in kind["resources"]} - {"CPU", "GPU"}
+    assert custom_resources_asked_for(CONFIGS) == offered
+    assert custom_resources_asked_for([path for path in CONFIGS if path != FULL_RLHF]) == set(), "made for any cluster"

@@ -1,4 +1,5 @@
-"""The Grafana dashboard asks for metrics that exist. Those of training are held against a real run in tests/e2e/test_smoke.py."""
+"""The Grafana dashboard asks for metrics that exist. Those of training are held against a real run in tests/e2e/test_smoke.py, and what Ray makes of all of
+them against a real node's endpoint in tests/component/test_cluster_metrics.py."""
 
 import json
 import re
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from rm_robust.cluster_metrics import PREFIX, RayMetricsSink, gauge_name
-from serve.metrics import ServiceMetrics
+from serve.metrics import ModelMetrics, ServiceMetrics
 
 DASHBOARD = json.loads(Path("deploy/grafana_dashboard.json").read_text())
 FROM_RAY = {"ray_cluster_active_nodes", "ray_cluster_pending_nodes", "ray_node_cpu_utilization", "ray_object_store_memory"}
@@ -33,9 +34,47 @@ def test_every_panel_has_a_place_and_names_its_metrics() -> None:
 def test_what_it_asks_the_scoring_service_for_the_service_says() -> None:
     metrics = ServiceMetrics()
     known = {family.name for family in metrics._registry.collect()}
-    asked = {name for expression in expressions() for name in names_in(expression) if name.startswith(PREFIX)}
+    asked = {name for expression in expressions() for name in names_in(expression) if "{service=" in expression}
     assert asked
-    assert {re.sub("_(total|bucket)$", "", name) for name in asked} <= known
+    assert {re.sub("_(total|bucket)$", "", name).removeprefix("ray_") for name in asked} <= known
+
+
+def test_everything_of_this_project_has_the_one_prefix() -> None:
+    names = {name for expression in expressions() for name in names_in(expression)}
+    assert names
+    assert {name for name in names if not name.startswith("ray_")} == set()
+
+
+def test_the_services_metrics_are_copied_for_ray_name_by_name_with_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+
+    class FakeGauge:
+        def __init__(self, name: str, *, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name, self.tag_keys = name, tag_keys
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert set(tags) == set(self.tag_keys)
+            written[self.name, frozenset(tags.items())] = value
+
+    monkeypatch.setattr("serve.metrics.RayGauge", FakeGauge)
+    metrics = ServiceMetrics()
+    ModelMetrics(metrics, "proxy").batch(num_items=3, num_tokens=40, fill=0.4, seconds=0.03)
+    copy = metrics.copy_for_ray("mine")
+    copy.write()
+    metrics.answered("handle", 429, seconds=0.01, reason="overloaded")
+    metrics.answered("handle", 429, seconds=0.01, reason="overloaded")
+    copy.write()
+
+    def value(name: str, **labels: str) -> float:
+        return written[name, frozenset({**labels, "service": "mine"}.items())]
+
+    assert value("rm_robust_tokens_total", model="proxy") == 40
+    assert [value("rm_robust_batch_seconds_bucket", model="proxy", le=le) for le in ("0.02", "0.05", "+Inf")] == [0, 1, 1]
+    assert value("rm_robust_requests_total", route="handle", status="429") == 2
+    assert value("rm_robust_refusals_total", route="handle", reason="overloaded") == 2
+    assert {f"{name}{{{','.join(sorted(key for key, _ in labels if key != 'service'))}}}" for name, labels in written} == {
+        f"{sample.name}{{{','.join(sorted(sample.labels))}}}" for family in metrics._registry.collect() for sample in family.samples
+    }
 
 
 def test_what_it_asks_ray_for_ray_exports() -> None:

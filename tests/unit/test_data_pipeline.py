@@ -1,9 +1,11 @@
 """Which sources are refused before Ray starts. The Ray Data part is in tests/component, what becomes of one row in test_rows_tokenising.py."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
+import rm_robust.data_pipeline
 from rm_robust.data_pipeline import Source, check_sources
 from rm_robust.errors import DataError
 from rm_robust.rows import RowKind
@@ -26,3 +28,29 @@ def test_missing_empty_and_foreign_sources_are_refused_by_path(tmp_path: Path, s
 
 def test_hub_names_are_left_to_the_hub() -> None:
     check_sources([Source("train", ("hub:owner/name",), RowKind.PAIR)])
+
+
+ASKS_WITH = {"map_batches": "resources", "read_parquet": "resources", "write_parquet": "ray_remote_args"}
+"""How Ray Data 2.60 is told what the tasks of a step ask for."""
+NO_TASKS_OF_THEIR_OWN = {"from_items", "from_arrow"}
+PIPELINE = Path(rm_robust.data_pipeline.__file__).read_text()
+
+
+def check_steps(text: str) -> None:
+    calls = [(node.func, {keyword.arg for keyword in node.keywords}) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    steps = [(function, given) for function, given in calls if isinstance(function, ast.Attribute)]
+    assert {f.attr for f, _ in steps if ast.unparse(f.value) == "ray.data"} == {"read_parquet", *NO_TASKS_OF_THEIR_OWN}
+    asking = [(f.attr, given) for f, given in steps if f.attr in ASKS_WITH]
+    assert len(asking) >= 6
+    assert [name for name, given in asking if ASKS_WITH[name] not in given] == []
+
+
+def test_every_step_of_ray_data_asks_for_the_task_resources() -> None:
+    check_steps(PIPELINE)
+
+
+@pytest.mark.parametrize(("old", "new"), [(", resources=resources)", ")"), (', ray_remote_args={"resources": resources})', ")"), ("from_items", "range")])
+def test_a_step_that_asks_for_nothing_is_found(old: str, new: str) -> None:
+    assert old in PIPELINE
+    with pytest.raises(AssertionError):
+        check_steps(PIPELINE.replace(old, new, 1))

@@ -10,7 +10,7 @@ import pytest
 
 LAYERS = [
     ["rm_robust.config_parts", "rm_robust.errors", "rm_robust.records", "rm_robust.reward_model.objectives"],
-    ["rm_robust.filesystems"],
+    ["rm_robust.filesystems", "rm_robust.log_lines"],
     ["rm_robust.object_storage"],
     ["rm_robust.config_rloo", "rm_robust.score_contract"],
     [
@@ -22,9 +22,9 @@ LAYERS = [
         "rm_robust.packed_attention",
     ],  # pure maths
     ["rm_robust.rloo.losses"],
+    ["rm_robust.checkpoint"],
     [
         "rm_robust.chat",
-        "rm_robust.checkpoint",
         "rm_robust.config",
         "rm_robust.data_files",
         "rm_robust.packing",
@@ -38,6 +38,7 @@ LAYERS = [
         "rm_robust.compute",
         "rm_robust.config_loading",
         "rm_robust.rows",
+        "rm_robust.run_claim",
         "rm_robust.run_layout",
         "rm_robust.ray_session",
         "rm_robust.score_files",

@@ -242,7 +242,7 @@ def test_what_a_node_has_beyond_the_store_is_gone_at_the_start_of_a_run(node: Ca
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text("{}")
     forget_uncommitted(run_dir)
-    assert [path.name for path in run_dir.iterdir() if path.suffix not in (".generation", ".pull-lock")] == ["world"]
+    assert [path.name for path in run_dir.iterdir() if path.suffix not in (".generation", ".lock")] == ["world"]
     assert contents(run_dir / "world") == whole("one")
 
 

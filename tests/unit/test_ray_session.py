@@ -1,5 +1,6 @@
 """What is left of a local Ray's workers is ended with it, and nothing else is."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rm_robust.ray_session import DRIVER_VARIABLE, shut_down, workers_of
+from rm_robust.ray_session import DRIVER_VARIABLE, handed_on, shut_down, workers_of
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
 
@@ -47,3 +48,21 @@ def test_workers_that_end_by_themselves_are_only_waited_for(workers: list[subpro
     own.wait(10)
     shut_down(f"own {os.getpid()}")
     assert "killing" not in caplog.text
+
+
+def as_ray_says_it(of_job: dict[str, str]) -> str:
+    """As ray/dashboard/modules/job/job_supervisor.py of 2.60."""
+    return json.dumps({"runtime_env": {"env_vars": of_job}, "metadata": {}})
+
+
+def test_workers_are_told_how_to_log_unless_their_job_has_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.delenv("RM_ROBUST_LOG_FORMAT", raising=False)
+    assert handed_on() == {}
+    monkeypatch.setenv("RM_ROBUST_LOG_FORMAT", "json")
+    assert handed_on() == {"RM_ROBUST_LOG_FORMAT": "json"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it({"OTHER": "1"}))
+    assert handed_on() == {"RM_ROBUST_LOG_FORMAT": "json"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it({"RM_ROBUST_LOG_FORMAT": "json"}))
+    assert handed_on() == {}

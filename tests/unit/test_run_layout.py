@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from rm_robust.config import PipelineConfig
-from rm_robust.errors import DataError
+from rm_robust.errors import DataError, StorageError
 from rm_robust.run_layout import RunLayout
+from tests.full_storage import files_of_at_most
 
 
 def test_a_stage_is_done_once_and_then_skipped(tmp_path: Path) -> None:
@@ -43,6 +44,14 @@ def test_a_result_that_cannot_be_recorded_leaves_the_stage_undone(tmp_path: Path
     with pytest.raises(ValueError, match="not JSON compliant"):
         layout.run_stage("sft", lambda: {"loss": float("nan")})
     assert not layout.is_done("sft")
+
+
+def test_a_record_for_which_there_is_no_room_is_one_error_that_names_it_and_the_stage_is_done_again(tmp_path: Path) -> None:
+    layout = RunLayout(tmp_path)
+    with pytest.raises(StorageError, match=f"^{tmp_path}/stages/sft.json could not be written: File too large.*Make room"), files_of_at_most(10):
+        layout.run_stage("sft", dict)
+    assert not layout.is_done("sft")
+    assert layout.run_stage("sft", dict)
 
 
 def test_the_record_names_stage_seconds_and_end(tmp_path: Path) -> None:

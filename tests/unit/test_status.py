@@ -54,6 +54,26 @@ def test_a_stage_that_the_config_leaves_out_is_not_listed(tmp_path: Path) -> Non
     assert "sft" not in [own.stage for own in status_of(tmp_path / "run")]
 
 
+def test_the_twin_is_shown_where_its_turn_is_and_at_work_while_it_trains(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "with_twin"
+    config = load_config(SMOKE, ["reward_model.bt_twin=true"])
+    claim_run_dir(run_dir, config)
+    names = [own.stage for own in status_of(run_dir)]
+    assert names[-4:] == ["evaluation", "bt_twin/reward_model", "bt_twin/evaluation", "rloo"]
+    RunLayout(run_dir).rloo_prompts.mkdir(parents=True)
+    assert {own.state for own in status_of(run_dir)} == {"waiting"}
+    for stage in ("world", "sft", "preferences", "reward_model", "evaluation"):
+        RunLayout(run_dir).run_stage(stage, dict)
+    twin_dir = RunLayout(run_dir).bt_twin
+    claim_run_dir(twin_dir, config)
+    now = time.time()
+    write_metrics(twin_dir, [{"stage": "reward_model", "step": n, "num_steps": 8, "time": now - 9 + 3 * n, "reward_model/loss": 0.5} for n in (1, 2, 3)])
+    (own,) = [own for own in status_of(run_dir) if own.state == "begun"]
+    assert (own.stage, own.step, own.num_steps, own.metrics) == ("bt_twin/reward_model", 3, 8, {"reward_model/loss": 0.5})
+    assert own.seconds_left == pytest.approx(5 * 3)
+    assert runs_in(tmp_path / "runs") == [run_dir]
+
+
 def test_one_step_alone_has_no_pace_and_a_run_before_its_first_step_has_none_left(run_dir: Path) -> None:
     assert seconds_a_step([{"time": 1.0}]) is None
     write_metrics(run_dir, [{"stage": "reward_model", "step": 1, "time": time.time()}])
@@ -64,7 +84,7 @@ def test_one_step_alone_has_no_pace_and_a_run_before_its_first_step_has_none_lef
 def test_the_lines_say_what_the_numbers_are(run_dir: Path) -> None:
     lines = status_lines(run_dir, status_of(run_dir))
     assert lines[0] == str(run_dir)
-    assert "reward_model  begun    step 30 of 50, last step" in lines[4]
+    assert "reward_model         begun    step 30 of 50, last step" in lines[4]
     assert "about 40 s left, loss 0.03333, accuracy 0.7, in_domain_accuracy 0.625" in lines[4]
     assert lines[5].split() == ["evaluation", "waiting"]
 

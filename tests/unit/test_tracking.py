@@ -5,13 +5,15 @@ import logging
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rm_robust.errors import DataError, RmRobustError
+from rm_robust.errors import DataError, RmRobustError, StorageError
 from rm_robust.tracking import MetricsWriter, log_step, read_metrics, write_json_atomic
+from tests.full_storage import files_of_at_most
 
 
 def steps_of(run_dir: Path, stage: str) -> list[int]:
@@ -134,6 +136,41 @@ def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"value": 1}
     write_json_atomic(path, {"value": "né"})
     assert json.loads(path.read_text()) == {"value": "né"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_full_storage_ends_a_stage_with_one_error_that_names_the_file_and_closes_the_rest(tmp_path: Path) -> None:
+    class Sink:
+        is_closed = False
+
+        def write(self, step: int, metrics: Mapping[str, int | float]) -> None: ...
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    sink = Sink()
+
+    def train() -> None:
+        with MetricsWriter(tmp_path, "sft", 0, sinks=[sink]) as writer, files_of_at_most(4096):
+            for step in range(1, 100):
+                writer.write(step, {"sft/loss": 0.5})
+
+    with pytest.raises(StorageError, match=rf"^{tmp_path}/metrics.jsonl could not be written: File too large.*Make room") as raised:
+        train()
+    assert sink.is_closed
+    assert isinstance(raised.value.__cause__, OSError)
+    num_kept = len(steps_of(tmp_path, "sft"))
+    assert 0 < num_kept < 99
+    write_steps(tmp_path, "sft", resume_step=num_kept, last_step=100)
+    assert steps_of(tmp_path, "sft") == list(range(1, 101))
+
+
+def test_a_text_that_does_not_fit_leaves_the_one_before_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_json_atomic(path, {"value": 1})
+    with pytest.raises(StorageError, match=rf"^{path} could not be written: File too large"), files_of_at_most(100):
+        write_json_atomic(path, {"value": "x" * 1000})
+    assert json.loads(path.read_text()) == {"value": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
 
 

@@ -36,4 +36,6 @@ def test_a_reward_models_key_follows_its_training_and_not_rloo() -> None:
     reward_model, policy = Cell("reward_model", "embedded", "bt", 0), Cell("rloo", "embedded", "bt", 0)
     assert key(reward_model, "rloo.num_steps=5") == key(reward_model) != key(reward_model, "reward_model.batch_size=32")
     assert key(policy, "rloo.num_steps=5") != key(policy) != key(policy, "reward_model.batch_size=32")
-    assert key(reward_model) == key(reward_model, "name=other", "reward_model.workers.num_workers=2", 'tracking.wandb_project="other"')
+    assert key(reward_model) == key(
+        reward_model, "name=other", "reward_model.workers.num_workers=2", "data.task_resources={data=1}", 'tracking.wandb_project="other"'
+    )
