@@ -18,6 +18,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from fastapi.routing import APIRoute
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE, SESSION_LATEST
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
@@ -25,7 +27,8 @@ from ray.serve.schema import ServeDeploySchema
 from rm_robust.config import PipelineConfig
 from rm_robust.config_loading import RUN_ROOT_VARIABLE, load_config
 from serve.app import build, scorer_name
-from serve.keys import KEYS_VARIABLE
+from serve.keys import KEYS_VARIABLE, OPEN_PATHS
+from serve.routes import router
 from serve.settings import ModelSettings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -69,6 +72,10 @@ class Manifests:
     cluster: Fields
     job: Fields
     service: Fields
+    monitor: Fields
+    """pod_monitor.yaml."""
+    prometheus: Fields
+    """prometheus.yaml, which is no manifest."""
     created_secrets: set[tuple[str, str]]
     """Name and key, of the `kubectl create secret` commands at the head of kubernetes.yaml."""
 
@@ -79,7 +86,7 @@ class Manifests:
         return [self.cluster["spec"], self.job["spec"]["rayClusterSpec"], self.service["spec"]["rayClusterConfig"]]
 
     def one(self, kind: str, name: str) -> Fields:
-        (found,) = [manifest for manifest in self.kubernetes if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)]
+        (found,) = [manifest for manifest in (*self.kubernetes, self.monitor) if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)]
         return found
 
     def serve_config(self) -> Fields:
@@ -89,17 +96,17 @@ class Manifests:
 
 def load_manifests() -> Manifests:
     """Fresh objects, for mutations to change; without YAML's aliases, which would be one object and change together."""
-    kubernetes, cluster, job, service = json.loads(parsed_files())
+    kubernetes, monitor, prometheus, cluster, job, service = json.loads(parsed_files())
     text = (DEPLOY / "kubernetes.yaml").read_text()
     secrets = re.findall(r"^#   kubectl -n \S+ create secret generic (\S+) --from-(?:file|literal)=([\w.]+)=", text, re.MULTILINE)
-    return Manifests(kubernetes, cluster, job, service, set(secrets))
+    return Manifests(kubernetes, cluster, job, service, monitor, prometheus, set(secrets))
 
 
 @functools.cache
 def parsed_files() -> str:
     """As JSON. PyYAML takes longer over them than the checks do."""
     kubernetes = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
-    return json.dumps([kubernetes, *(yaml.safe_load((DEPLOY / name).read_text()) for name in RAY_FILES)])
+    return json.dumps([kubernetes, *(yaml.safe_load((DEPLOY / name).read_text()) for name in ("pod_monitor.yaml", "prometheus.yaml", *RAY_FILES))])
 
 
 def pod_specs(ray_spec: Fields) -> list[Fields]:
@@ -272,13 +279,43 @@ def check_network(manifests: Manifests) -> None:
     assert manifests.serve_config()["http_options"]["port"] == OPEN_PORTS["serve"]
 
 
+METRICS_PATH = "/metrics"
+
+
+def check_monitor(manifests: Manifests) -> None:
+    """All of Ray's pods, by the name of a port whose number check_network knows."""
+    monitor = manifests.monitor
+    assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
+    own = manifests.one("NetworkPolicy", "ray-pods")["spec"]["podSelector"]
+    assert monitor["spec"] == {"selector": own, "podMetricsEndpoints": [{"port": "metrics"}]}
+
+
+def check_prometheus(manifests: Manifests) -> None:
+    """Ray's own list of its nodes, and the scoring service with a key, where serve/reward_model.yaml and `make serve` put it."""
+    config = manifests.prometheus
+    assert config.keys() == {"global", "scrape_configs"}
+    nodes, scores = config["scrape_configs"]
+    assert nodes == {"job_name": "ray", "file_sd_configs": [{"files": [f"/tmp/ray/{SESSION_LATEST}/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]}
+    assert scores.keys() == {"job_name", "authorization", "static_configs"}  # without metrics_path Prometheus asks for METRICS_PATH
+    assert METRICS_PATH not in OPEN_PATHS
+    assert scores["authorization"].keys() == {"credentials_file"}, "Bearer by default; the key itself is in no file here"
+    assert METRICS_PATH in {route.path for route in router.routes if isinstance(route, APIRoute)}
+    options = yaml.safe_load((REPOSITORY / "serve" / "reward_model.yaml").read_text())["http_options"]
+    assert scores["static_configs"] == [{"targets": [f"{options['host']}:{options['port']}"]}]
+    (port,) = re.findall(r"^PORT \?= (\d+)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert int(port) == options["port"] == OPEN_PORTS["serve"]
+    starts = [command for key in ("head_start_ray_commands", "worker_start_ray_commands") for command in parsed_cluster_yaml()[key]]
+    exported = [re.findall(r"--metrics-export-port=(\d+)", command) for command in starts if "ray start" in command]
+    assert exported == [[str(OPEN_PORTS["metrics"])]] * 2
+
+
 # What is named exists.
 
 
 def check_names(manifests: Manifests) -> None:
     namespace = manifests.one("Namespace", "rm-robust")["metadata"]["name"]
     others = [manifest for manifest in manifests.kubernetes if manifest["kind"] != "Namespace"]
-    assert {manifest["metadata"]["namespace"] for manifest in (*others, *manifests.of_ray())} == {namespace}
+    assert {manifest["metadata"]["namespace"] for manifest in (*others, manifests.monitor, *manifests.of_ray())} == {namespace}
     claims = {manifest["metadata"]["name"] for manifest in manifests.kubernetes if manifest["kind"] == "PersistentVolumeClaim"}
     assert manifests.one("PersistentVolumeClaim", "rm-robust-shared")["spec"]["accessModes"] == ["ReadWriteMany"]
     used_secrets: set[tuple[str, str]] = set()
@@ -323,6 +360,9 @@ def check_job(manifests: Manifests) -> None:
     assert (REPOSITORY / config_of_the_job(manifests)).is_file()
     assert spec["submissionMode"] == "HTTPMode"  # a submitter pod would need a rule in the network policy
     assert spec["shutdownAfterJobFinishes"] is True
+    for ray_spec in manifests.ray_specs():
+        variables = environment(container_of(ray_spec["headGroupSpec"]["template"]["spec"]))
+        assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]["value"]) == 60  # Ray's supervisor of a job runs on the head, and reads it there
     assert 1 <= spec["backoffLimit"] <= 5
 
 
@@ -361,6 +401,7 @@ def requests_by_custom_resource(config: PipelineConfig) -> dict[str, list[Fields
     replicas = [config.evaluation, config.serve.proxy_replica, config.serve.gold_replica]
     asked += [{"CPU": r.num_cpus, "GPU": r.num_gpus, **r.resources} for r in replicas]
     asked.append({"CPU": config.rloo.engine_num_cpus, "GPU": config.rloo.engine_num_gpus, **config.rloo.engine_resources})
+    asked.append({"CPU": 1, **config.data.task_resources})
     by_name: dict[str, list[Fields]] = {}
     for amounts in asked:
         (name,) = amounts.keys() - {"CPU", "GPU"}
@@ -371,7 +412,7 @@ def requests_by_custom_resource(config: PipelineConfig) -> dict[str, list[Fields
 def check_config_fits(manifests: Manifests) -> None:
     types = autoscaling_config(manifests.job["spec"]["rayClusterSpec"])["available_node_types"]
     asked = requests_by_custom_resource(load_config(REPOSITORY / config_of_the_job(manifests), []))
-    assert asked.keys() == {"trainer", "rollout", "serving"}
+    assert asked.keys() == {name for kind in types.values() for name in kind["resources"]} - {"CPU", "GPU", "memory"}
     for name, processes in asked.items():
         for amounts in processes:
             assert all(types[name]["resources"].get(key, 0) >= amount for key, amount in amounts.items()), (name, amounts)
@@ -384,6 +425,8 @@ CHECKS = (
     check_versions,
     check_security,
     check_network,
+    check_monitor,
+    check_prometheus,
     check_names,
     check_paths,
     check_job,

@@ -19,10 +19,12 @@ from tests.deploy_manifests import (
     Manifests,
     check_config_fits,
     check_job,
+    check_monitor,
     check_names,
     check_network,
     check_one_cluster,
     check_paths,
+    check_prometheus,
     check_resources,
     check_schemas,
     check_security,
@@ -80,7 +82,7 @@ def step_into(value: Any, key: str) -> Any:
         return value[key]
     if key.isdigit():
         return value[int(key)]
-    return next(entry for entry in value if key in (entry.get("name"), entry.get("groupName")))
+    return next(entry for entry in value if key in (entry.get("name"), entry.get("groupName"), entry.get("job_name")))
 
 
 def mutate(root: Fields, path: str, value: object) -> None:
@@ -118,6 +120,8 @@ def mutated(where: str, path: str, value: object) -> Manifests:
         mutate(manifests.service, path, value)
     elif where == "job":
         mutate(manifests.job, path, value)
+    elif where == "prometheus":
+        mutate(manifests.prometheus, path, value)
     else:
         mutate(manifests.one(*where.split()), path, value)
     return manifests
@@ -135,6 +139,7 @@ MUTATIONS: list[tuple[str, str, object, Callable[[Manifests], None]]] = [
     ("ray", f"{TRAINER} rayStartParams resources", '"{trainer: 4}"', check_resources),
     ("ray", f"{TRAINER} rayStartParams resources", REMOVED, check_config_fits),
     ("ray", f"{TRAINER} rayStartParams num-cpus", "6", check_config_fits),
+    ("ray", "workerGroupSpecs data rayStartParams resources", '"{\\"dat\\": 16}"', check_config_fits),
     ("ray", f"{TRAINER} rayStartParams num-cpus", "49", check_resources),
     ("ray", f"{TRAINER} maxReplicas", 3, check_resources),
     ("ray", f"{TRAINER} idleTimeoutSeconds", REMOVED, check_resources),
@@ -184,6 +189,16 @@ MUTATIONS: list[tuple[str, str, object, Callable[[Manifests], None]]] = [
     ("NetworkPolicy ray-pods", "spec ingress 0 from 0 podSelector", {}, check_network),
     ("NetworkPolicy ray-pods", "spec podSelector matchLabels", {"ray.io/is-ray-nod": "yes"}, check_network),
     ("NetworkPolicy scores", "spec ingress 0 ports 0 port", 8265, check_network),
+    # who reads metrics, and where
+    ("PodMonitor ray-nodes", "spec podMetricsEndpoints 0 port", "metric", check_monitor),
+    ("PodMonitor ray-nodes", "spec podMetricsEndpoints", Renamed("endpoints"), check_monitor),
+    ("PodMonitor ray-nodes", "metadata namespace", "monitoring", check_names),
+    ("NetworkPolicy ray-pods", "spec ingress 2 ports 0 port", 8081, check_network),
+    ("PodMonitor ray-nodes", "spec selector matchLabels", {"ray.io/node-type": "worker"}, check_monitor),
+    ("prometheus", "scrape_configs ray file_sd_configs 0 files", ["/tmp/ray/service_discovery.json"], check_prometheus),
+    ("prometheus", "scrape_configs rm_robust_scoring static_configs 0 targets", ["127.0.0.1:8001"], check_prometheus),
+    ("prometheus", "scrape_configs rm_robust_scoring authorization", REMOVED, check_prometheus),
+    ("prometheus", "scrape_configs", Renamed("scrape_config"), check_prometheus),
     # secrets, volumes, paths
     ("ray", f"{HEAD_CONTAINER} env HF_TOKEN valueFrom secretKeyRef name", "rm-robust-hubs", check_names),
     ("ray", f"{HEAD_CONTAINER} env HF_TOKEN valueFrom secretKeyRef key", "tokens", check_names),
@@ -202,6 +217,8 @@ MUTATIONS: list[tuple[str, str, object, Callable[[Manifests], None]]] = [
     ("job", "spec entrypoint", "python pipelines/full_rlhf.py --config pipelines/configs/full.toml", check_job),
     ("job", "spec submissionMode", "K8sJobMode", check_job),
     ("job", "spec shutdownAfterJobFinishes", False, check_job),
+    ("ray", f"{HEAD_CONTAINER} env RAY_JOB_STOP_WAIT_TIME_S", REMOVED, check_job),
+    ("ray", f"{HEAD_CONTAINER} env RAY_JOB_STOP_WAIT_TIME_S value", "3", check_job),
     # versions
     ("ray", "rayVersion", "2.59.0", check_versions),
     ("ray", f"{HEAD_CONTAINER} image", "REGISTRY/rm-robust:latest", check_versions),

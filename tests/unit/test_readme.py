@@ -1,8 +1,12 @@
-"""What README says is true: its tree is the tree, its config is valid, its make targets and paths exist."""
+"""What README says is true: its tree is the tree, its config is valid, its make targets and paths exist, and a job is a few commands away."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from rm_robust.config import PipelineConfig
 from serve.settings import ServiceSettings
@@ -13,8 +17,8 @@ LISTED_FOLDERS = ("requirements", "pipelines", "rm_robust", "serve", "deploy")
 """Folders whose files the tree names one by one."""
 
 
-def code_blocks(language: str) -> list[str]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def code_blocks(language: str, text: str = README) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [block for name, block in blocks if name == language]
 
 
@@ -65,3 +69,71 @@ def test_every_script_and_config_that_is_named_exists() -> None:
     named = set(re.findall(r"\b(?:pipelines|rm_robust|requirements|serve)/[\w/.]+\.(?:py|toml|sh|txt|lock)", README))
     assert named
     assert [path for path in sorted(named) if not (REPOSITORY / path).exists()] == []
+
+
+def section(title: str) -> str:
+    """From its heading to the next one."""
+    (text,) = re.findall(rf"^#+ {title}\n(.*?)(?=^#+ )", README, re.MULTILINE | re.DOTALL)
+    return str(text)
+
+
+def commands_of(title: str) -> list[str]:
+    """Every line of the section's blocks; a line that holds two commands counts as two."""
+    lines = [line for block in code_blocks("", section(title)) for line in block.splitlines()]
+    return [part for line in lines for part in ([line] if line.startswith("for ") else re.split(r";|&&", line))]
+
+
+WAYS = {
+    "As a Ray job": "ray job submit --working-dir . -- python pipelines/full_rlhf.py --config pipelines/configs/smoke.toml",
+    "On several machines of your own": "ray job submit --working-dir . -- python pipelines/full_rlhf.py --config pipelines/configs/tiny_cpu.toml",
+    "On AWS": "RAY_ADDRESS=http://127.0.0.1:8265 ray job submit --working-dir . -- python pipelines/full_rlhf.py --config pipelines/configs/full_rlhf.toml",
+    "On Kubernetes": "kubectl apply -f deploy/ray_job.yaml",
+}
+"""Heading -> the command that submits the job."""
+
+
+@pytest.mark.parametrize("title", WAYS)
+def test_a_job_is_at_most_five_commands_away(title: str) -> None:
+    commands = commands_of(title)
+    assert commands[-1] == WAYS[title]
+    assert len(commands) <= 5, commands
+    assert title == "On Kubernetes" or commands[0].startswith("source deploy/ray_environment.sh"), "which also installs"
+
+
+def test_cluster_yaml_says_the_same_commands_as_readme() -> None:
+    text = (REPOSITORY / "cluster.yaml").read_text()
+    assert [command for command in commands_of("On AWS") if f"#   {command}" not in text] == []
+
+
+def test_no_block_has_commands_of_two_machines() -> None:
+    """A `ray start --block` ends its block: what follows would wait for ever."""
+    starts = [block.splitlines() for block in code_blocks("") if "ray start" in block]
+    assert len(starts) == 3
+    assert [lines for lines in starts if "--block" not in lines[-1]] == []
+
+
+def test_every_test_that_the_faults_name_exists() -> None:
+    named = re.findall(r"\btests/[\w/]+\.py", (REPOSITORY / "docs" / "FAULTS.md").read_text())
+    assert len(set(named)) >= 10
+    assert [path for path in named if not (REPOSITORY / path).is_file()] == []
+
+
+FAKES = {
+    "make": 'echo "$@" > made\nmkdir -p .venv/bin\necho "export PATH=$PWD/.venv/bin:$PATH" > .venv/bin/activate\nexit $MAKE_STATUS',
+    "ray": 'test "$*" = "get-auth-token --generate" && test "$RAY_AUTH_MODE" = token && mkdir -p ~/.ray && echo made > ~/.ray/auth_token',
+}
+"""In place of an installation that takes minutes."""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(("make_status", "argument"), [(0, ""), (0, "/shared/runs"), (2, "")])
+def test_a_terminal_is_ready_for_ray_after_one_command_or_says_why_not(tmp_path: Path, make_status: int, argument: str) -> None:
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin", "MAKE_STATUS": str(make_status)}
+    script = f"source {REPOSITORY}/deploy/ray_environment.sh {argument}\necho $? $RAY_AUTH_MODE $RAY_JOB_STOP_WAIT_TIME_S $RM_ROBUST_RUN_ROOT"
+    told = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
+    assert told.stdout.split() == (["0", "token", "60", *argument.split()] if make_status == 0 else ["2"]), told.stderr
+    assert (tmp_path / "made").read_text() == "--no-print-directory install\n"
+    assert (tmp_path / ".ray" / "auth_token").exists() == (make_status == 0)
