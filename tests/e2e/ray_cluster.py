@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -105,10 +106,15 @@ class Cluster:
 
 @contextmanager
 def ray_cluster(folder: Path, head_command: str, *options: str, port: str | None = None, environment: dict[str, str] | None = None) -> Iterator[Cluster]:
-    """A cluster of a head alone, started by the README's line that begins so. Runs go to `folder`/runs."""
-    run_root = folder / "runs"
+    """A cluster of a head alone, started by the README's line that begins so, with the token that its line before makes. Runs go to `folder`/runs."""
+    run_root, home = folder / "runs", folder / "home"
     launcher = Launcher(folder)
-    launcher.environment |= {"RM_ROBUST_RUN_ROOT": str(run_root), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    del launcher.environment["RAY_AUTH_TOKEN"]
+    launcher.environment |= {"RM_ROBUST_RUN_ROOT": str(run_root), "HOME": str(home), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    if not home.exists():  # a second cluster of a test has the first one's
+        home.mkdir()
+        assert launcher.command("ray", "get-auth-token", "--generate").wait() == 0
+    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) & 0o077 == 0
     port, dashboard_port, client_port, agent_port = [port or free_ports(1)[0], *free_ports(3)]
     ports = ["--port", port, "--dashboard-port", dashboard_port, "--ray-client-server-port", client_port, "--dashboard-agent-listen-port", agent_port]
     head = launcher.command(*readme_command(head_command), *ports, "--min-worker-port=0", "--max-worker-port=0", *options, environment=environment)

@@ -28,10 +28,12 @@ KINDS = {
 }
 """As in cluster.yaml. The GPUs are numbers that nobody uses: the autoscaler starts such nodes only for those who ask for something that they have."""
 SETTINGS = (
+    "data.task_resources={data=1}",
     "sft.workers.resources_per_worker={trainer=1}",
     "reward_model.workers.resources_per_worker={trainer=1}",
     "evaluation.resources={trainer=1}",
-    "rloo.trainers.resources_per_worker={trainer=1}",
+    "rloo.trainers.resources_per_worker={rollout=1}",  # so that nobody wants a trainer node while the policy trains
+    "rloo.num_steps=60",
     "rloo.engine_resources={rollout=1}",
     "serve.proxy_replica.resources={serving=1}",
     "serve.gold_replica.resources={serving=1}",
@@ -116,11 +118,13 @@ def test_every_stage_brings_its_kind_of_node_which_goes_again(watched: Watched) 
     assert all(1 <= count <= 2 for count in most.values()), most
     first = {kind: next(index for index, count in enumerate(watched.counts()) if count[kind]) for kind in KINDS}
     assert first["data"] < first["trainer"] < min(first["serving"], first["rollout"]), "a kind of node comes when a stage wants it, not before"
+    at_work = [count for count in watched.counts()[first["trainer"] :] if count["rollout"]]
+    assert any(count["trainer"] == 0 for count in at_work), "nodes that no stage wants any more go while the pipeline is at work"
     gone = dict.fromkeys(KINDS, 0)
     wait_until(lambda: watched.counts()[-1] == gone, 10 * IDLE_S, lambda: f"still there: {watched.counts()[-1]}")
 
 
 def test_what_the_autoscaler_may_never_start_is_refused_at_once(watched: Watched) -> None:
-    job = watched.cluster.submit_in_place("--set", "name=large", "--set", "reward_model.workers.num_workers=5", "--set", SETTINGS[1])
+    job = watched.cluster.submit_in_place("--set", "name=large", "--set", "reward_model.workers.num_workers=5", "--set", SETTINGS[2])
     assert job.wait(RUN_DEADLINE_S) != 0
     assert "reward_model asks for 5 x {CPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them" in job.output()

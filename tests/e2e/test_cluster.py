@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
 
 NUM_WORKERS = 2
 CPUS_OF_A_WORKER = 2
+NUM_STOPPED_STEPS = 60
+"""More than are done while a second submit is refused."""
 OF_RAY_ITSELF = re.compile(
     r"ServeController|ProxyActor|JobSupervisor|PreemptionWatcher|_StatsActor|AutoscalingRequester|DatasetStats|ActorLocation"
     r"|AutoscalingCoordinator|StatsSummary|UsageCollection"
@@ -54,8 +56,12 @@ def test_a_job_uses_the_workers_and_not_the_head_and_resumes_after_its_driver_wa
 
 def test_a_stopped_job_leaves_nothing_running_and_goes_on_when_it_is_submitted_again(cluster: Cluster) -> None:
     run_dir = cluster.run_root / "stopped"
-    first = cluster.submit("--set", "name=stopped")
+    first = cluster.submit("--set", "name=stopped", "--set", f"rloo.num_steps={NUM_STOPPED_STEPS}")
     first.wait_for_file(run_dir / "rloo" / "state", "step-*", RUN_DEADLINE_S)
+    beside = cluster.submit("--set", "name=stopped", "--set", f"rloo.num_steps={NUM_STOPPED_STEPS}")
+    assert beside.wait(STAGE_DEADLINE_S) != 0
+    assert f"Another job writes the run directory {run_dir}: python pipelines/full_rlhf.py" in beside.output()
+    assert first.process.poll() is None, "the first had ended before the second was refused"
     (job_id,) = re.findall(r"Job '(raysubmit_\w+)' submitted", first.output())
     assert cluster.ray("job", "stop", job_id).wait() == 0
     first.wait(STAGE_DEADLINE_S)
@@ -65,7 +71,7 @@ def test_a_stopped_job_leaves_nothing_running_and_goes_on_when_it_is_submitted_a
         return not [actor for actor in states_of(cluster, "actors") if actor["state"] == "ALIVE" and not OF_RAY_ITSELF.search(actor["class_name"])]
 
     wait_until(is_idle, STAGE_DEADLINE_S, lambda: str([a for a in states_of(cluster, "actors") if a["state"] == "ALIVE"])[:2000])
-    second = cluster.submit("--set", "name=stopped")
+    second = cluster.submit("--set", "name=stopped", "--set", f"rloo.num_steps={NUM_STOPPED_STEPS}")
     assert second.wait() == 0, second.output()[-4000:]
     assert "already committed, skipped" in second.output()
 
@@ -97,6 +103,13 @@ def test_a_wrong_token_is_named(cluster: Cluster, tmp_path: Path) -> None:
     said = refusal(cluster, tmp_path, RAY_AUTH_TOKEN="0" * 64)
     assert "does not let this process in" in said
     assert "RAY_AUTH_TOKEN" in said
+
+
+def test_a_job_is_not_taken_without_the_clusters_token(cluster: Cluster) -> None:
+    """`ray job submit` itself: whose words are Ray's."""
+    job = cluster.launcher.command("ray", "job", "submit", "--", "true", environment={"RAY_ADDRESS": cluster.dashboard, "RAY_AUTH_TOKEN": "0" * 64})
+    assert job.wait(STAGE_DEADLINE_S) != 0
+    assert "Authentication token" in job.output() or "authentication token" in job.output(), job.output()[-2000:]
 
 
 def test_a_cluster_of_another_ray_is_named(cluster: Cluster, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
 
 HEAD = "ray start --head --num-cpus=0"
 SOONER_DEAD = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
-ONE_WORKER = ("--set", "sft.workers.num_workers=1", "--set", "reward_model.workers.num_workers=1")
+ONE_WORKER = ("sft.workers.num_workers=1", "reward_model.workers.num_workers=1")
+LONG_ENOUGH = ("sft.num_epochs=20", "reward_model.num_epochs=20", "evaluation.max_tokens_per_batch=64", "rloo.num_steps=60", "world.num_training_prompts=400")
+"""To be found at work."""
 HANGS_S = 12.0
 """Less than the minutes after which Ray takes a node for dead."""
 
@@ -83,24 +85,38 @@ def is_training(actor: dict[str, Any]) -> bool:
     return "TrainWorker" in actor["class_name"] and actor["state"] == "ALIVE"
 
 
+def newest_step(run_dir: Path) -> int:
+    """Of the policy, committed."""
+    return max(committed_steps(run_dir / "rloo" / "state"), default=0)
+
+
 def steps_of(run_dir: Path, stage: str) -> list[int]:
     return [int(line["step"]) for line in read_metrics(run_dir, stage)]
 
 
-def test_the_nodes_of_sft_of_the_driver_and_of_the_evaluation_are_lost_in_one_run(nodes: Nodes) -> None:
+def test_a_node_is_lost_in_every_stage_of_one_run(nodes: Nodes) -> None:
     run_dir = nodes.cluster.run_root / "smoke"
-    job = nodes.cluster.submit_in_place(
-        *ONE_WORKER, "--set", "sft.num_epochs=20", "--set", "evaluation.max_tokens_per_batch=64"
-    )  # long enough to be found at work
+    job = nodes.cluster.submit_in_place(*(part for setting in (*ONE_WORKER, *LONG_ENOUGH) for part in ("--set", setting)))
     job.wait_for_file(run_dir / "sft" / "state", "step-*", RUN_DEADLINE_S)
     nodes.kill(node_of(nodes, job, "actors", is_training))  # the driver may be on it too: then both start again
     nodes.add(2)
     job.wait_for_file(run_dir / "stages", "sft.json", RUN_DEADLINE_S)
-    nodes.kill(node_of(nodes, job, "tasks", is_task("driver smoke")))  # while it prepares the preferences
+    nodes.kill(node_of(nodes, job, "tasks", is_task("driver smoke")))
+    assert not (run_dir / "stages" / "preferences.json").exists(), "the driver's node was lost while it prepared the preferences"
+    nodes.add(2)
+    job.wait_for_file(run_dir / "reward_model" / "state", "step-*", RUN_DEADLINE_S)
+    nodes.kill(node_of(nodes, job, "actors", is_training))
+    assert not (run_dir / "stages" / "reward_model.json").exists()
     nodes.add(2)
     job.wait_for_file(run_dir / "stages", "reward_model.json", RUN_DEADLINE_S)
     nodes.kill(node_of(nodes, job, "tasks", is_task("evaluate_scenarios")))
     nodes.add(2)
+    for kind in ("PolicyTrainer", "ServeReplica"):
+        committed = newest_step(run_dir)
+        wait_until(lambda: newest_step(run_dir) > committed, RUN_DEADLINE_S, lambda: job.output()[-4000:])  # noqa: B023
+        nodes.kill(node_of(nodes, job, "actors", lambda actor: kind in actor["class_name"] and actor["state"] == "ALIVE"))  # noqa: B023
+        assert not (run_dir / "stages" / "rloo.json").exists()
+        nodes.add(2)
     assert job.wait() == 0, job.output()[-4000:]
     for stage in ("sft", "reward_model", "rloo"):
         steps = steps_of(run_dir, stage)

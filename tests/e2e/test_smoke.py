@@ -36,7 +36,7 @@ def test_the_dashboard_asks_for_metrics_that_a_run_has(smoke_run: SmokeRun) -> N
     areas = {stage: metric_lines(smoke_run.run_dir, stage) for stage in ("sft", "reward_model", "rloo")}
     keys = {key if key.startswith(f"{stage}/") else f"{stage}_{key}" for stage, lines in areas.items() for line in lines for key in line if "/" in key}
     exported = {f"ray_{gauge_name(key)}" for key in (*keys, "sft/step", "reward_model/step", "rloo/step")}
-    asked = set(re.findall(r"ray_rm_robust_[a-z0-9_]+(?={)", (REPOSITORY / "deploy/grafana_dashboard.json").read_text()))
+    asked = set(re.findall(r"ray_rm_robust_[a-z0-9_]+(?={run=)", (REPOSITORY / "deploy/grafana_dashboard.json").read_text()))
     assert len(asked) > 15
     assert asked <= exported
 
@@ -44,6 +44,8 @@ def test_the_dashboard_asks_for_metrics_that_a_run_has(smoke_run: SmokeRun) -> N
 def test_the_run_ends_well_and_says_so_on_the_terminal(smoke_run: SmokeRun) -> None:
     assert smoke_run.exit_status == 0, smoke_run.output[-4000:]
     assert "Traceback" not in smoke_run.output
+    for whose in ("[smoke sft rank 0]", "[smoke reward_model rank 0]", "[smoke/bt_twin reward_model rank 0]", "[smoke rloo]"):
+        assert f" INFO {whose} rm_robust." in smoke_run.output
     table = final_table(smoke_run.output)
     for expected in (*SCENARIOS, "proxy_score: first tenth", "gold_score: first tenth", f"report: {smoke_run.run_dir}/report.html"):
         assert expected in table
