@@ -12,3 +12,4 @@ if [ -n "${1-}" ]; then
     export RM_ROBUST_RUN_ROOT="$1"
 fi
 ray get-auth-token --generate > /dev/null 2>&1 || { echo "ray get-auth-token --generate failed" >&2; return 1; }
+chmod 600 ~/.ray/auth_token  # Ray 2.60 lets everybody on the machine read it

@@ -106,15 +106,17 @@ class Cluster:
 
 @contextmanager
 def ray_cluster(folder: Path, head_command: str, *options: str, port: str | None = None, environment: dict[str, str] | None = None) -> Iterator[Cluster]:
-    """A cluster of a head alone, started by the README's line that begins so, with the token that its line before makes. Runs go to `folder`/runs."""
+    """A cluster of a head alone, started by the README's line that begins so, with the token that deploy/ray_environment.sh makes. Runs go to `folder`/runs."""
     run_root, home = folder / "runs", folder / "home"
     launcher = Launcher(folder)
     del launcher.environment["RAY_AUTH_TOKEN"]
     launcher.environment |= {"RM_ROBUST_RUN_ROOT": str(run_root), "HOME": str(home), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     if not home.exists():  # a second cluster of a test has the first one's
         home.mkdir()
-        assert launcher.command("ray", "get-auth-token", "--generate").wait() == 0
-    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) & 0o077 == 0
+        sourced = launcher.command("bash", "-c", 'make() { true; }; . deploy/ray_environment.sh "$0" && env', str(run_root))  # what make installs is here
+        assert sourced.wait() == 0, sourced.output()
+        assert f"RM_ROBUST_RUN_ROOT={run_root}\n" in sourced.output()
+        assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
     port, dashboard_port, client_port, agent_port = [port or free_ports(1)[0], *free_ports(3)]
     ports = ["--port", port, "--dashboard-port", dashboard_port, "--ray-client-server-port", client_port, "--dashboard-agent-listen-port", agent_port]
     head = launcher.command(*readme_command(head_command), *ports, "--min-worker-port=0", "--max-worker-port=0", *options, environment=environment)
