@@ -32,7 +32,7 @@ from rm_robust.ray_session import connect_to_ray, head_does_no_work, keep_ray_da
 from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
 from rm_robust.rloo.controller import run_rloo
-from rm_robust.run_claim import only_writer
+from rm_robust.run_claim import claim_for_job, only_writer
 from rm_robust.run_layout import RunLayout
 from rm_robust.score_contract import Scorer
 from rm_robust.scoring import RewardClient
@@ -82,6 +82,7 @@ def run_stages(run: Run, stages: list[Stage]) -> None:
 
 
 def drive_elsewhere(run: Run, stages: list[Stage], ahead: list[str]) -> None:
+    claim_for_job(run.run_dir)  # at once: the driver's task may have to wait for a node, and the run may be over by then
     check_capacity(run.config, ahead, beside=[Request("the driver", 1, {"CPU": DRIVER_CPUS})])
     keep_ray_datas_actors_here()
     remote: Any = ray.remote(drive)
