@@ -4,8 +4,9 @@ import pytest
 
 from rm_robust.deepspeed_engine import deepspeed_config
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_every_key_is_one_that_deepspeed_reads() -> None:
     from deepspeed.runtime import constants
     from deepspeed.runtime.config import DeepSpeedConfig

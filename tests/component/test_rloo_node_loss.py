@@ -13,6 +13,8 @@ from rm_robust.rloo.controller import run_rloo
 from rm_robust.tracking import read_metrics
 from tests.rloo_run import LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
@@ -43,7 +45,6 @@ def node_of_the_engine(cluster: Cluster) -> object:
     return node
 
 
-@pytest.mark.slow
 def test_a_node_removed_with_its_engine_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
     trainers = {"num_workers": 1, "num_cpus_per_worker": 0.1, "resources_per_worker": {"trainer": 1}}
     config = rloo_config(tmp_path, num_steps=3, engine_resources={"rollout": 1}, trainers=trainers)

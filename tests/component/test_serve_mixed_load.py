@@ -25,6 +25,8 @@ from tests.plain_transformers import PlainTransformers
 from tests.serve_process import ServeProcess, replica_process_ids, serve_process
 from tests.tiny_reward_model import save_tiny_reward_model, text
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 NUM_CLIENTS = 16
 PAUSE_S = 0.2
@@ -253,7 +255,6 @@ async def run_load(process: ServeProcess, pool: Pool, tally: Tally, *, seconds: 
             group.create_task(task)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(0)  # everything in it has a deadline; its length is an option
 def test_under_a_mixed_load_a_kill_a_hang_and_a_swap_lose_nothing(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     seconds = request.config.getoption("--load-seconds")

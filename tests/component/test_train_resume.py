@@ -27,7 +27,7 @@ from tests.tiny_models import save_tiny_language_model, write_token_groups
 NUM_STEPS = 60
 WORDS = ["red", "green", "blue", "river", "quiet"]
 POLL_EVERY_S = 0.005
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +96,6 @@ CASES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_ends_as_one_never_killed(name: str, base_dir: Path, tmp_path: Path) -> None:
     strategy, num_workers = CASES[name]

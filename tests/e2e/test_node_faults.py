@@ -22,7 +22,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
 HEAD = "ray start --head --num-cpus=0"
 SOONER_DEAD = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
 ONE_WORKER = ("sft.workers.num_workers=1", "reward_model.workers.num_workers=1")
-LONG_ENOUGH = ("sft.num_epochs=20", "reward_model.num_epochs=20", "evaluation.max_tokens_per_batch=64", "rloo.num_steps=60", "world.num_training_prompts=400")
+LONG_ENOUGH = (
+    "sft.num_epochs=20",
+    "reward_model.num_epochs=20",
+    "evaluation.max_tokens_per_batch=64",
+    "rloo.num_steps=400",
+    "rloo.evaluation.every_steps=200",
+    "world.num_training_prompts=400",
+)
 """To be found at work."""
 HANGS_S = 12.0
 """Less than the minutes after which Ray takes a node for dead."""
