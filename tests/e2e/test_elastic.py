@@ -2,12 +2,17 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rm_robust.packing import group_length
+from rm_robust.run_layout import RunLayout
+from rm_robust.token_files import read_token_groups
 from rm_robust.tracking import MetricsLine, read_metrics
+from rm_robust.training_loop import batch_indices
 from tests.e2e.pipeline_process import RUN_DEADLINE_S, wait_until
 from tests.e2e.ray_cluster import Cluster, ray_cluster
 
@@ -16,10 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * RUN_DEADLINE_S)]
 SETTINGS = (
     "sft.workers={num_workers=1, num_cpus_per_worker=1}",
     "reward_model.workers={num_workers=2, min_workers=1, num_cpus_per_worker=0, resources_per_worker={trainer=1}, resize_every_s=5}",
-    "reward_model.num_epochs=60",
+    "reward_model.num_epochs=200",
     "reward_model.checkpoint_every_steps=20",
     "reward_model.evaluate_every_steps=100000",
 )
+BATCH_SIZE = 32
+"""As in smoke.toml."""
 TRAINER = ("--num-cpus=0", '--resources={"trainer": 1}')
 STARTS_WITHIN_S = "15"
 """Of a worker group, before Ray Train tries a smaller one; its own default is a minute."""
@@ -67,6 +74,15 @@ def test_training_loses_a_node_goes_on_and_grows_again_over_the_same_batches(clu
     disturbed = lines()
     num_steps = int(disturbed[0]["num_steps"])
     assert [line["step"] for line in disturbed] == list(range(1, num_steps + 1)), "every step once"
+    lengths = [group_length(row.tokens) for row in read_token_groups(RunLayout(run_dir).preference_tokens / "scenario=train")]
+    assert len(set(lengths)) > 10, "rows are told apart by their tokens"
+    seen: Counter[int] = Counter()
+    for line in disturbed:
+        rows = batch_indices(int(line["step"]) - 1, num_rows=len(lengths), batch_size=BATCH_SIZE, seed=0)
+        assert line["reward_model/num_tokens"] == sum(lengths[row] for row in rows), f"step {line['step']} had other rows than the sampler says"
+        seen.update(rows)
+    assert set(seen) == set(range(len(lengths))), "every pair was seen"
+    assert max(seen.values()) - min(seen.values()) <= 1, "none more often than another, but for the epoch that is not over"
     undisturbed_dir = cluster.run_root / "undisturbed"
     own = ["reward_model.workers={num_workers=1}", *SETTINGS[2:]]
     plain = cluster.launcher.pipeline(
