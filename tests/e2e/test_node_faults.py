@@ -26,8 +26,8 @@ LONG_ENOUGH = (
     "sft.num_epochs=20",
     "reward_model.num_epochs=20",
     "evaluation.max_tokens_per_batch=64",
-    "rloo.num_steps=400",
-    "rloo.evaluation.every_steps=200",
+    "rloo.num_steps=200",
+    "rloo.evaluation.every_steps=100",
     "world.num_training_prompts=400",
 )
 """To be found at work."""
@@ -116,7 +116,7 @@ def test_a_node_is_lost_in_every_stage_of_one_run(nodes: Nodes) -> None:
     assert not (run_dir / "stages" / "reward_model.json").exists()
     nodes.add(2)
     job.wait_for_file(run_dir / "stages", "reward_model.json", RUN_DEADLINE_S)
-    nodes.kill(node_of(nodes, job, "tasks", is_task("evaluate_scenarios")))
+    nodes.kill(node_of(nodes, job, "tasks", is_task("evaluation of smoke")))
     nodes.add(2)
     for kind in ("PolicyTrainer", "ServeReplica"):
         committed = newest_step(run_dir)
