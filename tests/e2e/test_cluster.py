@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
 
 NUM_WORKERS = 2
 CPUS_OF_A_WORKER = 2
-NUM_STOPPED_STEPS = 60
+NUM_STOPPED_STEPS = 300
 """More than are done while a second submit is refused."""
 OF_RAY_ITSELF = re.compile(
     r"ServeController|ProxyActor|JobSupervisor|PreemptionWatcher|_StatsActor|AutoscalingRequester|DatasetStats|ActorLocation"
