@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rm_robust.training_state import committed_steps
-from tests.e2e.conftest import Launcher, SmokeRun
+from tests.e2e.conftest import WITH_TWIN, Launcher, SmokeRun
 from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADLINE_S, Running, wait_until
 
 pytestmark = pytest.mark.timeout(2 * RUN_DEADLINE_S)
@@ -85,7 +85,12 @@ def copy_as_before(stage: str, smoke_run: SmokeRun, run_dir: Path) -> None:
 
 def kill_at_work(stage: str, arguments: tuple[str, ...], launcher: Launcher, run_dir: Path) -> None:
     running = launcher.pipeline(*arguments)
-    wait_until(lambda: STAGES[stage].is_at_work(run_dir, running) or running.process.poll() is not None, STAGE_DEADLINE_S, running.output)
+
+    def is_at_work() -> bool:
+        assert running.process.poll() is None, f"{stage} had ended before the kill:\n{running.output()[-4000:]}"
+        return STAGES[stage].is_at_work(run_dir, running)
+
+    wait_until(is_at_work, STAGE_DEADLINE_S, running.output)
     running.kill()
     assert not (run_dir / "stages" / f"{stage}.json").exists(), f"{stage} had ended before the kill:\n{running.output()[-4000:]}"
 
@@ -96,7 +101,7 @@ def test_a_stage_killed_between_commits_goes_on_from_the_last_one_and_ends_as_if
 ) -> None:
     run_dir = tmp_path / "run"
     copy_as_before(stage, smoke_run, run_dir)
-    arguments = (STAGES[stage].script, "--config", SMOKE_CONFIG, "--run-dir", str(run_dir))
+    arguments = (STAGES[stage].script, "--config", SMOKE_CONFIG, "--run-dir", str(run_dir), WITH_TWIN)
     kill_at_work(stage, arguments, launcher, run_dir)
     before, committed = lines_of(run_dir, stage), committed_steps(run_dir / stage / "state")[-1]
     last = launcher.pipeline(*arguments)
@@ -119,7 +124,7 @@ def test_a_stage_killed_between_commits_goes_on_from_the_last_one_and_ends_as_if
 def test_a_stage_between_them_killed_at_work_gives_the_same_result(stage: str, smoke_run: SmokeRun, launcher: Launcher, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     copy_as_before(stage, smoke_run, run_dir)
-    arguments = (STAGES[stage].script, "--config", SMOKE_CONFIG, "--run-dir", str(run_dir))
+    arguments = (STAGES[stage].script, "--config", SMOKE_CONFIG, "--run-dir", str(run_dir), WITH_TWIN)
     kill_at_work(stage, arguments, launcher, run_dir)
     again = launcher.pipeline(*arguments)
     assert again.wait() == 0, again.output()[-4000:]
