@@ -3,7 +3,7 @@
     python -m tests.bench.scaling                 writes docs/scaling_measured.json, and makes the tables of docs/SCALING.md again
     python -m tests.bench.scaling --quick --to /tmp/x.json      a few steps of everything, to see that it works
 
-Rates: of a process alone, for one thread and for two, and of an engine with the policy of 0.3 M parameters. Runs: the stages of tiny_cpu, shortened, as
+Rates: of a process with one thread, alone, and of an engine with the policy of 0.3 M parameters. Runs: the stages of tiny_cpu, shortened, as
 `pipelines/full_rlhf.py` runs them; peak memory of training; weight updates of 20 M and 100 M parameters. Figures are medians. Runs of other benches stay
 in the file.
 """
