@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.vllm_weight_loader import WeightLoader, new_loader
 from rm_robust.rloo.weight_broadcast import ParameterSpec, join_store, open_group, receive_weights
-from rm_robust.rloo.weight_sharing import load_shared_weights, num_shared_bytes, open_memory
+from rm_robust.rloo.weight_sharing import MemoryAddress, load_shared_weights, num_shared_bytes, open_memory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroupGloo
@@ -36,8 +36,8 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
-    shared_path: str | None
-    """Where the trainer shares them in memory; None: they are broadcast."""
+    shared_memory: tuple[str, int, int] | None
+    """The `MemoryAddress` where the trainer shares them; None: they are broadcast."""
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -51,12 +51,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group: ProcessGroupGloo | None = None
         self._loaders: dict[tuple[ParameterSpec, ...], WeightLoader] = {}
         self._loader: WeightLoader | None = None
-        self._shared: dict[tuple[str, int], Tensor] = {}
+        self._shared: dict[MemoryAddress, Tensor] = {}
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._shared = {}  # a new trainer's memory may have an old one's path
+        self._shared = {}
         store = join_store(init_info.master_address, init_info.master_port, init_info.world_size, init_info.timeout_s)
         self._group = open_group(store, rank, init_info.world_size, init_info.timeout_s)
 
@@ -75,10 +75,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self._loaders = {tuple(specs): new_loader(self.model, self.model_config, specs)}
         loader = self._loaders[tuple(specs)]
         loader.start()
-        if update_info.shared_path is None:
+        if update_info.shared_memory is None:
             receive_weights(group, specs, loader.load)
         else:
-            load_shared_weights(group, specs, self._shared_memory(update_info.shared_path, num_shared_bytes(specs)), loader.load)
+            load_shared_weights(group, specs, self._shared_memory(MemoryAddress(*update_info.shared_memory), num_shared_bytes(specs)), loader.load)
         self._loader = loader
 
     def finish_weight_update(self) -> None:
@@ -91,10 +91,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group = None
         self._shared = {}
 
-    def _shared_memory(self, path: str, num_bytes: int) -> Tensor:
-        if (path, num_bytes) not in self._shared:
-            self._shared = {(path, num_bytes): open_memory(path, num_bytes)}
-        return self._shared[path, num_bytes]
+    def _shared_memory(self, address: MemoryAddress, num_bytes: int) -> Tensor:
+        if address not in self._shared:
+            self._shared = {address: open_memory(address, num_bytes)}
+        return self._shared[address]
 
     def _require_group(self) -> "ProcessGroupGloo":
         if self._group is None:

@@ -8,10 +8,12 @@ The parameters of a whole policy live in that memory: nothing is copied (`move_p
 The memory has no name in any file system: it is gone with the last process that holds it, however that ends. Linux only.
 """
 
+import mmap
 import os
 import socket
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,24 +45,50 @@ def memory_namespace() -> str:
         return f"{boot_id.read().strip()} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
 
 
+class MemoryAddress(NamedTuple):
+    """Where a process of this machine finds the trainer's memory, and how it knows that this is what it has found.
+
+    A path alone does not say: the trainer's next file gets the number of a descriptor that it has closed, its process's number goes to another one.
+    """
+
+    path: str
+    device: int
+    inode: int
+
+
 class SharedMemory:
-    """Bytes of the trainer's that engines open by `path` while it is not closed."""
+    """Bytes of the trainer's that engines open by `address` while it is not closed."""
 
     def __init__(self, num_bytes: int) -> None:
         """Raises OSError when there is not so much memory."""
         self._descriptor = os.memfd_create("policy_weights")
-        self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
         os.posix_fallocate(self._descriptor, 0, num_bytes)
-        self.buffer = open_memory(self.path, num_bytes)
+        status = os.fstat(self._descriptor)
+        self.address = MemoryAddress(f"/proc/{os.getpid()}/fd/{self._descriptor}", status.st_dev, status.st_ino)
+        self.buffer = _map(self._descriptor, num_bytes)
 
     def close(self) -> None:
         """Engines that have it open keep it."""
         os.close(self._descriptor)
 
 
-def open_memory(path: str, num_bytes: int) -> Tensor:
-    """The trainer's memory as a uint8 tensor."""
-    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+def open_memory(address: MemoryAddress, num_bytes: int) -> Tensor:
+    """The trainer's memory as a uint8 tensor. Raises RolloutError when it is closed; whatever has come into its place is left as it is."""
+    try:
+        descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise RolloutError(f"The trainer's memory {address.path} cannot be opened ({error.strerror}). Publish the weights again.") from error
+    try:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino, status.st_size) != (address.device, address.inode, num_bytes):
+            raise RolloutError(f"{address.path} is not the {num_bytes} bytes that the trainer announced: it has closed them. Publish the weights again.")
+        return _map(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _map(descriptor: int, num_bytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
 
 
 def num_shared_bytes(specs: list[ParameterSpec]) -> int:

@@ -243,14 +243,14 @@ class GlooSender:
             "names": [spec.name for spec in specs],
             "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],
             "shapes": [list(spec.shape) for spec in specs],
-            "shared_path": None,
+            "shared_memory": None,
         }
         if self._shares_memory:
             if self._memory is None:
                 self._memory = SharedMemory(num_shared_bytes(specs))
                 if isinstance(self._source, ModuleWeights):
                     move_parameters(self._source, self._memory.buffer)
-            update_info["shared_path"] = self._memory.path
+            update_info["shared_memory"] = self._memory.address
         receiving = self._client.begin_receive_update(update_info)
         try:
             if self._memory is not None:

@@ -1,9 +1,11 @@
 """Weights in shared memory, between two threads and, for what belongs to a process, two processes."""
 
 import copy
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_shared_parameters_are_the_trainers_update_after_update(
     module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7, dtype=torch.bfloat16))
     weights = ModuleWeights(module)
     memory = SharedMemory(num_shared_bytes(weights.metadata()))
-    engines_view = open_memory(memory.path, memory.buffer.numel())
+    engines_view = open_memory(memory.address, memory.buffer.numel())
     if is_moved:
         before = copy.deepcopy(module.state_dict())
         move_parameters(weights, memory.buffer)
@@ -87,12 +89,43 @@ def test_altered_memory_is_an_error_before_it_is_loaded(groups: tuple[ProcessGro
     assert not loaded
 
 
-def test_another_process_opens_the_memory_by_its_path_until_it_is_closed() -> None:
+def test_another_process_opens_the_memory_by_its_address_until_it_is_closed() -> None:
     memory = SharedMemory(1000)
     memory.buffer.fill_(7)
-    code = "import sys; from rm_robust.rloo.weight_sharing import *; print(memory_namespace()); print(int(open_memory(sys.argv[1], 1000).sum()))"
-    command = [sys.executable, "-c", code, memory.path]
+    path, device, inode = memory.address
+    code = (
+        "import sys; from rm_robust.rloo.weight_sharing import *; print(memory_namespace()); "
+        "print(int(open_memory(MemoryAddress(sys.argv[1], *map(int, sys.argv[2:])), 1000).sum()))"
+    )
+    command = [sys.executable, "-c", code, path, str(device), str(inode)]
     assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout.splitlines() == [memory_namespace(), "7000"]
     memory.close()
-    with pytest.raises(RuntimeError):
-        open_memory(memory.path, 1000)
+    with pytest.raises(RolloutError, match=f"{path} cannot be opened .No such file or directory.. Publish the weights again"):
+        open_memory(memory.address, 1000)
+
+
+def test_a_file_that_got_the_number_of_closed_memory_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    """A trainer that fails reads its own source for the traceback, just when an engine comes to open the memory that it has closed."""
+    memory = SharedMemory(1000)
+    memory.close()
+    source = tmp_path / "source.py"
+    source.write_text("pass\n")
+    with source.open("r+b") as opened:
+        assert memory.address.path == f"/proc/{os.getpid()}/fd/{opened.fileno()}"
+        with pytest.raises(RolloutError, match="is not the 1000 bytes that the trainer announced"):
+            open_memory(memory.address, 1000)
+    assert source.read_text() == "pass\n"
+
+
+def test_later_memory_of_the_same_number_is_not_taken_for_the_earlier() -> None:
+    earlier = SharedMemory(1000)
+    del earlier.buffer  # nothing holds it any longer: its inode is free too
+    earlier.close()
+    later = SharedMemory(1000)
+    assert later.address.path == earlier.address.path
+    with pytest.raises(RolloutError, match="is not the 1000 bytes"):
+        open_memory(earlier.address, 1000)
+    with pytest.raises(RolloutError, match="is not the 2000 bytes"):
+        open_memory(later.address, 2000)
+    assert open_memory(later.address, 1000).numel() == 1000
+    later.close()
