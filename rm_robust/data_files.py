@@ -1,4 +1,4 @@
-"""The jsonl and parquet files of a source: what lies at a path or URI (filesystems.py), and its lines."""
+"""The jsonl and parquet files of a source: what lies at a path or URI (filesystems.py), and its lines; and what the hub has."""
 
 import functools
 import io
@@ -79,6 +79,17 @@ def read_parquet_rows(file: DataFile) -> list[dict[str, Any]]:
     with open_file(file.root, file.path) as opened:
         rows: list[dict[str, Any]] = pq.read_table(opened).to_pylist()
     return rows
+
+
+def read_hub_table(path: str) -> pa.Table:
+    """All rows of `hub:owner/name`, or of `hub:owner/name:split`, by default its split "train". Raises DataError with the reason why there are none."""
+    import datasets
+
+    name, _, split = path.removeprefix(HUB).partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train").with_format("arrow")[:]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{path} cannot be loaded: {error}. Check {HUB}owner/name:split, the hub's address (HF_ENDPOINT) and its token (HF_TOKEN).") from error
 
 
 def read_rows(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:

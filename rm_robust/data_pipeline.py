@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import commit_directory
-from rm_robust.data_files import HUB, lines_from, list_files
+from rm_robust.data_files import HUB, lines_from, list_files, read_hub_table
 from rm_robust.errors import DataError
 from rm_robust.filesystems import filesystem_of
 from rm_robust.object_storage.pulls import pull_folder
@@ -125,10 +125,7 @@ def _read(path: str, resources: dict[str, float]) -> Any:
     import ray.data
 
     if path.startswith(HUB):
-        import datasets
-
-        name, _, split = path.removeprefix(HUB).partition(":")
-        table = datasets.load_dataset(name, split=split or "train").with_format("arrow")[:]
+        table = read_hub_table(path)
         blocks = ray.data.from_arrow(table, override_num_blocks=max(1, math.ceil(table.num_rows / _BATCH_ROWS)))
         return blocks.map_batches(_rows_as_text, batch_format="pyarrow", resources=resources)
     files = list_files(path)

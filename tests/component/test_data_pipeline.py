@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +86,20 @@ def test_a_bucket_is_read_by_rays_workers(tmp_path: Path, chat_dir: Path, monkey
         report = tokenise(tmp_path, chat_dir, f"s3://rows/mine?{server.options}")
     assert (report.num_kept, report.num_dropped) == ({"train": 30}, {"train": {}})
     assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=train")] == [f"{number:04}" for number in range(30)]
+
+
+def test_a_hub_data_set_is_read_whole(tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` loads a folder as it loads what it has downloaded; there is no hub here."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    rows = [pair(number) for number in range(1500)]  # more than a block
+    pq.write_table(pa.Table.from_pylist(rows[:20]), tmp_path / "mine" / "data" / "validation-0.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine" / "data" / "train-0.parquet")
+    for split, num_rows in (("", 1500), (":validation", 20)):
+        report = tokenise(tmp_path, chat_dir, f"hub:{tmp_path}/mine{split}", scenario=f"train{num_rows}")
+        assert (report.num_kept, report.num_dropped) == ({f"train{num_rows}": num_rows}, {f"train{num_rows}": {}})
+        groups = read_token_groups(tmp_path / "tokens" / f"scenario=train{num_rows}")
+        assert [group.group_id for group in groups] == [f"{number:04}" for number in range(num_rows)]
 
 
 def test_several_scenarios_are_written_and_counted_apart(tmp_path: Path, chat_dir: Path) -> None:

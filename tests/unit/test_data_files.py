@@ -1,14 +1,16 @@
 """Where paths and URIs lead, and how lines are cut. s3:// is read from moto's server: no real object store was at hand."""
 
 import json
+import re
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from rm_robust.data_files import DataFile, lines_from, list_files, read_lines, read_parquet_rows
+from rm_robust.data_files import DataFile, lines_from, list_files, read_hub_table, read_lines, read_parquet_rows
 from rm_robust.errors import DataError
 from rm_robust.filesystems import filesystem_of
 from tests.s3_server import CREDENTIALS, s3_server
@@ -128,3 +130,17 @@ def test_files_of_another_format_and_folders_without_rows_are_refused(tmp_path: 
         with pytest.raises(DataError) as refused:
             list_files(f"{scheme}{tmp_path}/{name}")
         assert str(refused.value) == f"{scheme}{tmp_path}/{name} must be a .jsonl or .parquet file, or a folder with such files."
+
+
+@pytest.mark.parametrize(("split", "is_offline", "reason"), [(":tset", False, 'Unknown split "tset"'), ("", True, "the Hub")])
+def test_a_hub_data_set_that_cannot_be_loaded_is_refused_by_name_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, is_offline: bool, reason: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "red"}\n')
+    name = "owner/no_such_data_set" if is_offline else str(tmp_path)  # a folder is loaded like what the hub has
+    with pytest.raises(DataError, match=re.escape(f"hub:{name}{split} cannot be loaded: ")) as refused:
+        read_hub_table(f"hub:{name}{split}")
+    assert reason in str(refused.value)
+    assert "HF_TOKEN" in str(refused.value)
