@@ -53,16 +53,20 @@ def _only_process(run_dir: Path) -> Iterator[None]:
 
 
 def claim_for_job(run_dir: Path) -> None:
-    """For this job, until it has ended. Raises ClusterError when a job that has not ended has it; a driver that Ray started again has its job's own."""
+    """For this job, until it has ended. Raises ClusterError when a job that has not ended has it; a driver that Ray started again has its job's own.
+
+    Each holder's successor has a key of its own, which is put once: of two jobs that find the holder ended, one takes its place.
+    """
     key, own = str(run_dir), ray.get_runtime_context().get_job_id()
-    _internal_kv_put(key, own, overwrite=False, namespace=NAMESPACE)
-    holder = _internal_kv_get(key, namespace=NAMESPACE).decode()
-    if holder == own:
-        return
-    at_work = [job for job in jobs() if job["JobID"] == holder and not job["IsDead"]]
-    if at_work:
-        raise ClusterError(
-            f"Another job writes the run directory {shown(run_dir)}: {at_work[0]['Entrypoint']} (job {holder}). Ctrl-C of `ray job submit` does not end a job: "
-            "`ray job list` names it, `ray job stop` ends it; or wait for it, or choose another directory with --run-dir."
-        )
-    _internal_kv_put(key, own, namespace=NAMESPACE)
+    while True:
+        _internal_kv_put(key, own, overwrite=False, namespace=NAMESPACE)
+        holder = _internal_kv_get(key, namespace=NAMESPACE).decode()
+        if holder == own:
+            return
+        at_work = [job for job in jobs() if job["JobID"] == holder and not job["IsDead"]]
+        if at_work:
+            raise ClusterError(
+                f"Another job writes the run directory {shown(run_dir)}: {at_work[0]['Entrypoint']} (job {holder}). Ctrl-C of `ray job submit` does not end a "
+                "job: `ray job list` names it, `ray job stop` ends it; or wait for it, or choose another directory with --run-dir."
+            )
+        key = f"{run_dir} after job {holder}"

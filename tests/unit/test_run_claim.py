@@ -75,3 +75,21 @@ def test_a_job_has_it_until_it_ends(as_job: Callable[[str], None], tmp_path: Pat
     with pytest.raises(ClusterError, match=r"python run.py 06 \(job 06\).*`ray job stop` ends it"):
         claim_for_job(tmp_path)
     claim_for_job(tmp_path / "other")
+
+
+def test_of_two_jobs_that_find_the_holder_ended_one_takes_its_place(as_job: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_job("05")
+    claim_for_job(tmp_path)
+    table = run_claim.jobs()
+
+    def sees_the_table_late() -> list[dict[str, object]]:
+        """07 has read who holds it; before it goes on, 06 comes and is done with its claim."""
+        monkeypatch.setattr(run_claim, "jobs", lambda: table)
+        as_job("06")
+        claim_for_job(tmp_path)
+        return table
+
+    as_job("07")
+    monkeypatch.setattr(run_claim, "jobs", sees_the_table_late)
+    with pytest.raises(ClusterError, match=r"python run.py 06 \(job 06\)"):
+        claim_for_job(tmp_path)
