@@ -69,11 +69,10 @@ def load_best(engine: TrainEngine, root: Path, best_step: int) -> None:
 
 def load_state(engine: TrainEngine, root: Path) -> int:
     """Load the newest committed state; returns its number of steps done (0: nothing to resume from)."""
-    steps = committed_steps(root)
-    if not steps:
-        return 0
-    _load(engine, folder_of(root, steps[-1]))
-    return steps[-1]
+    step = from_every_rank((committed_steps(root) or [0])[-1])[0]  # rank 0's: a node may see an older listing of shared storage
+    if step:
+        _load(engine, folder_of(root, step))
+    return step
 
 
 def _load(engine: TrainEngine, folder: Path) -> None:
