@@ -46,7 +46,7 @@ def connect_to_ray() -> None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cluster = "RAY_ADDRESS" in os.environ
-    environment = WORKER_ENVIRONMENT | handed_on()
+    environment = for_workers()
     if not on_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that token authentication is on
@@ -67,10 +67,12 @@ def connect_to_ray() -> None:
         raise ClusterError(why_not_connected(os.environ["RAY_ADDRESS"], error)) from error
 
 
-def handed_on() -> dict[str, str]:
-    """How this process was asked to log, for its workers; not what a job's own runtime environment says to them already, which Ray refuses to hear twice."""
+def for_workers() -> dict[str, str]:
+    """What workers need in their environment, and how this process was asked to log; not what a job's own runtime environment says to them already, which
+    Ray refuses to hear twice."""
     of_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {}).get("env_vars", {})
-    return {name: os.environ[name] for name in (FORMAT_VARIABLE, "TQDM_DISABLE") if name in os.environ and name not in of_job}
+    handed_on = {name: os.environ[name] for name in (FORMAT_VARIABLE, "TQDM_DISABLE") if name in os.environ}
+    return {name: value for name, value in (WORKER_ENVIRONMENT | handed_on).items() if name not in of_job}
 
 
 def require_reachable(address: str) -> None:

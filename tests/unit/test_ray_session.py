@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rm_robust.ray_session import DRIVER_VARIABLE, handed_on, shut_down, workers_of
+from rm_robust.ray_session import DRIVER_VARIABLE, WORKER_ENVIRONMENT, for_workers, shut_down, workers_of
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
 
@@ -55,14 +55,14 @@ def as_ray_says_it(of_job: dict[str, str]) -> str:
     return json.dumps({"runtime_env": {"env_vars": of_job}, "metadata": {}})
 
 
-def test_workers_are_told_how_to_log_unless_their_job_has_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.delenv("RM_ROBUST_LOG_FORMAT", raising=False)
-    assert handed_on() == {}
+def test_workers_are_told_what_their_job_has_not_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "TQDM_DISABLE", "RM_ROBUST_LOG_FORMAT"):
+        monkeypatch.delenv(name, raising=False)
+    assert for_workers() == WORKER_ENVIRONMENT
     monkeypatch.setenv("RM_ROBUST_LOG_FORMAT", "json")
-    assert handed_on() == {"RM_ROBUST_LOG_FORMAT": "json"}
+    assert for_workers() == {**WORKER_ENVIRONMENT, "RM_ROBUST_LOG_FORMAT": "json"}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it({"OTHER": "1"}))
-    assert handed_on() == {"RM_ROBUST_LOG_FORMAT": "json"}
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it({"RM_ROBUST_LOG_FORMAT": "json"}))
-    assert handed_on() == {}
+    assert for_workers() == {**WORKER_ENVIRONMENT, "RM_ROBUST_LOG_FORMAT": "json"}
+    of_job = {"RM_ROBUST_LOG_FORMAT": "json", "TOKENIZERS_PARALLELISM": "true"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it(of_job))
+    assert for_workers() == {name: value for name, value in WORKER_ENVIRONMENT.items() if name != "TOKENIZERS_PARALLELISM"}
