@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import socket
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from rm_robust.tracking import write_json_atomic
 DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
 RUN_ROOT_VARIABLE = "RM_ROBUST_RUN_ROOT"
 RESOLVED_NAME = "config.resolved.json"
+SEEN_WITHIN_S = 60.0
+"""A node may remember for as long that a name was not there (NFS, acdirmax)."""
 Config = TypeVar("Config", bound=Section)
 
 
@@ -33,7 +37,7 @@ class Run:
 
 
 def parse_run(description: str, default_config: Path, arguments: list[str] | None = None) -> Run:
-    """Command line of every pipeline -> Run; claims the run directory. Raises ConfigError with the path, the value and the fix."""
+    """Command line of every pipeline -> Run, whose directory may hold no run of another config. Raises ConfigError with the path, the value and the fix."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, default=default_config, help=f"TOML file (default: {DEFAULT_CONFIG}, which needs no data)")
     parser.add_argument("--run-dir", help="where this run's files go: a path, or a URI (s3://…, gs://…); the same again resumes the run")
@@ -42,7 +46,7 @@ def parse_run(description: str, default_config: Path, arguments: list[str] | Non
     config = load_config(parsed.config, parsed.overrides)
     local_path(config.serve.gold)  # a URI that holds a password is refused before it is written anywhere
     run_dir = choose_run_dir(config.name, parsed.run_dir)
-    claim_run_dir(run_dir, config)
+    check_run_dir(run_dir, config)
     return Run(config, run_dir)
 
 
@@ -94,29 +98,45 @@ def in_ray_job() -> bool:
 
 
 def claim_run_dir(run_dir: Path, config: Section) -> None:
-    """Write the resolved config into the run directory, or check that it is the one already there.
+    """Write the resolved config into the run directory, or check that it is the one already there. Raises what `check_run_dir` raises."""
+    if not check_run_dir(run_dir, config):
+        write_json_atomic(run_dir / RESOLVED_NAME, json.loads(config.model_dump_json()))
 
-    A directory that holds nothing but a config takes the new one: the run before it was refused before it began. A setting that an earlier version did
+
+def check_run_dir(run_dir: Path, config: Section) -> bool:
+    """Whether a run of this config has begun there. Raises ConfigError where one of another config has, or nothing can be written.
+
+    A directory that holds nothing but a config takes another one: the run before it was refused before it began. A setting that an earlier version did
     not have is no difference while it has its default.
     """
-    resolved = json.loads(config.model_dump_json())
-    path = run_dir / RESOLVED_NAME
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        names = names_in(run_dir)
-        if RESOLVED_NAME not in names or names == {RESOLVED_NAME}:
-            write_json_atomic(path, resolved)
-            return
         require_writable(run_dir)
-        earlier = json.loads(read_text(path))
+        names = {name for name in names_in(run_dir) if not name.startswith(".")}
+        if RESOLVED_NAME not in names or names == {RESOLVED_NAME}:
+            return False
+        earlier = json.loads(read_text(run_dir / RESOLVED_NAME))
     except (OSError, ValueError) as error:
         raise ConfigError(f"The run directory {shown(run_dir)} cannot be used: {error}. Choose another with --run-dir.") from error
-    changes = _differences(with_new_settings(earlier, type(config)), resolved)
+    changes = _differences(with_new_settings(earlier, type(config)), json.loads(config.model_dump_json()))
     if changes:
         raise ConfigError(
             f"{shown(run_dir)} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
             "Give this config its own --run-dir, or remove that directory to start again."
         )
+    return True
+
+
+def require_shared(path: Path) -> None:
+    """Raise ConfigError when this node does not see what another one has written at `path`, in a run directory that is in no object store."""
+    deadline_s = time.monotonic() + SEEN_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > deadline_s:
+            raise ConfigError(
+                f"Node {socket.gethostname()} does not see {path}, which another node has written: a run directory must be on storage that every node sees. "
+                f"Set {RUN_ROOT_VARIABLE} or --run-dir to a shared file system, or to a URI (s3://…, gs://…)."
+            )
+        time.sleep(1)
 
 
 def with_new_settings(earlier: dict[str, Any], kind: type[Section]) -> dict[str, Any]:

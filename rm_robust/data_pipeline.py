@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import commit_directory
+from rm_robust.config_loading import require_shared
 from rm_robust.data_files import HUB, lines_from, list_files, read_hub_table
 from rm_robust.errors import DataError
 from rm_robust.filesystems import filesystem_of
+from rm_robust.object_storage.copies import uri_of
 from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.object_storage.puts import written_by_any_node
 from rm_robust.rows import RowKind
@@ -92,11 +94,12 @@ def tokenise_sources(
     """
     check_sources(sources)
     resources = dict(task_resources or {})
-    rows = [_dataset_of(source, resources, number=number, chat_dir=chat_dir, limits=limits) for number, source in enumerate(sources)]
-    dataset = rows[0].union(*rows[1:]) if len(rows) > 1 else rows[0]
     reports: list[TokeniseReport] = []
 
     def write(folder: Path) -> None:
+        seen = folder if uri_of(out_dir) is None else None
+        rows = [_dataset_of(source, resources, number=number, chat_dir=chat_dir, limits=limits, seen=seen) for number, source in enumerate(sources)]
+        dataset = rows[0].union(*rows[1:]) if len(rows) > 1 else rows[0]
         staged = folder / "rows"
         with written_by_any_node(staged, out_dir) as (place, filesystem):
             dataset.write_parquet(place, partition_cols=["scenario"], filesystem=filesystem, ray_remote_args={"resources": resources})
@@ -109,8 +112,8 @@ def tokenise_sources(
     return reports[0]
 
 
-def _dataset_of(source: Source, resources: dict[str, float], *, number: int, chat_dir: Path, limits: TokenLimits) -> Any:
-    settings = {"source": source, "source_number": number, "chat_dir": str(chat_dir), "limits": limits}
+def _dataset_of(source: Source, resources: dict[str, float], *, number: int, chat_dir: Path, limits: TokenLimits, seen: Path | None) -> Any:
+    settings = {"source": source, "source_number": number, "chat_dir": str(chat_dir), "limits": limits, "seen": seen}
     parts = [_read(path, resources) for path in source.paths]
     texts = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
     return texts.map_batches(_tokenise_batch, fn_kwargs=settings, batch_format="pyarrow", batch_size=_BATCH_ROWS, resources=resources)
@@ -152,7 +155,9 @@ def _rows_as_text(table: pa.Table) -> pa.Table:
     return pa.table({"text": [json.dumps(row, ensure_ascii=False, default=str) for row in table.to_pylist()]})
 
 
-def _tokenise_batch(table: pa.Table, *, source: Source, source_number: int, chat_dir: str, limits: TokenLimits) -> pa.Table:
+def _tokenise_batch(table: pa.Table, *, source: Source, source_number: int, chat_dir: str, limits: TokenLimits, seen: Path | None) -> pa.Table:
+    if seen is not None:
+        require_shared(seen)
     if chat_dir not in _chats:  # one tokenizer a worker process
         pull_folder(Path(chat_dir))
         _chats[chat_dir] = ChatFormat.load(chat_dir)

@@ -4,6 +4,7 @@ world ─► sft ─► preferences ─► reward_model ─► evaluation ─►
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import sys
@@ -12,23 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.cluster_capacity import Request, check_capacity, requests_of
 from rm_robust.config import PipelineConfig, ReplicaConfig
-from rm_robust.config_loading import DEFAULT_CONFIG, Run, claim_run_dir, parse_run
+from rm_robust.config_loading import DEFAULT_CONFIG, RESOLVED_NAME, Run, claim_run_dir, parse_run, require_shared
 from rm_robust.embedded_world.world_files import write_world
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.experiment_trackers import check_trackers
 from rm_robust.log_lines import lines_are_of, start_logging
-from rm_robust.object_storage.copies import local_path
+from rm_robust.object_storage.copies import local_path, shown, uri_of
 from rm_robust.object_storage.pulls import pull_anew, pull_files
 from rm_robust.object_storage.puts import delete_uncommitted
 from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
 from rm_robust.ray_session import connect_to_ray, head_does_no_work, keep_ray_datas_actors_here
+from rm_robust.remote_errors import LOST, origin_of
 from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
 from rm_robust.rloo.controller import run_rloo
@@ -85,14 +87,21 @@ def drive_elsewhere(run: Run, stages: list[Stage], ahead: list[str]) -> None:
     claim_for_job(run.run_dir)  # at once: the driver's task may have to wait for a node, and the run may be over by then
     check_capacity(run.config, ahead, beside=[Request("the driver", 1, {"CPU": DRIVER_CPUS})])
     keep_ray_datas_actors_here()
-    remote: Any = ray.remote(drive)
-    task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(run, stages, [])
+    claim_run_dir(run.run_dir, run.config)
+    remote: Any = ray.remote(drive_in_task)
+    task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(run, stages)
     try:
         ray.get(task)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and the SIGTERM of `ray job stop`
         ray.cancel(task)
         ray.wait([task], timeout=DRIVER_ENDS_S)
         raise
+
+
+def drive_in_task(run: Run, stages: list[Stage]) -> None:
+    if uri_of(run.run_dir) is None:
+        require_shared(run.run_dir / RESOLVED_NAME)
+    drive(run, stages, [])
 
 
 def stages_ahead(run: Run, stages: list[Stage]) -> list[str]:
@@ -110,6 +119,7 @@ def drive(run: Run, stages: list[Stage], ahead: list[str]) -> None:
     start_logging()
     quieten_libraries()
     with only_writer(run.run_dir):
+        claim_run_dir(run.run_dir, run.config)
         check_inputs(run, stages)
         if ahead:
             connect_to_ray()
@@ -126,19 +136,16 @@ def name_of(stage: Stage) -> str:
 
 
 def exit_code_of(work: Callable[[], None]) -> int:
-    """0; 2 for what a user can mend and 1 for training that failed, each said in one line. Anything else is raised."""
+    """0; 2 for what a user can mend, and 1 for training that failed or a node or process that was lost, each said in one line. Anything else is raised."""
     try:
         work()
-    except RmRobustError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingFailedError, RayTaskError) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, RmRobustError):
-            print(f"error: {cause}", file=sys.stderr)
+    except (RmRobustError, RayError, TrainingFailedError) as error:
+        origin = origin_of(error)
+        if isinstance(origin, RmRobustError):
+            print(f"error: {origin}", file=sys.stderr)
             return 2
-        if isinstance(cause, TrainingFailedError):
-            print(f"error: {cause}\nThe same command again resumes from the last committed state.", file=sys.stderr)
+        if isinstance(origin, LOST):
+            print(f"error: {origin}\nThe same command again resumes from the last committed state.", file=sys.stderr)
             return 1
         raise
     return 0
@@ -264,17 +271,23 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
     proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
     gold = served_model(config.serve.gold_replica, "gold", None if config.serve.gold == "embedded" else local_path(config.serve.gold).absolute())
     gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
+    app_name = service_name(run)
     start_serve_without_http()
     settings = ServiceSettings(models=(proxy,) if gold_url else (proxy, gold), api_keys=(new_key("run")[1],), limits=ServiceLimits(request_timeout_s=timeout_s))
     try:
-        deploy_inside(settings, app_name=config.name, deadline_s=SERVED_WITHIN_S)
+        deploy_inside(settings, app_name=app_name, deadline_s=SERVED_WITHIN_S)
         with contextlib.ExitStack() as stack:
             if gold_url:
-                yield ClusterScorer(config.name, "proxy"), stack.enter_context(RewardClient(gold_url, timeout_s=timeout_s))
+                yield ClusterScorer(app_name, "proxy"), stack.enter_context(RewardClient(gold_url, timeout_s=timeout_s))
             else:
-                yield ClusterScorer(config.name, "proxy"), ClusterScorer(config.name, "gold")
+                yield ClusterScorer(app_name, "proxy"), ClusterScorer(app_name, "gold")
     finally:
-        delete_service(config.name)
+        delete_service(app_name)
+
+
+def service_name(run: Run) -> str:
+    """Of this run's directory alone: two runs of one name in a cluster must not replace each other's models."""
+    return f"{run.config.name}-{hashlib.sha256(shown(run.run_dir).encode()).hexdigest()[:8]}"
 
 
 def served_model(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None) -> "ModelSettings":

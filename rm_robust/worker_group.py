@@ -11,6 +11,7 @@ import transformers
 
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import WorkersConfig
+from rm_robust.errors import RmRobustError
 from rm_robust.log_lines import lines_are_of, start_logging
 from rm_robust.object_storage.copies import uri_of
 from rm_robust.object_storage.pulls import forget_uncommitted, pull
@@ -18,7 +19,7 @@ from rm_robust.object_storage.pulls import forget_uncommitted, pull
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 
 MAX_WORKER_FAILURES = 2
-"""Restarts of a worker group before a stage fails; a restart continues from the last committed state."""
+"""Restarts of a worker group before a stage fails; a restart continues from the last committed state. None for what a user can mend (errors.py)."""
 MAX_ELASTIC_FAILURES = 20
 """Of an elastic one, which was made to lose nodes."""
 
@@ -104,12 +105,28 @@ def own_copy(run_dir: Path) -> Path:
 
 
 def _trainer_class() -> Any:
-    """TorchTrainer without Ray's PlacementGroupCleaner. That looks its controller up in whatever Ray it finds first on the machine, and takes the
-    workers' resources away when another Ray answers that it knows no such controller (Ray 2.60). Ours needs no cleaning: it ends with the driver."""
+    """TorchTrainer that starts no worker again after an error that a user can mend, and without Ray's PlacementGroupCleaner.
+
+    That looks its controller up in whatever Ray it finds first on the machine, and takes the workers' resources away when another Ray answers that it
+    knows no such controller (Ray 2.60). Ours needs no cleaning: it ends with the driver.
+    """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from rm_robust.remote_errors import origin_of
+
+    class FailurePolicy(DefaultFailurePolicy):
+        def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
+            is_mendable = isinstance(origin_of(training_failed_error), RmRobustError)
+            return not is_mendable and super()._is_retryable_error(training_failed_error)
 
     class Trainer(TorchTrainer):
+        def _initialize_and_run_controller(self, **settings: Any) -> Any:
+            settings["failure_policy"] = FailurePolicy(settings["failure_policy"].failure_config)
+            return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]  # annotated as Train V1's trainer
+
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # annotated as Train V1's trainer
             return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]

@@ -76,6 +76,15 @@ def test_a_stopped_job_leaves_nothing_running_and_goes_on_when_it_is_submitted_a
     assert "already committed, skipped" in second.output()
 
 
+def test_what_the_drivers_task_refuses_is_one_line_on_the_submitters_terminal(cluster: Cluster) -> None:
+    absent = '["/absent/rows.jsonl"]'
+    named = [part for key in ("train", "in_domain", "sft", "rloo_prompts") for part in ("--set", f"data.{key}={absent}")]
+    asking = cluster.submit("--set", "name=absent", "--set", "data.source=scenarios", *named)
+    assert asking.wait(STAGE_DEADLINE_S) != 0
+    assert "\nerror: There is no file or folder at /absent/rows.jsonl.\n" in asking.output(), asking.output()[-3000:]
+    assert "Traceback" not in asking.output()
+
+
 def test_a_cluster_that_can_never_run_a_config_says_so_at_once(cluster: Cluster) -> None:
     asking = cluster.submit("--set", "name=large", "--set", "reward_model.workers.num_workers=8", "--set", "reward_model.workers.num_gpus_per_worker=1")
     assert asking.wait(STAGE_DEADLINE_S) != 0

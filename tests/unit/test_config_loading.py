@@ -1,11 +1,22 @@
 """From a command line to a claimed run directory; every refusal names path, value and fix, and no Ray is started."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
-from rm_robust.config_loading import RESOLVED_NAME, RUN_ROOT_VARIABLE, choose_run_dir, claim_run_dir, in_ray_job, load_config, parse_run
+from rm_robust import config_loading
+from rm_robust.config_loading import (
+    RESOLVED_NAME,
+    RUN_ROOT_VARIABLE,
+    choose_run_dir,
+    claim_run_dir,
+    in_ray_job,
+    load_config,
+    parse_run,
+    require_shared,
+)
 from rm_robust.errors import ConfigError
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -111,14 +122,20 @@ def test_the_job_variable_is_the_one_that_rays_job_supervisor_sets() -> None:
     assert RAY_JOB_CONFIG_JSON_ENV_VAR == JOB_VARIABLE
 
 
-def test_a_run_directory_is_claimed_by_its_resolved_config_and_again_by_the_same_one(config_path: Path, tmp_path: Path) -> None:
+def test_a_command_line_leaves_the_run_directory_to_whoever_writes_it(config_path: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "mine"
-    for _ in range(2):
-        run = parse_run("", config_path, ["--run-dir", str(run_dir)])
-        assert (run.run_dir, run.config.rloo.num_steps) == (run_dir, 7)
+    run = parse_run("", config_path, ["--run-dir", str(run_dir)])
+    assert (run.run_dir, run.config.rloo.num_steps) == (run_dir, 7)
+    assert list(run_dir.iterdir()) == []
+    claim_run_dir(run_dir, run.config)
     resolved = json.loads((run_dir / RESOLVED_NAME).read_text())
     assert (resolved["rloo"]["num_steps"], resolved["rloo"]["trainers"]["num_workers"]) == (7, 1)
     assert [path.name for path in run_dir.iterdir()] == [RESOLVED_NAME]
+    parse_run("", config_path, ["--run-dir", str(run_dir), "--set", "rloo.num_steps=8"])
+    assert json.loads((run_dir / RESOLVED_NAME).read_text()) == resolved, "a job that is refused later must not put its config in the place of another's"
+    (run_dir / "world").mkdir()
+    with pytest.raises(ConfigError, match=r"rloo.num_steps: 7 there, 8 now"):
+        parse_run("", config_path, ["--run-dir", str(run_dir), "--set", "rloo.num_steps=8"])
 
 
 def test_a_changed_config_is_refused_with_every_change_and_both_values(config_path: Path, tmp_path: Path) -> None:
@@ -152,6 +169,8 @@ def test_a_setting_that_an_earlier_version_did_not_have_is_a_change_only_beyond_
 
 def test_a_run_that_was_refused_before_it_began_leaves_its_directory_to_the_mended_config(config_path: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".writer.lock").touch()
     for num_steps in (8, 9):
         claim_run_dir(run_dir, load_config(config_path, [f"rloo.num_steps={num_steps}"]))
         assert json.loads((run_dir / RESOLVED_NAME).read_text())["rloo"]["num_steps"] == num_steps
@@ -166,3 +185,16 @@ def test_an_unusable_run_directory_is_refused_by_path(config_path: Path, tmp_pat
     (tmp_path / RESOLVED_NAME).write_text("{")
     with pytest.raises(ConfigError, match="cannot be used"):
         claim_run_dir(tmp_path, config)
+
+
+def test_a_run_directory_that_a_node_does_not_see_is_refused_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_loading, "SEEN_WITHIN_S", 0.0)
+    with pytest.raises(ConfigError, match=f"does not see {tmp_path}/absent/config.*{RUN_ROOT_VARIABLE} or --run-dir to a shared file system"):
+        require_shared(tmp_path / "absent" / "config.json")
+
+
+def test_a_node_that_sees_it_a_little_later_goes_on(tmp_path: Path) -> None:
+    late = threading.Timer(0.3, (tmp_path / "late").touch)
+    late.start()
+    require_shared(tmp_path / "late")
+    assert (tmp_path / "late").exists()

@@ -1,0 +1,63 @@
+"""What a user can mend, raised in a worker of Ray Train or a task of Ray Data: once, and told apart from what Ray makes of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch.distributed as dist
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from rm_robust.config import PipelineConfig
+from rm_robust.config_parts import WorkersConfig
+from rm_robust.errors import DataError, StorageError
+from rm_robust.remote_errors import origin_of
+from rm_robust.worker_group import MAX_WORKER_FAILURES, run_on_workers
+
+WORKERS = WorkersConfig(num_workers=2, num_cpus_per_worker=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+def run(tmp_path: Path, error: Exception) -> tuple[Exception, int]:
+    """What a run raises whose rank 1 raises `error`, and how often that was."""
+
+    def train(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
+        """Nested, so that Ray sends it by value."""
+        if dist.get_rank() == 1:
+            with (run_dir / "raised").open("a") as raised:
+                raised.write("once\n")
+            raise error
+        dist.barrier()
+        return {}
+
+    with pytest.raises(WorkerGroupError) as failure:
+        run_on_workers(train, stage="sft", config=PipelineConfig(name="test"), run_dir=tmp_path, workers=WORKERS)
+    return failure.value, len((tmp_path / "raised").read_text().splitlines())
+
+
+def test_workers_are_not_started_again_for_what_a_user_can_mend(tmp_path: Path) -> None:
+    raised, times = run(tmp_path, StorageError("the disk is full"))
+    origin = origin_of(raised)
+    assert (type(origin), str(origin), times) == (StorageError, "the disk is full", 1)
+
+
+@pytest.mark.slow
+def test_workers_are_started_again_for_anything_else(tmp_path: Path) -> None:
+    raised, times = run(tmp_path, OSError("a cable was pulled"))
+    assert (origin_of(raised), times) == (raised, 1 + MAX_WORKER_FAILURES)
+
+
+def test_what_a_task_of_ray_data_raised_is_found_in_the_text_that_is_left_of_it() -> None:
+    def refuse(batch: object) -> object:
+        raise DataError("row 7 is torn")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as failure:
+        ray.data.range(3).map_batches(refuse).materialize()
+    origin = origin_of(failure.value)
+    assert (type(origin), str(origin)) == (DataError, "row 7 is torn")
