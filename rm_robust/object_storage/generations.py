@@ -9,6 +9,7 @@ a committed folder     <folder>/generation-<id>/<file>, and <folder>/.commit.jso
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from rm_robust.object_storage.copies import delete_copy, place, reached, uri_of
 COMMIT = ".commit.json"
 GENERATION, UNCOMMITTED = "generation-", "uncommitted-"
 """How the parts of a key begin below which nothing is a file by itself."""
+_NAME = re.compile(GENERATION + "[0-9a-f]{32}")
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -73,7 +75,11 @@ def read_commit(folder: Path) -> Commit | None:
     try:
         with filesystem.open_input_file(f"{inner}/{COMMIT}") as stream:
             content = json.loads(stream.read())
-        return Commit(content["generation"], {key: StoredFile(**own) for key, own in content["files"].items()})
+        commit = Commit(content["generation"], {key: StoredFile(**own) for key, own in content["files"].items()})
+        wrong = [key for key in commit.files if not stays_below(key)]
+        if wrong or not _NAME.fullmatch(commit.generation):
+            raise ValueError(f"it names {[*wrong, commit.generation][0]!r}")
+        return commit
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -96,10 +102,19 @@ def delete_folder(folder: Path) -> None:
 
 
 def files_below(path: Path) -> dict[str, pafs.FileInfo]:
-    """Objects by their key below `path`."""
+    """Objects by their key below `path`. Raises CheckpointError for a key that would be a file elsewhere."""
     filesystem, inner = place(path)
     entries = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True, allow_not_found=True))
-    return {entry.path.removeprefix(f"{inner}/"): entry for entry in entries if entry.type == pafs.FileType.File}
+    files = {entry.path.removeprefix(f"{inner}/"): entry for entry in entries if entry.type == pafs.FileType.File}
+    for key in files:
+        if not stays_below(key):
+            raise CheckpointError(f"{uri_of(path)} holds the object {key!r}, which could be a file outside of it on a node. Delete it, and see who wrote it.")
+    return files
+
+
+def stays_below(key: str) -> bool:
+    """The path that a key from a bucket becomes lies below the folder that it is joined to."""
+    return not {"", ".", ".."} & set(key.split("/")) and "\\" not in key and "\0" not in key
 
 
 def committed_folders(path: Path, files: Iterable[str]) -> list[Path]:

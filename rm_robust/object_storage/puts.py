@@ -56,15 +56,15 @@ def written_by_any_node(folder: Path, target: Path) -> Iterator[tuple[str, pafs.
         yield str(folder), None
         return
     filesystem, inner = place(target)
-    written = f"{inner}/{UNCOMMITTED}{uuid.uuid4().hex}"
+    name = UNCOMMITTED + uuid.uuid4().hex
+    written = f"{inner}/{name}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield written, filesystem
-        for entry in filesystem.get_file_info(pafs.FileSelector(written, recursive=True, allow_not_found=True)):
-            if entry.type == pafs.FileType.File:
-                path = folder / entry.path.removeprefix(f"{written}/")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                download(filesystem, entry.path, path)
+        for key, info in files_below(target / name).items():
+            path = folder / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download(filesystem, info.path, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(written)

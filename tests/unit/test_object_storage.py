@@ -3,8 +3,11 @@
 Nodes are caches of their own: RM_ROBUST_CACHE names another folder.
 """
 
+import hashlib
 import json
 import os
+import posixpath
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +27,7 @@ from rm_robust.object_storage.__main__ import main
 from rm_robust.object_storage.copies import CACHE_VARIABLE, copies_of_ones_own, local_path, uri_of
 from rm_robust.object_storage.generations import COMMIT, committed_in
 from rm_robust.object_storage.pulls import forget_uncommitted, pull, pull_anew, pull_files, pull_folder
-from rm_robust.object_storage.puts import delete_uncommitted, put_file
+from rm_robust.object_storage.puts import delete_uncommitted, put_file, written_by_any_node
 from rm_robust.run_layout import RunLayout
 from rm_robust.shared_stages import share_stages
 from rm_robust.tracking import MetricsWriter, read_metrics, write_json_atomic
@@ -147,6 +150,54 @@ def test_an_object_of_other_bytes_than_were_committed_is_refused_by_its_name(nod
     server.put("runs", {f"deep/mine/world/{COMMIT}": b"{}"})
     with pytest.raises(CheckpointError, match=r"is not what this program commits"):
         pull(node("third"))
+
+
+OUTSIDE = ["../../outside", "nested/../../outside", "/{tmp_path}/outside"]
+
+
+@pytest.mark.parametrize("key", [*OUTSIDE, "./b.bin", "nested//a.bin", "nested\\a.bin", "a\0"])
+def test_a_commit_that_names_a_file_outside_of_its_folder_is_refused_and_nothing_is_written(
+    node: Callable[[str], Path], server: S3Server, tmp_path: Path, key: str
+) -> None:
+    commit_directory(node("first") / "world", write_two("one"))
+    commit_key, key = f"deep/mine/world/{COMMIT}", key.format(tmp_path=str(tmp_path).strip("/"))
+    commit = json.loads(server.client().get_object(Bucket="runs", Key=commit_key)["Body"].read())
+    name = posixpath.normpath(f"deep/mine/world/{commit['generation']}/{key}")  # what pyarrow asks for
+    hostile = commit | {"files": {key: {"num_bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}}
+    server.put("runs", {commit_key: json.dumps(hostile).encode()} | ({} if "\0" in key else {name: b"x"}))
+    with pytest.raises(CheckpointError) as refused:
+        pull_folder(node("second") / "world")
+    assert f"s3://runs/{commit_key} is not what this program commits" in str(refused.value)
+    assert repr(key) in str(refused.value).replace("\\\\", "\\")
+    assert contents(tmp_path / "second") == {}
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("generation", ["generation-../../other", "..", "generation-1", "", None])
+def test_a_commit_of_a_generation_that_no_commit_makes_is_refused(node: Callable[[str], Path], server: S3Server, generation: str | None) -> None:
+    node("first")
+    server.put("runs", {f"deep/mine/world/{COMMIT}": json.dumps({"generation": generation, "files": {}}).encode()})
+    with pytest.raises(CheckpointError, match="is not what this program commits"):
+        pull_folder(node("second") / "world")
+
+
+@pytest.mark.parametrize("key", [*OUTSIDE, "../../world/.commit.json", "./summary.json", "back\\slash"])
+@pytest.mark.parametrize("fetch", [pull, pull_files, pull_anew, delete_uncommitted])
+def test_an_object_that_would_be_a_file_outside_of_the_run_is_refused_by_its_name(
+    node: Callable[[str], Path], server: S3Server, tmp_path: Path, key: str, fetch: Callable[[Path], object]
+) -> None:
+    key = key.format(tmp_path=str(tmp_path).strip("/"))
+    server.put("runs", {f"deep/mine/{key}": b"{}", posixpath.normpath(f"deep/mine/{key}"): b"{}"})
+    with pytest.raises(CheckpointError, match=re.escape(f"{RUN} holds the object {key!r}")):
+        fetch(node("second"))
+    assert contents(tmp_path) == {}
+
+
+def test_what_other_nodes_write_for_a_commit_stays_in_its_folder(node: Callable[[str], Path], server: S3Server, tmp_path: Path) -> None:
+    run_dir = node("first")
+    with pytest.raises(CheckpointError, match=r"holds the object '\.\./outside'"), written_by_any_node(tmp_path / "staged", run_dir / "tokens") as (written, _):
+        server.put("runs", {f"{written.removeprefix('runs/')}/../outside": b"x", "deep/mine/tokens/outside": b"x"})
+    assert contents(tmp_path) == {}
 
 
 KILLED = """
