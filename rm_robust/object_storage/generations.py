@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from rm_robust.errors import CheckpointError
+from rm_robust.errors import CheckpointError, StorageError
 from rm_robust.object_storage.copies import delete_copy, place, reached, uri_of
 
 COMMIT = ".commit.json"
@@ -60,9 +60,20 @@ def put_part(written: Path, folder: Path, generation: str) -> dict[str, StoredFi
 
 
 def commit_generation(folder: Path, generation: str, parts: Iterable[Mapping[str, StoredFile]]) -> None:
-    """Make it what `folder` is, in one put; then delete the generations before it, and what interrupted puts have left."""
+    """Make it what `folder` is, in one put; then delete the generations before it, and what interrupted puts have left.
+
+    Raises StorageError where the store has not what was uploaded: to another writer of the run it was the rest of an interrupted put.
+    """
     filesystem, inner = place(folder)
     files = {key: stored for part in parts for key, stored in part.items()}
+    found = {key: info.size for key, info in files_below(folder / generation).items()}
+    uploaded = {key: stored.num_bytes for key, stored in files.items()}
+    if found != uploaded:
+        changed = sorted(key for key, _ in found.items() ^ uploaded.items())
+        raise StorageError(
+            f"{uri_of(folder)} was not committed: {changed[0]}, of {len(uploaded)} files uploaded to {generation}, is gone from the store or of another size. "
+            "Another process writes this run: let one of them go on. What was committed is whole."
+        )
     write_object(filesystem, f"{inner}/{COMMIT}", json.dumps(asdict(Commit(generation, files))).encode())
     with contextlib.suppress(OSError):  # committed it is; what stays goes with the next put
         for entry in filesystem.get_file_info(pafs.FileSelector(inner)):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from rm_robust.config import PipelineConfig
 from rm_robust.config_loading import choose_run_dir, claim_run_dir
 from rm_robust.errors import CheckpointError, ConfigError, DataError, StorageError
 from rm_robust.filesystems import filesystem_of
-from rm_robust.object_storage import pulls
+from rm_robust.object_storage import pulls, puts
 from rm_robust.object_storage.__main__ import main
 from rm_robust.object_storage.copies import CACHE_VARIABLE, copies_of_ones_own, local_path, uri_of
 from rm_robust.object_storage.generations import COMMIT, committed_in
@@ -222,7 +223,8 @@ generations._upload = upload_or_end
 if where == "before the commit":
     puts.commit_generation = end
 if where == "before the former one is deleted":
-    generations.pafs.FileSelector = end
+    write_object = generations.write_object
+    generations.write_object = lambda *arguments: end(write_object(*arguments))
 if where == "before the copy is marked":
     checkpoint._sync = lambda path: end() if path.name == "mine" else None
 checkpoint.commit_directory(copies.local_path(RUN) / "world", write_two("two"))
@@ -258,6 +260,40 @@ def test_a_commit_killed_at_any_point_leaves_one_whole_generation_or_none_and_th
     commit_directory(node("first") / "world", write_two("three"))
     assert contents(pull(node("third")) / "world") == whole("three")
     assert len(server.keys("runs")) == 4
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("interfere", ["delete one", "shorten one", "another run begins"])
+def test_what_another_writer_has_taken_from_an_upload_is_not_committed(
+    node: Callable[[str], Path], server: S3Server, monkeypatch: pytest.MonkeyPatch, interfere: str, is_first: bool
+) -> None:
+    run_dir, commit_generation = node("first"), puts.commit_generation
+    if not is_first:
+        commit_directory(run_dir / "world", write_two("one"))
+
+    def interfere_and_commit(folder: Path, generation: str, parts: list[Any]) -> None:
+        key = f"deep/mine/world/{generation}/b.bin"
+        if interfere == "delete one":
+            server.client().delete_object(Bucket="runs", Key=key)
+        elif interfere == "shorten one":
+            server.put("runs", {key: b"two"})
+        elif is_first:
+            delete_uncommitted(run_dir)
+        else:
+            commit_directory(node("second") / "world", write_two("three"))
+        commit_generation(folder, generation, parts)
+
+    with monkeypatch.context() as between:
+        between.setattr(puts, "commit_generation", lambda *of: (between.undo(), interfere_and_commit(*of)))
+        with pytest.raises(StorageError, match=rf"{RUN}/world was not committed: b\.bin, of 2 files .* Another process writes this run"):
+            commit_directory(run_dir / "world", write_two("two"))
+    copy = pull(node("third")) / "world"
+    if is_first:
+        assert not copy.exists()
+    else:
+        assert contents(copy) == whole("three" if interfere == "another run begins" else "one")
+    commit_directory(node("first") / "world", write_two("four"))
+    assert contents(pull(node("fourth")) / "world") == whole("four")
 
 
 def test_a_training_state_whose_upload_is_cut_off_leaves_the_last_one_and_training_goes_on_from_it(
