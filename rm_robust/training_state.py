@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from rm_robust.checkpoint import commit_directory, storage_errors
-from rm_robust.object_storage.copies import delete_copy, uri_of
+from rm_robust.errors import StorageError
+from rm_robust.object_storage.copies import delete_copy, shown, uri_of
 from rm_robust.object_storage.generations import commit_generation, committed_in, delete_folder, new_generation, put_part
 from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.train_engine import TrainEngine
@@ -27,7 +28,7 @@ def committed_steps(root: Path) -> list[int]:
 def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept: int = 1, best_step: int | None = None) -> None:
     """Commit the state after `num_steps_done` steps; of the older ones keep `num_kept` - 1 and that of `best_step`.
 
-    Every rank calls it; it returns after the commit.
+    Every rank calls it; it returns after the commit. Raises StorageError when a state cannot be written or an older one not be deleted.
     """
     target, in_store = folder_of(root, num_steps_done), uri_of(root) is not None
     staging = root / (f".staging-{engine.rank}" if in_store else ".staging")
@@ -45,7 +46,7 @@ def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept
     if engine.rank == 0:
         for step in committed_steps(root)[:-num_kept]:
             if step != best_step:
-                delete_folder(folder_of(root, step)) if in_store else shutil.rmtree(folder_of(root, step))
+                _delete(folder_of(root, step), committed=target)
     barrier()
 
 
@@ -60,6 +61,17 @@ def _commit_parts(staging: Path, target: Path, *, is_leader: bool) -> None:
             commit_generation(target, generation, parts)
     barrier()
     shutil.rmtree(staging)
+
+
+def _delete(folder: Path, *, committed: Path) -> None:
+    """An older state. That it stays is an error and no warning: states are large, and the next ones would fill the storage."""
+    try:
+        shutil.rmtree(folder) if uri_of(folder) is None else delete_folder(folder)
+    except OSError as error:
+        raise StorageError(
+            f"{shown(folder)}, an older state, could not be deleted: {error}. {committed.name} is committed, and the same command goes on from it. "
+            "Run it again when this machine may delete there."
+        ) from error
 
 
 def load_best(engine: TrainEngine, root: Path, best_step: int) -> None:

@@ -322,6 +322,19 @@ def test_a_training_state_whose_upload_is_cut_off_leaves_the_last_one_and_traini
     assert committed_in(root) == ["step-0000006"]
 
 
+def test_a_role_that_may_not_delete_is_told_so_after_the_state_is_committed(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, engine = node("first") / "sft" / "state", new_engine()
+    save_state(engine, root, 2)
+
+    def refuse(*_: object) -> None:
+        raise OSError("When deleting object: AWS Error ACCESS_DENIED")
+
+    monkeypatch.setattr("rm_robust.training_state.delete_folder", refuse)
+    with pytest.raises(StorageError, match=rf"^{RUN}/sft/state/step-0000002, .* ACCESS_DENIED\. step-0000004 is committed, and the same command"):
+        save_state(engine, root, 4)
+    assert load_state(new_engine(seed=1), node("second") / "sft" / "state") == 4
+
+
 def test_what_a_node_has_beyond_the_store_is_gone_at_the_start_of_a_run(node: Callable[[str], Path]) -> None:
     run_dir = node("first")
     commit_directory(run_dir / "world", write_two("one"))

@@ -1,5 +1,7 @@
 """Kill and resume equals no kill, and only committed states count."""
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,24 @@ def test_storage_that_is_full_leaves_the_last_state_to_resume_from(tmp_path: Pat
     assert load_state(resumed, tmp_path / "state") == 2
     whole, weights = train(new_engine(), range(4)), train(resumed, range(2, 4))
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
+
+
+def test_an_older_state_that_cannot_be_deleted_is_an_error_that_says_the_new_one_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, rmtree = new_engine(), shutil.rmtree
+    save_state(engine, tmp_path, 2)
+    weights = train(engine, range(2))
+
+    def refuse(path: Path, **options: bool) -> None:
+        if Path(path).name == "step-0000002":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        rmtree(path, **options)
+
+    with monkeypatch.context() as without_rights:
+        without_rights.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(StorageError, match=rf"^{tmp_path}/step-0000002, an older state, could not be deleted: .*denied.* step-0000004 is committed"):
+            save_state(engine, tmp_path, 4)
+    resumed = new_engine(seed=1)
+    assert load_state(resumed, tmp_path) == 4
+    assert all(torch.equal(weights[name], tensor) for name, tensor in resumed.full_state_dict().items())
+    save_state(resumed, tmp_path, 6)
+    assert committed_steps(tmp_path) == [6], "both older ones went"
