@@ -2,7 +2,7 @@
 #
 #   source deploy/ray_environment.sh [RUN_ROOT]
 #
-# installs into .venv/ what is missing (make install), activates it, and makes Ray's token, ~/.ray/auth_token, unless there is one.
+# installs into .venv/ what is missing (make install), activates it, and makes Ray's token, ~/.ray/auth_token, unless there is one that only you can read.
 # RUN_ROOT: where the runs of jobs go, on several machines a folder that all of them see, or an object store's URI.
 make --no-print-directory install && . .venv/bin/activate || return
 export RAY_AUTH_MODE=token
@@ -11,5 +11,10 @@ export RAY_JOB_STOP_WAIT_TIME_S=60
 if [ -n "${1-}" ]; then
     export RM_ROBUST_RUN_ROOT="$1"
 fi
-ray get-auth-token --generate > /dev/null 2>&1 || { echo "ray get-auth-token --generate failed" >&2; return 1; }
-chmod 600 ~/.ray/auth_token  # Ray 2.60 lets everybody on the machine read it
+# Where a pipeline started a local Ray, Ray 2.60 has written the token as the umask is: everybody on the machine may have read it.
+if [ -n "$(find -H ~/.ray/auth_token -perm -040 -o -perm -004 2> /dev/null)" ]; then
+    rm -f ~/.ray/auth_token || return
+    echo "Others could read ~/.ray/auth_token: a new token takes its place. Stop, and start again, every cluster and run that began with the old one." >&2
+fi
+(umask 077 && unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH && ray get-auth-token --generate > /dev/null 2>&1) \
+    || { echo "ray get-auth-token --generate failed" >&2; return 1; }
