@@ -265,6 +265,26 @@ def test_every_worker_type_scales_to_zero_and_has_a_bound_and_an_idle_timeout() 
     assert config["max_workers"] == sum(node_type["max_workers"] for node_type in workers.values())
 
 
+def with_roles(profile: str) -> ClusterConfig:
+    """The file with the comments taken away that give nodes a role."""
+    text, count = re.subn(r"^( +)# (IamInstanceProfile: )\{Name: \w+\}", rf"\1\2{profile}", (REPOSITORY / "cluster.yaml").read_text(), flags=re.MULTILINE)
+    assert count > 0
+    config: ClusterConfig = yaml.safe_load(text)
+    return config
+
+
+def test_every_worker_has_a_role_for_runs_in_an_object_store_once_the_comments_are_taken_away() -> None:
+    """Ray gives one to the head alone (_configure_iam_role), and only where the file gives that none."""
+    config = with_roles("{Name: bucket}")
+    for check in CHECKS:
+        check(config)
+    given = {name for name, node_type in config[TYPES].items() if node_type["node_config"].get("IamInstanceProfile") == {"Name": "bucket"}}
+    assert given == worker_types(config).keys()
+    assert "IamInstanceProfile" not in all_strings(load_cluster_config()), "a name that AWS does not know would start no node"
+    with pytest.raises(AssertionError, match="IamInstanceProfile"):
+        check_instances(with_roles("{Nam: bucket}"))
+
+
 def test_one_unit_of_a_custom_resource_is_one_gpu_or_on_data_nodes_one_cpu() -> None:
     for name, node_type in worker_types(load_cluster_config()).items():
         resources = node_type["resources"]
