@@ -55,7 +55,21 @@ def known_architecture(checkpoint_dir: Path) -> str:
             f"{checkpoint_dir} holds pickled files, which can run code when they are read: {', '.join(pickled)}. "
             "Save the model as safetensors (model.save_pretrained does), and leave these files out."
         )
+    require_own_weights(checkpoint_dir)
     return architecture
+
+
+def require_own_weights(checkpoint_dir: Path) -> None:
+    """Raises CheckpointError where weights would be read that the look at the files, and the manifest's hash, leave out."""
+    if (checkpoint_dir / "adapter_config.json").exists():  # transformers follows it to the base model that it names
+        raise CheckpointError(f"{checkpoint_dir} holds an adapter (adapter_config.json), not a whole model. Merge it into its base, and save that.")
+    files = visible_files(checkpoint_dir)
+    own = {path.relative_to(checkpoint_dir).as_posix() for path in files if path.suffix == ".safetensors"}
+    for index in [path for path in files if path.name.endswith(".index.json")]:
+        named = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+        others = sorted(name for name in named - own if (checkpoint_dir / name).is_file())  # one that is missing is the loader's to refuse
+        if others:
+            raise CheckpointError(f"{index} names weights that are no safetensors files of this directory: {', '.join(others)}. Put them into it.")
 
 
 def visible_files(folder: Path) -> list[Path]:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rm_robust.checkpoint import MANIFEST_NAME, verify_checkpoint
+from rm_robust.config import LoraConfig
 from rm_robust.errors import ChatTemplateError, CheckpointError, RmRobustError
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.adopt import adopt, main
+from rm_robust.reward_model.lora import add_adapters
 from rm_robust.reward_model.scorer import RewardScorer
 from tests.tiny_armorm import save_tiny_armorm, tiny_armorm_weights
 from tests.tiny_models import tiny_reward_model, tiny_tokenizer
@@ -125,3 +128,29 @@ def test_a_model_that_does_not_load_is_refused_before_anything_is_written(tmp_pa
     del weights["reward_transform_matrix"]
     assert "1 missing: reward_transform_matrix" in refusal(save_tiny_armorm(tmp_path / "a" / "source", weights=weights))
     assert "num_labels=2" in refusal(save_one_score(tmp_path / "b" / "source", template=LLAMA_TEMPLATE, id2label={"0": "a", "1": "b"}))
+
+
+@pytest.mark.parametrize("elsewhere", ["../other/model.safetensors", "{tmp_path}/other/model.safetensors", ".hidden/model.safetensors", "weights.data"])
+@pytest.mark.parametrize("kind", ["one score", "ArmoRM"])
+def test_an_index_that_names_weights_elsewhere_is_refused(tmp_path: Path, kind: str, elsewhere: str) -> None:
+    source, elsewhere = tmp_path / "source", elsewhere.format(tmp_path=tmp_path)
+    if kind == "one score":
+        save_one_score(source, template=LLAMA_TEMPLATE)
+    else:
+        save_tiny_armorm(source, weights=tiny_armorm_weights())
+    own = source / "model.safetensors"
+    names = list(load_file(own))
+    (source / elsewhere).parent.mkdir(exist_ok=True)
+    own.rename(source / elsewhere)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, elsewhere)}))
+    assert f"index.json names weights that are no safetensors files of this directory: {elsewhere}." in refusal(source)
+
+
+def test_an_adapter_whose_base_lies_elsewhere_is_refused(tmp_path: Path) -> None:
+    """transformers would read the base, and leave the weights beside the adapter alone."""
+    source, base = save_one_score(tmp_path / "source", template=LLAMA_TEMPLATE), tmp_path / "base"
+    tiny_reward_model().save_pretrained(base)
+    adapted = add_adapters(tiny_reward_model(), LoraConfig(rank=1))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(source)
+    assert "holds an adapter (adapter_config.json), not a whole model" in refusal(source)
