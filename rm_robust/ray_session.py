@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import socket
 
 import psutil
@@ -37,19 +38,31 @@ HEAD_RESOURCE = "node:__internal_head__"
 """Ray's own: only a cluster's head has it."""
 
 
+_is_local = False
+
+
+def is_local() -> bool:
+    """Whether the Ray that this process works with is its own, and ends with it."""
+    return _is_local
+
+
 def connect_to_ray() -> None:
     """The job's or RAY_ADDRESS's cluster; otherwise a local one of this process's own, on loopback.
 
     Raises ClusterError for a cluster that is not there, does not take our token, or is of another version.
     """
+    global _is_local
     if ray.is_initialized():
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cluster = "RAY_ADDRESS" in os.environ
+    _is_local = not on_cluster
     environment = for_workers()
     if not on_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that token authentication is on
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would make ~/.ray/auth_token, which others may read
         environment[DRIVER_VARIABLE] = driver = f"{os.getpid()} since {psutil.Process().create_time()}"
         atexit.register(shut_down, driver)
     if on_cluster:

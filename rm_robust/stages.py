@@ -29,7 +29,7 @@ from rm_robust.object_storage.copies import local_path, shown, uri_of
 from rm_robust.object_storage.pulls import pull_anew, pull_files
 from rm_robust.object_storage.puts import delete_uncommitted
 from rm_robust.preferences.preparation import check_preference_sources, prepare_preferences, token_limits
-from rm_robust.ray_session import connect_to_ray, head_does_no_work, keep_ray_datas_actors_here
+from rm_robust.ray_session import connect_to_ray, head_does_no_work, is_local, keep_ray_datas_actors_here
 from rm_robust.remote_errors import LOST, origin_of
 from rm_robust.reward_model.evaluation import evaluate_scenarios
 from rm_robust.reward_model.training import train_reward_model
@@ -265,15 +265,18 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
     from serve.cluster_scorer import ClusterScorer
     from serve.keys import new_key
     from serve.launch import delete_service, deploy_inside, start_serve_without_http
+    from serve.run_service import end_unused_serve, end_with_this_job, forget_job
     from serve.settings import ServiceLimits, ServiceSettings
 
     config = run.config
     proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
     gold = served_model(config.serve.gold_replica, "gold", None if config.serve.gold == "embedded" else local_path(config.serve.gold).absolute())
     gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
-    app_name = service_name(run)
+    app_name, is_on_cluster = service_name(run), not is_local()
     start_serve_without_http()
     settings = ServiceSettings(models=(proxy,) if gold_url else (proxy, gold), api_keys=(new_key("run")[1],), limits=ServiceLimits(request_timeout_s=timeout_s))
+    if is_on_cluster:
+        end_with_this_job(app_name)
     try:
         deploy_inside(settings, app_name=app_name, deadline_s=SERVED_WITHIN_S)
         with contextlib.ExitStack() as stack:
@@ -283,6 +286,9 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
                 yield ClusterScorer(app_name, "proxy"), ClusterScorer(app_name, "gold")
     finally:
         delete_service(app_name)
+        if is_on_cluster:
+            forget_job(app_name)
+            end_unused_serve()
 
 
 def service_name(run: Run) -> str:

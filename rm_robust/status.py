@@ -65,7 +65,15 @@ def runs_in(folder: Path) -> list[Path]:
     found = [path.parent for path in folder.glob(f"*/{RESOLVED_NAME}")]
     if not found:
         raise DataError(f"There is no run in {shown(folder)}.")
-    return sorted(found, key=lambda run_dir: -max(path.stat().st_mtime for path in (run_dir, *run_dir.iterdir())))
+    return sorted(found, key=lambda run_dir: -max(map(_written_at, (run_dir, *run_dir.iterdir()))))
+
+
+def _written_at(path: Path) -> float:
+    """0 for a file that is gone since it was listed: a run replaces its own."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def status_lines(run_dir: Path, stages: Sequence[StageStatus]) -> list[str]:

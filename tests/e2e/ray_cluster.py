@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rm_robust.training_state import committed_steps
 from tests.e2e.conftest import Launcher
@@ -79,6 +80,17 @@ class Cluster:
         """Ray's command line, as from a machine outside of the cluster."""
         return self.launcher.command("ray", *arguments, environment={"RAY_ADDRESS": self.dashboard})
 
+    def states_of(self, what: str) -> list[dict[str, Any]]:
+        """`ray list nodes`, actors or tasks, with all details."""
+        listing = self.ray("list", what, "--format=json", "--detail", "--limit=10000")
+        assert listing.wait() == 0, listing.output()
+        found: list[dict[str, Any]] = json.loads(listing.output().splitlines()[-1])
+        return found
+
+    def served(self) -> list[str]:
+        """Actors of Ray Serve that are alive, its controller with them, and of what keeps a run's service."""
+        return [a["class_name"] for a in self.states_of("actors") if a["state"] == "ALIVE" and re.match("Serve|Keeper", a["class_name"])]
+
     def drivers(self) -> list[int]:
         """Process ids of the job's python, found below this head only (the job's shell comes first)."""
         below = descendants(self.head.session)
@@ -141,10 +153,12 @@ def kill_the_driver_and_submit_again(cluster: Cluster) -> Running:
     assert len(drivers) == 1, descendants(cluster.head.session)
     os.kill(drivers[0], signal.SIGKILL)
     assert first.wait() != 0
+    wait_until(lambda: not cluster.served(), STAGE_DEADLINE_S, lambda: f"still served: {cluster.served()}")
     before = lines_of(run_dir, "rloo")
     committed = committed_steps(run_dir / "rloo" / "state")[-1]
     second = cluster.submit()
     assert second.wait() == 0, second.output()[-4000:]
+    assert cluster.served() == []
     skipped = re.findall(r"stage (\w+): already committed, skipped", second.output())  # every raylet of a machine prints a node's log
     assert set(skipped) == {"sft", "preferences", "reward_model", "evaluation"}
     assert f"report: {run_dir}/report.html" in second.output()

@@ -1,10 +1,8 @@
 """A head that does no work and two workers, with a token, as the README starts them: a job, its driver killed, its resumption, and what is refused."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -19,7 +17,7 @@ CPUS_OF_A_WORKER = 2
 NUM_STOPPED_STEPS = 300
 """More than are done while a second submit is refused."""
 OF_RAY_ITSELF = re.compile(
-    r"ServeController|ProxyActor|JobSupervisor|PreemptionWatcher|_StatsActor|AutoscalingRequester|DatasetStats|ActorLocation"
+    r"ServeController|ProxyActor|Keeper|JobSupervisor|PreemptionWatcher|_StatsActor|AutoscalingRequester|DatasetStats|ActorLocation"
     r"|AutoscalingCoordinator|StatsSummary|UsageCollection"
 )
 """Actors that Ray keeps on the head, or near the driver, and that do no work of ours."""
@@ -30,23 +28,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with ray_cluster(tmp_path_factory.mktemp("cluster"), "ray start --head --num-cpus=0") as started:
         for _ in range(NUM_WORKERS):
             started.add_worker(f"--num-cpus={CPUS_OF_A_WORKER}")
-        wait_until(lambda: len(states_of(started, "nodes")) == 1 + NUM_WORKERS, STAGE_DEADLINE_S, started.head.output)
+        wait_until(lambda: len(started.states_of("nodes")) == 1 + NUM_WORKERS, STAGE_DEADLINE_S, started.head.output)
         yield started
-
-
-def states_of(cluster: Cluster, what: str) -> list[dict[str, Any]]:
-    """`ray list nodes`, actors or tasks, with all details."""
-    listing = cluster.ray("list", what, "--format=json", "--detail", "--limit=10000")
-    assert listing.wait() == 0, listing.output()
-    found: list[dict[str, Any]] = json.loads(listing.output().splitlines()[-1])
-    return found
 
 
 def test_a_job_uses_the_workers_and_not_the_head_and_resumes_after_its_driver_was_killed(cluster: Cluster) -> None:
     kill_the_driver_and_submit_again(cluster)
-    (head_id,) = (node["node_id"] for node in states_of(cluster, "nodes") if node["is_head_node"])
-    actors = [actor for actor in states_of(cluster, "actors") if not OF_RAY_ITSELF.search(actor["class_name"])]
-    tasks = [task for task in states_of(cluster, "tasks") if task["type"] == "NORMAL_TASK"]
+    (head_id,) = (node["node_id"] for node in cluster.states_of("nodes") if node["is_head_node"])
+    actors = [actor for actor in cluster.states_of("actors") if not OF_RAY_ITSELF.search(actor["class_name"])]
+    tasks = [task for task in cluster.states_of("tasks") if task["type"] == "NORMAL_TASK"]
     assert {"RolloutEngine", "PolicyTrainer"} <= {actor["class_name"] for actor in actors}
     assert [actor["class_name"] for actor in actors if actor["node_id"] == head_id] == []
     assert [task["name"] for task in tasks if task["node_id"] == head_id] == []
@@ -68,9 +58,10 @@ def test_a_stopped_job_leaves_nothing_running_and_goes_on_when_it_is_submitted_a
     assert "was stopped" in first.output()
 
     def is_idle() -> bool:
-        return not [actor for actor in states_of(cluster, "actors") if actor["state"] == "ALIVE" and not OF_RAY_ITSELF.search(actor["class_name"])]
+        alive = [actor["class_name"] for actor in cluster.states_of("actors") if actor["state"] == "ALIVE"]
+        return not cluster.served() and all(OF_RAY_ITSELF.search(name) for name in alive)
 
-    wait_until(is_idle, STAGE_DEADLINE_S, lambda: str([a for a in states_of(cluster, "actors") if a["state"] == "ALIVE"])[:2000])
+    wait_until(is_idle, STAGE_DEADLINE_S, lambda: str([a for a in cluster.states_of("actors") if a["state"] == "ALIVE"])[:2000])
     second = cluster.submit("--set", "name=stopped", "--set", f"rloo.num_steps={NUM_STOPPED_STEPS}")
     assert second.wait() == 0, second.output()[-4000:]
     assert "already committed, skipped" in second.output()
