@@ -64,11 +64,17 @@ def storage_errors(target: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not isinstance(error, OSError) and not any(sign in str(error) for sign in _STORAGE_SIGNS):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{str(error).splitlines()[0].rstrip('.')} ({_free_bytes(target)})"
         raise StorageError(
             f"{shown(target)} could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage, and run the same "
             "command again."
         ) from error
+
+
+def _free_bytes(path: Path) -> str:
+    """What torch and safetensors do not say of a disk that takes no more."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    return f"{shutil.disk_usage(folder).free} bytes are free there"
 
 
 def _commit_directory(target: Path, write: Callable[[Path], None]) -> None:

@@ -1,5 +1,6 @@
 """What of a failure in another process is the user's to mend: Ray wraps it in errors of its own, once for each process that it passes through."""
 
+import logging
 import re
 
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, UserCodeException, WorkerCrashedError
@@ -32,3 +33,15 @@ def origin_of(error: BaseException) -> BaseException:
         origins = [origin_of(failure) for _, failure in sorted(error.worker_failures.items())]
         return next((origin for origin in origins if isinstance(origin, RmRobustError)), error)
     return error
+
+
+def log_own_errors_in_one_line() -> None:
+    """In a Ray Train worker, which otherwise logs the traceback of whatever its function raises (Ray 2.60)."""
+    logging.getLogger("ray.train.v2._internal.util").addFilter(_in_one_line)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    own = _OWN_ERROR.search(record.getMessage())
+    if own:
+        record.msg, record.args = own[0], ()
+    return True

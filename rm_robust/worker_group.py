@@ -139,6 +139,9 @@ def _work(settings: dict[str, Any]) -> dict[str, float]:
     _is_train_worker = True
     import ray.train
 
+    from rm_robust.remote_errors import log_own_errors_in_one_line
+
+    log_own_errors_in_one_line()
     prepare_process(settings["num_threads"])
     lines_are_of(settings["config"].name, settings["stage"], f"rank {ray.train.get_context().get_world_rank()}")
     result: dict[str, float] = settings["function"](settings["config"], own_copy(settings["run_dir"]))

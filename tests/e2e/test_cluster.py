@@ -69,8 +69,9 @@ def test_a_stopped_job_leaves_nothing_running_and_goes_on_when_it_is_submitted_a
 
 def test_what_the_drivers_task_refuses_is_one_line_on_the_submitters_terminal(cluster: Cluster) -> None:
     absent = '["/absent/rows.jsonl"]'
-    named = [part for key in ("train", "in_domain", "sft", "rloo_prompts") for part in ("--set", f"data.{key}={absent}")]
-    asking = cluster.submit("--set", "name=absent", "--set", "data.source=scenarios", *named)
+    settings = ["name=absent", "data.source=scenarios", 'serve.gold="/absent/gold"']
+    settings += [f"data.{key}={absent}" for key in ("train", "in_domain", "sft", "rloo_prompts")]
+    asking = cluster.submit(*(part for setting in settings for part in ("--set", setting)))
     assert asking.wait(STAGE_DEADLINE_S) != 0
     assert "\nerror: There is no file or folder at /absent/rows.jsonl.\n" in asking.output(), asking.output()[-3000:]
     assert "Traceback" not in asking.output()

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -211,3 +212,19 @@ def test_too_many_malformed_rows(user_files: UserFiles, launcher: Launcher) -> N
     assert "Mend the rows, or raise the fraction" in message
     assert not (user_files.folder / "run" / "stages").exists()
     assert not (user_files.folder / "run" / "preferences" / "tokens").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_disk_that_fills_up_while_a_worker_commits_its_state(launcher: Launcher, tmp_path: Path) -> None:
+    """A real one, of 1.6 MB in a mount namespace: it takes all that comes before (1 MB), and not the state (1.4 MB)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    in_a_namespace = ("unshare", "--mount", "--propagation", "private", "bash", "-c", 'mount -t tmpfs -o size=1600k tmpfs "$0" && exec "$@"', str(disk))
+    if shutil.which("unshare") is None or launcher.command(*in_a_namespace, "true").wait():
+        pytest.skip("this machine gives no mount namespace: a disk that fills up cannot be made")
+    run = launcher.command(*in_a_namespace, sys.executable, "pipelines/train_sft.py", "--config", SMOKE_CONFIG, "--run-dir", str(disk / "run"))
+    assert run.wait() == 2, run.output()[-3000:]
+    assert f"{disk}/run/sft/state could not be written: " in the_error(run.output())
+    assert "bytes are free there" in the_error(run.output())
+    assert run.output().count("rm_robust.errors.StorageError: ") == 1, "no worker is started again for it"
