@@ -12,6 +12,7 @@ import transformers
 from rm_robust.config import PipelineConfig
 from rm_robust.config_parts import WorkersConfig
 from rm_robust.errors import RmRobustError
+from rm_robust.gloo_interface import listen_where_ray_does
 from rm_robust.log_lines import lines_are_of, start_logging
 from rm_robust.object_storage.copies import uri_of
 from rm_robust.object_storage.pulls import forget_uncommitted, pull
@@ -26,7 +27,6 @@ MAX_ELASTIC_FAILURES = 20
 
 def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig) -> dict[str, float]:
     """Run `function(config, run_dir)` on `workers` through Ray Train V2; returns what rank 0 returned. Raises ray.train.TrainingFailedError."""
-    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     trainer = _trainer_class()(
@@ -38,7 +38,7 @@ def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConf
             use_gpu=workers.num_gpus_per_worker > 0,
             resources_per_worker={"CPU": workers.num_cpus_per_worker, **gpu_request(workers.num_gpus_per_worker), **workers.resources_per_worker},
         ),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.num_gpus_per_worker else "gloo"),  # offloaded shards meet on the CPU
+        torch_config=_torch_config_class()(backend="cpu:gloo,cuda:nccl" if workers.num_gpus_per_worker else "gloo"),  # offloaded shards meet on the CPU
         run_config=RunConfig(
             name=stage,
             storage_path=f"{uri_of(run_dir) or run_dir}/ray_train",
@@ -132,6 +132,23 @@ def _trainer_class() -> Any:
             return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     return Trainer
+
+
+def _torch_config_class() -> Any:
+    """TorchConfig whose workers know gloo's interface before Ray makes their process group, which is before it calls `_work`."""
+    from ray.train.torch import TorchConfig
+
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # a class that is known at run time only
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(listen_where_ray_does)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Any]:
+            return Backend
+
+    return Config
 
 
 def _work(settings: dict[str, Any]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from rm_robust.chat import ChatFormat
 from rm_robust.compute import EXACT, prepare_for_training
 from rm_robust.config import PipelineConfig
+from rm_robust.gloo_interface import listen_where_ray_does
 from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.packing import PackedBatch, choose_layout, lay_out, micro_batches
 from rm_robust.policy_model import PackedPolicy, commit_policy, load_policy
@@ -73,6 +74,7 @@ class PolicyTrainer:
 
     def start(self, master_address: str, master_port: int) -> int:
         """Join the other ranks, load policy and reference, resume the last committed state; returns the steps already done."""
+        listen_where_ray_does()
         num_workers = self.settings.trainers.num_workers
         if num_workers > 1 or self.settings.strategy.kind != "ddp":  # a shard needs a process group even when it is the only one
             os.environ |= {"MASTER_ADDR": master_address, "MASTER_PORT": str(master_port)}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rm_robust.errors import ConfigError, RolloutError
+from rm_robust.gloo_interface import listen_where_ray_does
 from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.ray_session import KEEPS_FREED_MEMORY
 from rm_robust.records import Completion, GenerationRequest, PromptCompletions
@@ -87,6 +88,7 @@ class RolloutEngine:
         `kv_cache_memory_bytes` is used on CPU only; on a GPU vLLM takes its usual share of the memory.
         Raises ConfigError for a combination that vLLM cannot run, or a CPU actor without `cpu_environment`.
         """
+        listen_where_ray_does()
         pull_folder(Path(model_dir))
         _check_settings(model_dir, device, tensor_parallel_size, weight_transfer_backend)
         from vllm import LLM

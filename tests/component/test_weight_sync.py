@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rm_robust.errors import RolloutError
+from rm_robust.gloo_interface import INTERFACE_VARIABLE
 from rm_robust.packing import choose_layout
 from rm_robust.policy_model import PackedPolicy, load_policy
 from rm_robust.records import GenerationRequest, PromptCompletions
@@ -402,6 +404,11 @@ def test_an_engine_refuses_to_generate_before_its_first_update(tied_rollout: Rol
     for refusal in tied_rollout.refusals:
         assert "RolloutError" in refusal
         assert "no update yet" in refusal
+
+
+def test_an_engine_listens_for_its_trainer_where_ray_does(untied_rollout: Rollout) -> None:
+    interface = ray.get(untied_rollout.engines[0].__ray_call__.remote(lambda _: os.environ[INTERFACE_VARIABLE]))
+    assert ray.util.get_node_ip_address() in [each.address for each in psutil.net_if_addrs()[interface]]
 
 
 def test_published_bytes_are_all_parameters_once(tied_rollout: Rollout, untied_rollout: Rollout) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 LAYERS = [
     ["rm_robust.config_parts", "rm_robust.errors", "rm_robust.records", "rm_robust.reward_model.objectives"],
-    ["rm_robust.filesystems", "rm_robust.log_lines", "rm_robust.remote_errors"],
+    ["rm_robust.filesystems", "rm_robust.gloo_interface", "rm_robust.log_lines", "rm_robust.remote_errors"],
     ["rm_robust.object_storage"],
     ["rm_robust.config_rloo", "rm_robust.score_contract"],
     [

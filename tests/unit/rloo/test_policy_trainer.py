@@ -1,16 +1,20 @@
 """A trainer without Ray and without engines: its KL, its update and its resume against plain transformers and formulas."""
 
+import os
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
+import ray
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rm_robust.checkpoint import verify_checkpoint
 from rm_robust.config import PipelineConfig
+from rm_robust.gloo_interface import INTERFACE_VARIABLE
 from rm_robust.records import Completion, PromptCompletions
 from rm_robust.rloo.policy_trainer import PolicyTrainer
 from rm_robust.rloo.rollout import Update
@@ -63,6 +67,14 @@ def weights(trainer: PolicyTrainer) -> dict[str, Tensor]:
 def update(trainer: PolicyTrainer, step: int = 0, *, learning_rate_factor: float = 1.0) -> Update:
     trainer.measure(sampled())
     return trainer.update(ADVANTAGES, step=step, num_completions_all_ranks=6, learning_rate_factor=learning_rate_factor)
+
+
+def test_gloo_knows_the_interface_of_rays_address_when_a_trainer_has_started(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INTERFACE_VARIABLE, "before")  # so that the test's end takes away what is set
+    monkeypatch.delenv(INTERFACE_VARIABLE)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    new_trainer(model_dir, tmp_path)
+    assert "127.0.0.1" in [each.address for each in psutil.net_if_addrs()[os.environ[INTERFACE_VARIABLE]]]
 
 
 def test_the_kl_to_the_reference_is_zero_before_the_first_update_and_not_after_it(model_dir: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rm_robust.errors import RolloutError
+from rm_robust.gloo_interface import INTERFACE_VARIABLE
 from rm_robust.rloo import weight_broadcast
 from rm_robust.rloo.weight_broadcast import (
     CHUNK_BYTES,
@@ -74,6 +75,13 @@ def transfer(groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], source
         num_bytes = send_weights(groups[0], source)
         receiving.result()
     return num_bytes, received
+
+
+def test_a_group_listens_on_the_interface_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which rm_robust/gloo_interface.py counts on."""
+    monkeypatch.setenv(INTERFACE_VARIABLE, "no-such-one")
+    with pytest.raises(RuntimeError, match="Unable to find address for: no-such-one"):
+        open_group(host_store("127.0.0.1", 1, TIMEOUT_S), 0, 1, TIMEOUT_S)
 
 
 def test_parameters_survive_packing_whatever_their_dtype_and_layout() -> None:
