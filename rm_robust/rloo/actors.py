@@ -153,7 +153,7 @@ def _new_engine(config: PipelineConfig, run_dir: Path, index: int) -> Any:
         "num_cpus": settings.engine_num_cpus,
         "num_gpus": settings.engine_num_gpus,
         "resources": settings.engine_resources,
-        "runtime_env": {"env_vars": {} if on_gpu else cpu_environment(settings.engine_num_threads)},
+        "runtime_env": {"env_vars": environment_of(config.name, "rloo", f"engine {index}") | ({} if on_gpu else cpu_environment(settings.engine_num_threads))},
         "name": _actor_name(config, f"engine {index}"),
     }
     return (

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rm_robust.errors import ConfigError, RolloutError
 from rm_robust.gloo_interface import listen_where_ray_does
+from rm_robust.log_lines import start_logging
 from rm_robust.object_storage.pulls import pull_folder
 from rm_robust.ray_session import KEEPS_FREED_MEMORY
 from rm_robust.records import Completion, GenerationRequest, PromptCompletions
@@ -88,12 +89,14 @@ class RolloutEngine:
         `kv_cache_memory_bytes` is used on CPU only; on a GPU vLLM takes its usual share of the memory.
         Raises ConfigError for a combination that vLLM cannot run, or a CPU actor without `cpu_environment`.
         """
+        start_logging(force=True)
         listen_where_ray_does()
         pull_folder(Path(model_dir))
         _check_settings(model_dir, device, tensor_parallel_size, weight_transfer_backend)
+        for name in ("torch._library.triton", "vllm.triton_utils"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # they say that a machine without GPU has no triton
         from vllm import LLM
 
-        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns that a machine without GPU has no triton
         cpu_settings: dict[str, Any] = {
             "enforce_eager": True,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
@@ -114,6 +117,9 @@ class RolloutEngine:
             use_tqdm_on_load=False,
             **(cpu_settings if device == "cpu" else {}),
         )
+        vllm_logger = logging.getLogger("vllm")  # which vLLM sets up anew while it starts: its later lines are written as ours
+        vllm_logger.handlers.clear()
+        vllm_logger.propagate = True
         self._max_model_len = max_model_len
         self._probe_tolerance = PROBE_TOLERANCE[dtype]
         self._update = _Update.NONE

@@ -1,6 +1,9 @@
 """Weight updates on real Ray actors: a transformers policy in a trainer actor, real vLLM engines, gloo between them."""
 
 import contextlib
+import io
+import json
+import logging
 import os
 import signal
 import sys
@@ -23,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rm_robust.errors import RolloutError
 from rm_robust.gloo_interface import INTERFACE_VARIABLE
+from rm_robust.log_lines import FORMAT_VARIABLE, environment_of
 from rm_robust.packing import choose_layout
 from rm_robust.policy_model import PackedPolicy, load_policy
 from rm_robust.records import GenerationRequest, PromptCompletions
@@ -183,7 +187,7 @@ def engines_by_model(ray_session: None, tmp_path_factory: pytest.TempPathFactory
     tied_dir = save_tiny_qwen2(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
     untied_dir = save_tiny_qwen2(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
     tied = [start_engine(tied_dir, max_restarts=restarts) for restarts in (0, 1)]
-    untied = [start_engine(untied_dir, max_restarts=0)]
+    untied = [start_engine(untied_dir, environment=environment_of("mine", "rloo", "engine 1") | {FORMAT_VARIABLE: "json"})]
     yield {"tied": (tied_dir, tied), "untied": (untied_dir, untied)}
     for engine in tied[:1] + untied:  # the second tied engine is killed by the last test
         ray.get(engine.shutdown.remote(), timeout=30)
@@ -199,10 +203,10 @@ def untied_rollout(engines_by_model: dict[str, tuple[Path, list[ActorHandle]]]) 
     return start_rollout(*engines_by_model["untied"])
 
 
-def start_engine(model_dir: Path, *, max_restarts: int = 0, dtype: str = "float32") -> ActorHandle:
+def start_engine(model_dir: Path, *, max_restarts: int = 0, dtype: str = "float32", environment: dict[str, str] | None = None) -> ActorHandle:
     return (
         ray.remote(RolloutEngine)
-        .options(num_cpus=1, max_restarts=max_restarts, runtime_env={"env_vars": cpu_environment(1)})
+        .options(num_cpus=1, max_restarts=max_restarts, runtime_env={"env_vars": cpu_environment(1) | (environment or {})})
         .remote(
             model_dir=str(model_dir),
             dtype=dtype,
@@ -246,6 +250,16 @@ def names_of_loaders(engine: RolloutEngine) -> list[str]:
 
     [names] = engine._llm.collective_rpc(of_worker)
     return names
+
+
+def errors_as_they_are_written(_: RolloutEngine) -> list[str]:
+    """One of ours and one of vLLM's."""
+    (handler,) = logging.getLogger().handlers
+    written = handler.stream = io.StringIO()
+    for name in ("rm_robust.some_module", "vllm.some_module"):
+        logging.getLogger(name).error("lost")
+    handler.stream = sys.stderr
+    return written.getvalue().splitlines()
 
 
 def wait_until_restarted(engine: ActorHandle) -> None:
@@ -409,6 +423,14 @@ def test_an_engine_refuses_to_generate_before_its_first_update(tied_rollout: Rol
 def test_an_engine_listens_for_its_trainer_where_ray_does(untied_rollout: Rollout) -> None:
     interface = ray.get(untied_rollout.engines[0].__ray_call__.remote(lambda _: os.environ[INTERFACE_VARIABLE]))
     assert ray.util.get_node_ip_address() in [each.address for each in psutil.net_if_addrs()[interface]]
+
+
+def test_an_engines_lines_name_it_as_it_was_told_and_vllms_do_too(untied_rollout: Rollout) -> None:
+    lines = [json.loads(line) for line in ray.get(untied_rollout.engines[0].__ray_call__.remote(errors_as_they_are_written))]
+    assert [line.pop("logger") for line in lines] == ["rm_robust.some_module", "vllm.some_module"]
+    for line in lines:
+        del line["time"]
+        assert line == {"level": "ERROR", "run": "mine", "stage": "rloo", "worker": "engine 1", "message": "lost"}
 
 
 def test_published_bytes_are_all_parameters_once(tied_rollout: Rollout, untied_rollout: Rollout) -> None:

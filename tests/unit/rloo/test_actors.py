@@ -1,13 +1,17 @@
-"""What it means when RLOO's actors do not come up."""
+"""What RLOO's actors are told when they are made, and what it means when they do not come up."""
 
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import pytest
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
+from rm_robust.config import PipelineConfig
 from rm_robust.errors import ClusterError
-from rm_robust.rloo.actors import TrainersLostError, _started
+from rm_robust.log_lines import environment_of
+from rm_robust.rloo.actors import TrainersLostError, _new_engine, _new_trainer, _started
+from rm_robust.rloo.vllm_engine import cpu_environment
 
 
 @pytest.mark.parametrize(
@@ -24,3 +28,26 @@ def test_an_actor_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(error, match=message):
         _started([])
+
+
+class Remote:
+    """In place of ray.remote: notes the options of the actor that is not made."""
+
+    def __init__(self, actor_class: type) -> None:
+        self.environment: dict[str, str] = {}
+
+    def options(self, *, runtime_env: dict[str, dict[str, str]], **_: Any) -> Self:
+        self.environment = runtime_env["env_vars"]
+        return self
+
+    def remote(self, *_: Any, **__: Any) -> Self:
+        return self
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_the_lines_of_engines_and_trainers_say_whose_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_gpus: int) -> None:
+    monkeypatch.setattr(ray, "remote", Remote)
+    config = PipelineConfig.model_validate({"name": "mine", "rloo": {"engine_num_gpus": num_gpus, "engine_num_threads": 3}})
+    on_cpu = {} if num_gpus else cpu_environment(3)
+    assert _new_engine(config, tmp_path, 1).environment == environment_of("mine", "rloo", "engine 1") | on_cpu
+    assert _new_trainer(config, tmp_path, 2).environment == environment_of("mine", "rloo", "trainer 2")
