@@ -79,12 +79,14 @@ def choose_run_dir(name: str, run_dir: str | None) -> Path:
         chosen, what = local_path(run_dir).expanduser(), f"--run-dir {run_dir}"
     else:
         chosen, what = run_root() / name, f"{RUN_ROOT_VARIABLE}={run_root()}"
-    if in_ray_job() and not chosen.is_absolute():
-        raise ConfigError(
-            f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. "
-            "Give an absolute path on storage that every node sees, or a URI (s3://…, gs://…)."
-        )
+    require_lasting(chosen, what, fix="Give an absolute path on storage that every node sees, or a URI (s3://…, gs://…).")
     return chosen.absolute()
+
+
+def require_lasting(path: Path, what: str, *, fix: str = "Give an absolute path on storage that outlasts the job.") -> None:
+    """Raise ConfigError for a relative path inside a Ray job: what is written there is lost."""
+    if in_ray_job() and not path.is_absolute():
+        raise ConfigError(f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. {fix}")
 
 
 def run_root() -> Path:

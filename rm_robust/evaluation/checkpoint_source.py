@@ -1,12 +1,27 @@
 """A committed checkpoint in this process, as the Scorer that an endpoint is too: same cases, same replies."""
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from rm_robust.errors import DataError, RefusedInputError, ScoringError
+import torch
+
+from rm_robust.errors import ConfigError, DataError, RefusedInputError, ScoringError
 from rm_robust.records import TokenGroup
 from rm_robust.reward_model.scorer import RewardScorer
 from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
+
+ON_A_GPU = "Start it on a machine with a GPU (a Ray job: `ray job submit --entrypoint-num-gpus=1 …`)"
+
+
+def require_device(device: str, what: str, *, fix: str) -> None:
+    """Raise ConfigError where this process cannot use `device`; `what` names the setting."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        host = socket.gethostname()
+        reason = f"{host} has no CUDA" if device.startswith("cuda") and not torch.cuda.is_available() else str(error).strip().splitlines()[0]
+        raise ConfigError(f"{what} cannot be used: this process, on {host}, does the scoring, and {reason}. {fix}") from error
 
 
 class CheckpointSource:

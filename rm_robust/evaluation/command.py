@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rm_robust.config_loading import require_lasting
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, evaluate, figure_names, read_data
 from rm_robust.evaluation.page import write_page
@@ -28,6 +29,7 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
     quieten_libraries()
     options = _parser(description).parse_args(arguments)
     try:
+        require_lasting(options.out, f"--out {options.out}")
         requirements = [parse_requirement(text) for text in options.require]
         options.model = options.model and local_path(options.model)
         scored_with = {"max_length_tokens": options.max_length_tokens} if options.url is None else {}
@@ -119,14 +121,9 @@ def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
         connect_to_ray()
         yield ShardedSource(options.model, num_workers=options.workers, num_cpus=options.cpus_per_worker, **settings)
         return
-    import torch
+    from rm_robust.evaluation.checkpoint_source import ON_A_GPU, CheckpointSource, require_device
 
-    from rm_robust.evaluation.checkpoint_source import CheckpointSource
-
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {options.device} cannot be used: {error}") from error
+    require_device(options.device, f"--device {options.device}", fix=f"{ON_A_GPU}, or let a cluster's nodes score (--workers).")
     yield CheckpointSource(options.model, **settings)
 
 

@@ -12,8 +12,8 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from rm_robust.config_loading import RESOLVED_NAME, claim_run_dir, load_section
-from rm_robust.evaluation.checkpoint_source import CheckpointSource
+from rm_robust.config_loading import RESOLVED_NAME, claim_run_dir, load_section, require_lasting
+from rm_robust.evaluation.checkpoint_source import ON_A_GPU, CheckpointSource, require_device
 from rm_robust.log_lines import start_logging
 from rm_robust.ray_session import connect_to_ray
 from rm_robust.responses.config import LabelsConfig, ResponsesConfig
@@ -41,7 +41,11 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     folder = options.out.absolute()
 
     def work() -> None:
+        require_lasting(options.out, f"--out {options.out}")
         config = load_section(options.config, options.overrides, ResponsesConfig)
+        if config.labels is not None and config.labels.checkpoint is not None:
+            fix = f'{ON_A_GPU}, or set labels.device = "cpu", or labels.url to a service that scores.'
+            require_device(config.labels.device, f'labels.device = "{config.labels.device}"', fix=fix)
         claim_run_dir(folder, config)
         run(config, folder)
 

@@ -15,6 +15,7 @@ import torch
 
 from rm_robust.chat import ChatFormat
 from rm_robust.checkpoint import MANIFEST_NAME, Manifest, commit_checkpoint
+from rm_robust.config_loading import require_lasting
 from rm_robust.errors import CheckpointError, RmRobustError
 from rm_robust.reward_model.architectures import known_architecture, load_packed_reward_model, visible_files
 from rm_robust.reward_model.config_json import read_json
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="the checkpoint to write; must not exist")
     parsed = parser.parse_args(arguments)
     try:
+        require_lasting(parsed.target, f"TARGET {parsed.target}")
         manifest = adopt(parsed.source, parsed.target)
     except RmRobustError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import shutil
+import socket
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
 from tests.tiny_reward_model import save_tiny_reward_model
 
 NUM_PAIRS = 20
+HOST = socket.gethostname()
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 
 
 class TextScorer:
@@ -252,6 +255,7 @@ def test_a_spoilt_log_is_not_used(data: Path, spoil: Callable[[list[str]], list[
         (["--url=http://127.0.0.1:9", "--data=BROKEN"], "broken.parquet cannot be read"),
         (["--url=http://127.0.0.1:9", "--data=SURROGATE"], "Row surrogate.jsonl:1: Completion 0 is not valid Unicode"),
         (["--model=nowhere", "--data=DATA", "--device=gpu"], "--device gpu cannot be used"),
+        pytest.param(["--model=nowhere", "--data=DATA", "--device=cuda"], f"on {HOST}, does the scoring, and {HOST} has no CUDA. Start", marks=WITHOUT_CUDA),
         (["--model=nowhere", "--data=DATA"], "nowhere"),
     ],
 )
@@ -265,6 +269,12 @@ def test_mistakes_get_one_message_before_anything_is_scored(data: Path, options:
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_inside_a_ray_job_a_relative_out_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert command.main("", ["--url=http://127.0.0.1:9", f"--data={data}", "--suite=preferences", "--out=out"]) == 2
+    assert "--out out is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job" in capsys.readouterr().err
 
 
 def test_the_names_of_figures_are_known_before_any_score(data: Path) -> None:

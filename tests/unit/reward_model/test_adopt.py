@@ -85,6 +85,14 @@ def test_the_command_prints_the_identity_that_is_served(tmp_path: Path, capsys: 
     assert f"error: {target} exists already" in capsys.readouterr().err
 
 
+def test_inside_a_ray_job_a_relative_target_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert main([str(save_tiny_armorm(tmp_path / "source")), "target"]) == 1
+    assert "TARGET target is relative" in capsys.readouterr().err
+    assert not (tmp_path / "target").exists()
+
+
 def refusal(source: Path, kind: type[RmRobustError] = CheckpointError) -> str:
     target = source.parent / "target"
     with pytest.raises(kind) as refused:
