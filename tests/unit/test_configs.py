@@ -1,5 +1,8 @@
 """Every config in pipelines/configs is valid, and the cluster's config asks only for what cluster.yaml's nodes have."""
 
+import ast
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,27 @@ Resources = dict[str, float]
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_valid_and_named_after_its_file(path: Path) -> None:
     assert load_config(path, []).name == path.stem
+
+
+def jobs_before(config: Path) -> list[list[str]]:
+    """The commands in a config's comments, as a shell splits them."""
+    commented = "".join(line.removeprefix("#") for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
+    commands = re.findall(r"^ {8}(\S(?:.*\\\n)*.*)$", commented, re.MULTILINE)
+    return [shlex.split(command.replace("\\\n", " ")) for command in commands]
+
+
+def test_the_jobs_before_full_rlhf_make_what_it_reads_where_it_reads_it() -> None:
+    config, (prompts, gold, backbone) = load_config(FULL_RLHF, []), jobs_before(FULL_RLHF)
+    assert [command[:5] for command in (prompts, gold, backbone)] == [["ray", "job", "submit", "--working-dir", "."]] * 3
+    entrypoints = [command[command.index("--") + 1 :] for command in (prompts, gold, backbone)]
+    assert entrypoints[0][:2] == ["python", "-c"]
+    assert f".to_json('{config.data.rloo_prompts[0]}')" in "".join(ast.unparse(ast.parse(entrypoints[0][2])).split("\n"))
+    assert entrypoints[1][:2] == ["sh", "-c"]
+    assert entrypoints[1][2].endswith(f" {config.serve.gold}")
+    assert entrypoints[2][:4] == ["python", "pipelines/train_sft.py", "--config", str(FULL_RLHF.relative_to(REPOSITORY))]
+    own = load_config(FULL_RLHF, entrypoints[2][5::2])
+    assert config.reward_model.base_path == f"/shared/rm_robust/runs/{own.name}/checkpoints/sft"
+    assert (own.name, own.model.path) == ("ultrachat_3b", "Qwen/Qwen2.5-3B")
 
 
 def resources(num_cpus: float, num_gpus: float, custom: Resources) -> Resources:
