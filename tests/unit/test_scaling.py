@@ -120,12 +120,12 @@ def test_a_line_agrees_up_to_a_factor_of_two_either_way() -> None:
     assert [Compared("x", "s", predicted, 1.0).agrees for predicted in (0.49, 0.5, 2.0, 2.1)] == [False, True, True, False]
 
 
-def test_every_measured_run_is_compared_and_three_quarters_agree() -> None:
-    """Rates and runs of one machine in one file. A formula that is wrong by a constant factor puts most of its lines out."""
+def test_every_measured_run_is_compared_and_agrees() -> None:
+    """Rates and runs of one machine in one file, so that only a formula or the file can change the outcome: as `make check-scaling`."""
     found = read_measurements(REPOSITORY / MEASURED)
     lines = compare(found, REPOSITORY)
     assert len(lines) == len(found.training) + len(found.memory) + len(found.updates) >= 10
-    assert sum(line.agrees for line in lines) >= 0.75 * len(lines), [line for line in lines if not line.agrees]
+    assert [line for line in lines if not line.agrees] == []
 
 
 def test_the_command_says_of_a_config_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
