@@ -1,4 +1,4 @@
-"""Ray's autoscaler with its fake provider: every stage of a pipeline brings its own kind of node, and these go again.
+"""Ray's autoscaler with its fake provider: every stage of a pipeline brings its own kind of node, and so does load on a served model; they go again.
 
 The provider is Ray's own for tests, and private: its nodes are raylets on this machine. The autoscaler that decides is the real one, version 2.
 """
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import ray._private.services
 
-from tests.e2e.pipeline_process import RUN_DEADLINE_S, Running, wait_until
+from tests.e2e.pipeline_process import RUN_DEADLINE_S, Running, session_processes, wait_until
 from tests.e2e.ray_cluster import Cluster, free_ports, ray_cluster
+from tests.tiny_reward_model import save_tiny_reward_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * RUN_DEADLINE_S)]
 
@@ -20,6 +21,7 @@ HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 HEAD_TYPE = "ray.head.default"
 """Both as the fake provider has them."""
 IDLE_S = 12
+SCALED_WITHIN_S = 120
 KINDS = {
     "data": {"CPU": 2, "data": 2},
     "trainer": {"CPU": 2, "GPU": 2, "trainer": 2},
@@ -48,6 +50,42 @@ with open(sys.argv[1], "a") as file:
         file.flush()
         time.sleep(1)
 """
+SERVE = """
+import asyncio, sys
+from pathlib import Path
+import ray
+from ray import serve
+from rm_robust.score_contract import ScoreInput, ScoreRequest
+from serve.front import Front
+from serve.launch import deploy_models, start_serve_without_http
+from serve.settings import ModelSettings, ServiceSettings
+
+checkpoint, load_ends, serving_ends = map(Path, sys.argv[1:])
+model = ModelSettings(
+    model_name="elastic", checkpoint_dir=checkpoint, max_replicas=2, upscale_delay_s=0.5, downscale_delay_s=1, max_batch_tokens=256, resources={"serving": 2}
+)
+request = ScoreRequest(inputs=[ScoreInput(prompt="apple river", completions=[f"stone {number}"]) for number in range(64)])
+
+async def ask(front):
+    while not load_ends.exists():
+        await front.score(request, "elastic")
+
+async def work():
+    settings = ServiceSettings(models=(model,), insecure_no_auth=True)
+    front = Front(settings, deploy_models(settings))
+    await front.start()
+    print("serving", flush=True)
+    await asyncio.gather(*(ask(front) for _ in range(8)))
+    print("the load has ended", flush=True)
+    while not serving_ends.exists():
+        await asyncio.sleep(0.1)
+
+ray.init(log_to_driver=False)
+start_serve_without_http()
+asyncio.run(work())
+serve.shutdown()
+"""
+"""A model that one node has room for once, and clients that ask it on and on."""
 
 
 def autoscaler_settings(gcs_address: str) -> dict[str, object]:
@@ -87,6 +125,15 @@ class Watched:
         """Nodes of each kind, second by second."""
         return [json.loads(line)[1] for line in self.watch.read_text().splitlines()] if self.watch.exists() else []
 
+    def wait_until_all_are_gone(self) -> None:
+        """And their processes: to Ray a node is dead a little before the provider has ended its log monitor, which nobody does once the head has stopped."""
+
+        def left() -> list[str]:
+            log_monitors = [command for command in session_processes(self.cluster.head.session).values() if "log_monitor.py" in command]
+            return [kind for kind, count in self.counts()[-1].items() if count] + log_monitors[1:]  # the head has one too
+
+        wait_until(lambda: not left(), 10 * IDLE_S, lambda: f"still there: {left()}")
+
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
@@ -120,11 +167,33 @@ def test_every_stage_brings_its_kind_of_node_which_goes_again(watched: Watched) 
     assert first["data"] < first["trainer"] < min(first["serving"], first["rollout"]), "a kind of node comes when a stage wants it, not before"
     at_work = [count for count in watched.counts()[first["trainer"] :] if count["rollout"]]
     assert any(count["trainer"] == 0 for count in at_work), "nodes that no stage wants any more go while the pipeline is at work"
-    gone = dict.fromkeys(KINDS, 0)
-    wait_until(lambda: watched.counts()[-1] == gone, 10 * IDLE_S, lambda: f"still there: {watched.counts()[-1]}")
+    watched.wait_until_all_are_gone()
 
 
 def test_what_the_autoscaler_may_never_start_is_refused_at_once(watched: Watched) -> None:
     job = watched.cluster.submit_in_place("--set", "name=large", "--set", "reward_model.workers.num_workers=5", "--set", SETTINGS[2])
     assert job.wait(RUN_DEADLINE_S) != 0
     assert "reward_model asks for 5 x {CPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them" in job.output()
+
+
+def test_load_on_a_served_model_brings_a_second_node_which_goes_with_it(watched: Watched, tmp_path: Path) -> None:
+    checkpoint = save_tiny_reward_model(tmp_path / "model")
+    (tmp_path / "service.py").write_text(SERVE)
+    load_ends, serving_ends = tmp_path / "load_ends", tmp_path / "serving_ends"
+    environment = {"RAY_ADDRESS": watched.cluster.gcs_address, "PYTHONPATH": ".", "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
+    service = watched.cluster.launcher.command(
+        "python", str(tmp_path / "service.py"), str(checkpoint), str(load_ends), str(serving_ends), environment=environment
+    )
+
+    def has(text: str, num_nodes: int) -> bool:
+        assert service.process.poll() is None, service.output()[-4000:]
+        return text in service.output() and watched.counts()[-1]["serving"] == num_nodes
+
+    before = len(watched.counts())
+    wait_until(lambda: has("serving", 2), SCALED_WITHIN_S, lambda: f"{watched.counts()[before:]}\n{service.output()[-4000:]}")
+    assert 1 in [count["serving"] for count in watched.counts()[before:]], "the first replica had a node of its own before"
+    load_ends.touch()
+    wait_until(lambda: has("the load has ended", 1), SCALED_WITHIN_S, lambda: f"{watched.counts()[before:]}\n{service.output()[-4000:]}")
+    serving_ends.touch()
+    assert service.wait(SCALED_WITHIN_S) == 0, service.output()[-4000:]
+    watched.wait_until_all_are_gone()
