@@ -61,8 +61,7 @@ def connect_to_ray() -> None:
     if not on_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that token authentication is on
-        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would make ~/.ray/auth_token, which others may read
+        make_own_token()
         environment[DRIVER_VARIABLE] = driver = f"{os.getpid()} since {psutil.Process().create_time()}"
         atexit.register(shut_down, driver)
     if on_cluster:
@@ -78,6 +77,12 @@ def connect_to_ray() -> None:
         if not on_cluster:
             raise
         raise ClusterError(why_not_connected(os.environ["RAY_ADDRESS"], error)) from error
+
+
+def make_own_token() -> None:
+    """For a local Ray, unless the environment names one. Ray 2.60 itself would make ~/.ray/auth_token, which the umask may let everybody read."""
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def for_workers() -> dict[str, str]:

@@ -31,7 +31,7 @@ from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
 from rm_robust.log_lines import lines_are_of, start_logging
 from rm_robust.object_storage.copies import local_path
 from rm_robust.object_storage.pulls import pull_folder
-from rm_robust.ray_session import KEEPS_FREED_MEMORY
+from rm_robust.ray_session import KEEPS_FREED_MEMORY, make_own_token
 from rm_robust.reward_model.config_json import read_json
 from rm_robust.score_contract import SCORE_PATH
 from rm_robust.scoring import KEY_VARIABLE
@@ -162,6 +162,7 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("GLIBC_TUNABLES", KEEPS_FREED_MEMORY)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+    make_own_token()
     ray.init(address="local", include_dashboard=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; with Ray's handler an orderly end would have status 15
     try:

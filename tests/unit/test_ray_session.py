@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rm_robust.ray_session import DRIVER_VARIABLE, WORKER_ENVIRONMENT, for_workers, shut_down, workers_of
+from rm_robust.ray_session import DRIVER_VARIABLE, WORKER_ENVIRONMENT, for_workers, make_own_token, shut_down, workers_of
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
 
@@ -66,3 +66,17 @@ def test_workers_are_told_what_their_job_has_not_told_them(monkeypatch: pytest.M
     of_job = {"RM_ROBUST_LOG_FORMAT": "json", "TOKENIZERS_PARALLELISM": "true"}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it(of_job))
     assert for_workers() == {name: value for name, value in WORKER_ENVIRONMENT.items() if name != "TOKENIZERS_PARALLELISM"}
+
+
+def test_a_local_ray_has_a_token_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "so that it is as before at the end")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "mine")
+    make_own_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    make_own_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    make_own_token()
+    assert os.environ["RAY_AUTH_TOKEN"] == "mine"
