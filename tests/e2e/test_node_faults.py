@@ -14,7 +14,6 @@ import pytest
 from rm_robust.tracking import read_metrics
 from tests.e2e.pipeline_process import POLL_EVERY_S, RUN_DEADLINE_S, STAGE_DEADLINE_S, Running, session_processes, wait_until
 from tests.e2e.ray_cluster import NUM_RLOO_STEPS, Cluster, ray_cluster
-from tests.e2e.test_cluster import states_of
 from tests.e2e.test_kill_and_resume import check_resumed, committed_steps, lines_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
@@ -49,7 +48,7 @@ class Nodes:
         self.running[name] = self.cluster.add_worker(f"--num-cpus={num_cpus}", f'--resources={{"{name}": 1}}')
 
     def of(self, node_id: str) -> str:
-        (node,) = [node for node in states_of(self.cluster, "nodes") if node["node_id"] == node_id]
+        (node,) = [node for node in self.cluster.states_of("nodes") if node["node_id"] == node_id]
         (name,) = self.running.keys() & node["resources_total"].keys()
         return name
 
@@ -77,7 +76,7 @@ def node_of(nodes: Nodes, job: Running, what: str, is_it: Callable[[dict[str, An
 
     def is_there() -> bool:
         assert job.process.poll() is None, job.output()[-4000:]
-        found[:] = [own["node_id"] for own in states_of(nodes.cluster, what) if is_it(own) and own["node_id"]]
+        found[:] = [own["node_id"] for own in nodes.cluster.states_of(what) if is_it(own) and own["node_id"]]
         return bool(found)
 
     wait_until(is_there, RUN_DEADLINE_S, lambda: job.output()[-4000:])
