@@ -102,7 +102,7 @@ def in_ray_job() -> bool:
 def claim_run_dir(run_dir: Path, config: Section) -> None:
     """Write the resolved config into the run directory, or check that it is the one already there. Raises what `check_run_dir` raises."""
     if not check_run_dir(run_dir, config):
-        write_json_atomic(run_dir / RESOLVED_NAME, json.loads(config.model_dump_json()))
+        write_json_atomic(run_dir / RESOLVED_NAME, _resolved(config))
 
 
 def check_run_dir(run_dir: Path, config: Section) -> bool:
@@ -120,7 +120,7 @@ def check_run_dir(run_dir: Path, config: Section) -> bool:
         earlier = json.loads(read_text(run_dir / RESOLVED_NAME))
     except (OSError, ValueError) as error:
         raise ConfigError(f"The run directory {shown(run_dir)} cannot be used: {error}. Choose another with --run-dir.") from error
-    changes = _differences(with_new_settings(earlier, type(config)), json.loads(config.model_dump_json()))
+    changes = _differences(with_new_settings(earlier, type(config)), _resolved(config))
     if changes:
         raise ConfigError(
             f"{shown(run_dir)} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
@@ -144,10 +144,15 @@ def require_shared(path: Path) -> None:
 def with_new_settings(earlier: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
     """A resolved config of an earlier version of this program: what it did not know of yet has its default."""
     try:
-        filled: dict[str, Any] = json.loads(kind.model_validate(earlier).model_dump_json())
+        return _resolved(kind.model_validate(earlier))
     except ValidationError:
         return earlier  # it also had what is gone now, which is a difference
-    return filled
+
+
+def _resolved(config: Section) -> dict[str, Any]:
+    """Every setting, as the file in a run directory has it."""
+    settings: dict[str, Any] = json.loads(config.model_dump_json())
+    return settings
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private.state import jobs
@@ -63,10 +64,15 @@ def claim_for_job(run_dir: Path) -> None:
         holder = _internal_kv_get(key, namespace=NAMESPACE).decode()
         if holder == own:
             return
-        at_work = [job for job in jobs() if job["JobID"] == holder and not job["IsDead"]]
-        if at_work:
+        at_work = living_job(holder)
+        if at_work is not None:
             raise ClusterError(
-                f"Another job writes the run directory {shown(run_dir)}: {at_work[0]['Entrypoint']} (job {holder}). Ctrl-C of `ray job submit` does not end a "
+                f"Another job writes the run directory {shown(run_dir)}: {at_work['Entrypoint']} (job {holder}). Ctrl-C of `ray job submit` does not end a "
                 "job: `ray job list` names it, `ray job stop` ends it; or wait for it, or choose another directory with --run-dir."
             )
         key = f"{run_dir} after job {holder}"
+
+
+def living_job(job_id: str) -> dict[str, Any] | None:
+    """What Ray's job table has of a job that has not ended; None when it has."""
+    return next((job for job in jobs() if job["JobID"] == job_id and not job["IsDead"]), None)

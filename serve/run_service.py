@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray._private.state import jobs
 
 from rm_robust.ray_session import HEAD_RESOURCE
+from rm_robust.run_claim import living_job
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Keeper:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while any(job["JobID"] == self._job_id and not job["IsDead"] for job in jobs()):
+        while living_job(self._job_id) is not None:
             time.sleep(POLL_EVERY_S)
         logger.warning("job %s has ended and left the service %s behind: it is deleted", self._job_id, self._app_name)
         serve.delete(self._app_name)
