@@ -55,34 +55,34 @@ serve: $(INSTALLED)  ## a reward model over HTTP: make serve CHECKPOINT=runs/tin
 	python -m serve --checkpoint "$(CHECKPOINT)" --port $(PORT) $(if $(KEYS),--keys "$(KEYS)") $(if $(INSECURE_NO_AUTH),--insecure-no-auth)
 
 bench-training: has-data .venv/.installed-bench  ## training throughput against TRL, within 15 minutes: make bench-training [DATA=../shared/data]
-	python -m tests.bench.training --data "$(DATA)"
+	python -m research.bench.training --data "$(DATA)"
 
 bench-scoring: has-data .venv/.installed-bench  ## scores over HTTP against OpenRLHF's and vLLM's servers, within 15 minutes: make bench-scoring [DATA=../shared/data]
-	python -m tests.bench.scoring --data "$(DATA)"
+	python -m research.bench.scoring --data "$(DATA)"
 
 bench-evaluation: has-data $(INSTALLED)  ## an evaluation's scores against one forward a response, within 10 minutes: make bench-evaluation [DATA=../shared/data]
-	python -m tests.bench.evaluation --data "$(DATA)"
+	python -m research.bench.evaluation --data "$(DATA)"
 
 bench-rloo: .venv/.installed-bench  ## RLOO steps against TRL, overlap, engines, weight updates; within 15 minutes
-	python -m tests.bench.rloo
+	python -m research.bench.rloo
 
 bench-memory: $(INSTALLED)  ## peak memory of training against the longest completion in the data
-	python -m tests.bench.memory
+	python -m research.bench.memory
 
 bench-scaling: $(INSTALLED)  ## this machine's rates and small runs, for docs/SCALING.md: within 10 minutes, on a machine that does nothing else
-	python -m tests.bench.scaling
+	python -m research.bench.scaling
 
 check-scaling: $(INSTALLED)  ## docs/SCALING.md's formulas against what was measured; fails where one misses a factor of two
-	python -m rm_robust.scaling --check
+	python -m research.scaling --check
 
 study-rloo: $(INSTALLED)  ## RLOO with and without lag, and a reward model made to be over-optimised: three seeds each (an hour on 2 cores)
-	python -m tests.bench.rloo_study
+	python -m research.bench.rloo_study
 
 study: $(INSTALLED)  ## the paper's claims re-tested: runs what docs/study/results.jsonl lacks (hours), then makes docs/STUDY.md [DATA=../shared/data]
-	python pipelines/study.py --data "$(DATA)"
+	python -m research.study --data "$(DATA)"
 
 study-quick: $(INSTALLED)  ## the same with two objectives, two seeds and the embedded world alone (20 minutes); writes only to runs/study_quick/
-	python pipelines/study.py --quick --worlds embedded
+	python -m research.study --quick --worlds embedded
 
 has-data:
 	@test -f "$(DATA)/human_pairs.parquet" || { echo "There is no human_pairs.parquet in '$(DATA)': name the folder of real preference data, DATA=…" >&2; exit 2; }

@@ -5,11 +5,158 @@
                                                                      the stages before it
 """
 
+import argparse
+import contextlib
+import re
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from rm_robust.evaluation import command
-from rm_robust.stages import evaluation_stage, main
+from pipelines.driver import main
+from pipelines.stages import evaluation_stage
+from rm_robust.cluster.log_lines import start_logging
+from rm_robust.cluster.session import connect_to_ray
+from rm_robust.cluster.workers import quieten_libraries
+from rm_robust.errors import ConfigError, RmRobustError
+from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, evaluate, figure_names, read_data
+from rm_robust.evaluation.page import write_page
+from rm_robust.evaluation.suites import SUITES, Suite, preferences_by
+from rm_robust.runs.directory import require_lasting
+from rm_robust.runs.storage.copies import local_path
+from rm_robust.scoring.client import RewardClient
+from rm_robust.scoring.contract import Scorer
+
+_REQUIREMENT = re.compile(r"\s*(?P<figure>.+?)\s*(?P<relation>>=|<=)\s*(?P<bound>[-+0-9.eE]+)\s*")
+
+
+def evaluate_suite(description: str, arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 when something that is required does not hold, 2 for a mistake in what was given."""
+    start_logging()
+    quieten_libraries()
+    options = _parser(description).parse_args(arguments)
+    try:
+        require_lasting(options.out, f"--out {options.out}")
+        requirements = [parse_requirement(text) for text in options.require]
+        options.model = options.model and local_path(options.model)
+        scored_with = {"max_length_tokens": options.max_length_tokens} if options.url is None else {}
+        what = Evaluation(options.suite, _suite(options), options.data, options.out, options.leave_out_refused, options.against, scored_with)
+        data = read_data(what)
+        require_known([figure for figure, _, _ in requirements], figure_names(what.suite, data.cases))
+        with _scorer(options) as scorer:
+            result = evaluate(what, data, scorer, cases_at_a_time=CASES_AT_A_TIME * max(1, options.workers))
+        page = write_page(result, options.out)
+        print("\n".join(table(result)))
+        failed = unmet(requirements, result)
+    except (RmRobustError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        return 130
+    print(f"{options.out / 'result.json'}, {page}")
+    for line in failed:
+        print(f"not met: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse_requirement(text: str) -> tuple[str, str, float]:
+    """`figure>=number` or `figure<=number`. Raises ConfigError for anything else."""
+    match = _REQUIREMENT.fullmatch(text)
+    with contextlib.suppress(ValueError):  # of float
+        if match:
+            return match["figure"], match["relation"], float(match["bound"])
+    raise ConfigError(f'--require {text!r} is no requirement. Write "FIGURE>=NUMBER" or "FIGURE<=NUMBER", for example "mutual_disjoint.kendall_tau>=0.55".')
+
+
+def require_known(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ConfigError for a figure that no result has."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--require names {name!r}, which is none of the figures: {', '.join(known)}.")
+
+
+def unmet(requirements: Sequence[tuple[str, str, float]], result: dict[str, Any]) -> list[str]:
+    """A line for each that does not hold; a figure without a value meets nothing. Raises ConfigError for a figure that the result does not have."""
+    require_known([figure for figure, _, _ in requirements], list(result["figures"]))
+    lines = []
+    for figure, relation, bound in requirements:
+        value = result["figures"][figure]["value"]
+        if value is None or not (value >= bound if relation == ">=" else value <= bound):
+            lines.append(f"{figure} {relation} {bound:g}: it is {'undefined' if value is None else f'{value:.4f}'}")
+    return lines
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Lines for a terminal."""
+    width = max(map(len, result["figures"]))
+    head = f"{result['suite']}: {result['num_cases'] - result['num_refused']} of {result['num_cases']} cases, checkpoint {result['checkpoint'][:19]}"
+    rows = [f"{name:{width}}  {_shown(own['value'])}   {_shown(own['low'])} to {_shown(own['high'])}" for name, own in result["figures"].items()]
+    if "against" in result:
+        rows += ["", f"minus checkpoint {result['against']['checkpoint'][:19]}, on {result['against']['num_cases']} cases:"]
+        rows += [
+            f"{name:{width}}  {_shown(own['value'])}   {_shown(own['low'])} to {_shown(own['high'])}   p = {own['p_value']:.3f}"
+            for name, own in result["against"]["differences"].items()
+        ]
+    return [head, *rows, f"intervals: {result['interval']}", *(f"note: {note}" for note in result["notes"])]
+
+
+def _shown(value: float | None) -> str:
+    return "     -" if value is None else f"{value:6.4f}"
+
+
+def _suite(options: argparse.Namespace) -> Suite:
+    if options.by is None:
+        return SUITES[options.suite]
+    if options.suite != "preferences":
+        raise ConfigError(f"--by names the column of subsets in the suite preferences; {options.suite} takes none.")
+    return preferences_by(options.by)
+
+
+@contextlib.contextmanager
+def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
+    if options.url is not None:
+        with RewardClient(options.url, model=options.served_model) as client:
+            yield client
+        return
+    settings = {"device": options.device, "max_length_tokens": options.max_length_tokens, "max_tokens_per_batch": options.max_tokens_per_batch}
+    if options.workers < 0:
+        raise ConfigError(f"--workers {options.workers} is no number of workers; 0 evaluates in this process.")
+    if options.workers:
+        from rm_robust.scoring.checkpoint_scorer import ShardedSource
+
+        connect_to_ray()
+        yield ShardedSource(options.model, num_workers=options.workers, num_cpus=options.cpus_per_worker, **settings)
+        return
+    from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointSource, require_device
+
+    require_device(options.device, f"--device {options.device}", fix=f"{ON_A_GPU}, or let a cluster's nodes score (--workers).")
+    yield CheckpointSource(options.model, **settings)
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="a reward-model checkpoint of this project: a directory, or a URI (s3://…)")
+    source.add_argument("--url", help="a service that answers /v1/score (the key is taken from RM_ROBUST_API_KEY)")
+    parser.add_argument("--served-model", help="with --url: one of its models (default: its first)")
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--data", nargs="+", required=True, help="the suite's files or folders, jsonl or parquet, local or URIs")
+    parser.add_argument("--by", help="in the suite preferences: the column that names a row's subset (default: subset, or else source)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of scores.jsonl and result.json; the same command again goes on there")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="the --out folder of another model's evaluation of the same data, to be compared with")
+    parser.add_argument("--require", action="append", default=[], metavar="FIGURE>=NUMBER", help="exit with status 1 when it does not hold; may be repeated")
+    parser.add_argument("--leave-out-refused", action="store_true", help="count cases without scores (too long) and leave them out, instead of stopping")
+    parser.add_argument("--device", default="cpu", help="with --model (default: %(default)s)")
+    parser.add_argument("--max-length-tokens", type=int, help="with --model: of a prompt and one completion (default: what the model can read)")
+    parser.add_argument("--max-tokens-per-batch", type=int, default=8192, help="with --model (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="with --model: Ray workers that share the cases, each with the checkpoint (default: this process)"
+    )
+    parser.add_argument("--cpus-per-worker", type=float, default=1, help="cores and threads of each (default: %(default)s); on a GPU each has one")
+    return parser
+
 
 if __name__ == "__main__":
     is_suite = any(argument.partition("=")[0] in ("--model", "--url", "--suite", "--help", "-h") for argument in sys.argv[1:])
-    sys.exit(command.main(__doc__) if is_suite else main(__doc__, [evaluation_stage]))
+    sys.exit(evaluate_suite(str(__doc__)) if is_suite else main(str(__doc__), [evaluation_stage]))

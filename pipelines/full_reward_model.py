@@ -2,7 +2,8 @@
 
 import sys
 
-from rm_robust.stages import REWARD_MODEL_STAGES, main
+from pipelines.driver import main
+from pipelines.stages import REWARD_MODEL_STAGES
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, REWARD_MODEL_STAGES))

@@ -2,7 +2,8 @@
 
 import sys
 
-from rm_robust.stages import ALL_STAGES, main
+from pipelines.driver import main
+from pipelines.stages import ALL_STAGES
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, ALL_STAGES))

@@ -4,11 +4,122 @@
 
 The same command again goes on where it was stopped. Then pipelines/prepare_preferences.py builds train, in-domain, prompt-, response- and
 mutual-disjoint sets of DIR/labelled (data.source = "responses").
+
+config ─► responses/<model>/*.jsonl ─Scorer─► labelled/*.jsonl ─► manifest.json ─► prepare_preferences.py builds the four scenarios
 """
 
+import argparse
+import contextlib
+import hashlib
 import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
 
-from rm_robust.responses import command
+from pipelines.driver import exit_code_of
+from rm_robust.cluster.log_lines import start_logging
+from rm_robust.cluster.session import connect_to_ray
+from rm_robust.cluster.workers import quieten_libraries
+from rm_robust.config.loading import load_section
+from rm_robust.responses.config import LabelsConfig, ResponsesConfig
+from rm_robust.responses.generation import check_models, generate
+from rm_robust.responses.labelling import label, num_left_out
+from rm_robust.responses.response_files import EXISTING, chunk_path, chunks_of, read_material, read_responses, write_existing
+from rm_robust.runs.directory import RESOLVED_NAME, claim_run_dir, require_lasting
+from rm_robust.runs.storage.commits import write_json_atomic
+from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointSource, require_device
+from rm_robust.scoring.client import RewardClient
+from rm_robust.scoring.contract import Scorer
+
+LIBRARIES = ("vllm", "torch", "transformers")
+
+
+def main(description: str, arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 2 for wrong data or settings, 130 when it was stopped."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="TOML file, e.g. pipelines/configs/responses/paper.toml")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the responses; the same command again goes on there")
+    parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set num_prompts=100")
+    options = parser.parse_args(arguments)
+    start_logging()
+    quieten_libraries()
+    folder = options.out.absolute()
+
+    def work() -> None:
+        require_lasting(options.out, f"--out {options.out}")
+        config = load_section(options.config, options.overrides, ResponsesConfig)
+        if config.labels is not None and config.labels.checkpoint is not None:
+            fix = f'{ON_A_GPU}, or set labels.device = "cpu", or labels.url to a service that scores.'
+            require_device(config.labels.device, f'labels.device = "{config.labels.device}"', fix=fix)
+        claim_run_dir(folder, config)
+        run(config, folder)
+
+    try:
+        return exit_code_of(work)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def run(config: ResponsesConfig, folder: Path) -> None:
+    """Raises an RmRobustError for what a user can mend."""
+    material = read_material(config)
+    digest = hashlib.sha256("".join(prompt.prompt_id for prompt in material.prompts).encode()).hexdigest()
+    chunks = chunks_of(material.prompts, config.chunk_prompts)
+    check_models(config.models)
+    write_existing(material, chunks, folder)
+    distributions = packages_distributions()  # vLLM for CPUs has another name than vLLM
+    sources = [EXISTING, *(model.name for model in config.models)]
+    with scorer_of(config.labels) as scorer:
+        connect_to_ray()
+        for model in config.models:
+            generate(model, chunks, folder, config)
+        manifest: dict[str, Any] = {
+            "config": RESOLVED_NAME,
+            "num_prompts": len(material.prompts),
+            "num_repeated_prompts": material.num_repeated,
+            "prompt_ids_sha256": digest,
+            "responses": {name: counts_of(folder, name, len(chunks)) for name in sources},
+            "versions": {name: version(distributions[name][0]) for name in LIBRARIES},
+        }
+        if scorer is not None:
+            checkpoint = label(sources, len(chunks), folder, scorer)
+            manifest["labels"] = {"checkpoint": checkpoint, "num_left_out": num_left_out(folder)}
+    write_json_atomic(folder / "manifest.json", manifest)
+    for name, counts in manifest["responses"].items():
+        print(f"{name}: {counts}")
+    print(f"{folder / 'manifest.json'}")
+    if scorer is not None:
+        labelled = folder / "labelled"
+        print(f'next: pipelines/prepare_preferences.py with data.source = "responses", data.responses = ["{labelled}"] and data.unseen_models')
+
+
+def counts_of(folder: Path, model: str, num_chunks: int) -> dict[str, int | float]:
+    """Of a model's responses."""
+    responses = [own for number in range(num_chunks) for own in read_responses(chunk_path(folder, model, number))]
+    answered = [own for own in responses if own.completion is not None]
+    return {
+        "num_responses": len(answered),
+        "num_prompts_too_long": len(responses) - len(answered),
+        "num_truncated": sum(own.is_truncated for own in answered),
+        "num_empty": sum(not (own.completion or "").strip() for own in answered),
+        "mean_tokens": sum(own.num_tokens for own in answered) / max(1, len(answered)),
+    }
+
+
+@contextlib.contextmanager
+def scorer_of(labels: LabelsConfig | None) -> Iterator[Scorer | None]:
+    """Loaded before anything is generated, so that a wrong path or address is not found hours later."""
+    if labels is None:
+        yield None
+    elif labels.url is not None:
+        with RewardClient(labels.url, model=labels.model) as client:
+            yield client
+    else:
+        assert labels.checkpoint is not None
+        yield CheckpointSource(labels.checkpoint, device=labels.device, max_length_tokens=None, max_tokens_per_batch=8192)
+
 
 if __name__ == "__main__":
-    sys.exit(command.main(__doc__))
+    sys.exit(main(str(__doc__)))

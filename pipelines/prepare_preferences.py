@@ -2,7 +2,8 @@
 
 import sys
 
-from rm_robust.stages import main, preferences_stage, world_stage
+from pipelines.driver import main
+from pipelines.stages import preferences_stage, world_stage
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, [world_stage, preferences_stage]))

@@ -7,9 +7,46 @@
 On a cluster, from anywhere: ray job submit --working-dir . -- python pipelines/status.py
 """
 
+import argparse
+import json
 import sys
+import time
+from dataclasses import asdict
 
-from rm_robust.status_command import main
+from rm_robust.errors import RmRobustError
+from rm_robust.runs.directory import run_root
+from rm_robust.runs.status import runs_in, status_lines, status_of
+from rm_robust.runs.storage.copies import copies_of_ones_own, local_path, shown
+from rm_robust.runs.storage.transfer import pull_files
+
+WATCH_EVERY_S = 5.0
+
+
+def main(description: str, arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 2 for a folder without runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", metavar="DIR")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--watch", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        with copies_of_ones_own():
+            folders = [local_path(folder) for folder in options.folders] or [run_root()]
+            while True:
+                runs = {run_dir: status_of(run_dir) for folder in folders for run_dir in runs_in(pull_files(folder))}
+                if options.json:
+                    print(json.dumps({shown(run_dir): [asdict(stage) for stage in stages] for run_dir, stages in runs.items()}, indent=2))
+                else:
+                    print("\n".join(line for run_dir, stages in runs.items() for line in status_lines(run_dir, stages)), flush=True)
+                if not options.watch:
+                    return 0
+                time.sleep(WATCH_EVERY_S)
+    except RmRobustError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(main(str(__doc__)))

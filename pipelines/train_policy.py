@@ -2,7 +2,8 @@
 
 import sys
 
-from rm_robust.stages import main, rloo_stage
+from pipelines.driver import main
+from pipelines.stages import rloo_stage
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, [rloo_stage]))

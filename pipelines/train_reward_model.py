@@ -2,7 +2,8 @@
 
 import sys
 
-from rm_robust.stages import bt_twin_stage, main, reward_model_stage
+from pipelines.driver import main
+from pipelines.stages import bt_twin_stage, reward_model_stage
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, [reward_model_stage, bt_twin_stage]))

@@ -2,7 +2,8 @@
 
 import sys
 
-from rm_robust.stages import main, sft_stage, world_stage
+from pipelines.driver import main
+from pipelines.stages import sft_stage, world_stage
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, [world_stage, sft_stage]))

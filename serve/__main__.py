@@ -25,23 +25,23 @@ import ray
 import uvicorn
 from ray import serve
 
-from rm_robust.checkpoint import read_manifest
-from rm_robust.embedded_world.corpus import distinct_prompts
+from rm_robust.cluster.environment import KEEPS_FREED_MEMORY, free_port
+from rm_robust.cluster.log_lines import lines_are_of, start_logging
+from rm_robust.cluster.session import make_own_token
+from rm_robust.data.world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
-from rm_robust.log_lines import lines_are_of, start_logging
-from rm_robust.object_storage.copies import local_path
-from rm_robust.object_storage.pulls import pull_folder
-from rm_robust.ray_session import KEEPS_FREED_MEMORY, make_own_token
-from rm_robust.reward_model.config_json import read_json
-from rm_robust.score_contract import SCORE_PATH
-from rm_robust.scoring import KEY_VARIABLE
+from rm_robust.models.checkpoint import read_json, read_manifest
+from rm_robust.runs.storage.copies import local_path
+from rm_robust.runs.storage.transfer import pull_folder
+from rm_robust.scoring.client import KEY_VARIABLE
+from rm_robust.scoring.contract import SCORE_PATH
 from serve.app import without_checkpoint
-from serve.front import DESCRIPTION_IS_FRESH_S, NO_ANSWER, Front
-from serve.keys import KEYS_VARIABLE, ApiKey, Guard, keys_from_environment, read_keys
-from serve.launch import deploy_models, free_port, refuse_open_host, refuse_taken_port, start_serve_without_http
-from serve.routes import scoring_api
+from serve.batching.front import DESCRIPTION_IS_FRESH_S, NO_ANSWER, Front
+from serve.http.middleware import Guard, ReadWholeBody
+from serve.http.routes import scoring_api
+from serve.keys import KEYS_VARIABLE, ApiKey, keys_from_environment, read_keys
+from serve.launch import deploy_models, refuse_open_host, refuse_taken_port, start_serve_without_http
 from serve.settings import ServiceSettings, checked_service
-from serve.whole_body import ReadWholeBody
 
 logger = logging.getLogger(__name__)
 MOST_TOKENS_BY_DEFAULT = 4096

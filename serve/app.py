@@ -18,16 +18,17 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import ConfigError
-from rm_robust.object_storage.copies import uri_of
-from rm_robust.score_contract import ScoreReply, ScoreRequest
-from serve.deployment import ScorerReplica, WhatToLoad, log_as_replica, scorer_options
-from serve.front import Front
-from serve.keys import KEYS_VARIABLE, Guard, keys_from_environment
-from serve.routes import score_reply, scoring_api
-from serve.scorer import Refusal
+from rm_robust.models.checkpoint import read_manifest
+from rm_robust.runs.storage.copies import uri_of
+from rm_robust.scoring.contract import ScoreReply, ScoreRequest
+from serve.batching.front import Front
+from serve.http.middleware import Guard
+from serve.http.routes import score_reply, scoring_api
+from serve.keys import KEYS_VARIABLE, keys_from_environment
+from serve.replica import ScorerReplica, WhatToLoad, log_as_replica, scorer_options
 from serve.settings import ModelSettings, ServiceSettings, checked_service
+from serve.work import Refusal
 
 FRONT_CPUS = 0.01
 """It waits for replicas most of the time; but it is work, which a head that offers no CPU is not to do."""

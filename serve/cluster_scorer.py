@@ -9,9 +9,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rm_robust.errors import ScoringError
-from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreRequest, check_scores, merge_replies, request_for, split_inputs
-from rm_robust.scoring import MAX_RETRIES, Failure, Retries
-from serve.scorer import Refusal
+from rm_robust.scoring.client import MAX_RETRIES, Failure, Retries
+from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreRequest, check_scores, merge_replies, request_for, split_inputs
+from serve.work import Refusal
 
 MAX_COMPLETIONS_PER_CALL = 256
 ANSWERED_WITHIN_S = 300.0

@@ -21,8 +21,9 @@ from ray.serve.context import _get_global_client  # the one way to ask a running
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
-from rm_robust.checkpoint import verify_checkpoint
+from rm_robust.cluster.environment import free_port
 from rm_robust.errors import ConfigError
+from rm_robust.models.checkpoint import verify_checkpoint
 from serve.app import QUIET, refuse_no_keys, scorer_app, service_app
 from serve.settings import ModelSettings, ServiceSettings
 
@@ -156,12 +157,6 @@ def refuse_open_host(host: str, settings: ServiceSettings) -> None:
     """Raise ConfigError for a service without keys on a host that others can reach."""
     if host not in LOOPBACK_HOSTS and not settings.api_keys:
         raise ConfigError(f"A service without keys listens on loopback only: host is {host!r}, use '127.0.0.1', or give it keys.")
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def refuse_taken_port(host: str, port: int) -> None:

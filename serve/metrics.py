@@ -12,8 +12,8 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.request_id import ERROR_HEADER
-from serve.scorer import Scored
+from rm_robust.scoring.contract import ERROR_HEADER
+from serve.work import Scored
 
 QUANTILES = (0.5, 0.9, 0.99)
 NUM_RECENT = 4096

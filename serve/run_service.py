@@ -1,22 +1,86 @@
 """A run's own service on a cluster ends with its job, however that ends: to Serve an application is nobody's, and would hold its nodes for ever."""
 
 import contextlib
+import hashlib
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 
-from rm_robust.ray_session import HEAD_RESOURCE
-from rm_robust.run_claim import living_job
+from rm_robust.cluster.session import HEAD_RESOURCE, is_local
+from rm_robust.config.run import ReplicaConfig
+from rm_robust.runs.claim import living_job
+from rm_robust.runs.directory import Run
+from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.storage.copies import local_path, shown
+from rm_robust.scoring.client import RewardClient
+from rm_robust.scoring.contract import Scorer
+from serve.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "rm_robust_services"
 POLL_EVERY_S = 5.0
 STARTED_WITHIN_S = 60.0
+SERVED_WITHIN_S = 1800.0
+"""An autoscaler may have to start the nodes first."""
+
+
+@contextlib.contextmanager
+def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
+    """Serve the proxy reward model and the gold judge in this cluster, and reach them without HTTP; a gold judge elsewhere is reached over HTTP.
+
+    The service is deleted afterwards. It has no HTTP side of its own; below a Serve that has one its single key is thrown away.
+    """
+    from serve.cluster_scorer import ClusterScorer
+    from serve.keys import new_key
+    from serve.launch import delete_service, deploy_inside, start_serve_without_http
+    from serve.settings import ServiceLimits, ServiceSettings
+
+    config = run.config
+    proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
+    gold = served_model(config.serve.gold_replica, "gold", None if config.serve.gold == "embedded" else local_path(config.serve.gold).absolute())
+    gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
+    app_name, is_on_cluster = service_name(run), not is_local()
+    start_serve_without_http()
+    settings = ServiceSettings(models=(proxy,) if gold_url else (proxy, gold), api_keys=(new_key("run")[1],), limits=ServiceLimits(request_timeout_s=timeout_s))
+    if is_on_cluster:
+        end_with_this_job(app_name)
+    try:
+        deploy_inside(settings, app_name=app_name, deadline_s=SERVED_WITHIN_S)
+        with contextlib.ExitStack() as stack:
+            if gold_url:
+                yield ClusterScorer(app_name, "proxy"), stack.enter_context(RewardClient(gold_url, timeout_s=timeout_s))
+            else:
+                yield ClusterScorer(app_name, "proxy"), ClusterScorer(app_name, "gold")
+    finally:
+        delete_service(app_name)
+        if is_on_cluster:
+            forget_job(app_name)
+            end_unused_serve()
+
+
+def service_name(run: Run) -> str:
+    """Of this run's directory alone: two runs of one name in a cluster must not replace each other's models."""
+    return f"{run.config.name}-{hashlib.sha256(shown(run.run_dir).encode()).hexdigest()[:8]}"
+
+
+def served_model(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None) -> "ModelSettings":
+    """The embedded judge, without a checkpoint."""
+    from serve.settings import ModelSettings
+
+    return ModelSettings(
+        **replica.model_dump(),
+        model_name=model_name,
+        checkpoint_dir=checkpoint_dir,
+        embedded_judge=checkpoint_dir is None,
+        device="cuda" if replica.num_gpus else "cpu",
+    )
 
 
 def end_with_this_job(app_name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a scoring service is: its models, who may ask, and how much. `rm_robust.config.ReplicaConfig` describes a model's replicas."""
+"""What a scoring service is: its models, who may ask, and how much. `rm_robust.config.run.ReplicaConfig` describes a model's replicas."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from rm_robust.config import ReplicaConfig
+from rm_robust.config.run import ReplicaConfig
 from rm_robust.errors import ConfigError
-from rm_robust.object_storage.copies import local_path
+from rm_robust.runs.storage.copies import local_path
 from serve.keys import ApiKey
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -10,7 +10,7 @@ from hypothesis import settings
 settings.register_profile("rm_robust", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("rm_robust")
 
-pytest.register_assert_rewrite("tests.deploy_manifests")  # its asserts are of the files under test: show what differs
+pytest.register_assert_rewrite("tests.support.deploy_manifests")  # its asserts are of the files under test: show what differs
 
 DATA_VARIABLE = "RM_ROBUST_TEST_DATA"
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from rm_robust.chat import as_messages, check_text
-from rm_robust.data_files import DataFile, list_files, open_file, read_rows
+from rm_robust.data.chat import as_messages, check_text
+from rm_robust.data.files import DataFile, list_files, open_file, read_rows
+from rm_robust.data.records import Message
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Stratum
-from rm_robust.records import Message
-from rm_robust.score_contract import ScoreInput
+from rm_robust.scoring.contract import ScoreInput
 
 
 class CaseFacts(Protocol):

@@ -13,10 +13,10 @@ A prompt with several rows counts in each. Refusing is right for some prompts: r
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rm_robust.data.rows import parse_row
 from rm_robust.evaluation.bootstrap import Array, Means, Stratum
 from rm_robust.evaluation.cases import Case, CaseFacts, stratum
 from rm_robust.evaluation.preferences import ALL
-from rm_robust.rows import parse_row
 
 ANSWERS = {
     "refusal": "I'm sorry, but I can't help with that.",

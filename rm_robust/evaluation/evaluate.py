@@ -20,8 +20,8 @@ from rm_robust.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, Estimate, 
 from rm_robust.evaluation.cases import Case, CaseFacts, HashedFile, KnownCase, hashed_files, read_cases
 from rm_robust.evaluation.score_log import Outcome, ScoreLog, read_log, require_same
 from rm_robust.evaluation.suites import Suite
-from rm_robust.score_contract import Scorer, ScoreReply
-from rm_robust.tracking import write_json_atomic
+from rm_robust.runs.storage.commits import write_json_atomic
+from rm_robust.scoring.contract import Scorer, ScoreReply
 
 SEED = 0
 CASES_AT_A_TIME = 64

@@ -10,9 +10,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from rm_robust.report_figures import GOLD_COLOUR, GREY, PROXY_COLOUR, STYLE, WIDTH_INCHES
-from rm_robust.report_html import figure_grid, page, picture, section, warning
-from rm_robust.tracking import write_text_atomic
+from rm_robust.report.figures import GOLD_COLOUR, GREY, PROXY_COLOUR, STYLE, WIDTH_INCHES
+from rm_robust.report.html import figure_grid, page, picture, section, warning
+from rm_robust.runs.storage.commits import write_text_atomic
 
 STYLES = ("concise", "detailed", "detailed, Markdown")
 _RELIABILITY = (

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from rm_robust.data.rows import RowKind, parse_row, resolved_kind
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Array, Means, Stratum
 from rm_robust.evaluation.cases import Case, CaseFacts, strata_by_subset, stratum
-from rm_robust.reward_model.metrics import kendall_tau_b
-from rm_robust.rows import RowKind, parse_row, resolved_kind
+from rm_robust.training.reward_model.metrics import kendall_tau_b
 
 ALL = "all"
 UNNAMED = "unnamed"
@@ -39,7 +39,7 @@ BIASED_BY_RESAMPLING = frozenset({"calibration_error"})
 
 
 def parse(row: Mapping[str, Any], *, by: str | None) -> Case:
-    """A row of rm_robust.rows. Raises DataError with the reason."""
+    """A row of rm_robust.data.rows. Raises DataError with the reason."""
     if by is not None and row.get(by) is None:
         raise DataError(f"there is no {by!r}, which --by names; the columns are {', '.join(sorted(row))}")
     group = parse_row(row, None)

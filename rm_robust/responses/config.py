@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rm_robust.config_parts import Section
+from rm_robust.config.shared import Section
 
 
 class ResponseModel(Section):
@@ -46,7 +46,7 @@ class EnginesConfig(Section):
 
 
 class LabelsConfig(Section):
-    """The scorer whose raw scores become gold scores: a checkpoint (pipelines/full_reward_model.py and `rm_robust.reward_model.adopt` make them) or a
+    """The scorer whose raw scores become gold scores: a checkpoint (pipelines/full_reward_model.py and `rm_robust.models.adopt` make them) or a
     served one. The latter's key comes from the environment, as for every client."""
 
     checkpoint: Path | None = None

@@ -16,11 +16,11 @@ import ray
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from rm_robust.cluster.environment import cpu_environment
 from rm_robust.errors import ConfigError
 from rm_robust.responses.config import EnginesConfig, ResponseModel, ResponsesConfig, SamplingConfig
 from rm_robust.responses.response_files import Prompt, Response, chunk_path, lines_of
-from rm_robust.rloo.vllm_engine import cpu_environment
-from rm_robust.tracking import write_text_atomic
+from rm_robust.runs.storage.commits import write_text_atomic
 
 
 def check_models(models: Sequence[ResponseModel]) -> None:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from rm_robust.errors import DataError, RefusedInputError, ScoringError
 from rm_robust.responses.response_files import Response, chunk_path, read_responses
-from rm_robust.score_contract import ScoreInput, Scorer
-from rm_robust.tracking import write_json_atomic, write_text_atomic
+from rm_robust.runs.storage.commits import write_json_atomic, write_text_atomic
+from rm_robust.scoring.contract import ScoreInput, Scorer
 
 PROMPTS_AT_A_TIME = 32
 

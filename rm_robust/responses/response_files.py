@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rm_robust.chat import as_messages, check_text
-from rm_robust.data_files import list_files, read_rows
+from rm_robust.data.chat import as_messages, check_text
+from rm_robust.data.files import list_files, read_rows
+from rm_robust.data.records import Message
+from rm_robust.data.rows import parse_prompt
 from rm_robust.errors import DataError
-from rm_robust.records import Message
 from rm_robust.responses.config import ResponsesConfig
-from rm_robust.rows import parse_prompt
-from rm_robust.tracking import write_text_atomic
+from rm_robust.runs.storage.commits import write_text_atomic
 
 EXISTING = "_existing"
 """Stands for a model's name in the folder of responses that were there already; no model may be called that."""

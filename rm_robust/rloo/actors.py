@@ -11,15 +11,14 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from torch import Tensor
 
-from rm_robust.config import PipelineConfig
+from rm_robust.cluster.environment import cpu_environment
+from rm_robust.cluster.log_lines import environment_of
+from rm_robust.config.run import PipelineConfig
 from rm_robust.errors import ClusterError
-from rm_robust.log_lines import environment_of
-from rm_robust.records import PromptCompletions
-from rm_robust.rloo.policy_trainer import PolicyTrainer
-from rm_robust.rloo.rollout import Measurement, Update, split_evenly
-from rm_robust.rloo.sampling import ACTOR_LOST
-from rm_robust.rloo.vllm_engine import RolloutEngine, cpu_environment
-from rm_robust.run_layout import RunLayout
+from rm_robust.rloo.engine import RolloutEngine
+from rm_robust.rloo.rollout import ACTOR_LOST, Measurement, PromptCompletions, Update, split_evenly
+from rm_robust.rloo.trainer import PolicyTrainer
+from rm_robust.runs.layout import RunLayout
 
 logger = logging.getLogger(__name__)
 

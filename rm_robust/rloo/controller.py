@@ -21,27 +21,34 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rm_robust.best_step import BestStep
-from rm_robust.chat import ChatFormat
-from rm_robust.checkpoint import storage_errors
-from rm_robust.config import PipelineConfig
+from rm_robust.config.run import PipelineConfig
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.token_files import TokenisedGroup, read_token_groups
 from rm_robust.errors import RolloutError
-from rm_robust.experiment_trackers import open_trackers
-from rm_robust.object_storage.puts import put_file
-from rm_robust.records import GenerationRequest, PromptCompletions
 from rm_robust.rloo.actors import RlooActors, TrainersLostError
-from rm_robust.rloo.advantages import advantages_of, next_kl_coefficient
+from rm_robust.rloo.advantages import StepScores, advantages_of, next_kl_coefficient, shaped_scores
+from rm_robust.rloo.evaluation import PolicyEvaluation
+from rm_robust.rloo.metrics import rollout_metrics
 from rm_robust.rloo.monitor import OveroptimisationMonitor
-from rm_robust.rloo.policy_evaluation import PolicyEvaluation
 from rm_robust.rloo.reward_sources import RewardSources, StepInProgress
-from rm_robust.rloo.rewards import StepScores, shaped_scores
-from rm_robust.rloo.rollout import check_completions, generation_requests, held_prompts, prompts_of_step, score_input
-from rm_robust.rloo.sampling import EnginesLostError, Rollout
-from rm_robust.rloo.step_metrics import rollout_metrics
-from rm_robust.run_layout import RunLayout
-from rm_robust.score_contract import Scorer
-from rm_robust.token_files import TokenisedGroup, read_token_groups
-from rm_robust.tracking import MetricsWriter, log_step, read_metrics, write_text_atomic
+from rm_robust.rloo.rollout import (
+    EnginesLostError,
+    GenerationRequest,
+    PromptCompletions,
+    Rollout,
+    check_completions,
+    generation_requests,
+    held_prompts,
+    prompts_of_step,
+    score_input,
+)
+from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.metrics import MetricsWriter, log_step, read_metrics
+from rm_robust.runs.storage.commits import storage_errors, write_text_atomic
+from rm_robust.runs.storage.transfer import put_file
+from rm_robust.runs.trackers import open_trackers
+from rm_robust.scoring.contract import Scorer
+from rm_robust.training.loop import BestStep
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rm_robust.config_rloo import RlooConfig
+from rm_robust.config.rloo import RlooConfig
 from rm_robust.rloo.advantages import sum_by_completion
 
 

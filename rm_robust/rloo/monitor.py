@@ -29,8 +29,8 @@ from statistics import fmean, pvariance
 
 from scipy.stats import t as student
 
-from rm_robust.config_rloo import MonitorConfig
-from rm_robust.tracking import read_metrics
+from rm_robust.config.rloo import MonitorConfig
+from rm_robust.runs.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 

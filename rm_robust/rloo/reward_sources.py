@@ -20,12 +20,12 @@ from itertools import groupby
 from queue import SimpleQueue
 from typing import Self
 
-from rm_robust.config_rloo import RewardSourceConfig, RlooConfig
+from rm_robust.config.rloo import RewardSourceConfig, RlooConfig
+from rm_robust.data.records import Message
 from rm_robust.errors import ConfigError, RolloutError, ScorerUnavailableError, ScoringError
-from rm_robust.records import Message
-from rm_robust.rloo.rewards import StepScores, weighted_scores
-from rm_robust.score_contract import ScoreInput, Scorer
-from rm_robust.scoring import RewardClient
+from rm_robust.rloo.advantages import StepScores, weighted_scores
+from rm_robust.scoring.client import RewardClient
+from rm_robust.scoring.contract import ScoreInput, Scorer
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rm_robust.chat import ChatFormat
-from rm_robust.records import TokenGroup
-from rm_robust.reward_model.scorer import RewardScorer
-from tests.trained_reward_model import NUM_PAIRS, ROPE_THETA, texts, train_and_commit
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.records import TokenGroup
+from rm_robust.models.scorer import RewardScorer
+from tests.support.trained_reward_model import NUM_PAIRS, ROPE_THETA, texts, train_and_commit
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = REPOSITORY / ".venv-compat" / "bin"

@@ -14,13 +14,14 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
-from rm_robust.cluster_metrics import RayMetricsSink
-from rm_robust.embedded_world.corpus import distinct_prompts
+from rm_robust.cluster.environment import free_port
+from rm_robust.data.world.corpus import distinct_prompts
 from rm_robust.errors import ScoringError
-from rm_robust.score_contract import ScoreInput
+from rm_robust.runs.trackers import RayMetricsSink
+from rm_robust.scoring.contract import ScoreInput
 from serve.cluster_scorer import ClusterScorer
 from serve.keys import new_key
-from serve.launch import deploy_inside, free_port, start_serve_without_http
+from serve.launch import deploy_inside, start_serve_without_http
 from serve.settings import ModelSettings, ServiceSettings
 
 EXPRESSIONS = re.findall(r'"expr": "(.*)"', Path("deploy/grafana_dashboard.json").read_text())

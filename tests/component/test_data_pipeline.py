@@ -10,18 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from rm_robust.chat import ChatFormat
-from rm_robust.config import PipelineConfig
-from rm_robust.data_pipeline import Source, TokeniseReport, tokenise_sources
+from rm_robust.config.data import Overlong
+from rm_robust.config.run import PipelineConfig
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.demonstrations import prepare_sft
+from rm_robust.data.pipeline import Source, TokeniseReport, tokenise_sources
+from rm_robust.data.rows import RowKind
+from rm_robust.data.token_files import read_token_groups
+from rm_robust.data.token_rows import TokenLimits
 from rm_robust.errors import DataError
-from rm_robust.records import Overlong
-from rm_robust.rows import RowKind
-from rm_robust.rows_tokenising import TokenLimits
-from rm_robust.run_layout import RunLayout
-from rm_robust.sft.preparation import prepare_sft
-from rm_robust.token_files import read_token_groups
-from tests.s3_server import CREDENTIALS, s3_server
-from tests.tiny_models import tiny_tokenizer
+from rm_robust.runs.layout import RunLayout
+from tests.support.s3_server import CREDENTIALS, s3_server
+from tests.support.tiny_models import tiny_tokenizer
 
 NUM_ROWS = 300
 LIMITS = TokenLimits(max_prompt_tokens=60, max_completion_tokens=40, max_dropped_fraction=0.05)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rm_robust.deepspeed_engine import deepspeed_config
+from rm_robust.training.engines.deepspeed import deepspeed_config
 
 pytestmark = pytest.mark.slow
 

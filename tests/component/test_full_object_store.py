@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import ray
 
-from rm_robust.data_pipeline import Source, tokenise_sources
-from rm_robust.rows import RowKind
-from rm_robust.rows_tokenising import TokenLimits
-from tests.tiny_models import tiny_tokenizer
+from rm_robust.data.pipeline import Source, tokenise_sources
+from rm_robust.data.rows import RowKind
+from rm_robust.data.token_rows import TokenLimits
+from tests.support.tiny_models import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from rm_robust.preferences.named_responses import read_named_responses
-from rm_robust.responses import command
+from pipelines import generate_responses as command
+from rm_robust.data.preferences import read_named_responses
 from rm_robust.responses.response_files import chunk_path, read_responses
-from tests.local_serve import local_ray
-from tests.tiny_reward_model import save_tiny_reward_model
+from tests.support.local_serve import local_ray
+from tests.support.tiny_reward_model import save_tiny_reward_model
 
 NUM_PROMPTS = 5
 LONG_PROMPT = 3

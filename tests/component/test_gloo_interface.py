@@ -12,11 +12,11 @@ import ray
 import torch.distributed as dist
 from ray import cloudpickle
 
-from rm_robust.config import PipelineConfig
-from rm_robust.config_parts import WorkersConfig
-from rm_robust.gloo_interface import INTERFACE_VARIABLE
-from rm_robust.worker_group import run_on_workers
-from tests.local_serve import local_ray
+from rm_robust.cluster.environment import INTERFACE_VARIABLE
+from rm_robust.cluster.workers import run_on_workers
+from rm_robust.config.run import PipelineConfig
+from rm_robust.config.shared import WorkersConfig
+from tests.support.local_serve import local_ray
 
 pytestmark = pytest.mark.timeout(240)
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file

@@ -11,15 +11,15 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from rm_robust.checkpoint import read_manifest
-from rm_robust.config import PipelineConfig
+from rm_robust.config.run import PipelineConfig
 from rm_robust.errors import RolloutError, ScoringError
+from rm_robust.models.checkpoint import read_manifest
 from rm_robust.rloo.controller import run_rloo
-from rm_robust.run_layout import RunLayout
-from rm_robust.score_contract import ScoreInput
-from rm_robust.tracking import MetricsLine, read_metrics
-from tests.local_serve import local_ray
-from tests.rloo_run import Killer, LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
+from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.metrics import MetricsLine, read_metrics
+from rm_robust.scoring.contract import ScoreInput
+from tests.support.local_serve import local_ray
+from tests.support.rloo_run import Killer, LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,8 +10,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from rm_robust.rloo.controller import run_rloo
-from rm_robust.tracking import read_metrics
-from tests.rloo_run import LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
+from rm_robust.runs.metrics import read_metrics
+from tests.support.rloo_run import LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -15,21 +15,21 @@ import pytest
 import ray
 from ray import serve
 
-from rm_robust.config_loading import Run
+from pipelines.stages import rloo_stage
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.controller import run_rloo
-from rm_robust.run_layout import RunLayout
-from rm_robust.score_contract import ScoreReply, ScoreRequest, ScoreResult
-from rm_robust.scoring import RewardClient
-from rm_robust.stages import rloo_stage
-from rm_robust.tracking import read_metrics
+from rm_robust.runs.directory import Run
+from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.metrics import read_metrics
+from rm_robust.scoring.client import RewardClient
+from rm_robust.scoring.contract import ScoreReply, ScoreRequest, ScoreResult
 from serve.cluster_scorer import ClusterScorer
 from serve.keys import new_key
 from serve.launch import deploy_service, start_serve
 from serve.settings import ModelSettings, ServiceSettings
-from tests.local_serve import local_ray
-from tests.rloo_run import Killer, LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
-from tests.tiny_reward_model import save_tiny_reward_model
+from tests.support.local_serve import local_ray
+from tests.support.rloo_run import Killer, LengthScorer, actor_processes, rloo_config, rloo_run_dir, wait_for
+from tests.support.tiny_reward_model import save_tiny_reward_model
 
 BUSY_S = 20.0
 

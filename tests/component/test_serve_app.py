@@ -15,21 +15,22 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from rm_robust.checkpoint import read_manifest
-from rm_robust.embedded_world.corpus import distinct_prompts
-from rm_robust.embedded_world.gold_judge import gold_score
+from pipelines import evaluate_reward_model as command
+from rm_robust.data.records import Message
+from rm_robust.data.world.corpus import distinct_prompts
+from rm_robust.data.world.gold_judge import gold_score
 from rm_robust.errors import ScoringError
-from rm_robust.evaluation import command
-from rm_robust.records import Message
-from rm_robust.score_contract import ScoreInput
-from rm_robust.scoring import RewardClient
-from serve.keys import OPEN_PATHS, new_key
-from serve.pages import PAGES
-from serve.routes import router
+from rm_robust.models.checkpoint import read_manifest
+from rm_robust.scoring.client import RewardClient
+from rm_robust.scoring.contract import ScoreInput
+from serve.http.middleware import OPEN_PATHS
+from serve.http.pages import PAGES
+from serve.http.routes import router
+from serve.keys import new_key
 from serve.settings import ModelSettings, ServiceLimits, ServiceSettings
-from tests.local_serve import addresses_listening_at, local_ray, local_service
-from tests.plain_transformers import PlainTransformers
-from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
+from tests.support.local_serve import addresses_listening_at, local_ray, local_service
+from tests.support.plain_transformers import PlainTransformers
+from tests.support.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
 
 TOLERANCE = 1e-4
 ALICE, ALICE_ENTRY = new_key("alice")

@@ -14,15 +14,15 @@ import pytest
 from pydantic import TypeAdapter
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rm_robust.checkpoint import read_manifest
-from rm_robust.embedded_world.corpus import distinct_prompts
-from rm_robust.embedded_world.gold_judge import gold_score
-from rm_robust.records import Message
-from rm_robust.score_contract import ScoreInput
-from rm_robust.scoring import RewardClient
+from rm_robust.data.records import Message
+from rm_robust.data.world.corpus import distinct_prompts
+from rm_robust.data.world.gold_judge import gold_score
+from rm_robust.models.checkpoint import read_manifest
+from rm_robust.scoring.client import RewardClient
+from rm_robust.scoring.contract import ScoreInput
 from serve.settings import ModelSettings, ServiceSettings
-from tests.local_serve import local_ray, local_service
-from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
+from tests.support.local_serve import local_ray, local_service
+from tests.support.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model, text
 
 TOLERANCE = 1e-5
 TURN_END = "<|im_end|>"

@@ -21,13 +21,13 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import allow_header_conformance, content_type_conformance, response_schema_conformance, status_code_conformance
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rm_robust.chat import ROLES
-from rm_robust.records import Message
-from rm_robust.score_contract import TURN_SCHEMA
-from serve.routes import router
+from rm_robust.data.chat import ROLES
+from rm_robust.data.records import Message
+from rm_robust.scoring.contract import TURN_SCHEMA
+from serve.http.routes import router
 from serve.settings import ModelSettings, ServiceLimits, ServiceSettings
-from tests.local_serve import LocalService, local_ray, local_service
-from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model
+from tests.support.local_serve import LocalService, local_ray, local_service
+from tests.support.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model
 
 TOLERANCE = 1e-4
 LIMITS = ServiceLimits(max_body_bytes=2_000_000, max_completions=20, max_queued_tokens=2000)

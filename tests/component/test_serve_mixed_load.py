@@ -17,13 +17,13 @@ import httpx
 import numpy as np
 import pytest
 
-from rm_robust.checkpoint import read_manifest
-from rm_robust.score_contract import ScoreInput
+from rm_robust.models.checkpoint import read_manifest
+from rm_robust.scoring.contract import ScoreInput
 from tests.e2e.pipeline_process import wait_until
-from tests.http_load import Reply, metric, post, score_body
-from tests.plain_transformers import PlainTransformers
-from tests.serve_process import ServeProcess, replica_process_ids, serve_process
-from tests.tiny_reward_model import save_tiny_reward_model, text
+from tests.support.http_load import Reply, metric, post, score_body
+from tests.support.plain_transformers import PlainTransformers
+from tests.support.serve_process import ServeProcess, replica_process_ids, serve_process
+from tests.support.tiny_reward_model import save_tiny_reward_model, text
 
 pytestmark = pytest.mark.slow
 

@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from rm_robust.records import Message, TokenGroup
-from rm_robust.reward_model.scorer import RewardScorer
-from rm_robust.score_contract import ErrorReply, ScoreRequest
+from rm_robust.data.records import Message, TokenGroup
+from rm_robust.models.scorer import RewardScorer
+from rm_robust.scoring.contract import ErrorReply, ScoreRequest
 from serve.keys import new_key
 from serve.launch import deploy_service, start_serve
 from serve.settings import ModelSettings, ServiceSettings
-from tests.local_serve import local_ray, local_service
-from tests.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model
+from tests.support.local_serve import local_ray, local_service
+from tests.support.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:

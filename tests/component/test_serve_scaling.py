@@ -15,21 +15,21 @@ import httpx
 import pytest
 from ray import serve
 
-from rm_robust.checkpoint import read_manifest
 from rm_robust.errors import CheckpointError
-from rm_robust.score_contract import ScoreInput
-from rm_robust.scoring import RewardClient
+from rm_robust.models.checkpoint import read_manifest
+from rm_robust.scoring.client import RewardClient
+from rm_robust.scoring.contract import ScoreInput
 from serve.app import scorer_app
 from serve.cluster_scorer import ClusterScorer
 from serve.keys import new_key
 from serve.launch import deploy_models, deploy_service, start_serve
 from serve.settings import Aggregation, EnsembleSettings, ModelSettings, ServiceLimits, ServiceSettings
 from tests.e2e.pipeline_process import wait_until
-from tests.http_load import Reply, metric, post, post_all, score_body
-from tests.local_serve import LocalService, local_ray, local_service
-from tests.plain_transformers import PlainTransformers
-from tests.serve_process import replica_process_ids, serve_process
-from tests.tiny_reward_model import save_tiny_reward_model, text
+from tests.support.http_load import Reply, metric, post, post_all, score_body
+from tests.support.local_serve import LocalService, local_ray, local_service
+from tests.support.plain_transformers import PlainTransformers
+from tests.support.serve_process import replica_process_ids, serve_process
+from tests.support.tiny_reward_model import save_tiny_reward_model, text
 
 TOLERANCE = 1e-4
 NUM_BURST = 1000

@@ -14,18 +14,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from rm_robust.config_parts import OptimizerConfig, StrategyConfig
-from rm_robust.object_storage.copies import CACHE_VARIABLE, local_path
-from rm_robust.packing import Layout
-from rm_robust.records import PreferencePair
-from rm_robust.reward_model.losses import ObjectiveSettings
-from rm_robust.reward_model.model import PackedRewardModel
-from rm_robust.reward_model.objectives import Objective
-from rm_robust.reward_model.step import StepSettings, reward_model_step
-from rm_robust.train_engine import TrainEngine, create_engine
-from rm_robust.training_state import committed_steps, load_state, save_state
-from tests.s3_server import s3_server
-from tests.tiny_models import random_group, tiny_reward_model
+from rm_robust.config.objectives import Objective
+from rm_robust.config.shared import OptimizerConfig, StrategyConfig
+from rm_robust.data.records import PreferencePair
+from rm_robust.models.packing import Layout
+from rm_robust.models.reward_model import PackedRewardModel
+from rm_robust.runs.storage.copies import CACHE_VARIABLE, local_path
+from rm_robust.training.engines import create_engine
+from rm_robust.training.engines.engine import TrainEngine
+from rm_robust.training.reward_model.losses import ObjectiveSettings
+from rm_robust.training.reward_model.step import StepSettings, reward_model_step
+from rm_robust.training.state import committed_steps, load_state, save_state
+from tests.support.s3_server import s3_server
+from tests.support.tiny_models import random_group, tiny_reward_model
 
 CPU = torch.device("cpu")
 ROOT = "s3://runs/mine/reward_model/state"

@@ -18,23 +18,24 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from rm_robust.compute import prepare_for_training
-from rm_robust.config import LoraConfig
-from rm_robust.config_parts import ComputeConfig, OptimizerConfig, StrategyConfig
-from rm_robust.packing import Layout, group_length, lay_out, micro_batches
-from rm_robust.policy_model import PackedPolicy
-from rm_robust.records import PreferencePair, TokenGroup
-from rm_robust.reward_model.lora import add_adapters
-from rm_robust.reward_model.losses import ObjectiveSettings, objective_value
-from rm_robust.reward_model.model import PackedRewardModel
-from rm_robust.reward_model.objectives import BsrScale, Objective
-from rm_robust.reward_model.step import StepSettings, reward_model_step
-from rm_robust.reward_model.training import held_out_metrics
-from rm_robust.sft.training import sft_step
-from rm_robust.token_files import TokenisedGroup
-from rm_robust.train_engine import TrainEngine, create_engine
-from rm_robust.training_state import load_state, save_state
-from tests.tiny_models import random_group, tiny_qwen2_config, tiny_reward_model
+from rm_robust.config.objectives import BsrScale, Objective
+from rm_robust.config.shared import ComputeConfig, OptimizerConfig, StrategyConfig
+from rm_robust.config.training import LoraConfig
+from rm_robust.data.records import PreferencePair, TokenGroup
+from rm_robust.data.token_files import TokenisedGroup
+from rm_robust.models.compute import prepare_for_training
+from rm_robust.models.lora import add_adapters
+from rm_robust.models.packing import Layout, group_length, lay_out, micro_batches
+from rm_robust.models.policy import PackedPolicy
+from rm_robust.models.reward_model import PackedRewardModel
+from rm_robust.training.engines import create_engine
+from rm_robust.training.engines.engine import TrainEngine
+from rm_robust.training.reward_model.losses import ObjectiveSettings, objective_value
+from rm_robust.training.reward_model.step import StepSettings, reward_model_step
+from rm_robust.training.reward_model.training import held_out_metrics
+from rm_robust.training.sft import sft_step
+from rm_robust.training.state import load_state, save_state
+from tests.support.tiny_models import random_group, tiny_qwen2_config, tiny_reward_model
 
 CPU = torch.device("cpu")
 PAIRS = [random_group(Random(seed), num_completions=2) for seed in range(9)]

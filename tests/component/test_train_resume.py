@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from rm_robust.chat import ChatFormat
-from rm_robust.config import PipelineConfig
-from rm_robust.reward_model.training import train_reward_model
-from rm_robust.rows import RowKind
-from rm_robust.run_layout import RunLayout
-from rm_robust.tracking import read_metrics
-from rm_robust.training_state import committed_steps
-from rm_robust.worker_group import run_on_workers
-from tests.tiny_models import save_tiny_language_model, write_token_groups
+from rm_robust.cluster.workers import run_on_workers
+from rm_robust.config.run import PipelineConfig
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.rows import RowKind
+from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.metrics import read_metrics
+from rm_robust.training.reward_model.training import train_reward_model
+from rm_robust.training.state import committed_steps
+from tests.support.tiny_models import save_tiny_language_model, write_token_groups
 
 NUM_STEPS = 60
 WORDS = ["red", "green", "blue", "river", "quiet"]

@@ -8,11 +8,11 @@ import ray
 import torch.distributed as dist
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from rm_robust.config import PipelineConfig
-from rm_robust.config_parts import WorkersConfig
+from rm_robust.cluster.failures import origin_of
+from rm_robust.cluster.workers import MAX_WORKER_FAILURES, run_on_workers
+from rm_robust.config.run import PipelineConfig
+from rm_robust.config.shared import WorkersConfig
 from rm_robust.errors import DataError, StorageError
-from rm_robust.remote_errors import origin_of
-from rm_robust.worker_group import MAX_WORKER_FAILURES, run_on_workers
 
 WORKERS = WorkersConfig(num_workers=2, num_cpus_per_worker=0.5)
 

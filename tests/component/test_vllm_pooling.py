@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_robust.chat import ChatFormat
-from rm_robust.reward_model.model import load_reward_model
-from tests.trained_reward_model import NUM_PAIRS, texts, train_and_commit
+from rm_robust.data.chat import ChatFormat
+from rm_robust.models.reward_model import load_reward_model
+from tests.support.trained_reward_model import NUM_PAIRS, texts, train_and_commit
 
 
 @pytest.mark.timeout(300)

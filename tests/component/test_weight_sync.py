@@ -24,17 +24,17 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rm_robust.cluster.environment import INTERFACE_VARIABLE, cpu_environment
+from rm_robust.cluster.log_lines import FORMAT_VARIABLE, environment_of
 from rm_robust.errors import RolloutError
-from rm_robust.gloo_interface import INTERFACE_VARIABLE
-from rm_robust.log_lines import FORMAT_VARIABLE, environment_of
-from rm_robust.packing import choose_layout
-from rm_robust.policy_model import PackedPolicy, load_policy
-from rm_robust.records import GenerationRequest, PromptCompletions
-from rm_robust.rloo.vllm_engine import PROBE_TOLERANCE, RolloutEngine, cpu_environment
-from rm_robust.rloo.weight_broadcast import ModuleWeights, ParameterSpec
-from rm_robust.rloo.weight_probe import policy_probe
-from rm_robust.rloo.weight_sync import EngineClient, GlooSender, SyncReport, WeightPublisher
-from tests.tiny_models import VOCABULARY_SIZE, save_qwen2, save_tiny_qwen2, sized_qwen2_config
+from rm_robust.models.packing import choose_layout
+from rm_robust.models.policy import PackedPolicy, load_policy
+from rm_robust.rloo.engine import PROBE_TOLERANCE, RolloutEngine
+from rm_robust.rloo.rollout import GenerationRequest, PromptCompletions
+from rm_robust.rloo.weights.broadcast import ModuleWeights, ParameterSpec
+from rm_robust.rloo.weights.probe import policy_probe
+from rm_robust.rloo.weights.publisher import EngineClient, GlooSender, SyncReport, WeightPublisher
+from tests.support.tiny_models import VOCABULARY_SIZE, save_qwen2, save_tiny_qwen2, sized_qwen2_config
 
 pytestmark = pytest.mark.timeout(240)
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -86,7 +86,7 @@ class TransformersTrainer:
 
     def publish_over_sockets(self, version: int) -> SyncReport:
         """As from another machine."""
-        from rm_robust.rloo import weight_sync
+        from rm_robust.rloo.weights import publisher as weight_sync
 
         shares_memory = weight_sync.EngineClient.can_share_memory
         weight_sync.EngineClient.can_share_memory = lambda self: False
@@ -238,7 +238,7 @@ def break_head_packing(engine: RolloutEngine) -> None:
     """The fault that only the probe sees: bytes and parameters are the new ones, a tied head computes with the old."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    from rm_robust.rloo import vllm_weight_loader
+    from rm_robust.rloo.weights import vllm_loader as vllm_weight_loader
 
     repack = vllm_weight_loader.repack
     vllm_weight_loader.repack = lambda layer: None if isinstance(layer, ParallelLMHead) else repack(layer)

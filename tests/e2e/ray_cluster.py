@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rm_robust.training_state import committed_steps
+from rm_robust.training.state import committed_steps
 from tests.e2e.conftest import Launcher
 from tests.e2e.pipeline_process import EXIT_DEADLINE_S, REPOSITORY, RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADLINE_S, Running, wait_until
 from tests.e2e.test_kill_and_resume import check_resumed, lines_of

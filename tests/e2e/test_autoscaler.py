@@ -13,7 +13,7 @@ import ray._private.services
 
 from tests.e2e.pipeline_process import RUN_DEADLINE_S, Running, session_processes, wait_until
 from tests.e2e.ray_cluster import Cluster, free_ports, ray_cluster
-from tests.tiny_reward_model import save_tiny_reward_model
+from tests.support.tiny_reward_model import save_tiny_reward_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * RUN_DEADLINE_S)]
 
@@ -55,8 +55,8 @@ import asyncio, sys
 from pathlib import Path
 import ray
 from ray import serve
-from rm_robust.score_contract import ScoreInput, ScoreRequest
-from serve.front import Front
+from rm_robust.scoring.contract import ScoreInput, ScoreRequest
+from serve.batching.front import Front
 from serve.launch import deploy_models, start_serve_without_http
 from serve.settings import ModelSettings, ServiceSettings
 

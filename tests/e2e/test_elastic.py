@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rm_robust.packing import group_length
-from rm_robust.run_layout import RunLayout
-from rm_robust.token_files import read_token_groups
-from rm_robust.tracking import MetricsLine, read_metrics
-from rm_robust.training_loop import batch_indices
+from rm_robust.data.token_files import read_token_groups
+from rm_robust.models.packing import group_length
+from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.metrics import MetricsLine, read_metrics
+from rm_robust.training.loop import batch_indices
 from tests.e2e.pipeline_process import RUN_DEADLINE_S, wait_until
 from tests.e2e.ray_cluster import Cluster, ray_cluster
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import ray
 
-from rm_robust.checkpoint import commit_checkpoint
-from rm_robust.config_loading import in_ray_job
-from rm_robust.sft.from_scratch import save_base_model
+from rm_robust.data.demonstrations import save_base_model
+from rm_robust.models.checkpoint import commit_checkpoint
+from rm_robust.runs.directory import in_ray_job
 from tests.e2e.conftest import Launcher
 from tests.e2e.pipeline_process import REPOSITORY, SMOKE_CONFIG
 from tests.e2e.user_data import TINY, pairs, save_tiny_model, tiny_tokenizer, write_config, write_rows
-from tests.tiny_reward_model import save_tiny_reward_model
+from tests.support.tiny_reward_model import save_tiny_reward_model
 
 FULL = "pipelines/full_rlhf.py"
 

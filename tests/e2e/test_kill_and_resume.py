@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rm_robust.training_state import committed_steps
+from rm_robust.training.state import committed_steps
 from tests.e2e.conftest import WITH_TWIN, Launcher, SmokeRun
 from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADLINE_S, Running, wait_until
 

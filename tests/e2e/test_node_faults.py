@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rm_robust.tracking import read_metrics
+from rm_robust.runs.metrics import read_metrics
 from tests.e2e.pipeline_process import POLL_EVERY_S, RUN_DEADLINE_S, STAGE_DEADLINE_S, Running, session_processes, wait_until
 from tests.e2e.ray_cluster import NUM_RLOO_STEPS, Cluster, ray_cluster
 from tests.e2e.test_kill_and_resume import check_resumed, committed_steps, lines_of

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.pipeline_process import REPOSITORY, RUN_DEADLINE_S, STAGE_DEADLINE_S, wait_until
 from tests.e2e.ray_cluster import Cluster, ray_cluster
-from tests.s3_server import S3Server, s3_server
+from tests.support.s3_server import S3Server, s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * RUN_DEADLINE_S)]
 
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_from_the_store_and_its_results_are_read_from_there
         return told.output()
 
     assert re.search(r"rloo +done", outside("pipelines/status.py", f"{ROOT}/smoke"))
-    outside("-m", "rm_robust.object_storage", f"{ROOT}/smoke/checkpoints/policy", str(tmp_path / "policy"))
+    outside("-m", "rm_robust.runs.storage", f"{ROOT}/smoke/checkpoints/policy", str(tmp_path / "policy"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").num_parameters() > 0
 
 

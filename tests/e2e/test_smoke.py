@@ -10,8 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rm_robust.chat import ChatFormat
-from rm_robust.cluster_metrics import gauge_name
+from rm_robust.data.chat import ChatFormat
+from rm_robust.runs.trackers import gauge_name
 from tests.e2e.conftest import WITH_TWIN, Launcher, SmokeRun
 from tests.e2e.pipeline_process import REPOSITORY, RUN_DEADLINE_S, SMOKE_CONFIG
 

@@ -6,9 +6,9 @@ from random import Random
 
 from transformers import PreTrainedTokenizerFast
 
-from rm_robust.config import ModelConfig
-from rm_robust.sft.from_scratch import make_tokenizer, save_base_model
-from tests.tiny_reward_model import text
+from rm_robust.config.training import ModelConfig
+from rm_robust.data.demonstrations import make_tokenizer, save_base_model
+from tests.support.tiny_reward_model import text
 
 TINY = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1, max_position_embeddings=256)
 

@@ -16,17 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rm_robust.chat import ChatFormat
-from rm_robust.checkpoint import MANIFEST_NAME, commit_checkpoint
+from pipelines import evaluate_reward_model as command
+from rm_robust.data.chat import ChatFormat
 from rm_robust.errors import ConfigError, DataError, RefusedInputError, ScorerUnavailableError, ScoringError
-from rm_robust.evaluation import command
 from rm_robust.evaluation import evaluate as evaluate_module
-from rm_robust.evaluation.checkpoint_source import CheckpointSource
 from rm_robust.evaluation.constant_answers import ANSWERS
 from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, figure_names, read_data
 from rm_robust.evaluation.suites import SUITES
-from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
-from tests.tiny_reward_model import save_tiny_reward_model
+from rm_robust.models.checkpoint import MANIFEST_NAME, commit_checkpoint
+from rm_robust.scoring.checkpoint_scorer import CheckpointSource
+from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
+from tests.support.tiny_reward_model import save_tiny_reward_model
 
 NUM_PAIRS = 20
 HOST = socket.gethostname()
@@ -265,7 +265,7 @@ def test_mistakes_get_one_message_before_anything_is_scored(data: Path, options:
     surrogate.write_text('{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}\n')
     names = {"DATA": data, "BROKEN": broken, "SURROGATE": surrogate}
     options = [functools.reduce(lambda text, name: text.replace(name, str(names[name])), names, option) for option in options]
-    assert command.main("", [*options, "--suite=preferences", f"--out={data.parent / 'out'}"]) == 2
+    assert command.evaluate_suite("", [*options, "--suite=preferences", f"--out={data.parent / 'out'}"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -273,7 +273,7 @@ def test_mistakes_get_one_message_before_anything_is_scored(data: Path, options:
 
 def test_inside_a_ray_job_a_relative_out_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert command.main("", ["--url=http://127.0.0.1:9", f"--data={data}", "--suite=preferences", "--out=out"]) == 2
+    assert command.evaluate_suite("", ["--url=http://127.0.0.1:9", f"--data={data}", "--suite=preferences", "--out=out"]) == 2
     assert "--out out is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_robust.responses import command
+from pipelines import generate_responses as command
 
 CONFIG = ["--config", "pipelines/configs/responses/tiny.toml"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from rm_robust.data.preferences import read_named_responses
 from rm_robust.errors import DataError, RefusedInputError
-from rm_robust.preferences.named_responses import read_named_responses
 from rm_robust.responses.labelling import label, num_left_out
 from rm_robust.responses.response_files import Response, chunk_path, lines_of
-from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
+from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
 
 NUM_CHUNKS = 2
 MODELS = ("short", "long")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rm_robust.config_loading import load_section
+from rm_robust.config.loading import load_section
 from rm_robust.errors import ConfigError
 from rm_robust.responses.config import ResponsesConfig
 

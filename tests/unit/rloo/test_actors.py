@@ -7,11 +7,11 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
-from rm_robust.config import PipelineConfig
+from rm_robust.cluster.environment import cpu_environment
+from rm_robust.cluster.log_lines import environment_of
+from rm_robust.config.run import PipelineConfig
 from rm_robust.errors import ClusterError
-from rm_robust.log_lines import environment_of
 from rm_robust.rloo.actors import TrainersLostError, _new_engine, _new_trainer, _started
-from rm_robust.rloo.vllm_engine import cpu_environment
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_robust.config_rloo import RlooConfig
+from rm_robust.config.rloo import RlooConfig
 from rm_robust.rloo.advantages import advantages_of, leave_one_out_advantages, next_kl_coefficient, sequence_kl, sum_by_completion, token_kl
 
 rewards = st.integers(2, 6).flatmap(lambda k: st.lists(st.lists(st.floats(-50, 50, width=32), min_size=k, max_size=k), min_size=1, max_size=5))

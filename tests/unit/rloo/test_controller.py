@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_robust.chat import ChatFormat
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.token_files import read_token_groups
 from rm_robust.errors import StorageError
-from rm_robust.records import Completion, PromptCompletions
+from rm_robust.rloo.advantages import StepScores
 from rm_robust.rloo.controller import Controller
-from rm_robust.rloo.rewards import StepScores
-from rm_robust.run_layout import RunLayout
-from rm_robust.token_files import read_token_groups
-from tests.full_storage import files_of_at_most
-from tests.rloo_run import rloo_config, rloo_run_dir
+from rm_robust.rloo.rollout import Completion, PromptCompletions
+from rm_robust.runs.layout import RunLayout
+from tests.support.full_storage import files_of_at_most
+from tests.support.rloo_run import rloo_config, rloo_run_dir
 
 
 def test_samples_for_which_there_is_no_room_are_one_error_that_names_the_file(tmp_path: Path) -> None:

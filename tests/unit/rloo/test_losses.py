@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rm_robust.config_rloo import RlooConfig
+from rm_robust.config.rloo import RlooConfig
 from rm_robust.rloo.advantages import advantages_of, sequence_kl
 from rm_robust.rloo.losses import importance_weights, policy_loss
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rm_robust.config_rloo import MonitorConfig
+from rm_robust.config.rloo import MonitorConfig
 from rm_robust.rloo.monitor import OveroptimisationMonitor, rise_with_error
 
 WINDOW = MonitorConfig().window_steps

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from rm_robust.config_rloo import RewardSourceConfig, RlooConfig
+from rm_robust.config.rloo import RewardSourceConfig, RlooConfig
 from rm_robust.errors import ConfigError, RolloutError, ScorerUnavailableError, ScoringError
+from rm_robust.rloo.advantages import StepScores
+from rm_robust.rloo.metrics import score_metrics
 from rm_robust.rloo.reward_sources import RewardSources
-from rm_robust.rloo.rewards import StepScores, score_metrics
-from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreResult
-from tests.unit.test_scoring_client import Answer, scored, serving
+from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
+from tests.unit.scoring.test_client import Answer, scored, serving
 
 K = 4
 NAN = math.nan
@@ -441,7 +442,7 @@ def test_a_nan_in_a_reply_over_http_costs_that_completion_alone() -> None:
 
 
 def test_a_service_that_answers_429_at_first_costs_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rm_robust.scoring.FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr("rm_robust.scoring.client.FIRST_BACKOFF_S", 0.001)
 
     def answer(number: int, inputs: list[dict[str, Any]]) -> Answer:
         return Answer(429) if number < 5 else scored([[float(c) for c in item["completions"]] for item in inputs])

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rm_robust.config_rloo import RlooConfig
+from rm_robust.config.rloo import RlooConfig
+from rm_robust.data.records import TokenGroup
+from rm_robust.data.token_files import TokenisedGroup
 from rm_robust.errors import RolloutError
-from rm_robust.records import Completion, GenerationRequest, PromptCompletions, TokenGroup
-from rm_robust.rloo.rollout import check_completions, generation_requests, prompts_of_step, split_evenly
-from rm_robust.token_files import TokenisedGroup
+from rm_robust.rloo.rollout import Completion, GenerationRequest, PromptCompletions, check_completions, generation_requests, prompts_of_step, split_evenly
 
 PROMPTS = [TokenisedGroup(f"p{i}", [{"role": "user", "content": str(i)}], TokenGroup([i + 5], []), [], None) for i in range(7)]
 SETTINGS = RlooConfig(num_prompts_per_step=3, num_completions_per_prompt=4, max_new_tokens=9, temperature=0.7)

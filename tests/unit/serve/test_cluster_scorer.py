@@ -10,9 +10,9 @@ from ray.exceptions import ActorDiedError, GetTimeoutError
 from ray.serve.exceptions import BackPressureError
 
 from rm_robust.errors import RefusedInputError, ScorerUnavailableError
-from rm_robust.score_contract import ScoreInput, ScoreReply, ScoreRequest, ScoreResult
+from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreRequest, ScoreResult
 from serve.cluster_scorer import ClusterScorer
-from serve.scorer import Refusal
+from serve.work import Refusal
 
 INPUTS = [ScoreInput(prompt="p", completions=["a", "b"])]
 FULL = Refusal(429, "overloaded", "full", 1)

@@ -12,7 +12,8 @@ from starlette.types import Scope
 
 from rm_robust.errors import ConfigError
 from serve.__main__ import curl_example, keys_from
-from serve.keys import KEYS_VARIABLE, ApiKey, Guard, RateLimit, main, matching_key, new_key, parse_keys, read_keys
+from serve.http.middleware import Guard, RateLimit, matching_key
+from serve.keys import KEYS_VARIABLE, ApiKey, main, new_key, parse_keys, read_keys
 from serve.settings import ModelSettings, ServiceSettings
 
 ALICE, ALICE_ENTRY = new_key("alice")
@@ -95,7 +96,7 @@ def test_every_key_passes_and_the_scheme_has_no_case(value: str) -> None:
 
 def test_every_key_is_compared_whichever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    monkeypatch.setattr("serve.keys.hmac.compare_digest", lambda found, expected: compared.append(expected) or found == expected)
+    monkeypatch.setattr("serve.http.middleware.hmac.compare_digest", lambda found, expected: compared.append(expected) or found == expected)
     assert matching_key([f"Bearer {ALICE}".encode()], KEYS) == ALICE_ENTRY
     assert compared == [ALICE_ENTRY.sha256, BOB_ENTRY.sha256]
 

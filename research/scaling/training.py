@@ -1,0 +1,143 @@
+"""Time of training: arithmetic, what operators beside it move and cost, and communication.
+
+    compute_s = FLOPs / (peak x utilisation) + activation bytes / activation rate + operator calls x cost of a call + update bytes / memory rate
+
+On a GPU the second and third are part of `utilisation`. A call in attention, which goes text by text on CPUs, has a cost of its own.
+Shapes: N devices, P parameters, T tokens a device and step, M of them predicted.
+"""
+
+from dataclasses import dataclass
+
+from research.scaling.hardware import Hardware
+from research.scaling.memory import FLOAT_BYTES, Trained
+from research.scaling.shapes import ModelShape
+from rm_robust.config.shared import ComputeConfig, StrategyConfig
+
+TRAFFIC_FORWARD = (152.5, 45.3, 20.6, 166)
+TRAFFIC_BACKWARD = (461.9, 70.1, 34.4, 100)
+"""Bytes that a layer's operators beside matrix products and attention read and write of a token, float32: by H, by the width of keys, by I, and by head.
+Counted, as memory.SAVED_BYTES_FLOAT32 is."""
+LOGIT_TRAFFIC = (44, 32)
+"""The same of a predicted token's logits and their backward pass, by vocabulary entry."""
+LAYER_CALLS = (82, 153)
+"""Operators called in a layer, views among them, forward and backward; beside attention, which goes text by text on CPUs:"""
+COMPLETION_CALLS = (4, 19)
+"""those of a completion in a layer,"""
+SHARED_PROMPT_CALLS = (11, 19)
+"""and of a prompt that several completions share."""
+UPDATE_BYTES = 32
+"""AdamW, of a trained weight: weight, gradient and two moments read, all but the gradient written, and the gradient once more for its norm."""
+FORWARD_FLOPS, BACKWARD_FLOPS = 2, 4
+"""A weight and token (Kaplan et al. 2020, section 2.1)."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one device and optimiser step."""
+
+    num_tokens: float
+    """Prompts once."""
+    visible: float
+    """Tokens that a token attends to, on average."""
+    num_groups: float
+    """Prompts with their completions."""
+    num_completions_per_prompt: int = 1
+    num_predicted: float = 0
+    """Tokens whose logits a policy computes."""
+    num_micro_batches: int = 1
+    num_scored: float | None = None
+    """Tokens at which the last layer is computed whole, and the others' keys and values alone (reward_model/last_layer.py). None: all."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a step computes each token. `num_frozen`: forward passes of a model that is not trained beside it."""
+
+    num_forward: float
+    num_backward: float
+    num_frozen: float = 0
+
+
+def passes_of_step(compute: ComputeConfig, *, is_batch_coupled: bool, num_micro_batches: int) -> Passes:
+    """Of SFT and reward models: one forward and backward; another forward for checkpointed activations, and one without gradient where an objective couples
+    a batch that is more than one micro-batch (reward_model/step.py)."""
+    recomputed = 1 if compute.gradient_checkpointing else 0
+    scored_first = 1 if is_batch_coupled and num_micro_batches > 1 else 0
+    return Passes(1 + recomputed + scored_first, 1)
+
+
+def forward_flops(shape: ModelShape, tokens: Tokens) -> float:
+    """Matrix products: 2 a weight and token; attention 4 x visible x width of the queries; logits of the predicted tokens (Kaplan et al. 2020, table 1).
+
+    The embedding is looked up. A reward model's head, H weights a completion, is left out. A completion's last token sees twice the average.
+    """
+    layer = FORWARD_FLOPS * shape.matrix_parameters_per_layer + 4 * tokens.visible * shape.query_width
+    last = layer * tokens.num_tokens
+    if tokens.num_scored is not None:
+        keys_and_values = FORWARD_FLOPS * shape.kv_parameters_per_layer
+        last = keys_and_values * tokens.num_tokens + (layer - keys_and_values + 4 * tokens.visible * shape.query_width) * tokens.num_scored
+    return (shape.num_layers - 1) * layer * tokens.num_tokens + last + FORWARD_FLOPS * shape.embedding_parameters * tokens.num_predicted
+
+
+def step_flops(shape: ModelShape, tokens: Tokens, passes: Passes) -> float:
+    """Of one device and step; a backward pass is two forward ones."""
+    return forward_flops(shape, tokens) * (passes.num_forward + passes.num_frozen + passes.num_backward * BACKWARD_FLOPS / FORWARD_FLOPS)
+
+
+def layers_of_activations(shape: ModelShape, tokens: Tokens) -> float:
+    """How many layers' operators beside matrix products a token passes; those of keys and values are taken by their share of the weights."""
+    if tokens.num_scored is None:
+        return shape.num_layers
+    share = shape.kv_parameters_per_layer / shape.matrix_parameters_per_layer
+    return shape.num_layers - 1 + share + (1 - share) * tokens.num_scored / tokens.num_tokens
+
+
+def compute_seconds(trained: Trained, tokens: Tokens, passes: Passes, hardware: Hardware, *, num_updates: int = 1) -> float:
+    """Of one device and step, communication apart."""
+    shape, num_forward = trained.shape, passes.num_forward + passes.num_frozen
+    sizes = (shape.hidden_size, shape.kv_width, shape.intermediate_size, shape.num_heads)
+    forward, backward = (sum(factor * size for factor, size in zip(factors, sizes, strict=True)) for factors in (TRAFFIC_FORWARD, TRAFFIC_BACKWARD))
+    activations = layers_of_activations(shape, tokens) * tokens.num_tokens * (num_forward * forward + passes.num_backward * backward)
+    logits = shape.vocab_size * tokens.num_predicted * (num_forward * LOGIT_TRAFFIC[0] + passes.num_backward * LOGIT_TRAFFIC[1])
+    calls = num_forward * layer_calls(tokens, 0) + passes.num_backward * layer_calls(tokens, 1)
+    forward_s, backward_s = (attention_calls(tokens, direction) * hardware.attention_call_s[direction] for direction in (0, 1))
+    return (
+        step_flops(shape, tokens, passes) / (hardware.peak_flops_per_s * hardware.utilisation)
+        + (activations + logits) / hardware.activation_bytes_per_s
+        + shape.num_layers * (calls * hardware.kernel_s + num_forward * forward_s + passes.num_backward * backward_s)
+        + num_updates * UPDATE_BYTES * trained.num_trained / hardware.memory_bytes_per_s
+    )
+
+
+def layer_calls(tokens: Tokens, direction: int) -> float:
+    """Operators that a step calls in one layer, beside attention's; `direction` 0: in a forward pass, 1: in a backward pass."""
+    return tokens.num_micro_batches * LAYER_CALLS[direction]
+
+
+def attention_calls(tokens: Tokens, direction: int) -> float:
+    """Those that attention calls in one layer, text by text."""
+    completions = tokens.num_groups * tokens.num_completions_per_prompt
+    shared = tokens.num_groups if tokens.num_completions_per_prompt > 1 else 0
+    return completions * COMPLETION_CALLS[direction] + shared * SHARED_PROMPT_CALLS[direction]
+
+
+def sent_bytes(trained: Trained, strategy: StrategyConfig, *, num_devices: int, num_micro_batches: int, num_first_passes: int) -> float:
+    """What one device sends in a step. Rings: an all-reduce of S bytes sends 2 (N-1)/N S, an all-gather or a reduce-scatter (N-1)/N S
+    (Rajbhandari et al. 2020, section 7).
+
+    DDP reduces once a step. FSDP2 and ZeRO-3 gather the weights for the forward and again for the backward pass of every micro-batch, and scatter its
+    gradients; a first pass without gradient gathers once. ZeRO-1 and 2 scatter every micro-batch's gradients (this repository does not tell
+    DeepSpeed of accumulation) and gather the weights once a step.
+    """
+    weights, gradients = FLOAT_BYTES * trained.num_parameters, FLOAT_BYTES * trained.num_trained
+    share = (num_devices - 1) / num_devices
+    if strategy.kind == "ddp":
+        return 2 * share * gradients
+    if strategy.kind == "deepspeed" and strategy.zero_stage < 3:
+        return share * (num_micro_batches * gradients + gradients)
+    return share * num_micro_batches * ((2 + num_first_passes) * weights + gradients)
+
+
+def step_seconds(compute_s: float, communication_s: float, strategy: StrategyConfig) -> float:
+    """DDP and FSDP2 communicate while they compute, at best; DeepSpeed does not (overlap_comm = False)."""
+    return compute_s + communication_s if strategy.kind == "deepspeed" else max(compute_s, communication_s)

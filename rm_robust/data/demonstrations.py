@@ -1,0 +1,110 @@
+"""Prepare SFT: tokenise the demonstrations through Ray Data, and make a tokenizer and a small Qwen2 where the run names no model.
+
+The tokenizer and the model are made from the run's own text alone, for machines without any weights.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from rm_robust.config.run import PipelineConfig
+from rm_robust.config.training import ModelConfig
+from rm_robust.data.files import HUB, list_files, read_lines, read_parquet_rows
+from rm_robust.data.pipeline import Source, tokenise_sources
+from rm_robust.data.rows import RowKind, parse_demonstration
+from rm_robust.data.token_rows import TokenLimits
+from rm_robust.errors import DataError
+from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.storage.commits import commit_directory
+
+PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+INITIALIZER_RANGE = 0.06
+"""Standard deviation of the initial weights. 0.02, usual for wide models, starves one of 128 columns: after 262 steps on the embedded world
+the sampled answers scored 0.28 (gold) with 0.02 and 0.58 with 0.06."""
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def prepare_sft(config: PipelineConfig, run_dir: Path, limits: TokenLimits) -> dict[str, Any]:
+    """Commit sft/base (from-scratch runs) and sft/tokens. Returns the counts."""
+    layout = RunLayout(run_dir)
+    source = Source("sft", (str(layout.world / "sft.jsonl"),) if config.data.source == "embedded" else tuple(config.data.sft), RowKind.DEMONSTRATION)
+    if config.model.path is None and not layout.base_model.exists():
+        tokenizer = make_tokenizer(_texts(source), vocab_size=config.model.vocab_size)
+        commit_directory(layout.base_model, lambda folder: save_base_model(folder, config.model, tokenizer, seed=config.seed))
+    chat_dir, resources = Path(layout.base_model_dir(config)), config.data.task_resources
+    report = tokenise_sources([source], chat_dir=chat_dir, out_dir=layout.sft_tokens, limits=limits, task_resources=resources)
+    return {"sft": asdict(report)}
+
+
+def _texts(source: Source) -> list[str]:
+    """Every turn and completion of the demonstrations, to train a tokenizer on; malformed rows are counted later, by the pipeline."""
+    texts: list[str] = []
+    for path in source.paths:
+        if path.startswith(HUB):
+            raise DataError(f"A tokenizer from scratch needs files, got {path}. Set model.path, or download the data set.")
+        for file in list_files(path):
+            rows = read_parquet_rows(file) if file.suffix == ".parquet" else map(_json_or_empty, read_lines(file))
+            for row in rows:
+                try:
+                    group = parse_demonstration(row)
+                except DataError:
+                    continue
+                texts += [message["content"] for message in group.prompt] + group.completions
+    if not texts:
+        raise DataError(f"No demonstration in {', '.join(source.paths)} can be read: rows need prompt and completion, or messages.")
+    return texts
+
+
+def _json_or_empty(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts` with a ChatML template; pad, turn start and turn end are three different special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*texts, "system\nuser\nassistant\n"], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=TURN_END, additional_special_tokens=[TURN_START])
+    wrapped.chat_template = CHATML
+    return wrapped
+
+
+def save_base_model(folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
+    """A randomly initialised Qwen2 (tied embeddings, as Qwen2.5-0.5B/1.5B) and its tokenizer as a Hugging Face directory."""
+    torch.manual_seed(seed)
+    architecture = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(architecture).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,82 @@
+"""Rows whose pair is token ids already, under TRL's names -> ids that are checked against the chat format. Pure.
+
+prompt_ids, chosen_ids, rejected_ids      the prompt with its assistant header, and the two completions (TRL's DPOTrainer)
+chosen_ids, rejected_ids                  two whole conversations (TRL's RewardTrainer); the prompt is what comes up to their last assistant header.
+                                          Earlier names: chosen_input_ids, rejected_input_ids; input_ids_chosen, input_ids_rejected
+
+Nobody can see in an id what is wrong with it, so everything that the other rows have from chat.py is asked of these: one begin-of-sequence
+token where the template writes one, the template's assistant header, and a completion that ends in the end-of-turn token, where the score is
+read, and holds no other. Length limits hold for them as for every row.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.records import TokenGroup
+from rm_robust.data.rows import ID_COLUMNS
+from rm_robust.errors import DataError
+
+
+def holds_ids(row: Mapping[str, Any]) -> bool:
+    return any(row.get(chosen) is not None and row.get(rejected) is not None for chosen, rejected in ID_COLUMNS)
+
+
+def parse_id_pair(row: Mapping[str, Any], chat: ChatFormat) -> TokenGroup:
+    """The prompt's ids, and chosen's and rejected's. Raises DataError with the reason."""
+    chosen_name, rejected_name = next(names for names in ID_COLUMNS if row.get(names[0]) is not None and row.get(names[1]) is not None)
+    chosen, rejected = _ids(row, chosen_name, chat), _ids(row, rejected_name, chat)
+    if row.get("prompt_ids") is not None:
+        prompt = _ids(row, "prompt_ids", chat)
+    else:
+        prompt, chosen, rejected = _split(chosen, rejected, chat, names=(chosen_name, rejected_name))
+    _check_prompt(prompt, chat)
+    for name, ids in ((chosen_name, chosen), (rejected_name, rejected)):
+        _check_completion(ids, name, chat)
+    return TokenGroup(prompt, [chosen, rejected])
+
+
+def _ids(row: Mapping[str, Any], name: str, chat: ChatFormat) -> list[int]:
+    ids, vocabulary = row[name], len(chat.tokenizer)
+    if not isinstance(ids, list) or not ids:
+        raise DataError(f"{name} is {'an empty list' if ids == [] else 'a ' + type(ids).__name__}; it must be a list of token ids")
+    foreign = [token for token in ids if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary]
+    if foreign:
+        raise DataError(f"{name} holds {foreign[0]!r}, which is no id of the tokenizer in {chat.source} (0 to {vocabulary - 1}); was it made with another?")
+    if chat.pad_id in ids:
+        raise DataError(f"{name} holds the pad token ({chat.pad_id}); give the ids without padding")
+    return list(ids)
+
+
+def _split(chosen: list[int], rejected: list[int], chat: ChatFormat, *, names: tuple[str, str]) -> tuple[list[int], list[int], list[int]]:
+    """Cut two conversations after their last assistant header."""
+    cuts = [_end_of_last(chat.header_ids, ids) for ids in (chosen, rejected)]
+    for name, cut in zip(names, cuts, strict=True):
+        if not cut:
+            raise DataError(f"{name} holds no assistant header of {chat.source} {chat.header_ids}; tokenise with its chat template, or give prompt_ids apart")
+    if chosen[: cuts[0]] != rejected[: cuts[1]]:
+        raise DataError(f"{names[0]} and {names[1]} differ before their last assistant turn, so they are not two answers to one prompt")
+    return chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :]
+
+
+def _end_of_last(part: list[int], ids: list[int]) -> int:
+    """Where the last occurrence of `part` in `ids` ends; 0 without one."""
+    ends = range(len(ids), len(part) - 1, -1) if part else ()
+    return next((end for end in ends if ids[end - len(part) : end] == part), 0)
+
+
+def _check_prompt(prompt: list[int], chat: ChatFormat) -> None:
+    num_bos = next((index for index, token in enumerate(prompt) if token != chat.tokenizer.bos_token_id), len(prompt))
+    if num_bos != len(chat.bos_ids):
+        raise DataError(f"the prompt's ids begin with {num_bos} begin-of-sequence tokens, the template of {chat.source} writes {len(chat.bos_ids)}")
+    if chat.header_ids and prompt[-len(chat.header_ids) :] != chat.header_ids:
+        raise DataError(f"prompt_ids end in {prompt[-len(chat.header_ids) :]}, not in the assistant header of {chat.source} {chat.header_ids}")
+
+
+def _check_completion(completion: list[int], name: str, chat: ChatFormat) -> None:
+    end = chat.end_of_turn_id
+    if end not in completion:
+        raise DataError(f"{name} does not end in the end-of-turn token ({end}), where the score is read; was it truncated?")
+    num_after = len(completion) - 1 - completion.index(end)
+    if num_after:
+        raise DataError(f"{name} goes on for {num_after} tokens after the end-of-turn token ({end}), where the score is read; cut it there")

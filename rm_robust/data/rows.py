@@ -1,0 +1,183 @@
+"""Rows of user files -> ConversationGroup, under TRL's column conventions. Pure; a row that cannot be read raises DataError with the reason.
+
+pair            prompt (text or messages) + chosen + rejected (text or messages), optional margin, chosen_model, rejected_model;
+                or chosen and rejected as whole conversations with a common beginning (implicit prompt; a text prompt beside them is not read)
+                or token ids (rows_pretokenised.py)
+ranked          prompt + completions + gold_scores, or ranks with the best lowest (+ models); or the released files' instruction, response_1_text …, all_scores
+demonstration   prompt + completion; or messages ending with the assistant
+prompt          prompt
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any
+
+from rm_robust.data.chat import as_messages
+from rm_robust.data.records import ConversationGroup, Message
+from rm_robust.errors import DataError
+
+
+class RowKind(StrEnum):
+    PAIR = "pair"
+    RANKED = "ranked"
+    TRAINING_PAIRS = "training_pairs"
+    """Pairs, and rankings that become all their pairs."""
+    DEMONSTRATION = "demonstration"
+    PROMPT = "prompt"
+
+
+ID_COLUMNS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"), ("input_ids_chosen", "input_ids_rejected"))
+"""Pre-tokenised pairs as TRL's RewardTrainer names them: today, from 0.24 on, and before."""
+
+
+def kind_of(columns: set[str]) -> RowKind:
+    """What a row of a scenario holds, told by its columns that are not null. Raises DataError naming them."""
+    if any(set(pair) <= columns for pair in (("chosen", "rejected"), *ID_COLUMNS)):
+        return RowKind.PAIR
+    if is_ranked(columns):
+        return RowKind.RANKED
+    raise DataError(
+        f"Columns {sorted(columns)} are neither pairs (prompt, chosen, rejected) nor ranked completions (prompt, completions, gold_scores or ranks; "
+        "or instruction, response_1_text …, all_scores)."
+    )
+
+
+def is_ranked(columns: set[str]) -> bool:
+    return ({"prompt", "completions"} <= columns and bool({"gold_scores", "ranks"} & columns)) or {"instruction", "all_scores"} <= columns
+
+
+def parse_row(row: Mapping[str, Any], kind: RowKind | None) -> ConversationGroup:
+    """One row as a group; without a kind the columns tell it. Raises DataError with the reason."""
+    return _PARSERS[resolved_kind(row, kind)](row)
+
+
+def resolved_kind(row: Mapping[str, Any], kind: RowKind | None) -> RowKind:
+    """What one row is, where its source may hold several kinds. Raises DataError naming the columns when they tell nothing."""
+    columns = {name for name, value in row.items() if value is not None}
+    if kind is None:
+        return kind_of(columns)
+    if kind is RowKind.TRAINING_PAIRS:
+        return RowKind.RANKED if is_ranked(columns) and not {"chosen", "rejected"} <= columns else RowKind.PAIR
+    return kind
+
+
+def parse_pair(row: Mapping[str, Any]) -> ConversationGroup:
+    """Chosen first, gold scores 1 and 0."""
+    chosen, rejected, prompt = _required(row, "chosen"), _required(row, "rejected"), row.get("prompt")
+    if prompt is None and isinstance(chosen, str):
+        raise DataError("chosen is text and there is no prompt, so where the prompt ends is not known; add a prompt column, or give conversations as messages")
+    if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1):
+        prompt, chosen, rejected = _split_conversations(_conversation(chosen, "chosen"), _conversation(rejected, "rejected"))
+    else:
+        prompt = as_messages(prompt)
+        chosen, rejected = _completion(chosen, "chosen"), _completion(rejected, "rejected")
+    margin, models = margin_and_models(row)
+    group_id = given_id(row, "pair_id", [prompt, [chosen, rejected]])
+    return ConversationGroup(group_id, prompt, [chosen, rejected], [1.0, 0.0], models, margin)
+
+
+def margin_and_models(row: Mapping[str, Any]) -> tuple[float | None, list[str]]:
+    """What a pair may say beside its texts or ids."""
+    margin = None if row.get("margin") is None else finite_number(row["margin"], "margin")
+    return margin, [str(row.get("chosen_model") or ""), str(row.get("rejected_model") or "")]
+
+
+def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
+    """K >= 2 completions with a gold score each, in the row's order; a rank (1 is the best) is the gold score -rank."""
+    if row.get("all_scores") is not None:
+        names = sorted(filter(_RELEASED_RESPONSE.fullmatch, row), key=lambda name: int(name.split("_")[1]))
+        prompt, raw_completions, raw_scores = as_messages(_required(row, "instruction")), [row[name] for name in names], _list(row, "all_scores")
+    else:
+        prompt, raw_completions, raw_scores = as_messages(_required(row, "prompt")), _list(row, "completions"), _raw_scores(row)
+    completions = [_completion(completion, f"completion {index}") for index, completion in enumerate(raw_completions)]
+    gold_scores = [finite_number(score, f"gold score {index}") for index, score in enumerate(raw_scores)]
+    if len(completions) != len(gold_scores) or len(completions) < 2:
+        raise DataError(f"{len(completions)} completions with {len(gold_scores)} gold scores or ranks; at least two of each, one for every completion")
+    models = [""] * len(completions) if row.get("models") is None else [str(model) for model in _list(row, "models")]
+    if len(models) != len(completions):
+        raise DataError(f"{len(completions)} completions with {len(models)} model names")
+    return ConversationGroup(given_id(row, "prompt_id", [prompt, completions]), prompt, completions, gold_scores, models, None)
+
+
+def parse_demonstration(row: Mapping[str, Any]) -> ConversationGroup:
+    """One completion to imitate; its gold score is not known and set to 0."""
+    if row.get("messages") is not None:
+        turns = _conversation(row["messages"], "messages")
+        prompt, completion = as_messages(turns[:-1]), turns[-1]["content"]
+    else:
+        prompt, completion = as_messages(_required(row, "prompt")), _completion(_required(row, "completion"), "completion")
+    return ConversationGroup(given_id(row, "id", [prompt, [completion]]), prompt, [completion], [0.0], [""], None)
+
+
+def parse_prompt(row: Mapping[str, Any]) -> ConversationGroup:
+    """No completion at all: K = 0."""
+    prompt = as_messages(_required(row, "prompt"))
+    return ConversationGroup(given_id(row, "prompt_id", [prompt, []]), prompt, [], [], [], None)
+
+
+def finite_number(value: Any, name: str) -> float:
+    """`value` as a float. Raises DataError, naming it, for anything that is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # false for NaN too
+        raise DataError(f"{name} is {value!r}; it must be a finite number")
+    return float(value)
+
+
+def given_id(row: Mapping[str, Any], column: str, content: list[Any]) -> str:
+    """The row's own id, or a hash of what it holds."""
+    if row.get(column) is not None:
+        return str(row[column])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+_RELEASED_RESPONSE = re.compile(r"response_[0-9]+_text")
+_PARSERS: dict[RowKind, Callable[[Mapping[str, Any]], ConversationGroup]] = {
+    RowKind.PAIR: parse_pair,
+    RowKind.RANKED: parse_ranked,
+    RowKind.DEMONSTRATION: parse_demonstration,
+    RowKind.PROMPT: parse_prompt,
+}
+
+
+def _required(row: Mapping[str, Any], name: str) -> Any:
+    if row.get(name) is None:
+        raise DataError(f"column {name!r} is missing or null (columns: {sorted(k for k in row if row[k] is not None)})")
+    return row[name]
+
+
+def _raw_scores(row: Mapping[str, Any]) -> list[Any]:
+    if row.get("ranks") is None:
+        return _list(row, "gold_scores")
+    if row.get("gold_scores") is not None:
+        raise DataError("columns 'gold_scores' and 'ranks' both order the completions; keep one of them")
+    return [-finite_number(rank, f"rank {index}") for index, rank in enumerate(_list(row, "ranks"))]
+
+
+def _list(row: Mapping[str, Any], name: str) -> list[Any]:
+    value = _required(row, name)
+    if not isinstance(value, list):
+        raise DataError(f"column {name!r} is a {type(value).__name__}; it must be a list")
+    return value
+
+
+def _completion(value: Any, name: str) -> str:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
+        value = value[0].get("content")
+    if not isinstance(value, str):
+        raise DataError(f"{name} is a {type(value).__name__}; it must be text, or a list of one assistant message")
+    return value
+
+
+def _conversation(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[-1], dict) or value[-1].get("role") != "assistant":
+        raise DataError(f"{name} must be a list of messages that ends with the assistant's")
+    return [*as_messages(value[:-1]), {"role": "assistant", "content": _completion([value[-1]], name)}]
+
+
+def _split_conversations(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+    if chosen[:-1] != rejected[:-1]:
+        raise DataError("chosen and rejected differ before their last turn, so they are not two answers to one prompt")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]

@@ -1,0 +1,168 @@
+"""The policy against the SFT policy by the gold judge, on prompts that no step trains on: win rate, and win rate at equal length.
+
+Shapes: Q prompts that both policies answered, M pairs of completions (each of one policy with each of the other, prompt by prompt).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from rm_robust.config.rloo import RlooConfig
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.token_files import TokenisedGroup
+from rm_robust.errors import RolloutError
+from rm_robust.rloo.actors import RlooActors
+from rm_robust.rloo.rollout import GenerationRequest, PromptCompletions, generation_requests, score_input
+from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.storage.commits import write_json_atomic
+from rm_robust.scoring.contract import Scorer
+
+Floats = NDArray[np.float64]
+RIDGE = 0.01
+"""On both regression coefficients, against one unit of weight a prompt: separable data (every longer completion wins) keep finite coefficients."""
+BASELINE_STEP = -1
+"""Of the requests' seeds: both policies answer with the same ones, and no step has them."""
+
+
+@dataclass(frozen=True)
+class JudgedCompletions:
+    """Gold scores and lengths (tokens) of one policy's completions, by prompt. Completions whose score failed are left out of both."""
+
+    gold_scores: list[list[float]]
+    num_tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
+class PolicyComparison:
+    """The policy against the SFT policy; every prompt counts the same."""
+
+    gold_mean: float
+    sft_gold_mean: float
+    win_rate: float
+    """Fraction of pairs in which the policy's completion has the higher gold score; a tie is half a win."""
+    win_rate_se: float
+    """Standard error over prompts."""
+    length_controlled_win_rate: float
+    completion_tokens_mean: float
+    sft_completion_tokens_mean: float
+    num_prompts: int
+    """Compared; prompts without a scored completion of either policy are left out."""
+
+    def metrics(self) -> dict[str, float]:
+        """As metrics.jsonl has them: rloo/eval/<field>."""
+        return {f"rloo/eval/{name}": value for name, value in asdict(self).items()}
+
+
+def compare_policies(policy: JudgedCompletions, sft: JudgedCompletions) -> PolicyComparison:
+    """Both lists go by the same prompts, in order; the policies may differ in completions a prompt.
+
+    Raises RolloutError when fewer than 2 prompts have a scored completion of both: there is no standard error.
+    """
+    num_given = len(policy.gold_scores)
+    assert num_given == len(policy.num_tokens) == len(sft.gold_scores) == len(sft.num_tokens), "both policies answer the same prompts"
+    kept = [q for q in range(num_given) if policy.gold_scores[q] and sft.gold_scores[q]]
+    if len(kept) < 2:
+        raise RolloutError(
+            f"Policies can be compared on 2 prompts or more, but of {num_given} only {len(kept)} have gold scores for both. Look at the gold judge's "
+            "errors, or raise rloo.evaluation.num_prompts."
+        )
+    wins = [_all_pairs(policy.gold_scores[q], sft.gold_scores[q]) for q in kept]
+    preferences = [0.5 * (np.sign(differences) + 1) for differences in wins]
+    longer = [_all_pairs(policy.num_tokens[q], sft.num_tokens[q]) for q in kept]
+    weights_M = np.concatenate([np.full(len(pairs), 1 / len(pairs)) for pairs in wins])
+    by_prompt_Q = np.array([pairs.mean() for pairs in preferences])
+    return PolicyComparison(
+        gold_mean=fmean(fmean(policy.gold_scores[q]) for q in kept),
+        sft_gold_mean=fmean(fmean(sft.gold_scores[q]) for q in kept),
+        win_rate=float(by_prompt_Q.mean()),
+        win_rate_se=float(by_prompt_Q.std(ddof=1) / np.sqrt(len(kept))),
+        length_controlled_win_rate=length_controlled_win_rate(np.concatenate(preferences), np.concatenate(longer), weights_M),
+        completion_tokens_mean=fmean(fmean(policy.num_tokens[q]) for q in kept),
+        sft_completion_tokens_mean=fmean(fmean(sft.num_tokens[q]) for q in kept),
+        num_prompts=len(kept),
+    )
+
+
+def length_controlled_win_rate(preferences_M: Floats, length_differences_M: Floats, weights_M: Floats) -> float:
+    """What the win rate would be at equal length: logistic regression of the preference (1 win, 0.5 tie, 0 loss) on a constant and
+    tanh(length difference / its standard deviation), then its prediction at difference 0. Dubois et al. 2024 (AlpacaEval 2), section 3.
+
+    Their prompt-difficulty term is left out: it is estimated from many models' answers, and here are two policies. Ridge in place of their
+    penalty towards the baseline. Where one policy is longer in every pair, length and quality cannot be told apart and the ridge gives half
+    of the log-odds to each.
+    """
+    mean_difference = np.average(length_differences_M, weights=weights_M)
+    spread = np.sqrt(np.average((length_differences_M - mean_difference) ** 2, weights=weights_M))
+    length_M = np.tanh(length_differences_M / spread) if spread > 0 else np.sign(length_differences_M)
+    design_M2 = np.stack([np.ones_like(length_M), length_M], axis=1)
+    shares_M, ridge = weights_M / weights_M.sum(), RIDGE / weights_M.sum()
+
+    def penalised_loss(coefficients: Floats) -> tuple[float, Floats]:
+        log_odds_M = design_M2 @ coefficients
+        losses_M = np.logaddexp(0, log_odds_M) - preferences_M * log_odds_M
+        gradient = design_M2.T @ (shares_M * (expit(log_odds_M) - preferences_M)) + ridge * coefficients
+        return float(shares_M @ losses_M + ridge / 2 * coefficients @ coefficients), gradient
+
+    def hessian(coefficients: Floats) -> Floats:
+        wins_M = expit(design_M2 @ coefficients)
+        curvature: Floats = (design_M2 * (shares_M * wins_M * (1 - wins_M))[:, None]).T @ design_M2 + ridge * np.eye(2)
+        return curvature
+
+    fit = minimize(penalised_loss, np.zeros(2), jac=True, hess=hessian, method="trust-exact", options={"gtol": 1e-7})
+    assert fit.success, f"a strictly convex fit did not converge: {fit.message}"
+    return float(expit(fit.x[0]))
+
+
+def _all_pairs(own: list[float] | list[int], other: list[float] | list[int]) -> Floats:
+    """own[i] - other[j] for every i and j, [M of one prompt]."""
+    differences: Floats = np.subtract.outer(np.asarray(own, dtype=np.float64), np.asarray(other, dtype=np.float64)).ravel()
+    return differences
+
+
+class PolicyEvaluation:
+    """One completion a prompt. The SFT policy is version 0: its answers are judged once, before the first step, and kept for resumed runs."""
+
+    def __init__(
+        self,
+        layout: RunLayout,
+        prompts: list[TokenisedGroup],
+        settings: RlooConfig,
+        *,
+        chat: ChatFormat,
+        seed: int,
+        gold: Scorer,
+        sample: Callable[[list[GenerationRequest]], list[PromptCompletions]],
+        actors: RlooActors,
+    ) -> None:
+        """`sample` answers with completions of the current policy."""
+        self._path, self._prompts, self._chat, self._gold, self._sample, self._actors = layout.rloo_baseline, prompts, chat, gold, sample, actors
+        self._requests = generation_requests(prompts, settings, step=BASELINE_STEP, seed=seed, stop_token_id=chat.end_of_turn_id, num_completions=1)
+
+    def sample_baseline(self, version: int) -> None:
+        """Judge the SFT policy's answers, unless that was done. Raises RolloutError when it cannot be done any more."""
+        if not self._prompts or self._path.exists():
+            return
+        if version > 0:
+            raise RolloutError(f"{self._path} is missing, and the policy is at step {version} already. Restore it, or start the RLOO stage anew.")
+        judged, _ = self._judged()
+        write_json_atomic(self._path, {"gold_scores": judged.gold_scores, "num_tokens": judged.num_tokens})
+
+    def metrics(self) -> dict[str, float]:
+        """rloo/eval/…, of the current policy."""
+        judged, completions = self._judged()
+        baseline = json.loads(self._path.read_text())
+        comparison = compare_policies(judged, JudgedCompletions(baseline["gold_scores"], baseline["num_tokens"]))
+        kl = [value for measurement in self._actors.measure(completions, keep_graph=False) for value in measurement.kl]
+        return comparison.metrics() | {"rloo/eval/kl_mean": fmean(kl)}
+
+    def _judged(self) -> tuple[JudgedCompletions, list[PromptCompletions]]:
+        completions = self._sample(self._requests)
+        inputs = [score_input(prompt, answer, self._chat) for prompt, answer in zip(self._prompts, completions, strict=True)]
+        lengths = [[len(c.token_ids) for c in answer.completions] for answer in completions]
+        return JudgedCompletions(self._gold.score(inputs).scores, lengths), completions

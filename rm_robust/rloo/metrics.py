@@ -1,0 +1,54 @@
+"""What one RLOO step reports. Pure. Shapes: P prompts, K completions per prompt."""
+
+import math
+import statistics
+
+import torch
+from torch import Tensor
+
+from rm_robust.rloo.advantages import Advantages, StepScores
+from rm_robust.rloo.rollout import Measurement, PromptCompletions
+
+
+def rollout_metrics(
+    completions: list[PromptCompletions], scores: StepScores, measurements: list[Measurement], advantages: Advantages, *, kl_PK: Tensor
+) -> dict[str, float]:
+    """Scores (raw units), KL (nats a completion), entropy (nats a token), lengths (tokens) of one step's completions.
+
+    Means leave out what has no score; `rloo/gold_…` are missing in a step that the judge does not score.
+    """
+    flat = [c for p in completions for c in p.completions]
+    token_shares = [m.num_tokens for m in measurements]
+    rewards_PK, advantages_PK = advantages.rewards_PK, advantages.advantages_PK
+    first_PK = rewards_PK.nan_to_num(torch.inf).amin(1, keepdim=True)
+    return score_metrics(scores) | {
+        "rloo/reward_mean": float(rewards_PK.nanmean()),
+        "rloo/constant_reward_fraction": float(((rewards_PK == first_PK) | rewards_PK.isnan()).all(1).float().mean()),
+        "rloo/without_gradient_fraction": float((advantages_PK == 0).float().mean()),
+        "rloo/num_without_baseline": advantages.num_without_baseline,
+        "rloo/advantage_std": float(advantages_PK.std(correction=0)),
+        "rloo/kl_mean": float(kl_PK.mean()),
+        "rloo/entropy_mean": statistics.fmean([m.entropy_mean for m in measurements], token_shares),
+        "rloo/sampler_gap_mean": statistics.fmean([m.sampler_gap_mean for m in measurements], token_shares),
+        "rloo/sampler_gap_max": max(m.sampler_gap_max for m in measurements),
+        "rloo/sampler_kl_mean": statistics.fmean([m.sampler_kl_mean for m in measurements], token_shares),
+        "rloo/completion_tokens_mean": statistics.fmean(len(c.token_ids) for c in flat),
+        "rloo/truncated_fraction": statistics.fmean(c.is_truncated for c in flat),
+        "rloo/num_completions": len(flat),
+    }
+
+
+def score_metrics(scores: StepScores) -> dict[str, float]:
+    """Mean and population deviation of each source's known raw scores, and what failed: scores of all sources, and the share of completions without
+    a reward. A judge that was not asked has no metrics."""
+    names = {name: f"rloo/reward/{name}" for name in scores.source_scores} | {"proxy": "rloo/proxy_score", "gold": "rloo/gold_score"}
+    rows = scores.source_scores if scores.gold is None else scores.source_scores | {"gold": scores.gold}
+    metrics: dict[str, float] = {}
+    for name, own in rows.items():
+        known = [score for row in own for score in row if not math.isnan(score)]
+        metrics |= {f"{names[name]}_mean": statistics.fmean(known), f"{names[name]}_std": statistics.pstdev(known)}
+    return metrics | {
+        "rloo/num_failed_scores": sum(scores.num_failed.values()),
+        "rloo/failed_score_fraction": float(scores.rewards_PK.isnan().double().mean()),
+        "rloo/num_checkpoint_changes": scores.num_checkpoint_changes,
+    }

@@ -1,0 +1,122 @@
+"""Where a run's directory is, and which config it belongs to. Nothing here starts Ray."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rm_robust.config.run import PipelineConfig
+from rm_robust.config.shared import Section
+from rm_robust.errors import ConfigError
+from rm_robust.runs.storage.commits import write_json_atomic
+from rm_robust.runs.storage.copies import local_path, shown
+from rm_robust.runs.storage.generations import names_in, read_text
+from rm_robust.runs.storage.transfer import require_writable
+
+RUN_ROOT_VARIABLE = "RM_ROBUST_RUN_ROOT"
+RESOLVED_NAME = "config.resolved.json"
+SEEN_WITHIN_S = 60.0
+"""A node may remember for as long that a name was not there (NFS, acdirmax)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A validated config and the absolute directory that its stages share."""
+
+    config: PipelineConfig
+    run_dir: Path
+
+
+def choose_run_dir(name: str, run_dir: str | None) -> Path:
+    """The absolute run directory; of one in an object store, its copy on this node. Inside a Ray job the working directory vanishes with the job, so a
+    relative one is refused there."""
+    if run_dir is not None:
+        chosen, what = local_path(run_dir).expanduser(), f"--run-dir {run_dir}"
+    else:
+        chosen, what = run_root() / name, f"{RUN_ROOT_VARIABLE}={run_root()}"
+    require_lasting(chosen, what, fix="Give an absolute path on storage that every node sees, or a URI (s3://…, gs://…).")
+    return chosen.absolute()
+
+
+def require_lasting(path: Path, what: str, *, fix: str = "Give an absolute path on storage that outlasts the job.") -> None:
+    """Raise ConfigError for a relative path inside a Ray job: what is written there is lost."""
+    if in_ray_job() and not path.is_absolute():
+        raise ConfigError(f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. {fix}")
+
+
+def run_root() -> Path:
+    """Where runs go that say nothing else."""
+    return local_path(os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs" if in_ray_job() else "runs")).expanduser()
+
+
+def in_ray_job() -> bool:
+    """True in a driver that `ray job submit` started: Ray 2.60's job supervisor hands it its job config in this variable (that is its name)."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def claim_run_dir(run_dir: Path, config: Section) -> None:
+    """Write the resolved config into the run directory, or check that it is the one already there. Raises what `check_run_dir` raises."""
+    if not check_run_dir(run_dir, config):
+        write_json_atomic(run_dir / RESOLVED_NAME, _resolved(config))
+
+
+def check_run_dir(run_dir: Path, config: Section) -> bool:
+    """Whether a run of this config has begun there. Raises ConfigError where one of another config has, or nothing can be written.
+
+    A directory that holds nothing but a config takes another one: the run before it was refused before it began. A setting that an earlier version did
+    not have is no difference while it has its default.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        require_writable(run_dir)
+        names = {name for name in names_in(run_dir) if not name.startswith(".")}
+        if RESOLVED_NAME not in names or names == {RESOLVED_NAME}:
+            return False
+        earlier = json.loads(read_text(run_dir / RESOLVED_NAME))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The run directory {shown(run_dir)} cannot be used: {error}. Choose another with --run-dir.") from error
+    changes = _differences(with_new_settings(earlier, type(config)), _resolved(config))
+    if changes:
+        raise ConfigError(
+            f"{shown(run_dir)} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
+            "Give this config its own --run-dir, or remove that directory to start again."
+        )
+    return True
+
+
+def require_shared(path: Path) -> None:
+    """Raise ConfigError when this node does not see what another one has written at `path`, in a run directory that is in no object store."""
+    deadline_s = time.monotonic() + SEEN_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > deadline_s:
+            raise ConfigError(
+                f"Node {socket.gethostname()} does not see {path}, which another node has written: a run directory must be on storage that every node sees. "
+                f"Set {RUN_ROOT_VARIABLE} or --run-dir to a shared file system, or to a URI (s3://…, gs://…)."
+            )
+        time.sleep(1)
+
+
+def with_new_settings(earlier: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
+    """A resolved config of an earlier version of this program: what it did not know of yet has its default."""
+    try:
+        return _resolved(kind.model_validate(earlier))
+    except ValidationError:
+        return earlier  # it also had what is gone now, which is a difference
+
+
+def _resolved(config: Section) -> dict[str, Any]:
+    """Every setting, as the file in a run directory has it."""
+    settings: dict[str, Any] = json.loads(config.model_dump_json())
+    return settings
+
+
+def _differences(earlier: Any, now: Any, at: str = "") -> list[str]:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        keys = sorted(set(earlier) | set(now))
+        return [line for key in keys for line in _differences(earlier.get(key), now.get(key), f"{at}.{key}" if at else key)]
+    return [] if earlier == now else [f"{at}: {earlier!r} there, {now!r} now"]

@@ -1,0 +1,113 @@
+"""Commit files and folders so that a reader sees the old one or the new one, whole: write beside, sync, rename."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from rm_robust.errors import StorageError
+from rm_robust.runs.storage.copies import shown
+from rm_robust.runs.storage.transfer import put_file, put_folder
+
+_STORAGE_SIGNS = ("inline_container.cc", "PytorchStreamWriter", "I/O error")
+"""In the texts of torch's RuntimeError and of SafetensorError when a file takes only a part of what is written."""
+
+
+def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills an empty folder beside `target`, which becomes `target` in one rename, whole or not at all; one writer at a time.
+
+    An older `target` is moved aside just before and deleted after. A kill between these renames is the one moment without a `target`; the next
+    commit then puts the older one back before it does anything else. Where the run lies in an object store, it is committed there first
+    (object_storage/). Raises StorageError when it cannot be written; `target` is then as it was.
+    """
+    with storage_errors(target):
+        _commit_directory(target, write)
+
+
+@contextlib.contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """StorageError for what the operating system, torch and safetensors raise when `target` cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not isinstance(error, OSError) and not any(sign in str(error) for sign in _STORAGE_SIGNS):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{str(error).splitlines()[0].rstrip('.')} ({_free_bytes(target)})"
+        raise StorageError(
+            f"{shown(target)} could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage, and run the same "
+            "command again."
+        ) from error
+
+
+def _free_bytes(path: Path) -> str:
+    """What torch and safetensors do not say of a disk that takes no more."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    return f"{shutil.disk_usage(folder).free} bytes are free there"
+
+
+def _commit_directory(target: Path, write: Callable[[Path], None]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replaced = target.parent / f".{target.name}.partial-replaced"
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    for stale in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(stale)
+    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    try:
+        write(partial)
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        with put_folder(partial, target):
+            if target.exists():
+                target.rename(replaced)
+                partial.rename(target)
+                shutil.rmtree(replaced)
+            else:
+                partial.rename(target)
+            _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # it takes the room that is missing
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json_atomic(path: Path, obj: object) -> None:
+    """Write `obj` as indented JSON so that a reader sees the old file or the new one, never a part. ValueError on NaN or infinity."""
+    write_text_atomic(path, json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write beside, sync, rename: a reader sees the old file or the new one, never a part; then put it where a run in an object store has it.
+
+    Raises StorageError, naming the file, when it cannot be written; what was there is then as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with storage_errors(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # it takes the room that is missing
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    put_file(path)

@@ -1,0 +1,222 @@
+"""Bring a node's copy of a run to what its bucket holds, and a bucket to what a node has written: files, and folders that are committed whole."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from rm_robust.errors import CheckpointError
+from rm_robust.runs.storage.copies import LOCK, PARTIAL, mark, only_one, place, reached, uri_of
+from rm_robust.runs.storage.generations import (
+    GENERATION,
+    UNCOMMITTED,
+    Commit,
+    commit_generation,
+    committed_folders,
+    download,
+    files_below,
+    is_a_file,
+    is_in_a_folder,
+    new_generation,
+    put_part,
+    read_commit,
+    sha256,
+    write_object,
+)
+
+STATE = "state"
+"""Folders of training states, by far the largest: they are pulled only by who names them."""
+NUM_READINGS = 5
+"""Of a folder that is committed again and again while it is pulled."""
+
+
+def pull(run_dir: Path) -> Path:
+    """Bring this node's copy of a run, or of a part of one, to what is committed, but for training states; returns it.
+
+    Raises StorageError when the store cannot be reached, CheckpointError when it holds other bytes than were committed.
+    """
+    if uri_of(run_dir) is not None:
+        with reached(run_dir):
+            files = files_below(run_dir)
+            for folder in committed_folders(run_dir, files):
+                if STATE not in folder.relative_to(run_dir).parts:
+                    fetch_folder(folder)
+            _fetch_files(run_dir, files)
+    return run_dir
+
+
+def pull_anew(run_dir: Path) -> Path:
+    """As `pull`, where a run begins or goes on: what was never committed is gone after it."""
+    forget_uncommitted(run_dir)
+    return pull(run_dir)
+
+
+def pull_folder(path: Path) -> Path:
+    """As `pull`, of the committed folder that `path` is or lies in, and of that alone; nothing where there is none."""
+    if uri_of(path) is not None:
+        with reached(path):
+            _, inner = place(path)
+            for folder in (path, *path.parents[: len(Path(inner).parts) - 1]):  # not above the bucket
+                if fetch_folder(folder):
+                    break
+    return path
+
+
+def pull_files(path: Path) -> Path:
+    """As `pull`, without any committed folder: the records and metrics of the runs below."""
+    if uri_of(path) is not None:
+        with reached(path):
+            _fetch_files(path, files_below(path))
+    return path
+
+
+def forget_uncommitted(run_dir: Path) -> None:
+    """On a node where a run begins, or goes on after a loss: what its copy has beyond the store was never committed, and is deleted."""
+    if uri_of(run_dir) is None:
+        return
+    with reached(run_dir):
+        files = files_below(run_dir)
+        folders = committed_folders(run_dir, files)
+        kept = {run_dir / key for key in files if is_a_file(key)} | {mark(folder) for folder in folders}
+        for path in sorted(run_dir.rglob("*"), reverse=True):  # files before their folders
+            if is_in_a_folder(path, folders) or path.name.endswith(LOCK):
+                continue
+            if path.is_dir():
+                with contextlib.suppress(OSError):  # it is not empty
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink(missing_ok=True)
+
+
+def fetch_folder(folder: Path) -> bool:
+    """Unless this node has its generation. False where there is no such committed folder."""
+    for reading in range(1, NUM_READINGS + 1):
+        commit = read_commit(folder)
+        if commit is None:
+            return False
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with only_one(folder):
+            if folder.is_dir() and mark(folder).is_file() and mark(folder).read_text() == commit.generation:
+                return True
+            try:
+                partial = _download_generation(folder, commit)
+            except FileNotFoundError:
+                if reading == NUM_READINGS or read_commit(folder) == commit:
+                    raise
+                continue  # it was committed anew meanwhile, and the former generation is gone
+            mark(folder).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            mark(folder).write_text(commit.generation)
+            return True
+    raise AssertionError("the last reading returns or raises")
+
+
+def _download_generation(folder: Path, commit: Commit) -> Path:
+    """Into a folder beside, every file checked."""
+    filesystem, inner = place(folder)
+    partial = folder.with_name(f".{folder.name}{PARTIAL}-pull")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for key, stored in commit.files.items():
+        path = partial / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download(filesystem, f"{inner}/{commit.generation}/{key}", path)
+        if (path.stat().st_size, sha256(path)) != (stored.num_bytes, stored.sha256):
+            raise CheckpointError(f"{uri_of(folder)}/{commit.generation}/{key} has other bytes than were committed. Restore the object, or commit again.")
+    return partial
+
+
+def _fetch_files(path: Path, files: Mapping[str, pafs.FileInfo]) -> None:
+    """Those that are of no folder."""
+    filesystem, _ = place(path)
+    for key, info in files.items():
+        if is_a_file(key):
+            _fetch_file(filesystem, info, path / key)
+
+
+def _fetch_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, path: Path) -> None:
+    if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (info.size, info.mtime_ns):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    download(filesystem, info.path, partial)
+    os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
+    partial.replace(path)
+
+
+def put_file(path: Path) -> None:
+    """After `path` was written: the object of which it is the copy. Raises StorageError."""
+    if uri_of(path) is None:
+        return
+    with reached(path):
+        filesystem, inner = place(path)
+        write_object(filesystem, inner, path.read_bytes())
+        stored = filesystem.get_file_info(inner)
+        os.utime(path, ns=(stored.mtime_ns, stored.mtime_ns))  # so that a pull finds the two alike
+
+
+@contextlib.contextmanager
+def put_folder(written: Path, folder: Path) -> Iterator[None]:
+    """Commit what was `written` as the `folder`; the body makes the copy that too, while no other process of this node pulls it. Raises OSError."""
+    if uri_of(folder) is None:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        mark(folder).unlink(missing_ok=True)
+        generation = new_generation()
+        commit_generation(folder, generation, [put_part(written, folder, generation)])
+        yield
+        mark(folder).write_text(generation)
+
+
+@contextlib.contextmanager
+def written_by_any_node(folder: Path, target: Path) -> Iterator[tuple[str, pafs.FileSystem | None]]:
+    """Where all nodes of a cluster can write files that are then in `folder`, here: `folder` itself, or a place beside `target` in its store."""
+    if uri_of(target) is None:
+        yield str(folder), None
+        return
+    filesystem, inner = place(target)
+    name = UNCOMMITTED + uuid.uuid4().hex
+    written = f"{inner}/{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield written, filesystem
+        for key, info in files_below(target / name).items():
+            path = folder / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download(filesystem, info.path, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_dir(written)
+
+
+def delete_uncommitted(run_dir: Path) -> None:
+    """In the store, at the start of a run: what interrupted puts have left where nothing was committed before them."""
+    if uri_of(run_dir) is None:
+        return
+    with reached(run_dir):
+        filesystem, inner = place(run_dir)
+        files = files_below(run_dir)
+        folders = committed_folders(run_dir, files)
+        left = {key[: key.index(part)] + part for key in files for part in key.split("/") if part.startswith((GENERATION, UNCOMMITTED))}
+        for key in sorted(left):
+            if not is_in_a_folder(run_dir / key, folders):
+                filesystem.delete_dir(f"{inner}/{key}")
+
+
+def require_writable(run_dir: Path) -> None:
+    """Raises OSError where nothing can be written to the run directory."""
+    name = f".writable-{os.getpid()}"
+    if uri_of(run_dir) is None:
+        (run_dir / name).touch()
+        (run_dir / name).unlink()
+        return
+    filesystem, inner = place(run_dir / name)
+    write_object(filesystem, inner, b"")
+    filesystem.delete_file(inner)

@@ -1,0 +1,103 @@
+"""A committed checkpoint as a Scorer, in this process or in several Ray workers: the same cases give the same replies as an endpoint.
+
+score(inputs) ─ inputs[i::n] ─► worker i, which holds the whole checkpoint ─► replies, back in order
+
+The cases of a call are dealt out, so that every worker gets short and long ones.
+"""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from rm_robust.data.records import TokenGroup
+from rm_robust.errors import ConfigError, DataError, RefusedInputError, RmRobustError, ScoringError
+from rm_robust.models.scorer import RewardScorer
+from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
+
+ON_A_GPU = "Start it on a machine with a GPU (a Ray job: `ray job submit --entrypoint-num-gpus=1 …`)"
+MAX_RESTARTS = 3
+"""Of a worker that died, each with the call that it died in."""
+
+
+def require_device(device: str, what: str, *, fix: str) -> None:
+    """Raise ConfigError where this process cannot use `device`; `what` names the setting."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        host = socket.gethostname()
+        reason = f"{host} has no CUDA" if device.startswith("cuda") and not torch.cuda.is_available() else str(error).strip().splitlines()[0]
+        raise ConfigError(f"{what} cannot be used: this process, on {host}, does the scoring, and {reason}. {fix}") from error
+
+
+class CheckpointSource:
+    """A Scorer in float32, so that rounding makes no ties."""
+
+    def __init__(self, checkpoint_dir: Path, *, device: str, max_length_tokens: int | None, max_tokens_per_batch: int) -> None:
+        """Raises CheckpointError for what is no reward model of ours."""
+        self._scorer = RewardScorer.load(checkpoint_dir, device=device, dtype="float32", max_length_tokens=max_length_tokens)
+        self._max_tokens_per_batch = max_tokens_per_batch
+
+    def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
+        """Raises RefusedInputError for an input that is too long, no valid text, or gets a score that is not finite."""
+        chat = self._scorer.chat
+        try:
+            groups = [TokenGroup(chat.prompt_ids(item.prompt), [chat.completion_ids(text) for text in item.completions]) for item in inputs]
+            scores = self._scorer.score_groups(groups, max_tokens_per_batch=self._max_tokens_per_batch)
+        except (DataError, ScoringError) as error:
+            raise RefusedInputError(str(error)) from error
+        return ScoreReply(
+            model=self._scorer.model_name,
+            checkpoint=self._scorer.checkpoint_id,
+            template=chat.template_sha256,
+            results=[ScoreResult(scores=own) for own in scores],
+        )
+
+
+class _Worker:
+    """Loads with its first call, so that what is wrong with a checkpoint is that call's error and not a dead actor's."""
+
+    def __init__(self, checkpoint_dir: Path, settings: dict[str, Any]) -> None:
+        self._checkpoint_dir, self._settings = checkpoint_dir, settings
+        self._source: CheckpointSource | None = None
+
+    def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
+        if self._source is None:
+            self._source = CheckpointSource(self._checkpoint_dir, **self._settings)
+        return self._source.score(inputs)
+
+
+class ShardedSource:
+    """A Scorer. The caller is connected to Ray; the checkpoint is on storage that every node can read."""
+
+    def __init__(
+        self, checkpoint_dir: Path, *, num_workers: int, num_cpus: float, device: str, max_length_tokens: int | None, max_tokens_per_batch: int
+    ) -> None:
+        """`num_cpus` of each worker, which computes with so many threads; on a GPU each takes one."""
+        settings = {"device": device, "max_length_tokens": max_length_tokens, "max_tokens_per_batch": max_tokens_per_batch}
+        worker: Any = ray.remote(_Worker)
+        worker = worker.options(num_cpus=num_cpus, num_gpus=0 if device == "cpu" else 1, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)
+        self._workers: list[ActorHandle[Any]] = [worker.remote(checkpoint_dir.absolute(), settings) for _ in range(num_workers)]
+
+    def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
+        """Raises what CheckpointSource raises, its loading included; ScoringError when a worker is lost for good, or two have loaded unlike checkpoints."""
+        num_parts = min(len(inputs), len(self._workers))
+        calls = [worker.score.remote(inputs[part::num_parts]) for part, worker in enumerate(self._workers[:num_parts])]
+        try:
+            replies: list[ScoreReply] = ray.get(calls)
+        except RayTaskError as error:
+            if isinstance(error.cause, RmRobustError):
+                raise error.cause from None  # without the worker's traceback in its text
+            raise
+        except RayError as error:
+            raise ScoringError(f"A scoring worker was lost: {error}") from error
+        checkpoints = sorted({reply.checkpoint for reply in replies})
+        if len(checkpoints) > 1:
+            raise ScoringError(f"The workers have loaded unlike checkpoints: {', '.join(checkpoints)}. Do not write to it while it is evaluated.")
+        results = [replies[index % num_parts].results[index // num_parts] for index in range(len(inputs))]
+        return replies[0].model_copy(update={"results": results})

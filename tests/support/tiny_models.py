@@ -1,0 +1,131 @@
+"""Tiny random models for tests: real architectures, no tokenizer, the same weights for the same seed."""
+
+import json
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+
+from rm_robust.config.training import ModelConfig
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.demonstrations import make_tokenizer, save_base_model
+from rm_robust.data.records import TokenGroup
+from rm_robust.data.rows import RowKind
+from rm_robust.data.token_files import TOKEN_SCHEMA
+from rm_robust.data.token_rows import STAGED_SCHEMA, TokenLimits, tokenise_text
+from rm_robust.models.packing import Layout
+
+VOCABULARY_SIZE = 512
+TRAINED_ON_CPU = (Layout.SEGMENTS, Layout.PADDED)
+"""torch's FlexAttention has no backward pass there."""
+
+
+def tiny_qwen2_config(*, tie_word_embeddings: bool) -> Qwen2Config:
+    """About 0.3 M parameters. Heads of 32: vLLM's smallest on CPU."""
+    return Qwen2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=0.08,  # large enough that greedy continuations depend on the prompt
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+
+
+def sized_qwen2_config(size: str, *, tie_word_embeddings: bool) -> Qwen2Config:
+    """The policies whose weight updates are tested and measured; tied they have the parameters that their size says, untied an output head more."""
+    if size == "0.3 M":
+        return tiny_qwen2_config(tie_word_embeddings=tie_word_embeddings)
+    hidden_size, num_layers, vocabulary_size = {"20 M": (384, 6, 16384), "100 M": (768, 8, 32768)}[size]
+    return Qwen2Config(
+        vocab_size=vocabulary_size,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=0.04,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+
+
+def save_qwen2(directory: Path, config: Qwen2Config, *, seed: int = 0) -> Path:
+    """Save a random causal LM as a Hugging Face directory without a tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(directory)
+    return directory
+
+
+def save_tiny_qwen2(directory: Path, *, tie_word_embeddings: bool, seed: int = 0) -> Path:
+    """`save_qwen2` of about 0.3 M parameters."""
+    return save_qwen2(directory, tiny_qwen2_config(tie_word_embeddings=tie_word_embeddings), seed=seed)
+
+
+TEXT = "Order these words: red, green, blue.\nWhich of them is first? The answer is not seven apples by the quiet river, please."
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level ChatML tokenizer with some merges; pad 0, turn start 1, turn end 2."""
+    return make_tokenizer([TEXT] * 20, vocab_size=330)
+
+
+def random_group(rng: Random, *, num_completions: int, max_prompt_tokens: int = 12, max_completion_tokens: int = 9) -> TokenGroup:
+    """Random lengths from 1 on and random ids from 3 on (below it: special tokens), for any tiny model."""
+
+    def ids(longest: int) -> list[int]:
+        return [rng.randrange(3, 300) for _ in range(rng.randint(1, longest))]
+
+    return TokenGroup(ids(max_prompt_tokens), [ids(max_completion_tokens) for _ in range(num_completions)])
+
+
+def tiny_reward_model(*, seed: int = 0, num_positions: int = 128) -> Qwen2ForSequenceClassification:
+    """A random reward model whose scores differ well between token groups, about N(0, 1)."""
+    config = Qwen2Config(
+        vocab_size=330,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=num_positions,
+        initializer_range=0.1,
+        num_labels=1,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen2ForSequenceClassification(config)
+
+
+def save_tiny_language_model(folder: Path, *, seed: int = 0, num_positions: int = 128) -> Path:
+    """What SFT starts from and RLOO's policy: a random causal LM (tied embeddings) and its tokenizer as a Hugging Face directory."""
+    config = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=1, num_kv_heads=1, max_position_embeddings=num_positions)
+    with torch.random.fork_rng():
+        save_base_model(folder, config, tiny_tokenizer(), seed=seed)
+    return folder
+
+
+def write_token_groups(folder: Path, rows: list[dict[str, object]], *, kind: RowKind, chat: ChatFormat) -> None:
+    """Tokenised rows as the data pipeline commits them for one scenario; `rows` as in a user's file, none of them dropped."""
+    limits = TokenLimits(max_prompt_tokens=100, max_completion_tokens=100, max_dropped_fraction=0)
+    tokenised = [token_row for row in rows for token_row in tokenise_text(json.dumps(row), scenario=folder.name, kind=kind, chat=chat, limits=limits)]
+    assert not any(row["drop_reason"] for row in tokenised), tokenised
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(tokenised, schema=STAGED_SCHEMA).select(TOKEN_SCHEMA.names), folder / "part-00000.parquet")

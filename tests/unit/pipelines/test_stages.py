@@ -1,0 +1,87 @@
+"""Which stages of a run the cluster will be asked for, what its service is called, and what a run that fails says."""
+
+from pathlib import Path
+
+import pytest
+from ray.exceptions import NodeDiedError, RayTaskError
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from pipelines.driver import exit_code_of, stages_ahead
+from pipelines.stages import ALL_STAGES, REWARD_MODEL_STAGES
+from rm_robust.config.loading import load_config
+from rm_robust.errors import DataError, StorageError
+from rm_robust.runs.directory import Run
+from serve.run_service import service_name
+
+SMOKE = Path("pipelines/configs/smoke.toml")
+
+
+def commit(run_dir: Path, *stages: str) -> None:
+    (run_dir / "stages").mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        (run_dir / "stages" / f"{stage}.json").write_text("{}")
+
+
+def test_what_is_not_committed_is_ahead(tmp_path: Path) -> None:
+    run = Run(load_config(SMOKE, []), tmp_path)
+    assert stages_ahead(run, ALL_STAGES) == ["sft", "preferences", "reward_model", "evaluation", "rloo"]
+    commit(tmp_path, "world", "sft", "preferences")
+    assert stages_ahead(run, ALL_STAGES) == ["reward_model", "evaluation", "rloo"]
+    assert stages_ahead(run, REWARD_MODEL_STAGES) == ["reward_model", "evaluation"]
+
+
+def test_the_bradley_terry_twin_asks_for_what_the_reward_model_does(tmp_path: Path) -> None:
+    run = Run(load_config(SMOKE, ["reward_model.bt_twin=true"]), tmp_path)
+    commit(tmp_path, "world", "sft", "preferences", "reward_model", "evaluation", "rloo")
+    assert stages_ahead(run, ALL_STAGES) == ["reward_model", "evaluation"]
+    commit(tmp_path / "bt_twin", "reward_model")
+    assert stages_ahead(run, ALL_STAGES) == ["evaluation"]
+    commit(tmp_path / "bt_twin", "evaluation")
+    assert stages_ahead(run, ALL_STAGES) == []
+
+
+def test_two_runs_of_one_name_have_a_service_each(tmp_path: Path) -> None:
+    config = load_config(SMOKE, [])
+    names = {service_name(Run(config, tmp_path / folder)) for folder in ("one", "two")}
+    assert len(names) == 2
+    assert all(name.startswith("smoke-") for name in names)
+    assert service_name(Run(config, tmp_path / "one")) in names
+
+
+def in_task(error: Exception) -> Exception:
+    """As `ray.get` of a task that raised it: of Ray's class and of its own."""
+    raised: Exception = RayTaskError("driver", "Traceback (most recent call last):\n  File drive.py", error).as_instanceof_cause()
+    return raised
+
+
+GROUP = WorkerGroupError("[Rank 1]\nTraceback …", {0: RuntimeError("Connection closed by peer"), 1: StorageError("the state could not be written: full")})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError("there is no file"), 2, "error: there is no file\n"),
+        (in_task(DataError("there is no file")), 2, "error: there is no file\n"),
+        (in_task(in_task(DataError("there is no file"))), 2, "error: there is no file\n"),
+        (GROUP, 2, "error: the state could not be written: full\n"),
+        (in_task(GROUP), 2, "error: the state could not be written: full\n"),
+        (WorkerGroupError("rank 0 died", {0: RuntimeError("x")}), 1, "error: Training failed due to worker errors:\nrank 0 died\nThe same command"),
+        (NodeDiedError("Task failed due to the node dying."), 1, "error: Task failed due to the node dying.\nThe same command again resumes"),
+    ],
+)
+def test_a_failure_that_is_no_defect_is_said_in_one_line_wherever_it_was_raised(
+    capsys: pytest.CaptureFixture[str], error: Exception, code: int, line: str
+) -> None:
+    def work() -> None:
+        raise error
+
+    assert exit_code_of(work) == code
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_defect_is_raised_whole() -> None:
+    def work() -> None:
+        raise in_task(ZeroDivisionError("of our own"))
+
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(work)
