@@ -38,9 +38,23 @@ DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
 def parse_run(description: str, default_config: Path, arguments: list[str] | None = None) -> Run:
     """Command line of every pipeline -> Run, whose directory may hold no run of another config. Raises ConfigError with the path, the value and the fix."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, default=default_config, help=f"TOML file (default: {DEFAULT_CONFIG}, which needs no data)")
-    parser.add_argument("--run-dir", help="where this run's files go: a path, or a URI (s3://…, gs://…); the same again resumes the run")
-    parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set rloo.num_steps=10")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=default_config,
+        help=f"TOML file (default: {DEFAULT_CONFIG}, which needs no data)",
+    )
+    parser.add_argument(
+        "--run-dir", help="where this run's files go: a path, or a URI (s3://…, gs://…); the same again resumes the run"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="DOTTED.NAME=VALUE",
+        dest="overrides",
+        help="e.g. --set rloo.num_steps=10",
+    )
     parsed = parser.parse_args(arguments)
     config = load_config(parsed.config, parsed.overrides)
     local_path(config.serve.gold)  # a URI that holds a password is refused before it is written anywhere
@@ -80,12 +94,16 @@ def run_stages(run: Run, stages: list[Stage]) -> None:
 
 
 def drive_elsewhere(run: Run, stages: list[Stage], ahead: list[str]) -> None:
-    claim_for_job(run.run_dir)  # at once: the driver's task may have to wait for a node, and the run may be over by then
+    claim_for_job(
+        run.run_dir
+    )  # at once: the driver's task may have to wait for a node, and the run may be over by then
     check_capacity(run.config, ahead, beside=[Request("the driver", 1, {"CPU": DRIVER_CPUS})])
     keep_ray_datas_actors_here()
     claim_run_dir(run.run_dir, run.config)
     remote: Any = ray.remote(drive_in_task)
-    task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(run, stages)
+    task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(
+        run, stages
+    )
     try:
         ray.get(task)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and the SIGTERM of `ray job stop`
@@ -106,7 +124,11 @@ def stages_ahead(run: Run, stages: list[Stage]) -> list[str]:
     layout = RunLayout(run.run_dir)
     ahead = [name for name in map(name_of, stages) if name in requests_of(run.config) and not layout.is_done(name)]
     if bt_twin_stage in stages and run.config.reward_model.bt_twin:
-        ahead += [name for name in map(name_of, TWIN_STAGES) if name not in ahead and not RunLayout(layout.bt_twin).is_done(name)]
+        ahead += [
+            name
+            for name in map(name_of, TWIN_STAGES)
+            if name not in ahead and not RunLayout(layout.bt_twin).is_done(name)
+        ]
     return ahead
 
 
@@ -157,4 +179,6 @@ def check_inputs(run: Run, stages: list[Stage]) -> None:
     if config.serve.gold != "embedded" and config.serve.gold_url is None:
         verify_checkpoint(local_path(config.serve.gold), "reward_model")
     if rloo_stage in stages and config.data.source != "embedded" and not config.data.rloo_prompts:
-        raise ConfigError("data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the reward model one by one.")
+        raise ConfigError(
+            "data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the reward model one by one."
+        )

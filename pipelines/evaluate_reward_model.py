@@ -40,7 +40,15 @@ def evaluate_suite(description: str, arguments: Sequence[str] | None = None) -> 
         requirements = [parse_requirement(text) for text in options.require]
         options.model = options.model and local_path(options.model)
         scored_with = {"max_length_tokens": options.max_length_tokens} if options.url is None else {}
-        what = Evaluation(options.suite, _suite(options), options.data, options.out, options.leave_out_refused, options.against, scored_with)
+        what = Evaluation(
+            options.suite,
+            _suite(options),
+            options.data,
+            options.out,
+            options.leave_out_refused,
+            options.against,
+            scored_with,
+        )
         data = read_data(what)
         require_known([figure for figure, _, _ in requirements], figure_names(what.suite, data.cases))
         with _scorer(options) as scorer:
@@ -66,7 +74,9 @@ def parse_requirement(text: str) -> tuple[str, str, float]:
     with contextlib.suppress(ValueError):  # of float
         if match:
             return match["figure"], match["relation"], float(match["bound"])
-    raise ConfigError(f'--require {text!r} is no requirement. Write "FIGURE>=NUMBER" or "FIGURE<=NUMBER", for example "mutual_disjoint.kendall_tau>=0.55".')
+    raise ConfigError(
+        f'--require {text!r} is no requirement. Write "FIGURE>=NUMBER" or "FIGURE<=NUMBER", for example "mutual_disjoint.kendall_tau>=0.55".'
+    )
 
 
 def require_known(names: Sequence[str], known: Sequence[str]) -> None:
@@ -91,9 +101,15 @@ def table(result: dict[str, Any]) -> list[str]:
     """Lines for a terminal."""
     width = max(map(len, result["figures"]))
     head = f"{result['suite']}: {result['num_cases'] - result['num_refused']} of {result['num_cases']} cases, checkpoint {result['checkpoint'][:19]}"
-    rows = [f"{name:{width}}  {_shown(own['value'])}   {_shown(own['low'])} to {_shown(own['high'])}" for name, own in result["figures"].items()]
+    rows = [
+        f"{name:{width}}  {_shown(own['value'])}   {_shown(own['low'])} to {_shown(own['high'])}"
+        for name, own in result["figures"].items()
+    ]
     if "against" in result:
-        rows += ["", f"minus checkpoint {result['against']['checkpoint'][:19]}, on {result['against']['num_cases']} cases:"]
+        rows += [
+            "",
+            f"minus checkpoint {result['against']['checkpoint'][:19]}, on {result['against']['num_cases']} cases:",
+        ]
         rows += [
             f"{name:{width}}  {_shown(own['value'])}   {_shown(own['low'])} to {_shown(own['high'])}   p = {own['p_value']:.3f}"
             for name, own in result["against"]["differences"].items()
@@ -119,7 +135,11 @@ def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
         with RewardClient(options.url, model=options.served_model) as client:
             yield client
         return
-    settings = {"device": options.device, "max_length_tokens": options.max_length_tokens, "max_tokens_per_batch": options.max_tokens_per_batch}
+    settings = {
+        "device": options.device,
+        "max_length_tokens": options.max_length_tokens,
+        "max_tokens_per_batch": options.max_tokens_per_batch,
+    }
     if options.workers < 0:
         raise ConfigError(f"--workers {options.workers} is no number of workers; 0 evaluates in this process.")
     if options.workers:
@@ -130,7 +150,9 @@ def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
         return
     from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointSource, require_device
 
-    require_device(options.device, f"--device {options.device}", fix=f"{ON_A_GPU}, or let a cluster's nodes score (--workers).")
+    require_device(
+        options.device, f"--device {options.device}", fix=f"{ON_A_GPU}, or let a cluster's nodes score (--workers)."
+    )
     yield CheckpointSource(options.model, **settings)
 
 
@@ -141,22 +163,60 @@ def _parser(description: str) -> argparse.ArgumentParser:
     source.add_argument("--url", help="a service that answers /v1/score (the key is taken from RM_ROBUST_API_KEY)")
     parser.add_argument("--served-model", help="with --url: one of its models (default: its first)")
     parser.add_argument("--suite", choices=SUITES, required=True)
-    parser.add_argument("--data", nargs="+", required=True, help="the suite's files or folders, jsonl or parquet, local or URIs")
-    parser.add_argument("--by", help="in the suite preferences: the column that names a row's subset (default: subset, or else source)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of scores.jsonl and result.json; the same command again goes on there")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="the --out folder of another model's evaluation of the same data, to be compared with")
-    parser.add_argument("--require", action="append", default=[], metavar="FIGURE>=NUMBER", help="exit with status 1 when it does not hold; may be repeated")
-    parser.add_argument("--leave-out-refused", action="store_true", help="count cases without scores (too long) and leave them out, instead of stopping")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="the suite's files or folders, jsonl or parquet, local or URIs"
+    )
+    parser.add_argument(
+        "--by", help="in the suite preferences: the column that names a row's subset (default: subset, or else source)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of scores.jsonl and result.json; the same command again goes on there",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="the --out folder of another model's evaluation of the same data, to be compared with",
+    )
+    parser.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        metavar="FIGURE>=NUMBER",
+        help="exit with status 1 when it does not hold; may be repeated",
+    )
+    parser.add_argument(
+        "--leave-out-refused",
+        action="store_true",
+        help="count cases without scores (too long) and leave them out, instead of stopping",
+    )
     parser.add_argument("--device", default="cpu", help="with --model (default: %(default)s)")
-    parser.add_argument("--max-length-tokens", type=int, help="with --model: of a prompt and one completion (default: what the model can read)")
+    parser.add_argument(
+        "--max-length-tokens",
+        type=int,
+        help="with --model: of a prompt and one completion (default: what the model can read)",
+    )
     parser.add_argument("--max-tokens-per-batch", type=int, default=8192, help="with --model (default: %(default)s)")
     parser.add_argument(
-        "--workers", type=int, default=0, help="with --model: Ray workers that share the cases, each with the checkpoint (default: this process)"
+        "--workers",
+        type=int,
+        default=0,
+        help="with --model: Ray workers that share the cases, each with the checkpoint (default: this process)",
     )
-    parser.add_argument("--cpus-per-worker", type=float, default=1, help="cores and threads of each (default: %(default)s); on a GPU each has one")
+    parser.add_argument(
+        "--cpus-per-worker",
+        type=float,
+        default=1,
+        help="cores and threads of each (default: %(default)s); on a GPU each has one",
+    )
     return parser
 
 
 if __name__ == "__main__":
-    is_suite = any(argument.partition("=")[0] in ("--model", "--url", "--suite", "--help", "-h") for argument in sys.argv[1:])
+    is_suite = any(
+        argument.partition("=")[0] in ("--model", "--url", "--suite", "--help", "-h") for argument in sys.argv[1:]
+    )
     sys.exit(evaluate_suite(str(__doc__)) if is_suite else main(str(__doc__), [evaluation_stage]))

@@ -25,7 +25,14 @@ from rm_robust.config.loading import load_section
 from rm_robust.responses.config import LabelsConfig, ResponsesConfig
 from rm_robust.responses.generation import check_models, generate
 from rm_robust.responses.labelling import label, num_left_out
-from rm_robust.responses.response_files import EXISTING, chunk_path, chunks_of, read_material, read_responses, write_existing
+from rm_robust.responses.response_files import (
+    EXISTING,
+    chunk_path,
+    chunks_of,
+    read_material,
+    read_responses,
+    write_existing,
+)
 from rm_robust.runs.directory import RESOLVED_NAME, claim_run_dir, require_lasting
 from rm_robust.runs.storage.commits import write_json_atomic
 from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointSource, require_device
@@ -38,9 +45,20 @@ LIBRARIES = ("vllm", "torch", "transformers")
 def main(description: str, arguments: list[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong data or settings, 130 when it was stopped."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="TOML file, e.g. pipelines/configs/responses/paper.toml")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the responses; the same command again goes on there")
-    parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set num_prompts=100")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="TOML file, e.g. pipelines/configs/responses/paper.toml"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the responses; the same command again goes on there"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="DOTTED.NAME=VALUE",
+        dest="overrides",
+        help="e.g. --set num_prompts=100",
+    )
     options = parser.parse_args(arguments)
     start_logging()
     quieten_libraries()
@@ -92,7 +110,9 @@ def run(config: ResponsesConfig, folder: Path) -> None:
     print(f"{folder / 'manifest.json'}")
     if scorer is not None:
         labelled = folder / "labelled"
-        print(f'next: pipelines/prepare_preferences.py with data.source = "responses", data.responses = ["{labelled}"] and data.unseen_models')
+        print(
+            f'next: pipelines/prepare_preferences.py with data.source = "responses", data.responses = ["{labelled}"] and data.unseen_models'
+        )
 
 
 def counts_of(folder: Path, model: str, num_chunks: int) -> dict[str, int | float]:
@@ -118,7 +138,9 @@ def scorer_of(labels: LabelsConfig | None) -> Iterator[Scorer | None]:
             yield client
     else:
         assert labels.checkpoint is not None
-        yield CheckpointSource(labels.checkpoint, device=labels.device, max_length_tokens=None, max_tokens_per_batch=8192)
+        yield CheckpointSource(
+            labels.checkpoint, device=labels.device, max_length_tokens=None, max_tokens_per_batch=8192
+        )
 
 
 if __name__ == "__main__":

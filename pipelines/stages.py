@@ -51,7 +51,9 @@ def sft_stage(run: Run) -> None:
     def work() -> dict[str, Any]:
         connect_to_ray()
         counts = prepare_sft(config, run.run_dir, token_limits(config))
-        return counts | run_on_workers(train_sft, stage="sft", config=config, run_dir=run.run_dir, workers=config.sft.workers)
+        return counts | run_on_workers(
+            train_sft, stage="sft", config=config, run_dir=run.run_dir, workers=config.sft.workers
+        )
 
     _announce(layout, "sft", work)
 
@@ -69,7 +71,13 @@ def reward_model_stage(run: Run) -> None:
 
     def work() -> dict[str, Any]:
         connect_to_ray()
-        return run_on_workers(train_reward_model, stage="reward_model", config=config, run_dir=run.run_dir, workers=config.reward_model.workers)
+        return run_on_workers(
+            train_reward_model,
+            stage="reward_model",
+            config=config,
+            run_dir=run.run_dir,
+            workers=config.reward_model.workers,
+        )
 
     _announce(RunLayout(run.run_dir), "reward_model", work)
 
@@ -81,8 +89,12 @@ def evaluation_stage(run: Run) -> None:
         connect_to_ray()
         remote: Any = ray.remote(evaluate_in_task)  # type: ignore[arg-type]  # Ray's annotations know no keyword-only parameters
         name = f"evaluation of {run.config.name}"
-        task = remote.options(name=name, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, resources=settings.resources)
-        return {"evaluation": ray.get(task.remote(run.config, run.run_dir, device="cuda" if settings.num_gpus else "cpu"))}
+        task = remote.options(
+            name=name, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, resources=settings.resources
+        )
+        return {
+            "evaluation": ray.get(task.remote(run.config, run.run_dir, device="cuda" if settings.num_gpus else "cpu"))
+        }
 
     _announce(RunLayout(run.run_dir), "evaluation", work)
 
@@ -131,5 +143,14 @@ def _announce(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]])
 
 
 TWIN_STAGES: tuple[Stage, ...] = (reward_model_stage, evaluation_stage)
-ALL_STAGES: list[Stage] = [world_stage, sft_stage, preferences_stage, reward_model_stage, evaluation_stage, bt_twin_stage, rloo_stage, report_stage]
+ALL_STAGES: list[Stage] = [
+    world_stage,
+    sft_stage,
+    preferences_stage,
+    reward_model_stage,
+    evaluation_stage,
+    bt_twin_stage,
+    rloo_stage,
+    report_stage,
+]
 REWARD_MODEL_STAGES: list[Stage] = [stage for stage in ALL_STAGES if stage is not rloo_stage]

@@ -35,9 +35,17 @@ def main(description: str, arguments: list[str] | None = None) -> int:
             while True:
                 runs = {run_dir: status_of(run_dir) for folder in folders for run_dir in runs_in(pull_files(folder))}
                 if options.json:
-                    print(json.dumps({shown(run_dir): [asdict(stage) for stage in stages] for run_dir, stages in runs.items()}, indent=2))
+                    print(
+                        json.dumps(
+                            {shown(run_dir): [asdict(stage) for stage in stages] for run_dir, stages in runs.items()},
+                            indent=2,
+                        )
+                    )
                 else:
-                    print("\n".join(line for run_dir, stages in runs.items() for line in status_lines(run_dir, stages)), flush=True)
+                    print(
+                        "\n".join(line for run_dir, stages in runs.items() for line in status_lines(run_dir, stages)),
+                        flush=True,
+                    )
                 if not options.watch:
                     return 0
                 time.sleep(WATCH_EVERY_S)

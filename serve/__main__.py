@@ -53,22 +53,43 @@ KEEP_ALIVE_S = 75
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m serve", description="Serve reward models on this machine until Ctrl-C.")
+    parser = argparse.ArgumentParser(
+        prog="python -m serve", description="Serve reward models on this machine until Ctrl-C."
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", help="a committed reward-model checkpoint: a directory, or a URI (s3://…)")
     what.add_argument("--service", type=Path, help="a TOML file with the fields of ServiceSettings (serve/settings.py)")
     what.add_argument("--embedded-judge", action="store_true", help="the embedded world's gold judge")
-    parser.add_argument("--keys", type=Path, help=f"the file of the keys that are accepted (default: the keys in {KEYS_VARIABLE})")
-    parser.add_argument("--insecure-no-auth", action="store_true", help="accept requests without a key, from this machine only")
-    parser.add_argument("--host", default="127.0.0.1", help="loopback only, unless there are keys (default: %(default)s)")
+    parser.add_argument(
+        "--keys", type=Path, help=f"the file of the keys that are accepted (default: the keys in {KEYS_VARIABLE})"
+    )
+    parser.add_argument(
+        "--insecure-no-auth", action="store_true", help="accept requests without a key, from this machine only"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="loopback only, unless there are keys (default: %(default)s)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     one = parser.add_argument_group("of --checkpoint; a service file says these itself")
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    one.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights; scores are always float32 (default: %(default)s)")
+    one.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights; scores are always float32 (default: %(default)s)",
+    )
     one.add_argument("--replicas", type=int, help="default: one a core for a small model on CPUs, otherwise one")
     one.add_argument("--threads", type=int, help="of each replica (default: the cores there are for it)")
-    one.add_argument("--max-length-tokens", type=int, help=f"prompt + completion (default: what the model takes, at most {MOST_TOKENS_BY_DEFAULT})")
-    one.add_argument("--no-prompt-sharing", action="store_true", help="compute a prompt for each request, also where a batch has it twice")
+    one.add_argument(
+        "--max-length-tokens",
+        type=int,
+        help=f"prompt + completion (default: what the model takes, at most {MOST_TOKENS_BY_DEFAULT})",
+    )
+    one.add_argument(
+        "--no-prompt-sharing",
+        action="store_true",
+        help="compute a prompt for each request, also where a batch has it twice",
+    )
     arguments = parser.parse_args()
     for name in ("httpx", "ray.serve"):  # a line per request and a dozen per deployment
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -87,7 +108,9 @@ def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
     """Raises CheckpointError when the checkpoint cannot be one, ConfigError for wrong settings and as keys_from."""
     keys = keys_from(arguments)
     who = {"api_keys": keys, "insecure_no_auth": arguments.insecure_no_auth}
-    what: dict[str, object] = {"models": [model_from(arguments)]} if arguments.service is None else read_service(arguments.service)
+    what: dict[str, object] = (
+        {"models": [model_from(arguments)]} if arguments.service is None else read_service(arguments.service)
+    )
     return checked_service({**what, **who}, source="The service's settings")
 
 
@@ -100,7 +123,9 @@ def read_service(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
     wrong = sorted({"api_keys", "insecure_no_auth"} & table.keys())
     if wrong:
-        raise ConfigError(f"{path} says {wrong[0]}; who may ask is said by --keys, {KEYS_VARIABLE} or --insecure-no-auth alone.")
+        raise ConfigError(
+            f"{path} says {wrong[0]}; who may ask is said by --keys, {KEYS_VARIABLE} or --insecure-no-auth alone."
+        )
     return table
 
 
@@ -129,7 +154,11 @@ def workers_of(arguments: argparse.Namespace, checkpoint_dir: Path) -> tuple[int
     num_replicas = arguments.replicas
     if num_replicas is None:
         is_small = sum(path.stat().st_size for path in checkpoint_dir.glob("*.safetensors")) <= SMALL_WEIGHTS_BYTES
-        num_replicas = min(MOST_REPLICAS_BY_DEFAULT, max(1, num_cores // (arguments.threads or 1))) if is_small and arguments.device == "cpu" else 1
+        num_replicas = (
+            min(MOST_REPLICAS_BY_DEFAULT, max(1, num_cores // (arguments.threads or 1)))
+            if is_small and arguments.device == "cpu"
+            else 1
+        )
     return num_replicas, arguments.threads or max(1, num_cores // max(1, num_replicas))
 
 
@@ -137,8 +166,14 @@ def keys_from(arguments: argparse.Namespace) -> tuple[ApiKey, ...]:
     """Raises ConfigError without keys and without --insecure-no-auth, with both, and for keys that are wrong."""
     keys = read_keys(arguments.keys) if arguments.keys else keys_from_environment()
     if bool(keys) == arguments.insecure_no_auth:
-        found = f"keys in {arguments.keys or KEYS_VARIABLE} and --insecure-no-auth" if keys else "neither keys nor --insecure-no-auth"
-        raise ConfigError(f"There are {found}: give the one or the other. `python -m serve.keys NAME` makes a key and its line for the file that --keys names.")
+        found = (
+            f"keys in {arguments.keys or KEYS_VARIABLE} and --insecure-no-auth"
+            if keys
+            else "neither keys nor --insecure-no-auth"
+        )
+        raise ConfigError(
+            f"There are {found}: give the one or the other. `python -m serve.keys NAME` makes a key and its line for the file that --keys names."
+        )
     return keys
 
 
@@ -147,7 +182,9 @@ def num_positions(checkpoint_dir: Path) -> int:
     read_manifest(checkpoint_dir)
     config = read_json(checkpoint_dir / "config.json")
     if "max_position_embeddings" not in config:
-        raise CheckpointError(f"{checkpoint_dir}/config.json does not say max_position_embeddings; give --max-length-tokens.")
+        raise CheckpointError(
+            f"{checkpoint_dir}/config.json does not say max_position_embeddings; give --max-length-tokens."
+        )
     return int(config["max_position_embeddings"])
 
 
@@ -164,16 +201,23 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     make_own_token()
     ray.init(address="local", include_dashboard=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; with Ray's handler an orderly end would have status 15
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C; with Ray's handler an orderly end would have status 15
     try:
         start_serve_without_http()
         front = Front(settings, deploy_models(settings))
         await front.start()
         guard = Guard(settings.api_keys)
         server = http_server(front, guard, arguments.host, port)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: reload_in_background(arguments, settings, front, guard))
+        asyncio.get_running_loop().add_signal_handler(
+            signal.SIGHUP, lambda: reload_in_background(arguments, settings, front, guard)
+        )
         base_url = f"http://{arguments.host}:{port}"
-        print(f"\n{', '.join(front.model_names)} at {base_url}{SCORE_PATH}. Ctrl-C stops it. Try:\n\n{curl_example(base_url, settings)}\n", flush=True)
+        print(
+            f"\n{', '.join(front.model_names)} at {base_url}{SCORE_PATH}. Ctrl-C stops it. Try:\n\n{curl_example(base_url, settings)}\n",
+            flush=True,
+        )
         await server.serve()  # until SIGINT or SIGTERM; it answers what it has begun
     finally:
         for stop in (signal.SIGINT, signal.SIGTERM):  # a second one must not leave processes behind
@@ -184,7 +228,9 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
 
 def http_server(front: Front, guard: Guard, host: str, port: int) -> uvicorn.Server:
     api = ReadWholeBody(scoring_api(front, guard))
-    patience_s = math.ceil(front.settings.limits.request_timeout_s) + 1  # at its end: a client that never finishes its body must not hold it up
+    patience_s = (
+        math.ceil(front.settings.limits.request_timeout_s) + 1
+    )  # at its end: a client that never finishes its body must not hold it up
     return uvicorn.Server(
         uvicorn.Config(
             api,
@@ -217,7 +263,9 @@ async def reload(arguments: argparse.Namespace, running: ServiceSettings, front:
             guard.replace_keys(keys_from(arguments))
             settings = settings_from(arguments)
             if with_any_checkpoints(settings) != with_any_checkpoints(running):
-                raise ConfigError("Only keys and checkpoints change while the service runs. For other models, limits or replicas, start it again.")
+                raise ConfigError(
+                    "Only keys and checkpoints change while the service runs. For other models, limits or replicas, start it again."
+                )
             await asyncio.to_thread(deploy_models, settings)
             await asyncio.sleep(DESCRIPTION_IS_FRESH_S)
             served = await front.models()
@@ -229,7 +277,9 @@ async def reload(arguments: argparse.Namespace, running: ServiceSettings, front:
 
 def with_any_checkpoints(settings: ServiceSettings) -> ServiceSettings:
     """What may not change while the service runs."""
-    return settings.model_copy(update={"models": tuple(without_checkpoint(model) for model in settings.models), "api_keys": ()})
+    return settings.model_copy(
+        update={"models": tuple(without_checkpoint(model) for model in settings.models), "api_keys": ()}
+    )
 
 
 def curl_example(base_url: str, settings: ServiceSettings) -> str:

@@ -51,7 +51,9 @@ def front_api() -> ASGIApp:
     """What Serve hands HTTP requests to: the ASGI side of the FrontReplica in this process, which is made after this."""
 
     async def api(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":  # there is nothing to do then, and Serve sends it before there is a FrontReplica
+        if (
+            scope["type"] == "lifespan"
+        ):  # there is nothing to do then, and Serve sends it before there is a FrontReplica
             for step in ("startup", "shutdown"):
                 await receive()
                 await send({"type": f"lifespan.{step}.complete"})
@@ -118,11 +120,17 @@ def scorer_app(model: ModelSettings, settings: ServiceSettings) -> Application:
     """One model's replicas. Deploying it again with another checkpoint, and no other change, swaps the checkpoint in the replicas that are there."""
     checkpoint_dir = None if model.checkpoint_dir is None else str(model.checkpoint_dir)
     what = WhatToLoad(checkpoint_dir=checkpoint_dir, generation=time.time_ns())
-    if model.checkpoint_dir is not None and (model.checkpoint_dir.is_dir() or uri_of(model.checkpoint_dir)):  # not where a YAML is built away from the models
+    if model.checkpoint_dir is not None and (
+        model.checkpoint_dir.is_dir() or uri_of(model.checkpoint_dir)
+    ):  # not where a YAML is built away from the models
         what["checkpoint"] = read_manifest(model.checkpoint_dir).content_sha256
     known, timeout_s = without_checkpoint(model), settings.limits.batch_timeout_s
-    deployment = serve.deployment(name=scorer_name(model), user_config=dict(what), **scorer_options(model), **SHARED_OPTIONS)(ScorerReplica)
-    version = hashlib.sha256(f"{known.model_dump_json()} {timeout_s}".encode()).hexdigest()  # without one, every deployment is a new one to Serve
+    deployment = serve.deployment(
+        name=scorer_name(model), user_config=dict(what), **scorer_options(model), **SHARED_OPTIONS
+    )(ScorerReplica)
+    version = hashlib.sha256(
+        f"{known.model_dump_json()} {timeout_s}".encode()
+    ).hexdigest()  # without one, every deployment is a new one to Serve
     return deployment.options(_internal=True, version=version).bind(known, timeout_s)
 
 
@@ -142,4 +150,6 @@ def refuse_no_keys(settings: ServiceSettings) -> None:
             f"api_keys, or {KEYS_VARIABLE}; or set insecure_no_auth, which answers clients on the same machine only."
         )
     if settings.insecure_no_auth and os.environ.get(HAPROXY_VARIABLE) == "1":
-        raise ConfigError(f"{HAPROXY_VARIABLE} = 1 makes every client look like one of this machine, so insecure_no_auth would answer anybody. Use keys.")
+        raise ConfigError(
+            f"{HAPROXY_VARIABLE} = 1 makes every client look like one of this machine, so insecure_no_auth would answer anybody. Use keys."
+        )

@@ -10,7 +10,15 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rm_robust.errors import ScoringError
 from rm_robust.scoring.client import MAX_RETRIES, Failure, Retries
-from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreRequest, check_scores, merge_replies, request_for, split_inputs
+from rm_robust.scoring.contract import (
+    ScoreInput,
+    ScoreReply,
+    ScoreRequest,
+    check_scores,
+    merge_replies,
+    request_for,
+    split_inputs,
+)
 from serve.work import Refusal
 
 MAX_COMPLETIONS_PER_CALL = 256
@@ -55,6 +63,8 @@ class ClusterScorer:
                 if isinstance(answer, ScoreReply):
                     return answer
                 assert isinstance(answer, Refusal)
-                failure = Failure(answer.status, f"{answer.status}: {answer.message}", answer.type, answer.retry_after_s or 0.0)
+                failure = Failure(
+                    answer.status, f"{answer.status}: {answer.message}", answer.type, answer.retry_after_s or 0.0
+                )
             time.sleep(retries.next_wait_s(failure))
             call = self._handle.score.remote(request)

@@ -70,7 +70,9 @@ def parse_keys(text: str, *, source: str) -> tuple[ApiKey, ...]:
     if not keys:
         raise ConfigError(f"{source} holds no keys; `python -m serve.keys NAME` makes one.")
     if len({key.sha256 for key in keys}) < len(keys):
-        raise ConfigError(f"{source} holds one key under two names; deleting one of them would not take it back. Give each name a key of its own.")
+        raise ConfigError(
+            f"{source} holds one key under two names; deleting one of them would not take it back. Give each name a key of its own."
+        )
     return keys
 
 
@@ -91,13 +93,17 @@ def new_key(name: str) -> tuple[str, ApiKey]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m serve.keys", description="Make an API key: printed once, here; only its hash is kept.")
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.keys", description="Make an API key: printed once, here; only its hash is kept."
+    )
     parser.add_argument("name", help="whose key it is: letters, digits, _ and -")
     name = parser.parse_args(arguments).name
     if not re.fullmatch(NAME_PATTERN, name):
         parser.error(f"a name has letters, digits, _ and - only, got {name!r}")
     key, entry = new_key(name)
-    print(f'The key, for its owner; it is not shown again:\n\n  {key}\n\nIts line for the keys file:\n\n  {name} = {{ sha256 = "{entry.sha256}" }}')
+    print(
+        f'The key, for its owner; it is not shown again:\n\n  {key}\n\nIts line for the keys file:\n\n  {name} = {{ sha256 = "{entry.sha256}" }}'
+    )
     return 0
 
 

@@ -60,7 +60,10 @@ def deploy_inside(settings: ServiceSettings, app_name: str, *, deadline_s: float
 
     Raises as deploy_service.
     """
-    serve.run_many([serve.RunTarget(service_app(with_verified_checkpoints(settings)), name=app_name, route_prefix=None)], wait_for_applications_running=False)
+    serve.run_many(
+        [serve.RunTarget(service_app(with_verified_checkpoints(settings)), name=app_name, route_prefix=None)],
+        wait_for_applications_running=False,
+    )
     wait_until_up([app_name], deadline_s=deadline_s)
 
 
@@ -77,7 +80,10 @@ def deploy_service(settings: ServiceSettings, app_name: str, route_prefix: str, 
     refuse_open_host(running.host or "", settings)
     base_url = f"http://{running.host}:{running.port}{route_prefix.rstrip('/')}"
     started_s = time.monotonic()
-    serve.run_many([serve.RunTarget(service_app(settings), name=app_name, route_prefix=route_prefix)], wait_for_applications_running=False)
+    serve.run_many(
+        [serve.RunTarget(service_app(settings), name=app_name, route_prefix=route_prefix)],
+        wait_for_applications_running=False,
+    )
     wait_until_up([app_name], deadline_s=deadline_s, base_url=base_url)
     names = ", ".join(model.model_name for model in settings.models)
     logger.info("service %s serves %s at %s after %.1f s", app_name, names, base_url, time.monotonic() - started_s)
@@ -91,7 +97,10 @@ def deploy_models(settings: ServiceSettings, *, deadline_s: float = 180.0) -> "d
     """
     refuse_no_keys(settings)
     settings = with_verified_checkpoints(settings)
-    targets = [serve.RunTarget(scorer_app(model, settings), name=model.model_name, route_prefix=None) for model in settings.models]
+    targets = [
+        serve.RunTarget(scorer_app(model, settings), name=model.model_name, route_prefix=None)
+        for model in settings.models
+    ]
     serve.run_many(targets, wait_for_applications_running=False)
     wait_until_up([model.model_name for model in settings.models], deadline_s=deadline_s)
     return {model.model_name: serve.get_app_handle(model.model_name) for model in settings.models}
@@ -144,7 +153,9 @@ def why_not_up(app_name: str) -> str:
     """What Serve says of the application and its deployments, and what the cluster has."""
     application = serve.status().applications[app_name]
     said = [f"{name} {d.status.value}: {d.message}" for name, d in application.deployments.items() if d.message]
-    return "; ".join([application.message or application.status.value, *said, f"the cluster has {ray.cluster_resources()}"])
+    return "; ".join(
+        [application.message or application.status.value, *said, f"the cluster has {ray.cluster_resources()}"]
+    )
 
 
 def running_http_options() -> HTTPOptions | None:
@@ -156,7 +167,9 @@ def running_http_options() -> HTTPOptions | None:
 def refuse_open_host(host: str, settings: ServiceSettings) -> None:
     """Raise ConfigError for a service without keys on a host that others can reach."""
     if host not in LOOPBACK_HOSTS and not settings.api_keys:
-        raise ConfigError(f"A service without keys listens on loopback only: host is {host!r}, use '127.0.0.1', or give it keys.")
+        raise ConfigError(
+            f"A service without keys listens on loopback only: host is {host!r}, use '127.0.0.1', or give it keys."
+        )
 
 
 def refuse_taken_port(host: str, port: int) -> None:
@@ -165,4 +178,6 @@ def refuse_taken_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"Port {port} on {host} cannot be used ({error.strerror}). Choose another, or 0 for a free one.") from error
+            raise ConfigError(
+                f"Port {port} on {host} cannot be used ({error.strerror}). Choose another, or 0 for a free one."
+            ) from error

@@ -4,7 +4,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from ray.util.metrics import Gauge as RayGauge
@@ -37,7 +45,9 @@ class RecentLatencies(Collector):
         self._seconds.setdefault(route, deque(maxlen=NUM_RECENT)).append(seconds)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily("rm_robust_request_latency_seconds", f"Of the last {NUM_RECENT} requests.", labels=("route", "quantile"))
+        family = GaugeMetricFamily(
+            "rm_robust_request_latency_seconds", f"Of the last {NUM_RECENT} requests.", labels=("route", "quantile")
+        )
         for route, seconds in self._seconds.items():
             ordered = sorted(seconds)
             for quantile in QUANTILES:
@@ -88,7 +98,9 @@ class RayCopy:
         for family in self._registry.collect():
             for sample in family.samples:
                 if sample.name not in self._gauges:
-                    self._gauges[sample.name] = RayGauge(sample.name, description=family.documentation, tag_keys=(*sample.labels, "service"))
+                    self._gauges[sample.name] = RayGauge(
+                        sample.name, description=family.documentation, tag_keys=(*sample.labels, "service")
+                    )
                 self._gauges[sample.name].set(sample.value, tags={**sample.labels, "service": self._service})
 
 
@@ -97,17 +109,48 @@ class ServiceMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self.requests = Counter("rm_robust_requests", "HTTP requests answered.", ("route", "status"), registry=self._registry)
-        self.refusals = Counter("rm_robust_refusals", "Requests without scores, by reason.", ("route", "reason"), registry=self._registry)
-        self.cancelled = Counter("rm_robust_cancelled", "Requests whose client went away before the reply.", registry=self._registry)
-        self.seconds = Histogram("rm_robust_request_seconds", "Time to answer.", ("route",), buckets=REQUEST_SECONDS, registry=self._registry)
-        self.queued_requests = Gauge("rm_robust_queued_requests", "Requests waiting or being scored.", ("model",), registry=self._registry)
+        self.requests = Counter(
+            "rm_robust_requests", "HTTP requests answered.", ("route", "status"), registry=self._registry
+        )
+        self.refusals = Counter(
+            "rm_robust_refusals", "Requests without scores, by reason.", ("route", "reason"), registry=self._registry
+        )
+        self.cancelled = Counter(
+            "rm_robust_cancelled", "Requests whose client went away before the reply.", registry=self._registry
+        )
+        self.seconds = Histogram(
+            "rm_robust_request_seconds", "Time to answer.", ("route",), buckets=REQUEST_SECONDS, registry=self._registry
+        )
+        self.queued_requests = Gauge(
+            "rm_robust_queued_requests", "Requests waiting or being scored.", ("model",), registry=self._registry
+        )
         self.queued_tokens = Gauge("rm_robust_queued_tokens", "Their tokens.", ("model",), registry=self._registry)
-        self.batch_items = Histogram("rm_robust_batch_items", "Inputs of a batch.", ("model",), buckets=BATCH_ITEMS, registry=self._registry)
-        self.batch_fill = Histogram("rm_robust_batch_fill", "Tokens of a batch over max_batch_tokens.", ("model",), buckets=FILL, registry=self._registry)
-        self.batch_seconds = Histogram("rm_robust_batch_seconds", "To a replica and back.", ("model",), buckets=BATCH_SECONDS, registry=self._registry)
-        self.batches_lost = Counter("rm_robust_batches_lost", "Batches that came back without scores.", ("model", "reason"), registry=self._registry)
-        self.tokens = Counter("rm_robust_tokens", "Tokens scored, a prompt once a request.", ("model",), registry=self._registry)
+        self.batch_items = Histogram(
+            "rm_robust_batch_items", "Inputs of a batch.", ("model",), buckets=BATCH_ITEMS, registry=self._registry
+        )
+        self.batch_fill = Histogram(
+            "rm_robust_batch_fill",
+            "Tokens of a batch over max_batch_tokens.",
+            ("model",),
+            buckets=FILL,
+            registry=self._registry,
+        )
+        self.batch_seconds = Histogram(
+            "rm_robust_batch_seconds",
+            "To a replica and back.",
+            ("model",),
+            buckets=BATCH_SECONDS,
+            registry=self._registry,
+        )
+        self.batches_lost = Counter(
+            "rm_robust_batches_lost",
+            "Batches that came back without scores.",
+            ("model", "reason"),
+            registry=self._registry,
+        )
+        self.tokens = Counter(
+            "rm_robust_tokens", "Tokens scored, a prompt once a request.", ("model",), registry=self._registry
+        )
         self.latencies, self.scores = RecentLatencies(), ScoreMoments()
         self._registry.register(self.latencies)
         self._registry.register(self.scores)
@@ -133,7 +176,11 @@ class ModelMetrics:
     def __init__(self, service: ServiceMetrics, model: str) -> None:
         self._service, self._model = service, model
         self._queued = service.queued_requests.labels(model), service.queued_tokens.labels(model)
-        self._batch = service.batch_items.labels(model), service.batch_fill.labels(model), service.batch_seconds.labels(model)
+        self._batch = (
+            service.batch_items.labels(model),
+            service.batch_fill.labels(model),
+            service.batch_seconds.labels(model),
+        )
         self._tokens = service.tokens.labels(model)
 
     def queue(self, num_requests: int, num_tokens: int) -> None:

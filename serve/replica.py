@@ -103,7 +103,9 @@ def load_scorer(settings: ModelSettings, what: WhatToLoad) -> BatchScorer:
     loaded = CheckpointScorer(settings, Path(what["checkpoint_dir"]), what["generation"])
     wanted = what.get("checkpoint", loaded.served.checkpoint)
     if loaded.served.checkpoint != wanted:
-        raise CheckpointError(f"{what['checkpoint_dir']} is now {loaded.served.checkpoint}, and {wanted} was deployed. Deploy it again to serve what is there.")
+        raise CheckpointError(
+            f"{what['checkpoint_dir']} is now {loaded.served.checkpoint}, and {wanted} was deployed. Deploy it again to serve what is there."
+        )
     return loaded
 
 
@@ -121,13 +123,20 @@ def scorer_options(settings: ModelSettings) -> dict[str, Any]:
                 "look_back_period_s": max(LOOK_BACK_AT_LEAST_S, min(settings.upscale_delay_s, LOOK_BACK_AT_MOST_S)),
             }
         }
-    return scaling | {
-        "max_ongoing_requests": NUM_BATCHES_PER_REPLICA + 1,  # and somebody who asks what is loaded
-        "health_check_period_s": 2.0,
-        "health_check_timeout_s": 5.0,  # three times in a row
-        "graceful_shutdown_timeout_s": 10.0,  # a swap waits for a hung replica's end; a batch that is cut off by it is scored by another
-        "ray_actor_options": {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "resources": settings.resources},
-    }
+    return (
+        scaling
+        | {
+            "max_ongoing_requests": NUM_BATCHES_PER_REPLICA + 1,  # and somebody who asks what is loaded
+            "health_check_period_s": 2.0,
+            "health_check_timeout_s": 5.0,  # three times in a row
+            "graceful_shutdown_timeout_s": 10.0,  # a swap waits for a hung replica's end; a batch that is cut off by it is scored by another
+            "ray_actor_options": {
+                "num_cpus": settings.num_cpus,
+                "num_gpus": settings.num_gpus,
+                "resources": settings.resources,
+            },
+        }
+    )
 
 
 NUM_BATCHES_PER_REPLICA = 2

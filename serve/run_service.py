@@ -44,11 +44,19 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
 
     config = run.config
     proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
-    gold = served_model(config.serve.gold_replica, "gold", None if config.serve.gold == "embedded" else local_path(config.serve.gold).absolute())
+    gold = served_model(
+        config.serve.gold_replica,
+        "gold",
+        None if config.serve.gold == "embedded" else local_path(config.serve.gold).absolute(),
+    )
     gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
     app_name, is_on_cluster = service_name(run), not is_local()
     start_serve_without_http()
-    settings = ServiceSettings(models=(proxy,) if gold_url else (proxy, gold), api_keys=(new_key("run")[1],), limits=ServiceLimits(request_timeout_s=timeout_s))
+    settings = ServiceSettings(
+        models=(proxy,) if gold_url else (proxy, gold),
+        api_keys=(new_key("run")[1],),
+        limits=ServiceLimits(request_timeout_s=timeout_s),
+    )
     if is_on_cluster:
         end_with_this_job(app_name)
     try:

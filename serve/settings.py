@@ -21,7 +21,9 @@ class ModelSettings(ReplicaConfig):
 
     model_name: str = Field(pattern=MODEL_NAME_PATTERN)
     """What requests ask for, and every reply names."""
-    checkpoint_dir: Annotated[Path | None, BeforeValidator(lambda given: local_path(given) if isinstance(given, str) else given)] = None
+    checkpoint_dir: Annotated[
+        Path | None, BeforeValidator(lambda given: local_path(given) if isinstance(given, str) else given)
+    ] = None
     """A committed reward-model checkpoint: a path on storage that every serving node sees, or a URI (s3://…, gs://…) of a run in an object store."""
     embedded_judge: bool = False
     """True: the embedded world's gold judge."""
@@ -34,7 +36,9 @@ class ModelSettings(ReplicaConfig):
                 f"set either checkpoint_dir or embedded_judge = true, got checkpoint_dir = {self.checkpoint_dir} and embedded_judge = {self.embedded_judge}"
             )
         if (self.device == "cuda") != (self.num_gpus > 0):
-            raise ValueError(f'device = "cuda" and num_gpus > 0 go together, got device = {self.device!r} and num_gpus = {self.num_gpus}')
+            raise ValueError(
+                f'device = "cuda" and num_gpus > 0 go together, got device = {self.device!r} and num_gpus = {self.num_gpus}'
+            )
         return self
 
 
@@ -106,7 +110,9 @@ class ServiceSettings(BaseModel):
         for ensemble in self.ensembles:
             unknown = sorted(set(ensemble.members) - own)
             if unknown or len(set(ensemble.members)) < len(ensemble.members):
-                raise ValueError(f"the members of {ensemble.model_name} must be different models of {sorted(own)}, got {list(ensemble.members)}")
+                raise ValueError(
+                    f"the members of {ensemble.model_name} must be different models of {sorted(own)}, got {list(ensemble.members)}"
+                )
         if self.api_keys and self.insecure_no_auth:
             raise ValueError("insecure_no_auth = true would leave api_keys unused; set one of them")
         return self
@@ -117,5 +123,7 @@ def checked_service(fields: Mapping[str, object], *, source: str) -> ServiceSett
     try:
         return ServiceSettings.model_validate(fields)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in error.errors(include_url=False)]
+        problems = [
+            f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in error.errors(include_url=False)
+        ]
         raise ConfigError(f"{source} are not valid:\n  " + "\n  ".join(problems)) from None

@@ -51,7 +51,9 @@ class ServedModel:
 
     def replaces(self, other: "ServedModel") -> bool:
         """A newer deployment, or (a directory that was written anew) another checkpoint of the same one."""
-        return self.generation > other.generation or (self.generation == other.generation and self.checkpoint != other.checkpoint)
+        return self.generation > other.generation or (
+            self.generation == other.generation and self.checkpoint != other.checkpoint
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,10 @@ class BatchScorer(Protocol):
 def parts_of(request: Request) -> list[Part]:
     if isinstance(request, DialectRequest):
         return request.parts
-    return [Part(item, f"inputs[{index}].prompt", f"inputs[{index}].completions[{{}}]") for index, item in enumerate(request.inputs)]
+    return [
+        Part(item, f"inputs[{index}].prompt", f"inputs[{index}].completions[{{}}]")
+        for index, item in enumerate(request.inputs)
+    ]
 
 
 def invalid_request(where: str, reason: object) -> Refusal:

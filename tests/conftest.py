@@ -10,16 +10,25 @@ from hypothesis import settings
 settings.register_profile("rm_robust", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("rm_robust")
 
-pytest.register_assert_rewrite("tests.support.deploy_manifests")  # its asserts are of the files under test: show what differs
+pytest.register_assert_rewrite(
+    "tests.support.deploy_manifests"
+)  # its asserts are of the files under test: show what differs
 
 DATA_VARIABLE = "RM_ROBUST_TEST_DATA"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--data", default=os.environ.get(DATA_VARIABLE), help=f"folder of real preference data (or {DATA_VARIABLE}); tests that want it skip without"
+        "--data",
+        default=os.environ.get(DATA_VARIABLE),
+        help=f"folder of real preference data (or {DATA_VARIABLE}); tests that want it skip without",
     )
-    parser.addoption("--load-seconds", type=float, default=600.0, help="how long test_serve_mixed_load.py asks (default: %(default)s)")
+    parser.addoption(
+        "--load-seconds",
+        type=float,
+        default=600.0,
+        help="how long test_serve_mixed_load.py asks (default: %(default)s)",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -39,19 +39,30 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pairs = hh_rlhf_dialogues(options.data)
-    print(f"{options.threads} threads, float32; milliseconds a response, median of {NUM_ROUNDS} rounds (least to most)\n")
-    print("| data | parameters | responses a prompt | one forward a response | ours | ratio | limit by tokens |\n|---|---|---|---|---|---|---|")
+    print(
+        f"{options.threads} threads, float32; milliseconds a response, median of {NUM_ROUNDS} rounds (least to most)\n"
+    )
+    print(
+        "| data | parameters | responses a prompt | one forward a response | ours | ratio | limit by tokens |\n|---|---|---|---|---|---|---|"
+    )
     for config in SIZES.values():
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint = Path(scratch) / "reward_model"
             num_parameters = save_scoring_checkpoint(checkpoint, config, texts_of([*pairs, *rmb_pairs(options.data)]))
             chat = ChatFormat.load(checkpoint)
             for name, rows in {
-                "hh-rlhf pairs": usable([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs[:2000]], chat, max_tokens=MAX_SEQUENCE_TOKENS)[0],
+                "hh-rlhf pairs": usable(
+                    [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs[:2000]],
+                    chat,
+                    max_tokens=MAX_SEQUENCE_TOKENS,
+                )[0],
                 "rmb_bon lists": best_of_n_lists(options.data, chat)[0],
             }.items():
                 own = rows[: NUM_RESPONSES // len(rows[0].completions)]
-                print(compare(name, num_parameters, own, one_by_one(checkpoint, chat, own), ours(checkpoint, own)), flush=True)
+                print(
+                    compare(name, num_parameters, own, one_by_one(checkpoint, chat, own), ours(checkpoint, own)),
+                    flush=True,
+                )
 
 
 def one_by_one(checkpoint: Path, chat: ChatFormat, rows: Sequence[Candidates]) -> Way:
@@ -62,7 +73,9 @@ def one_by_one(checkpoint: Path, chat: ChatFormat, rows: Sequence[Candidates]) -
         scores = []
         with torch.inference_mode():
             for single in (single for row in rows for single in row.split()):
-                token_ids = chat.tokenizer(rendered(single, chat), add_special_tokens=False, return_tensors="pt")["input_ids"]
+                token_ids = chat.tokenizer(rendered(single, chat), add_special_tokens=False, return_tensors="pt")[
+                    "input_ids"
+                ]
                 scores.append(float(model(input_ids=token_ids).logits[0, 0]))
         return scores
 
@@ -74,7 +87,9 @@ def ours(checkpoint: Path, rows: Sequence[Candidates]) -> Way:
     inputs = [ScoreInput(prompt=row.prompt, completions=row.completions) for row in rows]
 
     def score() -> list[float]:
-        parts = [source.score(inputs[start : start + CASES_AT_A_TIME]) for start in range(0, len(inputs), CASES_AT_A_TIME)]
+        parts = [
+            source.score(inputs[start : start + CASES_AT_A_TIME]) for start in range(0, len(inputs), CASES_AT_A_TIME)
+        ]
         return [score for part in parts for own in part.scores for score in own]
 
     return score
@@ -93,7 +108,9 @@ def compare(name: str, num_parameters: int, rows: Sequence[Candidates], theirs: 
                 times.append(1000 * (time.perf_counter() - started_s) / num_responses)
             difference = max(abs(a - b) for a, b in zip(scores, reference, strict=True))
             assert difference < TOLERANCE, f"{name}: a score differs by {difference}"
-    limit = sum(len(ids) for row in rows for ids in row.sequences) / sum(len(row.prompt_ids) + sum(map(len, row.completion_ids)) for row in rows)
+    limit = sum(len(ids) for row in rows for ids in row.sequences) / sum(
+        len(row.prompt_ids) + sum(map(len, row.completion_ids)) for row in rows
+    )
     ratio = median(milliseconds[theirs]) / median(milliseconds[own])
     cells = [f"{median(times):.2f} ({min(times):.2f}-{max(times):.2f})" for times in milliseconds.values()]
     return f"| {name} | {num_parameters / 1e6:.2f} M | {num_responses / len(rows):.0f} | {cells[0]} | {cells[1]} | {ratio:.2f} | {limit:.2f} |"

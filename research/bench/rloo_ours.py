@@ -99,7 +99,9 @@ class TurnTakingScorer:
         """Of the last `num_timed` steps, of which an asynchronous run may still be training the last one."""
         deadline_s = time.monotonic() + STEP_TIMEOUT_S
         while len(lines := read_metrics(self._run_dir, "rloo")) < self._round_ends_after:
-            assert time.monotonic() < deadline_s, f"step {self._round_ends_after} did not end within {STEP_TIMEOUT_S:.0f} s"
+            assert time.monotonic() < deadline_s, (
+                f"step {self._round_ends_after} did not end within {STEP_TIMEOUT_S:.0f} s"
+            )
             time.sleep(POLL_S)
         return _as_round(lines[-num_timed - 1 :])
 
@@ -107,7 +109,9 @@ class TurnTakingScorer:
 def _as_round(lines: list[MetricsLine]) -> Round:
     """Of the last untimed step and the timed ones after it."""
     ends_s, timed = [float(line["time"]) for line in lines], lines[1:]
-    return Round(seconds_per_step(ends_s), fmean(float(line["rloo/completion_tokens_mean"]) for line in timed), phases_of(timed))
+    return Round(
+        seconds_per_step(ends_s), fmean(float(line["rloo/completion_tokens_mean"]) for line in timed), phases_of(timed)
+    )
 
 
 def run_config(run: OurRun) -> PipelineConfig:
@@ -127,7 +131,11 @@ def run_config(run: OurRun) -> PipelineConfig:
         "evaluation": {"every_steps": 0},
         "optimizer": {"learning_rate": work.learning_rate, "schedule": "constant", "warmup_fraction": 0},
         "compute": {"precision": placement.precision},
-        "trainers": {"num_workers": 1, "num_cpus_per_worker": CPUS_OF_ACTOR, "num_threads_per_worker": placement.trainer_threads},
+        "trainers": {
+            "num_workers": 1,
+            "num_cpus_per_worker": CPUS_OF_ACTOR,
+            "num_threads_per_worker": placement.trainer_threads,
+        },
         "num_engines": placement.num_engines,
         "engine_num_cpus": CPUS_OF_ACTOR,
         "engine_num_threads": placement.engine_threads,
@@ -135,7 +143,13 @@ def run_config(run: OurRun) -> PipelineConfig:
         "checkpoint_every_steps": NEVER,
         "num_sample_prompts": 0,
     }
-    settings = {"name": "bench", "seed": SEED, "model": {"path": str(run.policy.model_dir)}, "sft": {"enabled": False}, "rloo": rloo}
+    settings = {
+        "name": "bench",
+        "seed": SEED,
+        "model": {"path": str(run.policy.model_dir)},
+        "sft": {"enabled": False},
+        "rloo": rloo,
+    }
     return PipelineConfig.model_validate(settings)
 
 

@@ -59,7 +59,9 @@ def _write_base(config: PipelineConfig, layout: RunLayout) -> ChatFormat:
     """The world, and sft/base: a tokenizer of its text and random weights."""
     write_world(layout.world, config.world, seed=config.seed)
     texts = [text for row in _rows(layout, "sft.jsonl") for text in (row["prompt"], row["completion"])]
-    save_base_model(layout.base_model, config.model, make_tokenizer(texts, vocab_size=config.model.vocab_size), seed=config.seed)
+    save_base_model(
+        layout.base_model, config.model, make_tokenizer(texts, vocab_size=config.model.vocab_size), seed=config.seed
+    )
     return ChatFormat.load(layout.base_model)
 
 

@@ -6,13 +6,21 @@ from statistics import median
 from research.bench.rloo_turns import Contender
 from research.bench.scoring_figures import ratio_of_rounds
 
-PHASES = {"generate": "generate", "measure": "measure", "wait_for_scores": "wait for scores", "update": "update", "weight_sync": "weight sync"}
+PHASES = {
+    "generate": "generate",
+    "measure": "measure",
+    "wait_for_scores": "wait for scores",
+    "update": "update",
+    "weight_sync": "weight sync",
+}
 started_s = time.perf_counter()
 
 
 def print_table(title: str, contenders: list[Contender]) -> None:
     """Ratios of steps/s to the first, medians of the rounds' own."""
-    print(f"\n| {title} | s a step, median | ratio of steps/s | tokens a completion | cores in use | idle trainers meanwhile, cores | s a step of each round |")
+    print(
+        f"\n| {title} | s a step, median | ratio of steps/s | tokens a completion | cores in use | idle trainers meanwhile, cores | s a step of each round |"
+    )
     print("| --- " * 7 + "|")
     for own in contenders:
         rounds = " ".join(f"{done.seconds_per_step:.2f}" for done in own.rounds)
@@ -23,7 +31,9 @@ def print_table(title: str, contenders: list[Contender]) -> None:
 
 def print_our_table(title: str, contenders: list[Contender]) -> None:
     """Where the seconds of a step go: medians over all steps. What overlaps makes `rest` negative."""
-    print(f"\n| {title} | s a step, median | ratio of steps/s | {' | '.join(PHASES.values())} | rest | tokens a completion |")
+    print(
+        f"\n| {title} | s a step, median | ratio of steps/s | {' | '.join(PHASES.values())} | rest | tokens a completion |"
+    )
     print("| --- " * (5 + len(PHASES)) + "|")
     for own in contenders:
         seconds = [own.phase_s(phase) for phase in PHASES]

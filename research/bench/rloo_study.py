@@ -29,8 +29,19 @@ UP_TO_EVALUATION = [*UP_TO_PREFERENCES, "reward_model", "evaluation"]
 SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "bsr_kl": ([], []),
     "lag_1": (UP_TO_EVALUATION, ["rloo.max_policy_lag=1"]),
-    "lag_4": (UP_TO_EVALUATION, ["rloo.max_policy_lag=4", 'rloo.importance_correction="none"', "rloo.num_steps=12", "rloo.evaluation.every_steps=0"]),
-    "weak_bt": (UP_TO_PREFERENCES, ['reward_model.objective="bt"', "reward_model.num_epochs=0.1875", "rloo.kl_coefficient=0.0"]),
+    "lag_4": (
+        UP_TO_EVALUATION,
+        [
+            "rloo.max_policy_lag=4",
+            'rloo.importance_correction="none"',
+            "rloo.num_steps=12",
+            "rloo.evaluation.every_steps=0",
+        ],
+    ),
+    "weak_bt": (
+        UP_TO_PREFERENCES,
+        ['reward_model.objective="bt"', "reward_model.num_epochs=0.1875", "rloo.kl_coefficient=0.0"],
+    ),
 }
 """Stages taken from the seed's bsr_kl run, and what differs from it."""
 COMMON = ["world.num_training_prompts=16000", "reward_model.num_epochs=3", "reward_model.bt_twin=false"]
@@ -51,7 +62,11 @@ def main() -> None:
     rows = {name: {seed: figures(run_dir) for seed, run_dir in own.items()} for name, own in runs.items()}
     for name, by_seed in rows.items():
         for seed, row in by_seed.items():
-            print(f"| {name} | {seed} | " + " | ".join("-" if row[column] is None else f"{row[column]:.4g}" for column in COLUMNS) + " |")
+            print(
+                f"| {name} | {seed} | "
+                + " | ".join("-" if row[column] is None else f"{row[column]:.4g}" for column in COLUMNS)
+                + " |"
+            )
     print(json.dumps({"study": "rloo", **conclusions(rows), "rows": rows}))
 
 
@@ -65,7 +80,17 @@ def run(name: str, seed: int) -> Path:
     return run_dir
 
 
-COLUMNS = ("gold_gain", "gold_last", "proxy_last", "kl_last", "sampler_kl", "overoptimised_steps", "first_overoptimised", "win_rate", "step_s")
+COLUMNS = (
+    "gold_gain",
+    "gold_last",
+    "proxy_last",
+    "kl_last",
+    "sampler_kl",
+    "overoptimised_steps",
+    "first_overoptimised",
+    "win_rate",
+    "step_s",
+)
 
 
 def figures(run_dir: Path) -> dict[str, float | None]:
@@ -96,7 +121,9 @@ def conclusions(rows: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
         differences = [own - other for own, other in zip(with_lag, without, strict=True)]
         found["lag_1_gold_difference"] = fmean(differences)
         found["lag_1_gold_difference_se"] = stdev(differences) / math.sqrt(len(differences))
-        found["lag_1_gold_difference_between_seeds_se"] = math.sqrt((stdev(without) ** 2 + stdev(with_lag) ** 2) / len(differences))
+        found["lag_1_gold_difference_between_seeds_se"] = math.sqrt(
+            (stdev(without) ** 2 + stdev(with_lag) ** 2) / len(differences)
+        )
     if rows.get("lag_4") and rows.get("bsr_kl"):
         found["lag_4_sampler_kl_ratio"] = fmean(row["sampler_kl"] for row in rows["lag_4"].values()) / fmean(
             row["sampler_kl"] for row in rows["bsr_kl"].values()

@@ -116,16 +116,24 @@ class _Clock:
         if self._num_left:
             self._num_left -= 1
             if not self._num_left:
-                self._done = Round((time.perf_counter() - self._started_s) / self._num_steps, fmean(self.completion_tokens))
+                self._done = Round(
+                    (time.perf_counter() - self._started_s) / self._num_steps, fmean(self.completion_tokens)
+                )
 
 
 def _prompts(run: TrlRun) -> list[TokenisedGroup]:
     """Of NUM_STEPS steps, in their order."""
     groups = read_token_groups(run.policy.prompts_dir / "scenario=rloo_prompts")
-    return [prompt for step in range(NUM_STEPS) for prompt in prompts_of_step(groups, step, num_prompts=run.work.num_prompts, seed=SEED)]
+    return [
+        prompt
+        for step in range(NUM_STEPS)
+        for prompt in prompts_of_step(groups, step, num_prompts=run.work.num_prompts, seed=SEED)
+    ]
 
 
 def _require_same_ids(tokenizer: Any, prompts: list[TokenisedGroup]) -> None:
     for prompt in prompts:
-        ids = tokenizer.apply_chat_template(prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
         assert ids == prompt.tokens.prompt_ids, f"TRL would sample from {ids}, we from {prompt.tokens.prompt_ids}"

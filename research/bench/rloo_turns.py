@@ -83,7 +83,14 @@ class Contender:
     """The parent's end: the process starts at once; `wait_until_ready` before the first round."""
 
     def __init__(
-        self, label: str, trainer: Trainer, run: Run, stack: ExitStack, *, environment: Mapping[str, str] = PASSIVE, cluster_id: int | None = None
+        self,
+        label: str,
+        trainer: Trainer,
+        run: Run,
+        stack: ExitStack,
+        *,
+        environment: Mapping[str, str] = PASSIVE,
+        cluster_id: int | None = None,
     ) -> None:
         """`stack` ends it. `environment` is set beside this process's own; `cluster_id`: the process whose descendants are its Ray cluster."""
         self.label = label
@@ -97,7 +104,9 @@ class Contender:
         self._log = run.folder / "log.txt"
         context = mp.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_take_turns, args=(trainer, run, theirs, self._log))  # no daemon: those may have no children
+        self._process = context.Process(
+            target=_take_turns, args=(trainer, run, theirs, self._log)
+        )  # no daemon: those may have no children
         with patch.dict(os.environ, environment):  # OpenMP reads its settings when it is loaded
             self._process.start()
         theirs.close()
@@ -112,7 +121,9 @@ class Contender:
         to sample the next step's completions)."""
         _wait_until_idle({process_id for other in (self, *others) for process_id in other.process_ids})
         waiting_ids = {process_id for other in others for process_id in other.process_ids} - set(self.process_ids)
-        with _suspended({process_id for other in others for process_id in other.computing_ids()} - self.computing_ids()):
+        with _suspended(
+            {process_id for other in others for process_id in other.computing_ids()} - self.computing_ids()
+        ):
             self._run_round(num_steps, waiting_ids)
 
     def _run_round(self, num_steps: int, waiting_ids: set[int]) -> None:

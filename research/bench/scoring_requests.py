@@ -43,7 +43,10 @@ class Candidates:
 
     def split(self) -> list["Candidates"]:
         """The same completions, each with the prompt of its own."""
-        return [Candidates(self.prompt, [text], self.prompt_ids, [ids]) for text, ids in zip(self.completions, self.completion_ids, strict=True)]
+        return [
+            Candidates(self.prompt, [text], self.prompt_ids, [ids])
+            for text, ids in zip(self.completions, self.completion_ids, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ def save_scoring_checkpoint(folder: Path, config: ModelConfig, texts: Iterable[s
     model = new_reward_model(base, pad_id=chat.pad_id, seed=SEED)
     with torch.no_grad():
         for weight in model.model.layers.parameters():
-            if weight.dim() == 2:  # so that a score depends on every token, and no attention is so sharp that it magnifies rounding
+            if (
+                weight.dim() == 2
+            ):  # so that a score depends on every token, and no attention is so sharp that it magnifies rounding
                 weight.mul_(4 * math.sqrt(32 / config.hidden_size))
 
     def write(target: Path) -> None:
@@ -81,7 +86,9 @@ def save_scoring_checkpoint(folder: Path, config: ModelConfig, texts: Iterable[s
 
 def dialogues(pairs: Sequence[TextPair], chat: ChatFormat) -> tuple[list[Candidates], Left]:
     """Chosen and rejected of a pair one after the other, each alone with the prompt; pairs shuffled, no conversation twice."""
-    kept, left = usable([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], chat, max_tokens=MAX_SEQUENCE_TOKENS)
+    kept, left = usable(
+        [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], chat, max_tokens=MAX_SEQUENCE_TOKENS
+    )
     return [single for candidates in kept for single in candidates.split()], left
 
 
@@ -89,11 +96,17 @@ def best_of_n_lists(data_dir: Path, chat: ChatFormat) -> tuple[list[Candidates],
     """Lists of rmb_bon.parquet: the best answer and three worse ones, whole, shuffled."""
     rows = pq.read_table(data_dir / "rmb_bon.parquet", columns=["messages", "best", "losers"]).to_pylist()
     num_losers = NUM_COMPLETIONS_OF_A_LIST - 1
-    lists = [(row["messages"], [row["best"], *row["losers"][:num_losers]]) for row in rows if len(row["losers"]) >= num_losers]
+    lists = [
+        (row["messages"], [row["best"], *row["losers"][:num_losers]])
+        for row in rows
+        if len(row["losers"]) >= num_losers
+    ]
     return usable(lists, chat, max_tokens=LIST_TOKENS)
 
 
-def usable(rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat, *, max_tokens: int) -> tuple[list[Candidates], Left]:
+def usable(
+    rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat, *, max_tokens: int
+) -> tuple[list[Candidates], Left]:
     """Rows of which every sequence fits, is distinct, and has the same tokens when it comes rendered."""
     kept: list[Candidates] = []
     seen: set[tuple[int, ...]] = set()
@@ -101,8 +114,14 @@ def usable(rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat, *,
     for prompt, completions in rows:
         candidates = None
         with contextlib.suppress(DataError):
-            candidates = Candidates(prompt, completions, chat.prompt_ids(prompt), [chat.completion_ids(text) for text in completions])
-        if candidates is None or not {tuple(ids) for ids in candidates.sequences}.isdisjoint(seen) or len(set(completions)) < len(completions):
+            candidates = Candidates(
+                prompt, completions, chat.prompt_ids(prompt), [chat.completion_ids(text) for text in completions]
+            )
+        if (
+            candidates is None
+            or not {tuple(ids) for ids in candidates.sequences}.isdisjoint(seen)
+            or len(set(completions)) < len(completions)
+        ):
             num_refused += 1
         elif max(map(len, candidates.sequences)) > max_tokens:
             num_too_long += 1
@@ -130,7 +149,14 @@ def openrlhf_body(single: Candidates, chat: ChatFormat) -> bytes:
 
 
 def vllm_body(single: Candidates, chat: ChatFormat) -> bytes:
-    return json.dumps({"model": VLLM_MODEL_NAME, "input": rendered(single, chat), "add_special_tokens": False, "use_activation": False}).encode()
+    return json.dumps(
+        {
+            "model": VLLM_MODEL_NAME,
+            "input": rendered(single, chat),
+            "add_special_tokens": False,
+            "use_activation": False,
+        }
+    ).encode()
 
 
 def our_body(candidates: Candidates, _: ChatFormat) -> bytes:
@@ -162,5 +188,7 @@ class Reference:
     def _score(self, token_ids: tuple[int, ...]) -> float:
         if token_ids not in self._scores:
             with torch.inference_mode():
-                self._scores[token_ids] = float(self._model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0, 0])
+                self._scores[token_ids] = float(
+                    self._model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0, 0]
+                )
         return self._scores[token_ids]

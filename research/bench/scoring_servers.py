@@ -80,23 +80,72 @@ class Running:
 
 def openrlhf(checkpoint: Path, *, num_threads: int) -> Server:
     port = free_port("127.0.0.1")
-    command = [sys.executable, "-m", "research.bench.openrlhf_server", "--checkpoint", str(checkpoint), "--port", str(port), "--threads", str(num_threads)]
-    return Server(OPENRLHF, of_threads(num_threads), command, port, "/get_reward", "/openapi.json", requests.openrlhf_body, requests.openrlhf_scores)
+    command = [
+        sys.executable,
+        "-m",
+        "research.bench.openrlhf_server",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        str(port),
+        "--threads",
+        str(num_threads),
+    ]
+    return Server(
+        OPENRLHF,
+        of_threads(num_threads),
+        command,
+        port,
+        "/get_reward",
+        "/openapi.json",
+        requests.openrlhf_body,
+        requests.openrlhf_scores,
+    )
 
 
 def vllm(checkpoint: Path, *, num_threads: int, has_prefix_caching: bool) -> Server:
     """Its OpenAI-compatible server. The `vllm` command does not start with the CPU build: it looks for a package of another name."""
     port = free_port("127.0.0.1")
     command = [
-        *(sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
-        *("--model", str(checkpoint), "--served-model-name", requests.VLLM_MODEL_NAME, "--runner", "pooling", "--dtype", "float32", "--enforce-eager"),
+        *(
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ),
+        *(
+            "--model",
+            str(checkpoint),
+            "--served-model-name",
+            requests.VLLM_MODEL_NAME,
+            "--runner",
+            "pooling",
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+        ),
         *("--max-model-len", str(MAX_SEQUENCE_TOKENS), "--kv-cache-memory-bytes", str(VLLM_KV_CACHE_BYTES)),
         *("--pooler-config", '{"use_activation": false}', "--disable-uvicorn-access-log"),
         "--enable-prefix-caching" if has_prefix_caching else "--no-enable-prefix-caching",
     ]
     name = VLLM_CACHING if has_prefix_caching else VLLM
     environment = VLLM_ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}
-    return Server(name, of_threads(num_threads), command, port, "/classify", "/health", requests.vllm_body, requests.vllm_scores, environment=environment)
+    return Server(
+        name,
+        of_threads(num_threads),
+        command,
+        port,
+        "/classify",
+        "/health",
+        requests.vllm_body,
+        requests.vllm_scores,
+        environment=environment,
+    )
 
 
 def rm_robust(checkpoint: Path, *, shares_prompts: bool, folder: Path) -> Server:
@@ -105,13 +154,25 @@ def rm_robust(checkpoint: Path, *, shares_prompts: bool, folder: Path) -> Server
     key, entry = new_key("bench")
     keys_file = folder / f"keys_{port}.toml"
     keys_file.write_text(f'bench = {{ sha256 = "{entry.sha256}" }}\n')
-    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port), "--keys", str(keys_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "serve",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        str(port),
+        "--keys",
+        str(keys_file),
+    ]
     command += ["--max-length-tokens", str(requests.LIST_TOKENS)]
     if not shares_prompts:
         command.append("--no-prompt-sharing")
     headers, environment = {"Authorization": f"Bearer {key}"}, {"RAY_TMPDIR": str(folder)}
     name = OURS if shares_prompts else OURS_NO_SHARING
-    return Server(name, "", command, port, SCORE_PATH, "/readyz", requests.our_body, requests.our_scores, headers, environment)
+    return Server(
+        name, "", command, port, SCORE_PATH, "/readyz", requests.our_body, requests.our_scores, headers, environment
+    )
 
 
 def of_threads(count: int) -> str:
@@ -124,7 +185,14 @@ def running(server: Server, folder: Path) -> Iterator[Running]:
     log_path = folder / f"{server.port}.log"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", **server.environment}
     with log_path.open("wb") as log:
-        process = psutil.Popen(server.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        process = psutil.Popen(
+            server.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
     run = Running(server, process, log_path)
     try:
         yield run
@@ -157,13 +225,22 @@ def wait_until_ready(runs: list[Running]) -> None:
     for run in runs:
         while not is_ready(run.server):
             if run.process.poll() is not None or time.monotonic() > deadline_s:
-                what = "is not ready in time" if run.process.poll() is None else f"ended with status {run.process.returncode}"
+                what = (
+                    "is not ready in time"
+                    if run.process.poll() is None
+                    else f"ended with status {run.process.returncode}"
+                )
                 raise RuntimeError(f"{run.server.label} {what}; its last words:\n{run.last_words()}")
             time.sleep(POLL_EVERY_S)
 
 
 def is_ready(server: Server) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{server.port}{server.ready_path}", timeout=10, trust_env=False, verify=False).status_code == 200
+        return (
+            httpx.get(
+                f"http://127.0.0.1:{server.port}{server.ready_path}", timeout=10, trust_env=False, verify=False
+            ).status_code
+            == 200
+        )
     except httpx.TransportError:
         return False

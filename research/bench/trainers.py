@@ -34,7 +34,9 @@ from rm_robust.training.reward_model.losses import ObjectiveSettings, bradley_te
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 
 CPU = torch.device("cpu")
-OPTIMIZER = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_fraction=0, weight_decay=0, max_gradient_norm=1)
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-4, schedule="constant", warmup_fraction=0, weight_decay=0, max_gradient_norm=1
+)
 """TRL's defaults but for the constant learning rate and for beta2 = 0.95, which rm_robust has fixed (TRL is told so too)."""
 MAX_TOKENS_PER_MICRO_BATCH = 8192
 
@@ -97,7 +99,9 @@ def train_with_rm_robust(work: Work, turns: Turns) -> None:
     for batch in work.batches:
         turns.step_begins()
         mine = rank_share(list(range(len(batch))), rank=engine.rank, world_size=engine.world_size)
-        metrics = reward_model_step(engine, [PreferencePair(batch[i]) for i in mine], settings, model=packed, device=CPU)
+        metrics = reward_model_step(
+            engine, [PreferencePair(batch[i]) for i in mine], settings, model=packed, device=CPU
+        )
         engine.step(OPTIMIZER.learning_rate)
         turns.step_ended(metrics["reward_model/loss"])
 
@@ -110,7 +114,10 @@ def train_one_sequence_at_a_time(work: Work, turns: Turns) -> None:
         turns.step_begins()
         losses = []
         for pair in batch:
-            chosen, rejected = (model(input_ids=torch.tensor([pair.prompt_ids + ids]), use_cache=False).logits[:, 0] for ids in pair.completion_ids)
+            chosen, rejected = (
+                model(input_ids=torch.tensor([pair.prompt_ids + ids]), use_cache=False).logits[:, 0]
+                for ids in pair.completion_ids
+            )
             loss = bradley_terry_losses(chosen, rejected).sum() / len(batch)
             loss.backward()
             losses.append(loss.item())
@@ -164,7 +171,11 @@ def train_with_trl(work: Work, turns: Turns, *, gradient_checkpointing: bool) ->
     )
     tokenizer = AutoTokenizer.from_pretrained(work.model_dir.parent / "base")
     trainer = RecordingTrainer(
-        model=_load(work), args=config, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer, callbacks=[TakeTurns()]
+        model=_load(work),
+        args=config,
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        callbacks=[TakeTurns()],
     )
     trainer.remove_callback(PrinterCallback)
     assert trainer.model.dtype == torch.float32
@@ -222,7 +233,9 @@ class Contender:
     @property
     def pairs_per_cpu_s(self) -> list[float]:
         """Pairs a second of computing, all workers' together."""
-        return [num_pairs / done.cpu_seconds for num_pairs, done in zip(self._pairs_of_rounds(), self.rounds, strict=True)]
+        return [
+            num_pairs / done.cpu_seconds for num_pairs, done in zip(self._pairs_of_rounds(), self.rounds, strict=True)
+        ]
 
     @property
     def losses(self) -> list[float]:

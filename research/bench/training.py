@@ -22,8 +22,25 @@ from statistics import median
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from research.bench.preference_pairs import SEED, Corpus, TextPair, hh_rlhf_dialogues, rmb_pairs, save_reward_model, tokenise
-from research.bench.trainers import TRL_DEFAULTS, TRL_WITHOUT_CHECKPOINTING, Contender, Trainer, Work, quiet, train_one_sequence_at_a_time, train_with_rm_robust
+from research.bench.preference_pairs import (
+    SEED,
+    Corpus,
+    TextPair,
+    hh_rlhf_dialogues,
+    rmb_pairs,
+    save_reward_model,
+    tokenise,
+)
+from research.bench.trainers import (
+    TRL_DEFAULTS,
+    TRL_WITHOUT_CHECKPOINTING,
+    Contender,
+    Trainer,
+    Work,
+    quiet,
+    train_one_sequence_at_a_time,
+    train_with_rm_robust,
+)
 from rm_robust.config.training import ModelConfig
 from rm_robust.data.records import TokenGroup
 
@@ -31,8 +48,24 @@ PAIRS_PER_STEP = 16
 LENGTHS = (256, 512, 1024)
 """Tokens of every sequence where the growth with length is measured."""
 LOSS_TOLERANCE = 1e-4
-LARGE = ModelConfig(hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4, num_kv_heads=4, vocab_size=4096, max_position_embeddings=1024)
-SMALL = ModelConfig(hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=1024, max_position_embeddings=1024)
+LARGE = ModelConfig(
+    hidden_size=256,
+    intermediate_size=1024,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    vocab_size=4096,
+    max_position_embeddings=1024,
+)
+SMALL = ModelConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=1024,
+    max_position_embeddings=1024,
+)
 TRL, OURS, PLAIN = "TRL, its defaults", "rm_robust", "one unpadded forward a sequence"
 TRL_BEST, TWO_WORKERS = "TRL at its best: length groups, no checkpointing", "rm_robust, 2 workers"
 started_s = time.perf_counter()
@@ -65,10 +98,14 @@ def main() -> None:
     data_dir: Path = parser.parse_args().data
     for name in ("human_pairs.parquet", "rmb_pairs.parquet"):
         if not (data_dir / name).is_file():
-            sys.exit(f"bench-training: there is no {name} in {data_dir}. Name the folder that holds it: make bench-training DATA=…")
+            sys.exit(
+                f"bench-training: there is no {name} in {data_dir}. Name the folder that holds it: make bench-training DATA=…"
+            )
     quiet()
     peers = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    progress(f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {PAIRS_PER_STEP} pairs a step, float32, 1 thread a trainer")
+    progress(
+        f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {PAIRS_PER_STEP} pairs a step, float32, 1 thread a trainer"
+    )
     with tempfile.TemporaryDirectory(prefix="rm_robust_bench_") as scratch:
         result = run(data_dir, Path(scratch))
     print(json.dumps(result))
@@ -81,23 +118,46 @@ def run(data_dir: Path, scratch: Path) -> dict[str, str | float]:
     large, corpus = prepare("hh-rlhf, large", scratch / "large", LARGE, dialogues)
     main_comparison = Comparison(
         "hh-rlhf dialogues, large model",
-        [Entry(TRL, TRL_DEFAULTS), Entry(TRL_BEST, TRL_WITHOUT_CHECKPOINTING, length_grouped(corpus, num_batches=20)), *PLAIN_AND_OURS],
+        [
+            Entry(TRL, TRL_DEFAULTS),
+            Entry(TRL_BEST, TRL_WITHOUT_CHECKPOINTING, length_grouped(corpus, num_batches=20)),
+            *PLAIN_AND_OURS,
+        ],
         num_rounds=5,
         steps_per_round=4,
     )
     rounds = compare(main_comparison, large, in_order(corpus))
     difference = max(abs(a - b) for a, b in zip(rounds[TRL].losses, rounds[OURS].losses, strict=True))
-    print(f"losses of {len(rounds[OURS].losses)} steps, {TRL} and {OURS}: largest difference {difference:.1e} (allowed: {LOSS_TOLERANCE:.0e})\n", flush=True)
+    print(
+        f"losses of {len(rounds[OURS].losses)} steps, {TRL} and {OURS}: largest difference {difference:.1e} (allowed: {LOSS_TOLERANCE:.0e})\n",
+        flush=True,
+    )
 
     scaling = [Entry(OURS, train_with_rm_robust), Entry(TWO_WORKERS, train_with_rm_robust, num_workers=2)]
     compare(Comparison("hh-rlhf dialogues, large model, 1 and 2 workers", scaling, 3, 4), large, in_order(corpus))
     lengths = [length for _ in range(3) for length in LENGTHS]
-    one_step_each = Comparison("growth with length, large model", [Entry(TRL, TRL_DEFAULTS), *PLAIN_AND_OURS], len(lengths), 1, is_printed=False)
-    print_by_length(lengths, compare(one_step_each, large, [synthetic_batch(length, seed=n) for n, length in enumerate(lengths)]))
+    one_step_each = Comparison(
+        "growth with length, large model",
+        [Entry(TRL, TRL_DEFAULTS), *PLAIN_AND_OURS],
+        len(lengths),
+        1,
+        is_printed=False,
+    )
+    print_by_length(
+        lengths, compare(one_step_each, large, [synthetic_batch(length, seed=n) for n, length in enumerate(lengths)])
+    )
     small, corpus = prepare("hh-rlhf, small", scratch / "small", SMALL, dialogues)
-    compare(Comparison("hh-rlhf dialogues, small model", [Entry(TRL, TRL_DEFAULTS), *PLAIN_AND_OURS], 3, 2), small, in_order(corpus))
+    compare(
+        Comparison("hh-rlhf dialogues, small model", [Entry(TRL, TRL_DEFAULTS), *PLAIN_AND_OURS], 3, 2),
+        small,
+        in_order(corpus),
+    )
     long_answers, corpus = prepare("RMB, large", scratch / "rmb", LARGE, rmb_pairs(data_dir))
-    compare(Comparison("RMB pairs, large model", [Entry(TRL, TRL_DEFAULTS), *PLAIN_AND_OURS], 3, 1), long_answers, in_order(corpus))
+    compare(
+        Comparison("RMB pairs, large model", [Entry(TRL, TRL_DEFAULTS), *PLAIN_AND_OURS], 3, 1),
+        long_answers,
+        in_order(corpus),
+    )
     ours, peer = (round(median(rounds[name].pairs_per_s), 3) for name in (OURS, TRL))
     cpu_ratio = median(rounds[OURS].pairs_per_cpu_s) / median(rounds[TRL].pairs_per_cpu_s)
     progress("done")
@@ -109,7 +169,10 @@ def run(data_dir: Path, scratch: Path) -> dict[str, str | float]:
         "unit": "pairs/s",
         "cpu_ratio": round(cpu_ratio, 3),
         "max_loss_difference": difference,
-    } | {f"ratio_to_{key}": round(ours / median(rounds[name].pairs_per_s), 3) for key, name in (("peer_at_its_best", TRL_BEST), ("plain_loop", PLAIN))}
+    } | {
+        f"ratio_to_{key}": round(ours / median(rounds[name].pairs_per_s), 3)
+        for key, name in (("peer_at_its_best", TRL_BEST), ("plain_loop", PLAIN))
+    }
 
 
 PLAIN_AND_OURS = [Entry(PLAIN, train_one_sequence_at_a_time), Entry(OURS, train_with_rm_robust)]
@@ -131,7 +194,12 @@ def compare(comparison: Comparison, work: Work, batches: list[list[TokenGroup]])
     contenders = []
     with ExitStack() as stack:
         for entry in comparison.entries:
-            own = replace(work, batches=(entry.batches or batches)[:num_steps], steps_per_round=comparison.steps_per_round, world_size=entry.num_workers)
+            own = replace(
+                work,
+                batches=(entry.batches or batches)[:num_steps],
+                steps_per_round=comparison.steps_per_round,
+                world_size=entry.num_workers,
+            )
             assert len(own.batches) == num_steps, "too few pairs"
             contenders.append(stack.enter_context(Contender(entry.name, entry.trainer, own)))
         for number in range(comparison.num_rounds):
@@ -146,11 +214,15 @@ def compare(comparison: Comparison, work: Work, batches: list[list[TokenGroup]])
 
 def print_table(title: str, contenders: list[Contender]) -> None:
     base, base_cpu = median(contenders[0].pairs_per_s), median(contenders[0].pairs_per_cpu_s)
-    print(f"\n| {title} | pairs/s, median | ratio | pairs/CPU s, median | ratio | pairs/s of each round |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        f"\n| {title} | pairs/s, median | ratio | pairs/CPU s, median | ratio | pairs/s of each round |\n| --- | --- | --- | --- | --- | --- |"
+    )
     for contender in contenders:
         speed, cpu_speed = median(contender.pairs_per_s), median(contender.pairs_per_cpu_s)
         rounds = " ".join(f"{value:.2f}" for value in contender.pairs_per_s)
-        print(f"| {contender.name} | {speed:.2f} | {speed / base:.2f} | {cpu_speed:.2f} | {cpu_speed / base_cpu:.2f} | {rounds} |")
+        print(
+            f"| {contender.name} | {speed:.2f} | {speed / base:.2f} | {cpu_speed:.2f} | {cpu_speed / base_cpu:.2f} | {rounds} |"
+        )
     print(f"\nload average after it: {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPU cores\n", flush=True)
 
 
@@ -182,10 +254,15 @@ def synthetic_batch(length: int, *, seed: int) -> list[TokenGroup]:
 
 def print_by_length(lengths: list[int], contenders: dict[str, Contender]) -> None:
     """One line a trainer: median pairs/CPU s at each length, from rounds whose lengths are `lengths`."""
-    print(f"\n| sequences of equal length, large model, pairs/CPU s (median of 3) | {' | '.join(f'{length} tokens' for length in LENGTHS)} |")
+    print(
+        f"\n| sequences of equal length, large model, pairs/CPU s (median of 3) | {' | '.join(f'{length} tokens' for length in LENGTHS)} |"
+    )
     print("| --- " * (1 + len(LENGTHS)) + "|")
     for name, contender in contenders.items():
-        medians = [median(speed for speed, own in zip(contender.pairs_per_cpu_s, lengths, strict=True) if own == length) for length in LENGTHS]
+        medians = [
+            median(speed for speed, own in zip(contender.pairs_per_cpu_s, lengths, strict=True) if own == length)
+            for length in LENGTHS
+        ]
         print(f"| {name} | {' | '.join(f'{value:.2f}' for value in medians)} |")
     print(flush=True)
 

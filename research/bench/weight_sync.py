@@ -90,7 +90,14 @@ class Trainer(BarePeer):
     def __init__(self, model_dir: str, engine: Any) -> None:
         policy = PackedPolicy(load_policy(model_dir, dtype=torch.float32), Layout.SEGMENTS, temperature=1.0)
         self.model = policy.model
-        self.publisher = WeightPublisher([engine], policy.model, backend="gloo", tensor_parallel_size=1, timeout_s=TIMEOUT_S, probe=policy_probe(policy))
+        self.publisher = WeightPublisher(
+            [engine],
+            policy.model,
+            backend="gloo",
+            tensor_parallel_size=1,
+            timeout_s=TIMEOUT_S,
+            probe=policy_probe(policy),
+        )
 
     @torch.no_grad()
     def update(self, version: int) -> SyncReport:
@@ -106,7 +113,12 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {NUM_THREADS} thread a process"
     print(f"torch {torch.__version__}, ray {ray.__version__}; {machine}", flush=True)
-    print(json.dumps({"bench": "weight_sync", "unit": "s"} | measure_weight_updates(arguments.sizes, arguments.rounds, ties=(True, False))))
+    print(
+        json.dumps(
+            {"bench": "weight_sync", "unit": "s"}
+            | measure_weight_updates(arguments.sizes, arguments.rounds, ties=(True, False))
+        )
+    )
 
 
 def measure_weight_updates(sizes: Sequence[str], num_rounds: int, *, ties: Sequence[bool]) -> dict[str, str | float]:
@@ -116,7 +128,12 @@ def measure_weight_updates(sizes: Sequence[str], num_rounds: int, *, ties: Seque
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=scratch)
         comparisons = [
-            compare(size, is_tied=is_tied, num_rounds=num_rounds, folder=Path(scratch) / f"{size}-{is_tied}".replace(" ", ""))
+            compare(
+                size,
+                is_tied=is_tied,
+                num_rounds=num_rounds,
+                folder=Path(scratch) / f"{size}-{is_tied}".replace(" ", ""),
+            )
             for size in sizes
             for is_tied in ties
         ]
@@ -143,11 +160,18 @@ def compare(size: str, *, is_tied: bool, num_rounds: int, folder: Path) -> Compa
             tensor_parallel_size=1,
         )
     )
-    trainer: Any = ray.remote(Trainer).options(runtime_env={"env_vars": TRAINER_ENVIRONMENT}).remote(str(folder), engine)
+    trainer: Any = (
+        ray.remote(Trainer).options(runtime_env={"env_vars": TRAINER_ENVIRONMENT}).remote(str(folder), engine)
+    )
     receiver: Any = ray.remote(BarePeer).options(runtime_env={"env_vars": TRAINER_ENVIRONMENT}).remote()
     num_bytes = [ray.get(trainer.update.remote(0)).num_bytes for _ in range(NUM_WARM_UP_UPDATES)][-1]
     with tempfile.NamedTemporaryFile(dir=folder) as rendezvous:
-        ray.get([peer.join.remote(f"file://{rendezvous.name}", rank, num_bytes) for rank, peer in enumerate((trainer, receiver))])
+        ray.get(
+            [
+                peer.join.remote(f"file://{rendezvous.name}", rank, num_bytes)
+                for rank, peer in enumerate((trainer, receiver))
+            ]
+        )
         ray.get([peer.broadcast.remote() for peer in (trainer, receiver)])
     comparison = Comparison(size, is_tied, num_bytes, [], [], [], [], [])
     for version in range(1, num_rounds + 1):
@@ -178,7 +202,9 @@ def print_table(comparisons: list[Comparison]) -> None:
         updates, broadcasts = (" ".join(f"{seconds:.3f}" for seconds in rounds) for rounds in (c.load_s, c.broadcast_s))
         seconds = f"{median(c.load_s):.4f} | {median(c.update_s):.4f} | {median(c.broadcast_s):.4f}"
         cpu = f"{median(c.update_cpu_s):.3f}, {median(c.broadcast_cpu_s):.3f}"
-        print(f"| {c.name} | {c.num_bytes / 1e6:.1f} | {seconds} | {c.ratio:.2f} | {c.confirmed_ratio:.2f} | {cpu} | {updates} | {broadcasts} |")
+        print(
+            f"| {c.name} | {c.num_bytes / 1e6:.1f} | {seconds} | {c.ratio:.2f} | {c.confirmed_ratio:.2f} | {cpu} | {updates} | {broadcasts} |"
+        )
     print()
 
 
@@ -188,7 +214,12 @@ def figures_of(comparisons: list[Comparison]) -> dict[str, str | float]:
     large = [c for c in comparisons if c.size != "0.3 M"]
     if large:
         worst = max(large, key=lambda c: c.ratio)
-        result |= {"policy": worst.name, "ours": round(median(worst.load_s), 4), "peer": round(median(worst.broadcast_s), 4), "ratio": round(worst.ratio, 3)}
+        result |= {
+            "policy": worst.name,
+            "ours": round(median(worst.load_s), 4),
+            "peer": round(median(worst.broadcast_s), 4),
+            "ratio": round(worst.ratio, 3),
+        }
     small = [c for c in comparisons if c.size == "0.3 M"]
     if small:
         result |= {"small_s": round(max(median(c.update_s) for c in small), 4)}

@@ -13,7 +13,15 @@ from pathlib import Path
 from research.scaling.hardware import GIB, GPUS, PRICES, Hardware
 from research.scaling.measured import compare, read_measurements
 from research.scaling.memory import TrainerMemory
-from research.scaling.plans import Lengths, TrainingPlan, policy_shape, reward_model_plan, reward_model_shape, rloo_plan, sft_plan
+from research.scaling.plans import (
+    Lengths,
+    TrainingPlan,
+    policy_shape,
+    reward_model_plan,
+    reward_model_shape,
+    rloo_plan,
+    sft_plan,
+)
 from research.scaling.shapes import ModelShape, shape_named
 from research.scaling.tables import COMPLETION, MEASURED, PAIR, TABLES, agreement_table, with_tables
 from rm_robust.config.loading import load_config
@@ -22,17 +30,42 @@ from rm_robust.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m research.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m research.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, help="TOML file of a pipeline")
-    parser.add_argument("--set", action="append", default=[], metavar="DOTTED.NAME=VALUE", dest="overrides", help="e.g. --set rloo.num_engines=8")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="DOTTED.NAME=VALUE",
+        dest="overrides",
+        help="e.g. --set rloo.num_engines=8",
+    )
     parser.add_argument("--hardware", choices=GPUS, default="h100")
-    parser.add_argument("--utilisation", type=float, help="of the peak, in training: `throughput/utilisation` of a run (default: assumed)")
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        help="of the peak, in training: `throughput/utilisation` of a run (default: assumed)",
+    )
     parser.add_argument("--price", type=float, help=PRICES)
     parser.add_argument("--policy", help="directory with a config.json, or a known model, where model.path is neither")
     parser.add_argument("--reward-model-base", help="the same for reward_model.base_path")
-    parser.add_argument("--prompt-tokens", type=float, default=PAIR.prompt_tokens, help="mean (default: %(default)s, assumed)")
-    parser.add_argument("--completion-tokens", type=float, default=PAIR.completion_tokens, help="mean, of the data (default: %(default)s, assumed)")
-    parser.add_argument("--sampled-tokens", type=float, default=COMPLETION.completion_tokens, help="mean, of the policy's (default: %(default)s, assumed)")
+    parser.add_argument(
+        "--prompt-tokens", type=float, default=PAIR.prompt_tokens, help="mean (default: %(default)s, assumed)"
+    )
+    parser.add_argument(
+        "--completion-tokens",
+        type=float,
+        default=PAIR.completion_tokens,
+        help="mean, of the data (default: %(default)s, assumed)",
+    )
+    parser.add_argument(
+        "--sampled-tokens",
+        type=float,
+        default=COMPLETION.completion_tokens,
+        help="mean, of the policy's (default: %(default)s, assumed)",
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--update-docs", action="store_true")
     parsed = parser.parse_args(arguments)
@@ -66,17 +99,24 @@ def update_docs(repository: Path) -> int:
 def estimate(config: PipelineConfig, parsed: argparse.Namespace) -> str:
     """Lines for a terminal."""
     gpu = GPUS[parsed.hardware]
-    gpu = replace(gpu, utilisation=parsed.utilisation or gpu.utilisation, price_per_hour=parsed.price or gpu.price_per_hour)
+    gpu = replace(
+        gpu, utilisation=parsed.utilisation or gpu.utilisation, price_per_hour=parsed.price or gpu.price_per_hour
+    )
     policy = shape_named(parsed.policy) if parsed.policy else policy_shape(config)
     base = shape_named(parsed.reward_model_base) if parsed.reward_model_base else reward_model_shape(config)
-    data, sampled = Lengths(parsed.prompt_tokens, parsed.completion_tokens), Lengths(parsed.prompt_tokens, parsed.sampled_tokens)
+    data, sampled = (
+        Lengths(parsed.prompt_tokens, parsed.completion_tokens),
+        Lengths(parsed.prompt_tokens, parsed.sampled_tokens),
+    )
     lines = [
         f"{gpu.name}, MFU {gpu.utilisation:.2f}, {gpu.price_per_hour:.2f} USD a GPU and hour: computed, not measured (docs/SCALING.md)",
         f"texts of {data.prompt_tokens:.0f} + {data.completion_tokens:.0f} tokens, sampled completions of {sampled.completion_tokens:.0f}",
     ]
     if config.sft.enabled:
         lines += training_lines(f"SFT of {policy.name}", sft_plan(config.sft, policy, data, gpu), gpu, "demonstrations")
-    lines += training_lines(f"reward model on {base.name}", reward_model_plan(config.reward_model, base, data, gpu), gpu, "pairs")
+    lines += training_lines(
+        f"reward model on {base.name}", reward_model_plan(config.reward_model, base, data, gpu), gpu, "pairs"
+    )
     return "\n".join([*lines, *rloo_lines(config, policy, base, sampled, gpu)])
 
 
@@ -101,7 +141,9 @@ def memory_lines(memory: TrainerMemory, gpu: Hardware) -> list[str]:
     ]
 
 
-def rloo_lines(config: PipelineConfig, policy: ModelShape, base: ModelShape, lengths: Lengths, gpu: Hardware) -> list[str]:
+def rloo_lines(
+    config: PipelineConfig, policy: ModelShape, base: ModelShape, lengths: Lengths, gpu: Hardware
+) -> list[str]:
     plan = rloo_plan(config.rloo, policy, (base, base), lengths, gpu)
     update = plan.weight_update
     return [

@@ -74,12 +74,17 @@ def generation_seconds(shape: ModelShape, sampling: Sampling, engines: Engines, 
     batch = per_engine / num_steps
     context = sampling.prompt_tokens + sampling.completion_tokens / 2
     rate = hardware.peak_flops_per_s * hardware.utilisation * engines.num_devices_each
-    read = decode_step_bytes(shape, num_sequences=batch, context_tokens=context, bytes_per_value=engines.bytes_per_value) / engines.num_devices_each
+    read = (
+        decode_step_bytes(shape, num_sequences=batch, context_tokens=context, bytes_per_value=engines.bytes_per_value)
+        / engines.num_devices_each
+    )
     reading_s = read / (hardware.memory_bytes_per_s * hardware.decode_utilisation)
     computing_s = forward_flops(shape, Tokens(batch, context, batch, num_predicted=batch)) / rate
     num_prompt_tokens = sampling.computed_prompt_tokens(hardware.cache_block_tokens) / engines.count
     prompts_s = forward_flops(shape, Tokens(num_prompt_tokens, sampling.prompt_tokens / 2, 0)) / rate
-    overhead_s = per_engine * hardware.engine_token_s + sampling.num_completions / engines.count * hardware.engine_completion_s
+    overhead_s = (
+        per_engine * hardware.engine_token_s + sampling.num_completions / engines.count * hardware.engine_completion_s
+    )
     return prompts_s + num_steps * (max(reading_s, computing_s) + hardware.engine_step_s) + overhead_s
 
 

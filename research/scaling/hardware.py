@@ -71,7 +71,13 @@ PRICES = "US dollars a GPU and hour, assumed in November 2026 from no quotation;
 
 
 def _gpu(
-    name: str, peak_flops_per_s: float, memory_gib: int, memory_bytes_per_s: float, link_bytes_per_s: float, network_bytes_per_s: float, price_per_hour: float
+    name: str,
+    peak_flops_per_s: float,
+    memory_gib: int,
+    memory_bytes_per_s: float,
+    link_bytes_per_s: float,
+    network_bytes_per_s: float,
+    price_per_hour: float,
 ) -> Hardware:
     return Hardware(
         name,

@@ -167,23 +167,40 @@ def cpu_of(found: Measurements, num_threads: int) -> Hardware:
 
 def compare(found: Measurements, repository: Path) -> list[Compared]:
     """Every line; `repository` holds the configs."""
-    lines = [Compared(run.name, "s", _predicted_seconds(run, found, repository), run.measured) for run in found.training]
+    lines = [
+        Compared(run.name, "s", _predicted_seconds(run, found, repository), run.measured) for run in found.training
+    ]
     lines += [Compared(run.name, "MiB", _predicted_mib(run), run.measured) for run in found.memory]
     for update in found.updates:
         predicted = shared_memory_update(shape_of_config(update.model), cpu_of(found, 1))
-        lines.append(Compared(update.name, "s", predicted.loaded_s if update.kind == "loaded" else predicted.confirmed_s, update.measured))
+        lines.append(
+            Compared(
+                update.name,
+                "s",
+                predicted.loaded_s if update.kind == "loaded" else predicted.confirmed_s,
+                update.measured,
+            )
+        )
     return lines
 
 
 def measured_utilisation(found: Measurements, repository: Path) -> dict[str, float]:
     """Of the matrix-product rate, by reward-model run (MFU): its arithmetic over its measured time."""
     runs = [run for run in found.training if run.kind == "reward_model_step"]
-    return {run.name: _reward_model_plan(run, found, repository).flops / run.measured / cpu_of(found, run.num_threads).peak_flops_per_s for run in runs}
+    return {
+        run.name: _reward_model_plan(run, found, repository).flops
+        / run.measured
+        / cpu_of(found, run.num_threads).peak_flops_per_s
+        for run in runs
+    }
 
 
 def _reward_model_plan(run: TrainingRun, found: Measurements, repository: Path) -> TrainingPlan:
     config = load_config(repository / run.config, list(run.overrides))
-    shape, lengths = shape_of_config(config.model, vocab_size=run.vocab_size), Lengths(run.prompt_tokens, run.completion_tokens)
+    shape, lengths = (
+        shape_of_config(config.model, vocab_size=run.vocab_size),
+        Lengths(run.prompt_tokens, run.completion_tokens),
+    )
     return reward_model_plan(config.reward_model, shape, lengths, cpu_of(found, run.num_threads))
 
 
@@ -191,7 +208,10 @@ def _predicted_seconds(run: TrainingRun, found: Measurements, repository: Path) 
     if run.kind == "reward_model_step":
         return _reward_model_plan(run, found, repository).step_s
     config = load_config(repository / run.config, list(run.overrides))
-    shape, lengths = shape_of_config(config.model, vocab_size=run.vocab_size), Lengths(run.prompt_tokens, run.completion_tokens)
+    shape, lengths = (
+        shape_of_config(config.model, vocab_size=run.vocab_size),
+        Lengths(run.prompt_tokens, run.completion_tokens),
+    )
     hardware = cpu_of(found, run.num_threads)
     if run.kind == "sft_step":
         return sft_plan(config.sft, shape, lengths, hardware).step_s
@@ -203,6 +223,8 @@ def _predicted_mib(run: MemoryRun) -> float:
     shape: ModelShape = shape_of_config(run.model)
     trained = Trained(shape, shape.reward_model_parameters, shape.reward_model_parameters)
     batch = MicroBatch(run.num_tokens, num_scored=run.num_scored)
-    memory = trainer_memory(trained, batch, strategy=StrategyConfig(kind="ddp"), compute=ComputeConfig(), num_devices=1, overhead_bytes=0)
+    memory = trainer_memory(
+        trained, batch, strategy=StrategyConfig(kind="ddp"), compute=ComputeConfig(), num_devices=1, overhead_bytes=0
+    )
     before = 0 if run.includes_states else memory.state_bytes
     return (memory.training_bytes - before) / 2**20

@@ -94,16 +94,27 @@ class Trained:
 
 
 def trainer_memory(
-    trained: Trained, batch: MicroBatch, *, strategy: StrategyConfig, compute: ComputeConfig, num_devices: int, overhead_bytes: float
+    trained: Trained,
+    batch: MicroBatch,
+    *,
+    strategy: StrategyConfig,
+    compute: ComputeConfig,
+    num_devices: int,
+    overhead_bytes: float,
 ) -> TrainerMemory:
     """States: Rajbhandari et al. 2020 (ZeRO), section 3.1 and figure 1, with 4 bytes a weight and gradient and 8 of AdamW's moments."""
     shape = trained.shape
     weights, gradients, optimizer, gathered = _states(trained, strategy, num_devices)
     all_weights = FLOAT_BYTES * trained.num_parameters
     casts = CAST_BYTES * (trained.num_parameters - shape.embedding_parameters) if compute.precision == "bfloat16" else 0
-    saved, last = saved_bytes_per_token_and_layer(shape, compute) * batch.num_tokens, last_layer_saved_bytes(shape, compute, batch)
+    saved, last = (
+        saved_bytes_per_token_and_layer(shape, compute) * batch.num_tokens,
+        last_layer_saved_bytes(shape, compute, batch),
+    )
     of_hidden, of_feed_forward = WORKING_VALUES
-    working = FLOAT_BYTES * (of_hidden * shape.hidden_size + of_feed_forward * shape.intermediate_size) * batch.num_tokens
+    working = (
+        FLOAT_BYTES * (of_hidden * shape.hidden_size + of_feed_forward * shape.intermediate_size) * batch.num_tokens
+    )
     kept, layer = saved * (shape.num_layers - 1) + last + casts, working
     if compute.gradient_checkpointing:
         kept, layer = FLOAT_BYTES * shape.hidden_size * batch.num_tokens * shape.num_layers, saved + working
@@ -126,7 +137,9 @@ def trainer_memory(
 
 def saved_bytes_per_token_and_layer(shape: ModelShape, compute: ComputeConfig) -> float:
     """Activations that one layer keeps of a token when nothing is computed again."""
-    by_hidden, by_feed_forward, by_head = SAVED_BYTES_BFLOAT16 if compute.precision == "bfloat16" else SAVED_BYTES_FLOAT32
+    by_hidden, by_feed_forward, by_head = (
+        SAVED_BYTES_BFLOAT16 if compute.precision == "bfloat16" else SAVED_BYTES_FLOAT32
+    )
     return by_hidden * shape.hidden_size + by_feed_forward * shape.intermediate_size + by_head * shape.num_heads
 
 
@@ -147,12 +160,17 @@ def _states(trained: Trained, strategy: StrategyConfig, num_devices: int) -> tup
         buckets = gradients if num_devices > 1 else 0  # DistributedDataParallel's, gradient_as_bucket_view = False
         return weights, gradients, moments, buckets
     if strategy.kind == "fsdp2":
-        layer, outside = FLOAT_BYTES * trained.shape.layer_parameters, weights - FLOAT_BYTES * trained.shape.num_layers * trained.shape.layer_parameters
+        layer, outside = (
+            FLOAT_BYTES * trained.shape.layer_parameters,
+            weights - FLOAT_BYTES * trained.shape.num_layers * trained.shape.layer_parameters,
+        )
         gathered = 2 * (GATHERED_LAYERS * layer + outside) if num_devices > 1 else 0
         shards = (weights / num_devices, gradients / num_devices, moments / num_devices)
         return (0, 0, 0, gathered) if strategy.cpu_offload else (*shards, gathered)
     bucket = FLOAT_BYTES * DEEPSPEED_BUCKET_PARAMETERS
-    master_and_moments = 0 if strategy.cpu_offload else (gradients + moments) / num_devices  # DeepSpeed keeps a float32 copy of float32 weights too
+    master_and_moments = (
+        0 if strategy.cpu_offload else (gradients + moments) / num_devices
+    )  # DeepSpeed keeps a float32 copy of float32 weights too
     if strategy.zero_stage == 1:
         return weights, gradients, master_and_moments, bucket
     if strategy.zero_stage == 2:

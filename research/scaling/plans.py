@@ -11,7 +11,16 @@ from research.scaling.hardware import Hardware
 from research.scaling.memory import MicroBatch, Trained, TrainerMemory, trainer_memory
 from research.scaling.publication import WeightUpdate, nccl_update, object_store_bytes
 from research.scaling.shapes import ModelShape, shape_named, shape_of_config
-from research.scaling.training import Passes, Tokens, compute_seconds, forward_flops, passes_of_step, sent_bytes, step_flops, step_seconds
+from research.scaling.training import (
+    Passes,
+    Tokens,
+    compute_seconds,
+    forward_flops,
+    passes_of_step,
+    sent_bytes,
+    step_flops,
+    step_seconds,
+)
 from rm_robust.config.objectives import Objective
 from rm_robust.config.rloo import RlooConfig
 from rm_robust.config.run import PipelineConfig
@@ -91,7 +100,11 @@ class RlooPlan:
 
 def policy_shape(config: PipelineConfig, *, vocab_size: int | None = None) -> ModelShape:
     """ConfigError when the sizes of model.path are not known."""
-    return shape_of_config(config.model, vocab_size=vocab_size) if config.model.path is None else shape_named(config.model.path)
+    return (
+        shape_of_config(config.model, vocab_size=vocab_size)
+        if config.model.path is None
+        else shape_named(config.model.path)
+    )
 
 
 def reward_model_shape(config: PipelineConfig, *, vocab_size: int | None = None) -> ModelShape:
@@ -109,18 +122,31 @@ def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
     return shape.num_layers * lora.rank * sum(widths[name] for name in names) + hidden
 
 
-def reward_model_plan(settings: RewardModelConfig, shape: ModelShape, lengths: Lengths, hardware: Hardware, *, num_devices: int | None = None) -> TrainingPlan:
+def reward_model_plan(
+    settings: RewardModelConfig,
+    shape: ModelShape,
+    lengths: Lengths,
+    hardware: Hardware,
+    *,
+    num_devices: int | None = None,
+) -> TrainingPlan:
     """`num_devices`: other than the config's. Pairs per step stay the config's."""
     trained = Trained(shape, shape.reward_model_parameters, shape.reward_model_parameters)
     if settings.lora is not None:
         adapters = adapter_parameters(shape, settings.lora)
         trained = Trained(shape, shape.reward_model_parameters + adapters - shape.hidden_size, adapters)
-    return _training_plan(settings, trained, lengths, hardware, num_completions=2, is_policy=False, num_devices=num_devices)
+    return _training_plan(
+        settings, trained, lengths, hardware, num_completions=2, is_policy=False, num_devices=num_devices
+    )
 
 
-def sft_plan(settings: SftConfig, shape: ModelShape, lengths: Lengths, hardware: Hardware, *, num_devices: int | None = None) -> TrainingPlan:
+def sft_plan(
+    settings: SftConfig, shape: ModelShape, lengths: Lengths, hardware: Hardware, *, num_devices: int | None = None
+) -> TrainingPlan:
     trained = Trained(shape, shape.policy_parameters, shape.policy_parameters)
-    return _training_plan(settings, trained, lengths, hardware, num_completions=1, is_policy=True, num_devices=num_devices)
+    return _training_plan(
+        settings, trained, lengths, hardware, num_completions=1, is_policy=True, num_devices=num_devices
+    )
 
 
 def _training_plan(
@@ -136,7 +162,9 @@ def _training_plan(
     devices = num_devices or settings.workers.num_workers
     tokens_per_step = settings.batch_size * lengths.group_tokens(num_completions)
     max_tokens = settings.max_tokens_per_micro_batch
-    tokens = _tokens(lengths, settings.batch_size / devices, num_completions, is_policy=is_policy, max_tokens=max_tokens)
+    tokens = _tokens(
+        lengths, settings.batch_size / devices, num_completions, is_policy=is_policy, max_tokens=max_tokens
+    )
     if hardware.has_segments and not is_policy:
         tokens = replace(tokens, num_scored=tokens.num_groups * num_completions)
     is_coupled = isinstance(settings, RewardModelConfig) and settings.objective in BATCH_COUPLED
@@ -145,7 +173,13 @@ def _training_plan(
         passes = Passes(passes.num_forward, passes.num_backward * FROZEN_BACKWARD)
     compute_s = compute_seconds(trained, tokens, passes, hardware)
     first_passes = 1 if is_coupled and tokens.num_micro_batches > 1 else 0
-    sent = sent_bytes(trained, settings.strategy, num_devices=devices, num_micro_batches=tokens.num_micro_batches, num_first_passes=first_passes)
+    sent = sent_bytes(
+        trained,
+        settings.strategy,
+        num_devices=devices,
+        num_micro_batches=tokens.num_micro_batches,
+        num_first_passes=first_passes,
+    )
     communication_s = sent / hardware.slowest_link_bytes_per_s(devices)
     memory = trainer_memory(
         trained,
@@ -157,19 +191,46 @@ def _training_plan(
     )
     step_s = step_seconds(compute_s, communication_s, settings.strategy)
     return TrainingPlan(
-        devices, settings.batch_size, tokens_per_step, step_flops(trained.shape, tokens, passes), memory, compute_s, communication_s, step_s, sent
+        devices,
+        settings.batch_size,
+        tokens_per_step,
+        step_flops(trained.shape, tokens, passes),
+        memory,
+        compute_s,
+        communication_s,
+        step_s,
+        sent,
     )
 
 
 def rloo_plan(
-    settings: RlooConfig, shape: ModelShape, reward_shapes: tuple[ModelShape, ...], lengths: Lengths, hardware: Hardware, *, update: WeightUpdate | None = None
+    settings: RlooConfig,
+    shape: ModelShape,
+    reward_shapes: tuple[ModelShape, ...],
+    lengths: Lengths,
+    hardware: Hardware,
+    *,
+    update: WeightUpdate | None = None,
 ) -> RlooPlan:
     """`reward_shapes`: of the models that score every completion. `update`: of engines beside the trainer; NCCL's otherwise."""
     num_completions, num_trainers = settings.num_completions_per_prompt, settings.trainers.num_workers
-    sampling = Sampling(settings.num_prompts_per_step, num_completions, lengths.prompt_tokens, lengths.completion_tokens, settings.max_new_tokens)
-    engines = Engines(settings.num_engines, settings.tensor_parallel_size, settings.max_num_sequences, DTYPE_BYTES[settings.engine_dtype])
+    sampling = Sampling(
+        settings.num_prompts_per_step,
+        num_completions,
+        lengths.prompt_tokens,
+        lengths.completion_tokens,
+        settings.max_new_tokens,
+    )
+    engines = Engines(
+        settings.num_engines,
+        settings.tensor_parallel_size,
+        settings.max_num_sequences,
+        DTYPE_BYTES[settings.engine_dtype],
+    )
     limit = settings.max_tokens_per_micro_batch
-    tokens = _tokens(lengths, settings.num_prompts_per_step / num_trainers, num_completions, is_policy=True, max_tokens=limit)
+    tokens = _tokens(
+        lengths, settings.num_prompts_per_step / num_trainers, num_completions, is_policy=True, max_tokens=limit
+    )
     trained = Trained(shape, shape.policy_parameters, shape.policy_parameters, has_reference=True)
     num_updates = settings.num_epochs_per_step * settings.num_minibatches_per_epoch
     keeps_graph = num_updates == 1 and tokens.num_micro_batches == 1
@@ -181,7 +242,8 @@ def rloo_plan(
     return RlooPlan(
         generate_s=generation_seconds(shape, sampling, engines, hardware),
         measure_s=compute_seconds(trained, tokens, Passes(1, 0, num_frozen=1), hardware, num_updates=0),
-        update_s=epochs * compute_seconds(trained, tokens, of_update, hardware, num_updates=settings.num_minibatches_per_epoch),
+        update_s=epochs
+        * compute_seconds(trained, tokens, of_update, hardware, num_updates=settings.num_minibatches_per_epoch),
         score_device_s=sum(forward_flops(other, scored) for other in reward_shapes) / rate,
         memory=trainer_memory(
             trained,
@@ -191,7 +253,8 @@ def rloo_plan(
             num_devices=num_trainers,
             overhead_bytes=hardware.overhead_bytes,
         ),
-        weight_update=update or nccl_update(shape, engines, hardware, num_trainers=num_trainers, is_sharded=settings.strategy.kind != "ddp"),
+        weight_update=update
+        or nccl_update(shape, engines, hardware, num_trainers=num_trainers, is_sharded=settings.strategy.kind != "ddp"),
         object_store_bytes=object_store_bytes(sampling, shape.vocab_size),
         engines=engines,
         num_trainers=num_trainers,
@@ -202,10 +265,14 @@ def _tokens(lengths: Lengths, num_groups: float, num_completions: int, *, is_pol
     """One device's groups of a step, in full micro-batches."""
     own = num_groups * lengths.group_tokens(num_completions)
     predicted = num_groups * num_completions * lengths.completion_tokens if is_policy else 0
-    return Tokens(own, lengths.visible(num_completions), num_groups, num_completions, predicted, math.ceil(own / max_tokens))
+    return Tokens(
+        own, lengths.visible(num_completions), num_groups, num_completions, predicted, math.ceil(own / max_tokens)
+    )
 
 
 def _largest_micro_batch(tokens: Tokens, max_tokens: int) -> MicroBatch:
     largest = min(tokens.num_tokens, max_tokens)
     share = largest / tokens.num_tokens
-    return MicroBatch(largest, share * tokens.num_predicted, None if tokens.num_scored is None else share * tokens.num_scored)
+    return MicroBatch(
+        largest, share * tokens.num_predicted, None if tokens.num_scored is None else share * tokens.num_scored
+    )

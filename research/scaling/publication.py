@@ -37,25 +37,36 @@ class WeightUpdate:
 def shared_memory_update(shape: ModelShape, hardware: Hardware) -> WeightUpdate:
     """A whole policy (DDP) and one engine on the trainer's machine."""
     num_bytes = FLOAT_BYTES * shape.policy_parameters
-    reading_s, packing_s = CHECKSUM_PASSES * num_bytes / hardware.memory_bytes_per_s, PACKING_PASSES * num_bytes / hardware.reorder_bytes_per_s
+    reading_s, packing_s = (
+        CHECKSUM_PASSES * num_bytes / hardware.memory_bytes_per_s,
+        PACKING_PASSES * num_bytes / hardware.reorder_bytes_per_s,
+    )
     loaded_s = reading_s + packing_s + hardware.update_s
     read = FLOAT_BYTES * (shape.num_layers * shape.layer_parameters + shape.embedding_parameters)
     probe_s = PROBE_PASSES * read / hardware.memory_bytes_per_s + hardware.probe_s
     return WeightUpdate(num_bytes, 0, loaded_s, loaded_s + probe_s)
 
 
-def nccl_update(shape: ModelShape, engines: Engines, hardware: Hardware, *, num_trainers: int, is_sharded: bool) -> WeightUpdate:
+def nccl_update(
+    shape: ModelShape, engines: Engines, hardware: Hardware, *, num_trainers: int, is_sharded: bool
+) -> WeightUpdate:
     """A broadcast from trainer 0 to every engine device on other nodes, a pipelined chain: the slowest link carries each byte once. Never run here.
 
     A sharded policy is gathered on trainer 0 first, in its main memory (TrainEngine.full_state_dict).
     """
     num_bytes = FLOAT_BYTES * shape.policy_parameters
     gathered = num_bytes * (num_trainers - 1) / num_trainers if is_sharded else 0
-    gather_s = gathered / hardware.slowest_link_bytes_per_s(num_trainers) + (2 * num_bytes / hardware.host_bytes_per_s if is_sharded else 0)
+    gather_s = gathered / hardware.slowest_link_bytes_per_s(num_trainers) + (
+        2 * num_bytes / hardware.host_bytes_per_s if is_sharded else 0
+    )
     written = num_bytes + engines.bytes_per_value * shape.policy_parameters / engines.num_devices_each
-    loaded_s = gather_s + num_bytes / hardware.network_bytes_per_s + written / hardware.memory_bytes_per_s + hardware.update_s
+    loaded_s = (
+        gather_s + num_bytes / hardware.network_bytes_per_s + written / hardware.memory_bytes_per_s + hardware.update_s
+    )
     read = FLOAT_BYTES * shape.policy_parameters
-    return WeightUpdate(num_bytes, gathered, loaded_s, loaded_s + PROBE_PASSES * read / hardware.memory_bytes_per_s + hardware.probe_s)
+    return WeightUpdate(
+        num_bytes, gathered, loaded_s, loaded_s + PROBE_PASSES * read / hardware.memory_bytes_per_s + hardware.probe_s
+    )
 
 
 def object_store_bytes(sampling: Sampling, vocab_size: int) -> float:

@@ -40,7 +40,10 @@ class ModelShape:
     @property
     def matrix_parameters_per_layer(self) -> int:
         """Queries, keys, values, output; gate, up, down."""
-        return self.hidden_size * (2 * self.query_width + 2 * self.kv_width) + 3 * self.hidden_size * self.intermediate_size
+        return (
+            self.hidden_size * (2 * self.query_width + 2 * self.kv_width)
+            + 3 * self.hidden_size * self.intermediate_size
+        )
 
     @property
     def kv_parameters_per_layer(self) -> int:
@@ -73,7 +76,9 @@ class ModelShape:
         return 2 * self.num_layers * self.kv_width * bytes_per_value
 
 
-def _llama(name: str, hidden: int, intermediate: int, layers: int, heads: int, head_size: int, *, is_tied: bool) -> ModelShape:
+def _llama(
+    name: str, hidden: int, intermediate: int, layers: int, heads: int, head_size: int, *, is_tied: bool
+) -> ModelShape:
     return ModelShape(name, 128_256, hidden, intermediate, layers, heads, 8, head_size, is_tied, has_qkv_bias=False)
 
 
@@ -120,7 +125,9 @@ def shape_named(name: str) -> ModelShape:
     known = SHAPES.get(name.rstrip("/").split("/")[-1].lower().removesuffix("-instruct"))
     if known is None:
         shapes = ", ".join(shape.name for shape in SHAPES.values())
-        raise ConfigError(f"No sizes are known of the model {name!r}: it is no directory with a config.json, and none of {shapes}. Name one of those.")
+        raise ConfigError(
+            f"No sizes are known of the model {name!r}: it is no directory with a config.json, and none of {shapes}. Name one of those."
+        )
     return known
 
 

@@ -80,12 +80,19 @@ def shapes_table(repository: Path) -> str:
         ]
         for s in MODELS
     ]
-    return markdown(["model", "policy, parameters", "reward model, parameters", "of them embedding, 10^9", "KV cache, KiB a token"], rows)
+    return markdown(
+        ["model", "policy, parameters", "reward model, parameters", "of them embedding, 10^9", "KV cache, KiB a token"],
+        rows,
+    )
 
 
 def reward_model_memory_table(repository: Path) -> str:
     return _memory_table(
-        lambda shape, strategy, count: reward_model_plan(REWARD_MODEL.model_copy(update={"strategy": strategy}), shape, PAIR, GPU, num_devices=count).memory
+        lambda shape, strategy, count: (
+            reward_model_plan(
+                REWARD_MODEL.model_copy(update={"strategy": strategy}), shape, PAIR, GPU, num_devices=count
+            ).memory
+        )
     )
 
 
@@ -102,7 +109,14 @@ def _memory_table(memory: Callable[[ModelShape, StrategyConfig, int], TrainerMem
     for shape in MODELS:
         for name, strategy in STRATEGIES.items():
             found = [memory(shape, strategy, count) for count in NUM_GPUS]
-            rows.append([shape.name, name, _gib(found[0].loading_bytes + found[0].overhead_bytes), *(_gib(one.training_bytes) for one in found)])
+            rows.append(
+                [
+                    shape.name,
+                    name,
+                    _gib(found[0].loading_bytes + found[0].overhead_bytes),
+                    *(_gib(one.training_bytes) for one in found),
+                ]
+            )
     return markdown(["model", "strategy", "loading", *map(_gpus, NUM_GPUS)], rows)
 
 
@@ -125,9 +139,29 @@ def reward_model_time_table(repository: Path) -> str:
                 seconds = f"{plan.compute_s:.1f} | {plan.communication_s:.1f} | {plan.step_s:.1f}"
                 traffic = f"{plan.sent_bytes / 1e9:,.0f}"
                 rows.append(
-                    [shape.name, str(count), name, traffic, seconds, f"{plan.tokens_per_s:,.0f}", f"{hours / count:.1f}", f"{hours * GPU.price_per_hour:,.0f}"]
+                    [
+                        shape.name,
+                        str(count),
+                        name,
+                        traffic,
+                        seconds,
+                        f"{plan.tokens_per_s:,.0f}",
+                        f"{hours / count:.1f}",
+                        f"{hours * GPU.price_per_hour:,.0f}",
+                    ]
                 )
-    header = ["model", "GPUs", "strategy", "GB sent a GPU and step", "computing s", "sending s", "step s", "tokens/s", "hours, 10^6 pairs", "USD, 10^6 pairs"]
+    header = [
+        "model",
+        "GPUs",
+        "strategy",
+        "GB sent a GPU and step",
+        "computing s",
+        "sending s",
+        "step s",
+        "tokens/s",
+        "hours, 10^6 pairs",
+        "USD, 10^6 pairs",
+    ]
     return markdown(header, rows)
 
 
@@ -135,19 +169,31 @@ def weight_update_table(repository: Path) -> str:
     rows = []
     for shape in MODELS:
         engines = _engines(shape)
-        whole, sharded = (nccl_update(shape, engines, GPU, num_trainers=8, is_sharded=is_sharded) for is_sharded in (False, True))
+        whole, sharded = (
+            nccl_update(shape, engines, GPU, num_trainers=8, is_sharded=is_sharded) for is_sharded in (False, True)
+        )
         rows.append(
             [shape.name, f"{whole.num_bytes / 1e9:.1f}", f"{whole.loaded_s:.2f}", f"{whole.confirmed_s:.2f}"]
             + [f"{sharded.gathered_bytes / 1e9:.1f}", f"{sharded.loaded_s:.2f}", f"{sharded.confirmed_s:.2f}"]
         )
-    header = ["policy", "GB sent", "whole: loaded s", "confirmed s", "sharded over 8: GB gathered", "loaded s", "confirmed s"]
+    header = [
+        "policy",
+        "GB sent",
+        "whole: loaded s",
+        "confirmed s",
+        "sharded over 8: GB gathered",
+        "loaded s",
+        "confirmed s",
+    ]
     return markdown(header, rows)
 
 
 def rloo_table(repository: Path) -> str:
     rows = []
     for shape in MODELS:
-        settings = RLOO.model_copy(update={"tensor_parallel_size": _engines(shape).num_devices_each, "strategy": STRATEGIES["FSDP2"]})
+        settings = RLOO.model_copy(
+            update={"tensor_parallel_size": _engines(shape).num_devices_each, "strategy": STRATEGIES["FSDP2"]}
+        )
         plan = rloo_plan(settings, shape, (shape, shape), COMPLETION, GPU)
         cache = cached_tokens(shape, plan.engines, GPU)
         rows.append(
@@ -175,16 +221,37 @@ def rloo_table(repository: Path) -> str:
 
 
 def _engines(shape: ModelShape) -> Engines:
-    return Engines(RLOO.num_engines, TENSOR_PARALLEL.get(shape.name.lower(), 1), RLOO.max_num_sequences, bytes_per_value=2)
+    return Engines(
+        RLOO.num_engines, TENSOR_PARALLEL.get(shape.name.lower(), 1), RLOO.max_num_sequences, bytes_per_value=2
+    )
 
 
 def hardware_table(repository: Path) -> str:
     def row(gpu: Hardware) -> list[str]:
-        rates = f"{gpu.peak_flops_per_s / 1e12:.0f} | {gpu.memory_bytes / GIB:.0f} | {gpu.memory_bytes_per_s / 1e12:.2f}"
+        rates = (
+            f"{gpu.peak_flops_per_s / 1e12:.0f} | {gpu.memory_bytes / GIB:.0f} | {gpu.memory_bytes_per_s / 1e12:.2f}"
+        )
         links = f"{gpu.link_bytes_per_s / 1e9:.0f} | {gpu.network_bytes_per_s / 1e9:.0f}"
-        return [gpu.name, rates, links, f"{gpu.utilisation:.2f}", f"{gpu.decode_utilisation:.2f}", f"{gpu.price_per_hour:.2f}"]
+        return [
+            gpu.name,
+            rates,
+            links,
+            f"{gpu.utilisation:.2f}",
+            f"{gpu.decode_utilisation:.2f}",
+            f"{gpu.price_per_hour:.2f}",
+        ]
 
-    header = ["GPU", "TFLOP/s, bfloat16", "GiB", "memory TB/s", "NVLink GB/s", "network GB/s", "MFU", "decoding, of memory TB/s", "USD an hour"]
+    header = [
+        "GPU",
+        "TFLOP/s, bfloat16",
+        "GiB",
+        "memory TB/s",
+        "NVLink GB/s",
+        "network GB/s",
+        "MFU",
+        "decoding, of memory TB/s",
+        "USD an hour",
+    ]
     return markdown(header, map(row, GPUS.values()))
 
 
@@ -209,7 +276,15 @@ def calibration_table(repository: Path) -> str:
     )
     kind = "Measured" if found.is_calibrated else "NOMINAL, NOT MEASURED"
     table = markdown(
-        ["threads", "matrix products GFLOP/s", "memory GB/s", "activations GB/s", "reordering GB/s", "a call, us", "in attention, us (forward, backward)"],
+        [
+            "threads",
+            "matrix products GFLOP/s",
+            "memory GB/s",
+            "activations GB/s",
+            "reordering GB/s",
+            "a call, us",
+            "in attention, us (forward, backward)",
+        ],
         rows,
     )
     shares = "; ".join(f"{name}: {share:.2f}" for name, share in measured_utilisation(found, repository).items())
@@ -220,7 +295,13 @@ def calibration_table(repository: Path) -> str:
 def agreement_table(repository: Path) -> str:
     lines = compare(read_measurements(repository / MEASURED), repository)
     rows = [
-        [line.name, f"{line.predicted:.3g} {line.unit}", f"{line.measured:.3g} {line.unit}", f"{line.ratio:.2f}", "yes" if line.agrees else "**no**"]
+        [
+            line.name,
+            f"{line.predicted:.3g} {line.unit}",
+            f"{line.measured:.3g} {line.unit}",
+            f"{line.ratio:.2f}",
+            "yes" if line.agrees else "**no**",
+        ]
         for line in lines
     ]
     return markdown(["", "predicted", "measured", "predicted / measured", "within a factor of two"], rows)
@@ -231,8 +312,14 @@ def recipes_table(repository: Path) -> str:
     for recipe in RECIPES:
         config = load_config(repository / "pipelines" / "configs" / f"{recipe.name}.toml", [])
         shape, gpu = reward_model_shape(config), GPUS["a100"]
-        plans = [reward_model_plan(config.reward_model, shape, recipe.lengths, gpu, num_devices=count) for count in RECIPE_GPUS]
-        cells = [f"{plan.memory.peak_bytes / GIB:.0f} GiB, {plan.device_hours(recipe.num_pairs) / plan.num_devices:.1f} h" for plan in plans]
+        plans = [
+            reward_model_plan(config.reward_model, shape, recipe.lengths, gpu, num_devices=count)
+            for count in RECIPE_GPUS
+        ]
+        cells = [
+            f"{plan.memory.peak_bytes / GIB:.0f} GiB, {plan.device_hours(recipe.num_pairs) / plan.num_devices:.1f} h"
+            for plan in plans
+        ]
         rows.append([recipe.name, *cells])
     return markdown(["recipe", *map(_gpus, RECIPE_GPUS)], rows)
 

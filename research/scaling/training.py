@@ -75,13 +75,22 @@ def forward_flops(shape: ModelShape, tokens: Tokens) -> float:
     last = layer * tokens.num_tokens
     if tokens.num_scored is not None:
         keys_and_values = FORWARD_FLOPS * shape.kv_parameters_per_layer
-        last = keys_and_values * tokens.num_tokens + (layer - keys_and_values + 4 * tokens.visible * shape.query_width) * tokens.num_scored
-    return (shape.num_layers - 1) * layer * tokens.num_tokens + last + FORWARD_FLOPS * shape.embedding_parameters * tokens.num_predicted
+        last = (
+            keys_and_values * tokens.num_tokens
+            + (layer - keys_and_values + 4 * tokens.visible * shape.query_width) * tokens.num_scored
+        )
+    return (
+        (shape.num_layers - 1) * layer * tokens.num_tokens
+        + last
+        + FORWARD_FLOPS * shape.embedding_parameters * tokens.num_predicted
+    )
 
 
 def step_flops(shape: ModelShape, tokens: Tokens, passes: Passes) -> float:
     """Of one device and step; a backward pass is two forward ones."""
-    return forward_flops(shape, tokens) * (passes.num_forward + passes.num_frozen + passes.num_backward * BACKWARD_FLOPS / FORWARD_FLOPS)
+    return forward_flops(shape, tokens) * (
+        passes.num_forward + passes.num_frozen + passes.num_backward * BACKWARD_FLOPS / FORWARD_FLOPS
+    )
 
 
 def layers_of_activations(shape: ModelShape, tokens: Tokens) -> float:
@@ -92,15 +101,30 @@ def layers_of_activations(shape: ModelShape, tokens: Tokens) -> float:
     return shape.num_layers - 1 + share + (1 - share) * tokens.num_scored / tokens.num_tokens
 
 
-def compute_seconds(trained: Trained, tokens: Tokens, passes: Passes, hardware: Hardware, *, num_updates: int = 1) -> float:
+def compute_seconds(
+    trained: Trained, tokens: Tokens, passes: Passes, hardware: Hardware, *, num_updates: int = 1
+) -> float:
     """Of one device and step, communication apart."""
     shape, num_forward = trained.shape, passes.num_forward + passes.num_frozen
     sizes = (shape.hidden_size, shape.kv_width, shape.intermediate_size, shape.num_heads)
-    forward, backward = (sum(factor * size for factor, size in zip(factors, sizes, strict=True)) for factors in (TRAFFIC_FORWARD, TRAFFIC_BACKWARD))
-    activations = layers_of_activations(shape, tokens) * tokens.num_tokens * (num_forward * forward + passes.num_backward * backward)
-    logits = shape.vocab_size * tokens.num_predicted * (num_forward * LOGIT_TRAFFIC[0] + passes.num_backward * LOGIT_TRAFFIC[1])
+    forward, backward = (
+        sum(factor * size for factor, size in zip(factors, sizes, strict=True))
+        for factors in (TRAFFIC_FORWARD, TRAFFIC_BACKWARD)
+    )
+    activations = (
+        layers_of_activations(shape, tokens)
+        * tokens.num_tokens
+        * (num_forward * forward + passes.num_backward * backward)
+    )
+    logits = (
+        shape.vocab_size
+        * tokens.num_predicted
+        * (num_forward * LOGIT_TRAFFIC[0] + passes.num_backward * LOGIT_TRAFFIC[1])
+    )
     calls = num_forward * layer_calls(tokens, 0) + passes.num_backward * layer_calls(tokens, 1)
-    forward_s, backward_s = (attention_calls(tokens, direction) * hardware.attention_call_s[direction] for direction in (0, 1))
+    forward_s, backward_s = (
+        attention_calls(tokens, direction) * hardware.attention_call_s[direction] for direction in (0, 1)
+    )
     return (
         step_flops(shape, tokens, passes) / (hardware.peak_flops_per_s * hardware.utilisation)
         + (activations + logits) / hardware.activation_bytes_per_s
@@ -121,7 +145,9 @@ def attention_calls(tokens: Tokens, direction: int) -> float:
     return completions * COMPLETION_CALLS[direction] + shared * SHARED_PROMPT_CALLS[direction]
 
 
-def sent_bytes(trained: Trained, strategy: StrategyConfig, *, num_devices: int, num_micro_batches: int, num_first_passes: int) -> float:
+def sent_bytes(
+    trained: Trained, strategy: StrategyConfig, *, num_devices: int, num_micro_batches: int, num_first_passes: int
+) -> float:
     """What one device sends in a step. Rings: an all-reduce of S bytes sends 2 (N-1)/N S, an all-gather or a reduce-scatter (N-1)/N S
     (Rajbhandari et al. 2020, section 7).
 

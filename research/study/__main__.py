@@ -37,10 +37,18 @@ RUNS_AT_A_TIME = 2
 def main(description: str, arguments: list[str] | None = None) -> int:
     """Returns the exit code: 2 for wrong data or settings, 130 when it was stopped."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two objectives, two seeds, smaller worlds; written to runs/study_quick/, never to docs/")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of rmb_pairs.parquet and rm_bench.parquet")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two objectives, two seeds, smaller worlds; written to runs/study_quick/, never to docs/",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder of rmb_pairs.parquet and rm_bench.parquet"
+    )
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS), help="default: both")
-    parser.add_argument("--max-minutes", type=float, help="begin no further run after so many; 0 only makes the document")
+    parser.add_argument(
+        "--max-minutes", type=float, help="begin no further run after so many; 0 only makes the document"
+    )
     parsed = parser.parse_args(arguments)
     start_logging()
     quieten_libraries()
@@ -66,11 +74,18 @@ def main(description: str, arguments: list[str] | None = None) -> int:
             every_key = set(keys.values())
             outdated = [row for key, row in rows.items() if key not in every_key]
             if outdated:
-                logger.warning("%d rows of %s are of other settings than the study's, and are left out (first: %s)", len(outdated), results, outdated[0].cell)
+                logger.warning(
+                    "%d rows of %s are of other settings than the study's, and are left out (first: %s)",
+                    len(outdated),
+                    results,
+                    outdated[0].cell,
+                )
             known = [row for key, row in rows.items() if key in every_key]
             still_missing = [cell for cell, key in keys.items() if cell.world in worlds and key not in rows]
             changed = write_document(document, known, still_missing)
-        print(f"{len(known)} rows, {len(still_missing)} missing; {document} {'was made anew' if changed else 'is as it was'}")
+        print(
+            f"{len(known)} rows, {len(still_missing)} missing; {document} {'was made anew' if changed else 'is as it was'}"
+        )
 
     try:
         return exit_code_of(work)
@@ -79,7 +94,14 @@ def main(description: str, arguments: list[str] | None = None) -> int:
         return 130
 
 
-def run_all(cells: Sequence[Cell], configs: Mapping[Cell, PipelineConfig], folder: Path, data_dir: Path, *, max_minutes: float | None) -> Iterator[Row]:
+def run_all(
+    cells: Sequence[Cell],
+    configs: Mapping[Cell, PipelineConfig],
+    folder: Path,
+    data_dir: Path,
+    *,
+    max_minutes: float | None,
+) -> Iterator[Row]:
     """Rows as their runs are done; none is begun after `max_minutes`. Raises StudyError at the end of a part of which runs failed."""
     started = time.monotonic()
 
@@ -92,13 +114,20 @@ def run_all(cells: Sequence[Cell], configs: Mapping[Cell, PipelineConfig], folde
     connect_to_ray()
     with tqdm(total=len(cells), desc="study", unit=" runs") as progress:
         for part, num_at_a_time in (("reward_model", RUNS_AT_A_TIME), ("rloo", 1)):
-            for row in _run_part([cell for cell in cells if cell.part == part], configs, folder, data_dir, num_at_a_time, has_time):
+            for row in _run_part(
+                [cell for cell in cells if cell.part == part], configs, folder, data_dir, num_at_a_time, has_time
+            ):
                 progress.update()
                 yield row
 
 
 def _run_part(
-    waiting: list[Cell], configs: Mapping[Cell, PipelineConfig], folder: Path, data_dir: Path, num_at_a_time: int, has_time: Callable[[], bool]
+    waiting: list[Cell],
+    configs: Mapping[Cell, PipelineConfig],
+    folder: Path,
+    data_dir: Path,
+    num_at_a_time: int,
+    has_time: Callable[[], bool],
 ) -> Iterator[Row]:
     pool = ThreadPoolExecutor(num_at_a_time, thread_name_prefix="study")
     under_way: dict[Future[Row], Cell] = {}
@@ -122,7 +151,9 @@ def _run_part(
         pool.shutdown(cancel_futures=True)
     if failures:
         names = "; ".join(f"{cell}: {type(failure).__name__}: {failure}" for cell, failure in failures.items())
-        raise StudyError(f"{len(failures)} runs failed, the rows of all others are kept. The same command tries them again. {names}")
+        raise StudyError(
+            f"{len(failures)} runs failed, the rows of all others are kept. The same command tries them again. {names}"
+        )
 
 
 @contextlib.contextmanager

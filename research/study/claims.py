@@ -56,7 +56,11 @@ class Finding:
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
     """Every claim in every world that it can be put to."""
-    return [Finding(claim, world, claim.measure([row for row in rows if row.part == claim.part], world)) for claim in CLAIMS for world in claim.worlds]
+    return [
+        Finding(claim, world, claim.measure([row for row in rows if row.part == claim.part], world))
+        for claim in CLAIMS
+        for world in claim.worlds
+    ]
 
 
 def rank_agreement(row: Row, epoch: int, scenario: str) -> float | None:
@@ -119,7 +123,9 @@ def _rank_growth(row: Row) -> float | None:
 
 def _norm_shift(row: Row) -> float | None:
     """Relative change of the mean hidden norm from prompt-disjoint to mutual-disjoint completions, without its sign."""
-    own, other = (row.figures.get(f"{_END}{scenario}/hidden_norm_mean") for scenario in ("mutual_disjoint", "prompt_disjoint"))
+    own, other = (
+        row.figures.get(f"{_END}{scenario}/hidden_norm_mean") for scenario in ("mutual_disjoint", "prompt_disjoint")
+    )
     return None if own is None or other is None else abs(own / other - 1)
 
 
@@ -170,7 +176,9 @@ CLAIMS: tuple[Claim, ...] = (
         "… with a tail of large distances",
         "the distribution of ‖h_w - h_l‖ gets right-skewed (Fig. 2)",
         "BT: change of the skewness of ‖h_w - h_l‖ within a batch, first 5 % of steps to the last epoch",
-        _of("bt", partial(_change, figure="final_hidden_distance_skewness", first="0/train", last=f"{LAST_EPOCH}/train")),
+        _of(
+            "bt", partial(_change, figure="final_hidden_distance_skewness", first="0/train", last=f"{LAST_EPOCH}/train")
+        ),
     ),
     Claim(
         "BT disperses hidden norms",
@@ -221,7 +229,10 @@ CLAIMS: tuple[Claim, ...] = (
         "BSR does not cost in-domain accuracy",
         "equal or better by up to .0045 (Table 5; .0002 below in one of four)",
         f"BSR minus BT, in-domain, at the end, plus {MARGIN_OF_EQUALITY}",
-        _shifted(_between(PAPERS_BSR, "bt", partial(rank_agreement, epoch=LAST_EPOCH, scenario="in_domain")), MARGIN_OF_EQUALITY),
+        _shifted(
+            _between(PAPERS_BSR, "bt", partial(rank_agreement, epoch=LAST_EPOCH, scenario="in_domain")),
+            MARGIN_OF_EQUALITY,
+        ),
     ),
     *(
         Claim(

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -51,8 +52,15 @@ def write_document(path: Path, rows: Sequence[Row], missing: Sequence[Cell]) -> 
     for world in WORLDS:
         own = [row for row in rows if row.part == "reward_model" and row.world == world]
         if own:
-            parts += [f"## {_capitalised(figures.WORLD_TITLES[world])}", _data_sentence(own), _scenario_table(own, world), _epoch_table(own, world)]
-            parts += [f"![{caption}](study/{name}.png)" for name, (caption, _) in pictures.items() if name.endswith(world)]
+            parts += [
+                f"## {_capitalised(figures.WORLD_TITLES[world])}",
+                _data_sentence(own),
+                _scenario_table(own, world),
+                _epoch_table(own, world),
+            ]
+            parts += [
+                f"![{caption}](study/{name}.png)" for name, (caption, _) in pictures.items() if name.endswith(world)
+            ]
     policies = [row for row in rows if row.part == "rloo"]
     if policies:
         parts += ["## Policies", _policy_table(policies), f"![{pictures['gold_by_kl'][0]}](study/gold_by_kl.png)"]
@@ -74,7 +82,10 @@ def _pictures(rows: Sequence[Row]) -> dict[str, tuple[str, bytes]]:
             title = figures.WORLD_TITLES[world]
             drawn[f"scenarios_{world}"] = (f"The four scenarios, {title}", figures.scenarios(rows, world))
             drawn[f"epochs_{world}"] = (f"BT and BSR by epoch, {title}", figures.by_epoch(rows, world))
-            drawn[f"dispersion_{world}"] = (f"Hidden norms over training, {title}", figures.dispersion_over_training(rows, world))
+            drawn[f"dispersion_{world}"] = (
+                f"Hidden norms over training, {title}",
+                figures.dispersion_over_training(rows, world),
+            )
         drawn["gold_by_kl"] = ("Gold score against KL", figures.gold_by_kl(rows))
         return {name: (caption, _png(figure)) for name, (caption, figure) in drawn.items() if figure is not None}
 
@@ -101,7 +112,9 @@ def _capitalised(title: str) -> str:
 def _state(rows: Sequence[Row], missing: Sequence[Cell]) -> str:
     hours = sum(row.seconds for row in rows) / 3600
     longest = max((row.seconds for row in rows), default=0) / 60
-    bases = {(row.world, row.seed, float(row.about["base_seconds"])) for row in rows}  # one that was lost was made again
+    bases = {
+        (row.world, row.seed, float(row.about["base_seconds"])) for row in rows
+    }  # one that was lost was made again
     two_cores = hours - sum(row.seconds for row in rows if row.part == "reward_model") / 2 / 3600
     done = f"{len(rows)} runs of {hours:.1f} hours together, {two_cores:.1f} of two cores (reward models run two at a time, on a core each), the longest "
     done += f"{longest:.1f} minutes; beside them {len(bases)} language models with their data, {sum(seconds for *_, seconds in bases) / 3600:.1f} hours."
@@ -114,20 +127,32 @@ def _state(rows: Sequence[Row], missing: Sequence[Cell]) -> str:
 
 
 def _claims_table(found: Sequence[Finding]) -> str:
-    lines = ["| claim | the paper | here: above 0 if so | world | mean [95 % interval] | seeds | verdict |", "| --- " * 7 + "|"]
+    lines = [
+        "| claim | the paper | here: above 0 if so | world | mean [95 % interval] | seeds | verdict |",
+        "| --- " * 7 + "|",
+    ]
     last = None
     for finding in found:
         claim = finding.claim
         head = f"{claim.title} | {claim.paper} | {claim.what}" if claim is not last else " | | "
         last = claim
         seeds = finding.interval.num_seeds if finding.interval else 0
-        lines.append(f"| {head} | {finding.world} | {_shown(finding.interval, signed=True)} | {seeds} | {finding.verdict} |")
+        lines.append(
+            f"| {head} | {finding.world} | {_shown(finding.interval, signed=True)} | {seeds} | {finding.verdict} |"
+        )
     return "\n".join(lines)
 
 
 def _scenario_table(rows: Sequence[Row], world: str) -> str:
-    head = [f"After {LAST_EPOCH} epochs: mean over seeds [95 % interval]; below it the difference to `bt`, twin by twin.", ""]
-    lines = [*head, "| objective | seeds | " + " | ".join(map(scenario_label, SCENARIOS)) + " |", "| --- " * (2 + len(SCENARIOS)) + "|"]
+    head = [
+        f"After {LAST_EPOCH} epochs: mean over seeds [95 % interval]; below it the difference to `bt`, twin by twin.",
+        "",
+    ]
+    lines = [
+        *head,
+        "| objective | seeds | " + " | ".join(map(scenario_label, SCENARIOS)) + " |",
+        "| --- " * (2 + len(SCENARIOS)) + "|",
+    ]
     for variant in VARIANTS:
         seeds = sum(row.variant == variant for row in rows)
         if not seeds:
@@ -135,7 +160,9 @@ def _scenario_table(rows: Sequence[Row], world: str) -> str:
         own = [over_seeds(rows, world, variant, _agreement(LAST_EPOCH, scenario)) for scenario in SCENARIOS]
         lines.append(f"| {variant} | {seeds} | " + " | ".join(map(_shown, own)) + " |")
         if variant != "bt":
-            against = [between_twins(rows, world, variant, "bt", _agreement(LAST_EPOCH, scenario)) for scenario in SCENARIOS]
+            against = [
+                between_twins(rows, world, variant, "bt", _agreement(LAST_EPOCH, scenario)) for scenario in SCENARIOS
+            ]
             lines.append("| | | " + " | ".join(_shown(interval, signed=True) for interval in against) + " |")
     return "\n".join(lines)
 
@@ -153,7 +180,7 @@ def _epoch_table(rows: Sequence[Row], world: str) -> str:
             continue
         for epoch in range(1, LAST_EPOCH + 1):
             own = [over_seeds(rows, world, variant, _agreement(epoch, scenario)) for scenario in SCENARIOS]
-            training = over_seeds(rows, world, variant, lambda row, epoch=epoch: row.figures.get(f"{epoch}/train/accuracy"))  # type: ignore[misc]
+            training = over_seeds(rows, world, variant, partial(_training_accuracy, epoch=epoch))
             cells = ["-" if interval is None else f"{interval.mean:.3f}" for interval in (*own, training)]
             lines.append(f"| {variant if epoch == 1 else ''} | {epoch} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -165,8 +192,15 @@ def _data_sentence(rows: Sequence[Row]) -> str:
         return f"{name.replace('_', '-')} {_range(kept)} ({_range(dropped)})"
 
     sets = f"Kept, and in brackets dropped (too long, mostly): {', '.join(map(counted, ('train', *SCENARIOS)))}."
-    refused, cases = ({int(row.figures[f"rm_bench/{name}"]) for row in rows if f"rm_bench/{name}" in row.figures} for name in ("num_refused", "num_cases"))
-    bench = f" RM-Bench: {_range(refused)} of {_range(cases)} prompts do not fit the model and are left out." if refused else ""
+    refused, cases = (
+        {int(row.figures[f"rm_bench/{name}"]) for row in rows if f"rm_bench/{name}" in row.figures}
+        for name in ("num_refused", "num_cases")
+    )
+    bench = (
+        f" RM-Bench: {_range(refused)} of {_range(cases)} prompts do not fit the model and are left out."
+        if refused
+        else ""
+    )
     return f"{sets}{bench} Minutes a run: {_range({round(row.seconds / 60, 1) for row in rows})}."
 
 
@@ -183,8 +217,14 @@ def _policy_table(rows: Sequence[Row]) -> str:
         "| --- " * (2 + len(names)) + "|",
     ]
     for row in sorted(rows, key=lambda row: (row.variant, row.seed)):
-        lines.append(f"| {row.variant} | {row.seed} | " + " | ".join(f"{row.figures[name]:.3f}" for name in names) + " |")
+        lines.append(
+            f"| {row.variant} | {row.seed} | " + " | ".join(f"{row.figures[name]:.3f}" for name in names) + " |"
+        )
     return "\n".join(lines)
+
+
+def _training_accuracy(row: Row, *, epoch: int) -> float | None:
+    return row.figures.get(f"{epoch}/train/accuracy")
 
 
 def _agreement(epoch: int, scenario: str) -> RowFigure:

@@ -1,6 +1,7 @@
 """The study's pictures, from its rows alone: a function a figure, None when there is nothing to draw. The same rows give the same bytes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +14,13 @@ from research.study.statistics import over_seeds, t_interval
 from rm_robust.data.scenarios import SCENARIOS
 from rm_robust.report.figures import scenario_label
 
-COLOURS = dict(zip(VARIANTS, ("#d6604d", "#bf8600", "#8c510a", "#7b8794", "#1b9e77", "#a6cee3", "#2166ac", "#08306b", "#7b3294"), strict=True))
+COLOURS = dict(
+    zip(
+        VARIANTS,
+        ("#d6604d", "#bf8600", "#8c510a", "#7b8794", "#1b9e77", "#a6cee3", "#2166ac", "#08306b", "#7b3294"),
+        strict=True,
+    )
+)
 COMPARED = ("bt", PAPERS_BSR)
 WORLD_TITLES = {"embedded": "embedded world", "rmb": "RMB's real pairs"}
 
@@ -26,7 +33,7 @@ def scenarios(rows: Sequence[Row], world: str) -> Figure | None:
     figure = Figure(figsize=(7.5, 3.4))
     for axes, scenario in zip(figure.subplots(1, len(SCENARIOS), sharey=True), SCENARIOS, strict=True):
         for place, variant in enumerate(VARIANTS):
-            found = over_seeds(own, world, variant, lambda row, scenario=scenario: rank_agreement(row, LAST_EPOCH, scenario))  # type: ignore[misc]
+            found = over_seeds(own, world, variant, partial(rank_agreement, epoch=LAST_EPOCH, scenario=scenario))
             if found is not None:
                 _interval(axes, found.mean, found.low, found.high, place, COLOURS[variant])
         is_ranking = any(f"{LAST_EPOCH}/{scenario}/kendall_tau_b" in row.figures for row in own)
@@ -47,15 +54,35 @@ def by_epoch(rows: Sequence[Row], world: str) -> Figure | None:
     epochs = range(1, LAST_EPOCH + 1)
     for axes, scenario in zip(figure.subplots(1, len(SCENARIOS)), SCENARIOS, strict=True):
         for shift, variant in zip((-0.05, 0.05), COMPARED, strict=True):
-            found = [over_seeds(own, world, variant, lambda row, e=epoch, s=scenario: rank_agreement(row, e, s)) for epoch in epochs]  # type: ignore[misc]
-            known = [(epoch + shift, interval) for epoch, interval in zip(epochs, found, strict=True) if interval is not None]
-            axes.plot([x for x, _ in known], [i.mean for _, i in known], color=COLOURS[variant], marker="o", markersize=3.5, label=variant)
-            axes.vlines([x for x, _ in known], [i.low for _, i in known], [i.high for _, i in known], color=COLOURS[variant], linewidth=1)
+            found = [
+                over_seeds(own, world, variant, partial(rank_agreement, epoch=epoch, scenario=scenario))
+                for epoch in epochs
+            ]
+            known = [
+                (epoch + shift, interval) for epoch, interval in zip(epochs, found, strict=True) if interval is not None
+            ]
+            axes.plot(
+                [x for x, _ in known],
+                [i.mean for _, i in known],
+                color=COLOURS[variant],
+                marker="o",
+                markersize=3.5,
+                label=variant,
+            )
+            axes.vlines(
+                [x for x, _ in known],
+                [i.low for _, i in known],
+                [i.high for _, i in known],
+                color=COLOURS[variant],
+                linewidth=1,
+            )
         axes.set_title(scenario_label(scenario))
         axes.set_xticks(list(epochs))
         axes.set_xlabel("epochs")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), handlelength=1.2)  # not over the intervals
+    figure.legend(
+        handles, labels, loc="outside upper right", ncols=len(labels), handlelength=1.2
+    )  # not over the intervals
     figure.suptitle(WORLD_TITLES[world], fontsize=9)
     return figure
 
@@ -71,7 +98,14 @@ def dispersion_over_training(rows: Sequence[Row], world: str) -> Figure | None:
         mine = [row for row in own if row.variant == variant]
         if not mine:
             continue
-        _band(left, [[s / m for s, m in zip(row.curves["hidden_norm_std"], row.curves["hidden_norm_mean"], strict=True)] for row in mine], variant)
+        _band(
+            left,
+            [
+                [s / m for s, m in zip(row.curves["hidden_norm_std"], row.curves["hidden_norm_mean"], strict=True)]
+                for row in mine
+            ],
+            variant,
+        )
         _band(middle, [row.curves["final_hidden_distance_mean"] for row in mine], variant)
         for index, where in enumerate(("train", *SCENARIOS)):
             found = over_seeds(own, world, variant, lambda row, where=where: dispersion(row, f"{LAST_EPOCH}/{where}"))  # type: ignore[misc]
@@ -95,13 +129,23 @@ def gold_by_kl(rows: Sequence[Row]) -> Figure | None:
     if not own:
         return None
     figure = Figure(figsize=(7.5, 2.9))
-    panels = {"gold_score_mean": "Gold score", "proxy_score_mean": "Proxy score", "completion_tokens_mean": "Tokens a completion"}
+    panels = {
+        "gold_score_mean": "Gold score",
+        "proxy_score_mean": "Proxy score",
+        "completion_tokens_mean": "Tokens a completion",
+    }
     for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         seen = set()
         for row in own:
             label = None if row.variant in seen else row.variant
             seen.add(row.variant)
-            axes.plot(_smoothed(row.curves["kl_mean"]), _smoothed(row.curves[name]), color=COLOURS[row.variant], linewidth=1.3, label=label)
+            axes.plot(
+                _smoothed(row.curves["kl_mean"]),
+                _smoothed(row.curves[name]),
+                color=COLOURS[row.variant],
+                linewidth=1.3,
+                label=label,
+            )
         axes.set_title(title)
         axes.set_xlabel("KL to the SFT policy (nats)")
     figure.axes[0].legend(handlelength=1.2)
@@ -117,7 +161,14 @@ def _band(axes: Axes, curves: list[list[float]], variant: str) -> None:
     x = (np.arange(len(curves[0])) + 0.5) * LAST_EPOCH / len(curves[0])
     found = [t_interval(list(values)) for values in zip(*curves, strict=True)]
     axes.plot(x, [interval.mean for interval in found], color=COLOURS[variant], linewidth=1.5, label=variant)
-    axes.fill_between(x, [interval.low for interval in found], [interval.high for interval in found], color=COLOURS[variant], alpha=0.2, linewidth=0)
+    axes.fill_between(
+        x,
+        [interval.low for interval in found],
+        [interval.high for interval in found],
+        color=COLOURS[variant],
+        alpha=0.2,
+        linewidth=0,
+    )
 
 
 def _smoothed(values: list[float]) -> list[float]:

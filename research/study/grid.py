@@ -59,7 +59,12 @@ class Plan:
 
     def cells(self, worlds: tuple[str, ...]) -> list[Cell]:
         """Seed by seed, so that a study that is stopped half-way has whole comparisons."""
-        reward_models = [Cell("reward_model", world, variant, seed) for seed in self.seeds for world in worlds for variant in self.variants]
+        reward_models = [
+            Cell("reward_model", world, variant, seed)
+            for seed in self.seeds
+            for world in worlds
+            for variant in self.variants
+        ]
         rloo = [Cell("rloo", "embedded", variant, seed) for seed in self.rloo_seeds for variant in ("bt", PAPERS_BSR)]
         return reward_models + (rloo if "embedded" in worlds else [])
 
@@ -74,18 +79,32 @@ QUICK = Plan(
     ("bt", PAPERS_BSR),
     (0, 1),
     (0,),
-    ("world.num_training_prompts=1500", "world.num_sft_examples=6000", "reward_model.num_evaluation_pairs=200", "rloo.num_steps=40"),
+    (
+        "world.num_training_prompts=1500",
+        "world.num_sft_examples=6000",
+        "reward_model.num_evaluation_pairs=200",
+        "rloo.num_steps=40",
+    ),
 )
 
 
 def reward_model_config(config: PipelineConfig) -> PipelineConfig:
     """As far as a reward model depends on it: what comes after it as the defaults have it."""
-    return config.model_copy(update={"evaluation": EvaluationConfig(), "serve": ServeConfig(), "rloo": RlooConfig(), "tracking": TrackingConfig()})
+    return config.model_copy(
+        update={
+            "evaluation": EvaluationConfig(),
+            "serve": ServeConfig(),
+            "rloo": RlooConfig(),
+            "tracking": TrackingConfig(),
+        }
+    )
 
 
 def base_config(config: PipelineConfig) -> PipelineConfig:
     """As far as the stages before the reward model depend on it."""
-    return reward_model_config(config).model_copy(update={"reward_model": RewardModelConfig(objective=Objective.BRADLEY_TERRY)})
+    return reward_model_config(config).model_copy(
+        update={"reward_model": RewardModelConfig(objective=Objective.BRADLEY_TERRY)}
+    )
 
 
 def key_of(cell: Cell, config: PipelineConfig) -> str:

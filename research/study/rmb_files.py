@@ -36,7 +36,9 @@ def write_rmb_files(data_dir: Path, folder: Path) -> None:
     if manifest.exists():
         found = json.loads(manifest.read_text())["sha256"]
         if found != sha256:
-            raise DataError(f"{folder} was made from another {RMB_PAIRS} ({found}, now {sha256}). Delete it, and the runs beside it.")
+            raise DataError(
+                f"{folder} was made from another {RMB_PAIRS} ({found}, now {sha256}). Delete it, and the runs beside it."
+            )
         return
     files: dict[str, list[dict[str, Any]]] = {name: [] for name in ("train", *SCENARIOS, "sft")}
     left_out = {"empty_last_turn": 0, "shares_a_completion_with_in_domain": 0}
@@ -48,8 +50,12 @@ def write_rmb_files(data_dir: Path, folder: Path) -> None:
             left_out["shares_a_completion_with_in_domain"] += 1
         else:
             files[name].append(row)
-    demonstrations = {(json.dumps(row["prompt"]), row[side]) for row in files["train"] for side in ("chosen", "rejected")}
-    files["sft"] = [{"prompt": json.loads(prompt), "completion": completion} for prompt, completion in sorted(demonstrations)]
+    demonstrations = {
+        (json.dumps(row["prompt"]), row[side]) for row in files["train"] for side in ("chosen", "rejected")
+    }
+    files["sft"] = [
+        {"prompt": json.loads(prompt), "completion": completion} for prompt, completion in sorted(demonstrations)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     for name, own in files.items():
         write_text_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own))
@@ -68,10 +74,16 @@ def _scenarios_of(rows: list[dict[str, Any]]) -> Iterator[tuple[str | None, dict
     rng = Random(0)
     known = [row for row in rows if row["prompt_split"] != "unseen" and row["n_unseen_models"] == 0]
     held_out = {row["pair_uid"] for row in known if rng.random() < HELD_OUT_FRACTION}
-    held_completions = {(row["prompt_id"], row[side]) for row in known if row["pair_uid"] in held_out for side in ("chosen", "rejected")}
+    held_completions = {
+        (row["prompt_id"], row[side]) for row in known if row["pair_uid"] in held_out for side in ("chosen", "rejected")
+    }
     for row in rows:
         is_unseen_prompt, is_unseen_model = row["prompt_split"] == "unseen", row["n_unseen_models"] > 0
-        name = {(True, True): "mutual_disjoint", (True, False): "prompt_disjoint", (False, True): "response_disjoint"}.get((is_unseen_prompt, is_unseen_model))
+        name = {
+            (True, True): "mutual_disjoint",
+            (True, False): "prompt_disjoint",
+            (False, True): "response_disjoint",
+        }.get((is_unseen_prompt, is_unseen_model))
         if name is None:
             overlaps = any((row["prompt_id"], row[side]) in held_completions for side in ("chosen", "rejected"))
             name = "in_domain" if row["pair_uid"] in held_out else None if overlaps else "train"

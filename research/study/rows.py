@@ -32,7 +32,15 @@ TRAINING = (
 CURVES = ("hidden_norm_mean", "hidden_norm_std", "final_hidden_distance_mean", "accuracy")
 NUM_CURVE_POINTS = 24
 RLOO_CURVES = ("rloo/gold_score_mean", "rloo/proxy_score_mean", "rloo/kl_mean", "rloo/completion_tokens_mean")
-RLOO_EVALUATION = ("gold_mean", "sft_gold_mean", "win_rate", "length_controlled_win_rate", "completion_tokens_mean", "sft_completion_tokens_mean", "kl_mean")
+RLOO_EVALUATION = (
+    "gold_mean",
+    "sft_gold_mean",
+    "win_rate",
+    "length_controlled_win_rate",
+    "completion_tokens_mean",
+    "sft_completion_tokens_mean",
+    "kl_mean",
+)
 Measured = tuple[dict[str, float], dict[str, list[float]]]
 """Figures and curves of a row."""
 
@@ -96,15 +104,22 @@ def reward_model_figures(run_dir: Path, *, num_epochs: int) -> Measured:
     lines = read_metrics(run_dir, "reward_model")
     evaluated = [line for line in lines if "reward_model/in_domain_accuracy" in line]
     assert len(evaluated) in (num_epochs, num_epochs + 1), f"{len(evaluated)} evaluations in {num_epochs} epochs"
-    at_ends = [*evaluated[: num_epochs - 1], evaluated[-1]]  # the last epoch ends with the last step, which may come a step after its evaluation
+    at_ends = [
+        *evaluated[: num_epochs - 1],
+        evaluated[-1],
+    ]  # the last epoch ends with the last step, which may come a step after its evaluation
     figures = _training_means(lines[: max(1, len(lines) // 20)], epoch=0)
     first = 0
     for epoch, line in enumerate(at_ends, start=1):
         end = lines.index(line) + 1
         figures |= _training_means(lines[first:end], epoch=epoch)
         first = end
-        keys = {(scenario, metric): f"reward_model/{scenario}_{metric}" for scenario in SCENARIOS for metric in HELD_OUT}
-        figures |= {f"{epoch}/{scenario}/{metric}": float(line[key]) for (scenario, metric), key in keys.items() if key in line}
+        keys = {
+            (scenario, metric): f"reward_model/{scenario}_{metric}" for scenario in SCENARIOS for metric in HELD_OUT
+        }
+        figures |= {
+            f"{epoch}/{scenario}/{metric}": float(line[key]) for (scenario, metric), key in keys.items() if key in line
+        }
     curves = {name: _binned([float(line[f"reward_model/{name}"]) for line in lines]) for name in CURVES}
     return figures, curves
 
@@ -116,7 +131,10 @@ def rloo_figures(run_dir: Path) -> Measured:
     num_last = max(1, len(lines) // 10)
     figures = {f"{name}_last": float(np.mean(values[-num_last:])) for name, values in curves.items()}
     gold = np.array(curves["gold_score_mean"])
-    first, middle, last = (float(part.mean()) for part in (gold[:num_last], gold[len(gold) // 2 - num_last : len(gold) // 2 + num_last], gold[-num_last:]))
+    first, middle, last = (
+        float(part.mean())
+        for part in (gold[:num_last], gold[len(gold) // 2 - num_last : len(gold) // 2 + num_last], gold[-num_last:])
+    )
     figures |= {"gold_rise_first_half": middle - first, "gold_rise_second_half": last - middle}
     evaluation = json.loads(RunLayout(run_dir).summary.read_text())["rloo"]
     figures |= {f"evaluation_{name}": float(evaluation["last_evaluation"][name]) for name in RLOO_EVALUATION}
@@ -124,7 +142,10 @@ def rloo_figures(run_dir: Path) -> Measured:
 
 
 def _training_means(lines: Sequence[MetricsLine], *, epoch: int) -> dict[str, float]:
-    return {f"{epoch}/train/{name}": float(np.mean([float(line[f"reward_model/{name}"]) for line in lines])) for name in TRAINING}
+    return {
+        f"{epoch}/train/{name}": float(np.mean([float(line[f"reward_model/{name}"]) for line in lines]))
+        for name in TRAINING
+    }
 
 
 def _binned(values: list[float]) -> list[float]:

@@ -56,7 +56,9 @@ def run_cell(cell: Cell, config: PipelineConfig, folder: Path, data_dir: Path) -
         base_dir = prepare_base(cell, config, folder, data_dir)
     logger.info("begin %s", cell)
     counts = RunLayout(base_dir).stage_result("preferences")["preferences"]
-    trained = _reward_model_run(cell, config, base_dir, steps_per_epoch=counts["num_kept"]["train"] // config.reward_model.batch_size)
+    trained = _reward_model_run(
+        cell, config, base_dir, steps_per_epoch=counts["num_kept"]["train"] // config.reward_model.batch_size
+    )
     started = time.monotonic()
     if cell.part == "rloo":
         run = Run(config, base_dir.with_name(f"{cell.variant}_{cell.seed}_rloo_{digest(config, 'rloo')}"))
@@ -69,14 +71,27 @@ def run_cell(cell: Cell, config: PipelineConfig, folder: Path, data_dir: Path) -
         figures, curves = reward_model_figures(trained.run_dir, num_epochs=round(config.reward_model.num_epochs))
         figures |= rm_bench_figures(trained, data_dir) if cell.world == "rmb" else {}
         seconds = _training_seconds(trained.run_dir) + time.monotonic() - started
-    return Row(key_of(cell, config), cell.part, cell.world, cell.variant, cell.seed, seconds, figures, curves, _about(base_dir, data_dir))
+    return Row(
+        key_of(cell, config),
+        cell.part,
+        cell.world,
+        cell.variant,
+        cell.seed,
+        seconds,
+        figures,
+        curves,
+        _about(base_dir, data_dir),
+    )
 
 
 def _reward_model_run(cell: Cell, config: PipelineConfig, base_dir: Path, *, steps_per_epoch: int) -> Run:
     """The cell's reward model, trained, and evaluated after every epoch."""
     own = reward_model_config(config)
     settings = own.reward_model.model_copy(update={"evaluate_every_steps": steps_per_epoch})
-    run = Run(own.model_copy(update={"reward_model": settings}), base_dir.with_name(f"{cell.variant}_{cell.seed}_{digest(own, 'reward_model')}"))
+    run = Run(
+        own.model_copy(update={"reward_model": settings}),
+        base_dir.with_name(f"{cell.variant}_{cell.seed}_{digest(own, 'reward_model')}"),
+    )
     share_stages(base_dir, run.run_dir, SHARED)
     claim_run_dir(run.run_dir, run.config)
     reward_model_stage(run)
@@ -91,11 +106,17 @@ def _training_seconds(run_dir: Path) -> float:
 
 def rm_bench_figures(run: Run, data_dir: Path) -> dict[str, float]:
     """RM-Bench's figures of the trained model: what its positions do not hold is left out, and counted in rm_bench/num_refused."""
-    what = Evaluation("rm_bench", SUITES["rm_bench"], [str(data_dir / RM_BENCH)], run.run_dir / "rm_bench", leave_out_refused=True)
-    source = CheckpointSource(RunLayout(run.run_dir).reward_model_checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192)
+    what = Evaluation(
+        "rm_bench", SUITES["rm_bench"], [str(data_dir / RM_BENCH)], run.run_dir / "rm_bench", leave_out_refused=True
+    )
+    source = CheckpointSource(
+        RunLayout(run.run_dir).reward_model_checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192
+    )
     result = evaluate(what, read_data(what), source)
     counts = {"rm_bench/num_refused": float(result["num_refused"]), "rm_bench/num_cases": float(result["num_cases"])}
-    return counts | {f"rm_bench/{name}": own["value"] for name, own in result["figures"].items() if own["value"] is not None}
+    return counts | {
+        f"rm_bench/{name}": own["value"] for name, own in result["figures"].items() if own["value"] is not None
+    }
 
 
 def _about(base_dir: Path, data_dir: Path) -> dict[str, str | int | float]:
@@ -115,7 +136,9 @@ def real_data(data_dir: Path) -> dict[str, str]:
     for name in (RMB_PAIRS, RM_BENCH):
         path = data_dir / name
         if not path.is_file():
-            raise DataError(f"There is no {name} in {data_dir}. Name the folder of real preference data (DATA=…), or leave that world out: --worlds embedded.")
+            raise DataError(
+                f"There is no {name} in {data_dir}. Name the folder of real preference data (DATA=…), or leave that world out: --worlds embedded."
+            )
         found[name] = sha256_of(path)
     return found
 

@@ -57,7 +57,9 @@ def requests_of(config: PipelineConfig) -> dict[str, list[Request]]:
     rloo = config.rloo
     rloo_requests = [
         _of_workers("rloo.trainers.num_workers", rloo.trainers),
-        _request("rloo.num_engines", rloo.num_engines, rloo.engine_num_cpus, rloo.engine_num_gpus, rloo.engine_resources),
+        _request(
+            "rloo.num_engines", rloo.num_engines, rloo.engine_num_cpus, rloo.engine_num_gpus, rloo.engine_resources
+        ),
         _of_replicas("serve.proxy_replica.num_replicas", config.serve.proxy_replica),
     ]
     if config.serve.gold_url is None:
@@ -76,29 +78,48 @@ def check_capacity(config: PipelineConfig, stages: Sequence[str], *, beside: Seq
     """Raise ClusterError when the cluster can never run one of the stages, with what is there `beside` each; the caller is connected to Ray."""
     node_types = find_node_types()
     if node_types is None:
-        logger.info("the limits of this cluster's autoscaler cannot be read here: whether they are enough shows when the stages ask for nodes")
+        logger.info(
+            "the limits of this cluster's autoscaler cannot be read here: whether they are enough shows when the stages ask for nodes"
+        )
         return
     wanted = requests_of(config)
-    shortages = [line for stage in stages for line in shortages_of(stage, [*wanted.get(stage, []), *beside], node_types)]
+    shortages = [
+        line for stage in stages for line in shortages_of(stage, [*wanted.get(stage, []), *beside], node_types)
+    ]
     if shortages:
-        has = "; ".join(f"{_bound(node.max_count)} x {_shown(node.resources)}" for node in node_types) or "no node for work"
-        raise ClusterError("This cluster can never run what the config asks for:\n  " + "\n  ".join(shortages) + f"\nAt most it has {has}.")
+        has = (
+            "; ".join(f"{_bound(node.max_count)} x {_shown(node.resources)}" for node in node_types)
+            or "no node for work"
+        )
+        raise ClusterError(
+            "This cluster can never run what the config asks for:\n  "
+            + "\n  ".join(shortages)
+            + f"\nAt most it has {has}."
+        )
 
 
 def shortages_of(stage: str, requests: Sequence[Request], node_types: Sequence[NodeType]) -> list[str]:
     """One line for each request that does not fit whatever the cluster does, or for a resource of which all together ask for too much."""
     lines = []
     for request in requests:
-        room = sum(_copies(request.resources, node.resources) * node.max_count for node in node_types if _copies(request.resources, node.resources))
+        room = sum(
+            _copies(request.resources, node.resources) * node.max_count
+            for node in node_types
+            if _copies(request.resources, node.resources)
+        )
         if room < request.count:
-            lines.append(f"{stage} asks for {request}, the cluster's maximum is {_bound(room)} of them: lower {request.setting}, or add nodes")
+            lines.append(
+                f"{stage} asks for {request}, the cluster's maximum is {_bound(room)} of them: lower {request.setting}, or add nodes"
+            )
     if not lines:
         for name in sorted({name for request in requests for name in request.resources}):
             asked = math.fsum(request.count * request.resources.get(name, 0.0) for request in requests)
             most = math.fsum(node.max_count * node.resources[name] for node in node_types if node.resources.get(name))
             if asked > most + 1e-9:
                 parts = ", ".join(str(request) for request in requests if request.resources.get(name))
-                lines.append(f"{stage} asks for {asked:g} {name} at once, the cluster's maximum is {_bound(most)}: {parts}")
+                lines.append(
+                    f"{stage} asks for {asked:g} {name} at once, the cluster's maximum is {_bound(most)}: {parts}"
+                )
     return lines
 
 
@@ -123,7 +144,12 @@ def node_types_of(config: Mapping[str, Any], alive: Sequence[NodeType]) -> list[
     if any(not own.get("resources") for own in types.values()):
         return _of_use(alive) if len(alive) > most else None
     return _of_use(
-        [NodeType(name, _for_work(own["resources"]), 1 if name == head else min(most, float(own.get("max_workers", most)))) for name, own in types.items()]
+        [
+            NodeType(
+                name, _for_work(own["resources"]), 1 if name == head else min(most, float(own.get("max_workers", most)))
+            )
+            for name, own in types.items()
+        ]
     )
 
 
@@ -161,7 +187,9 @@ def _monitors_this_cluster(process: psutil.Process) -> bool:
 
 
 def _of_workers(setting: str, workers: WorkersConfig) -> Request:
-    return _request(setting, workers.fewest, workers.num_cpus_per_worker, workers.num_gpus_per_worker, workers.resources_per_worker)
+    return _request(
+        setting, workers.fewest, workers.num_cpus_per_worker, workers.num_gpus_per_worker, workers.resources_per_worker
+    )
 
 
 def _of_replicas(setting: str, replica: ReplicaConfig) -> Request:
@@ -169,16 +197,26 @@ def _of_replicas(setting: str, replica: ReplicaConfig) -> Request:
 
 
 def _request(setting: str, count: int, num_cpus: float, num_gpus: float, resources: Mapping[str, float]) -> Request:
-    return Request(setting, count, {name: amount for name, amount in {"CPU": num_cpus, "GPU": num_gpus, **resources}.items() if amount})
+    return Request(
+        setting,
+        count,
+        {name: amount for name, amount in {"CPU": num_cpus, "GPU": num_gpus, **resources}.items() if amount},
+    )
 
 
 def _for_work(resources: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(amount) for name, amount in resources.items() if name not in NOT_FOR_WORK and ":" not in name and amount}
+    return {
+        name: float(amount)
+        for name, amount in resources.items()
+        if name not in NOT_FOR_WORK and ":" not in name and amount
+    }
 
 
 def _copies(wanted: Mapping[str, float], offered: Mapping[str, float]) -> float:
     """How many of the processes one node holds."""
-    return min((math.floor(offered.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()), default=math.inf)
+    return min(
+        (math.floor(offered.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()), default=math.inf
+    )
 
 
 def _bound(count: float) -> str:

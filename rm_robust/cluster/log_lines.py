@@ -51,7 +51,9 @@ def start_logging(level: int = logging.INFO, *, force: bool = False) -> None:
     formats = {"text": TextLines, "json": JsonLines}
     wanted = os.environ.get(FORMAT_VARIABLE, "text")
     if wanted not in formats:
-        raise ConfigError(f"{FORMAT_VARIABLE} = {wanted!r} is no format of log lines; set it to {' or '.join(formats)}, or unset it for text.")
+        raise ConfigError(
+            f"{FORMAT_VARIABLE} = {wanted!r} is no format of log lines; set it to {' or '.join(formats)}, or unset it for text."
+        )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formats[wanted]())
     logging.basicConfig(level=level, handlers=[handler], force=force)

@@ -43,7 +43,9 @@ def connect_to_ray() -> None:
     environment = worker_environment()
     if not on_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that token authentication is on
+        logging.getLogger("ray._private.authentication").setLevel(
+            logging.ERROR
+        )  # it warns that token authentication is on
         make_own_token()
         environment[DRIVER_VARIABLE] = driver = f"{os.getpid()} since {psutil.Process().create_time()}"
         atexit.register(shut_down, driver)
@@ -102,7 +104,10 @@ def why_not_connected(address: str, error: Exception) -> str:
 
 def head_does_no_work() -> bool:
     """Whether the head offers no CPU, as on a cluster whose work belongs on other nodes. The caller is connected."""
-    return any(node["Alive"] and HEAD_RESOURCE in node["Resources"] and not node["Resources"].get("CPU") for node in ray.nodes())
+    return any(
+        node["Alive"] and HEAD_RESOURCE in node["Resources"] and not node["Resources"].get("CPU")
+        for node in ray.nodes()
+    )
 
 
 def is_on_head() -> bool:
@@ -118,7 +123,9 @@ def keep_ray_datas_actors_here() -> None:
     autoscaler has started for the driver would never be idle again. They ask for no CPU. The functions are Ray's own; tests/e2e/test_autoscaler.py
     sees whether they are still all there are.
     """
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
     from ray.data._internal.execution.autoscaling_requester import get_or_create_autoscaling_requester_actor
     from ray.data._internal.execution.node_trackers.actor_location import get_or_create_actor_location_tracker
     from ray.data._internal.stats import get_or_create_stats_actor

@@ -25,24 +25,42 @@ MAX_ELASTIC_FAILURES = 20
 """Of an elastic one, which was made to lose nodes."""
 
 
-def run_on_workers(function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig) -> dict[str, float]:
+def run_on_workers(
+    function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig
+) -> dict[str, float]:
     """Run `function(config, run_dir)` on `workers` through Ray Train V2; returns what rank 0 returned. Raises ray.train.TrainingFailedError."""
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     trainer = _trainer_class()(
         _work,
-        train_loop_config={"function": function, "stage": stage, "config": config, "run_dir": run_dir, "num_threads": workers.num_threads_per_worker},
+        train_loop_config={
+            "function": function,
+            "stage": stage,
+            "config": config,
+            "run_dir": run_dir,
+            "num_threads": workers.num_threads_per_worker,
+        },
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers if workers.min_workers is None else (workers.min_workers, workers.num_workers),
+            num_workers=workers.num_workers
+            if workers.min_workers is None
+            else (workers.min_workers, workers.num_workers),
             elastic_resize_monitor_interval_s=workers.resize_every_s,
             use_gpu=workers.num_gpus_per_worker > 0,
-            resources_per_worker={"CPU": workers.num_cpus_per_worker, **gpu_request(workers.num_gpus_per_worker), **workers.resources_per_worker},
+            resources_per_worker={
+                "CPU": workers.num_cpus_per_worker,
+                **gpu_request(workers.num_gpus_per_worker),
+                **workers.resources_per_worker,
+            },
         ),
-        torch_config=_torch_config_class()(backend="cpu:gloo,cuda:nccl" if workers.num_gpus_per_worker else "gloo"),  # offloaded shards meet on the CPU
+        torch_config=_torch_config_class()(
+            backend="cpu:gloo,cuda:nccl" if workers.num_gpus_per_worker else "gloo"
+        ),  # offloaded shards meet on the CPU
         run_config=RunConfig(
             name=stage,
             storage_path=f"{uri_of(run_dir) or run_dir}/ray_train",
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES if workers.min_workers is None else MAX_ELASTIC_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=MAX_WORKER_FAILURES if workers.min_workers is None else MAX_ELASTIC_FAILURES
+            ),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -68,7 +86,9 @@ def quieten_libraries() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed to save a model, and deepspeed warns of a machine without GPU
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # transformers imports deepspeed to save a model, and deepspeed warns of a machine without GPU
 
 
 def prepare_process(num_threads: int) -> None:

@@ -22,9 +22,13 @@ class RewardSourceConfig(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.url is None) == (self.function is None):
-            raise ValueError(f"reward source {self.name!r}: set either url or function, got url = {self.url!r} and function = {self.function!r}")
+            raise ValueError(
+                f"reward source {self.name!r}: set either url or function, got url = {self.url!r} and function = {self.function!r}"
+            )
         if self.name in ("proxy", "gold"):
-            raise ValueError(f"a reward source may not be called {self.name!r}; that is the reward model's or the judge's own name")
+            raise ValueError(
+                f"a reward source may not be called {self.name!r}; that is the reward model's or the judge's own name"
+            )
         return self
 
 
@@ -134,13 +138,17 @@ class RlooConfig(Section):
     @classmethod
     def _baseline_exists(cls, value: int) -> int:
         if value < 2:
-            raise ValueError(f"RLOO needs at least 2 completions per prompt to form a baseline, got {value}. Set rloo.num_completions_per_prompt >= 2")
+            raise ValueError(
+                f"RLOO needs at least 2 completions per prompt to form a baseline, got {value}. Set rloo.num_completions_per_prompt >= 2"
+            )
         return value
 
     @model_validator(mode="after")
     def _levels_fit(self) -> Self:
         if self.importance_correction == "token" and self.ratio_level != "token":
-            raise ValueError('rloo.importance_correction = "token" weights tokens; set rloo.ratio_level = "token" too, or use "sequence"')
+            raise ValueError(
+                'rloo.importance_correction = "token" weights tokens; set rloo.ratio_level = "token" too, or use "sequence"'
+            )
         if self.evaluation.every_steps and self.evaluation.num_prompts < self.trainers.num_workers:
             raise ValueError(
                 f"rloo.evaluation.num_prompts = {self.evaluation.num_prompts} leaves some of the {self.trainers.num_workers} trainers idle; raise it"
@@ -154,7 +162,9 @@ class RlooConfig(Section):
                 'rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and trainers.num_gpus_per_worker, or use "gloo"'
             )
         if self.trainers.min_workers is not None:
-            raise ValueError("rloo.trainers.min_workers is not read: RLOO replaces a lost trainer, and waits for it; leave it out")
+            raise ValueError(
+                "rloo.trainers.min_workers is not read: RLOO replaces a lost trainer, and waits for it; leave it out"
+            )
         if self.num_prompts_per_step % (self.num_minibatches_per_epoch * self.trainers.num_workers):
             raise ValueError(
                 f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of num_minibatches_per_epoch * trainers.num_workers = "

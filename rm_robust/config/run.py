@@ -48,7 +48,9 @@ class ReplicaConfig(Section):
     @model_validator(mode="after")
     def _scales_up(self) -> Self:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
-            raise ValueError(f"max_replicas = {self.max_replicas} is less than num_replicas = {self.num_replicas}; raise it, or leave it out")
+            raise ValueError(
+                f"max_replicas = {self.max_replicas} is less than num_replicas = {self.num_replicas}; raise it, or leave it out"
+            )
         return self
 
 
@@ -117,5 +119,7 @@ class PipelineConfig(Section):
             if self.sft.enabled and not self.data.sft:
                 raise ValueError("sft.enabled = true needs data.sft, which is empty")
             if self.data.rloo_prompts and self.serve.gold == "embedded":
-                raise ValueError('serve.gold = "embedded" judges only the embedded world; set serve.gold to a reward-model checkpoint directory')
+                raise ValueError(
+                    'serve.gold = "embedded" judges only the embedded world; set serve.gold to a reward-model checkpoint directory'
+                )
         return self

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, defaults checked too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -44,7 +46,9 @@ class WorkersConfig(Section):
     @model_validator(mode="after")
     def _shrinks(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers = {self.min_workers} is more than num_workers = {self.num_workers}; lower it, or leave it out")
+            raise ValueError(
+                f"min_workers = {self.min_workers} is more than num_workers = {self.num_workers}; lower it, or leave it out"
+            )
         return self
 
     @property
@@ -79,7 +83,9 @@ class StrategyConfig(Section):
     @model_validator(mode="after")
     def _only_shards_are_offloaded(self) -> Self:
         if self.cpu_offload and self.kind == "ddp":
-            raise ValueError('strategy.cpu_offload = true needs something sharded to offload; set strategy.kind to "fsdp2" or "deepspeed"')
+            raise ValueError(
+                'strategy.cpu_offload = true needs something sharded to offload; set strategy.kind to "fsdp2" or "deepspeed"'
+            )
         return self
 
 

@@ -25,9 +25,13 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 32:
-            raise ValueError(f"model.hidden_size = {self.hidden_size} over num_heads = {self.num_heads} must be a multiple of 32 per head (vLLM's CPU kernels)")
+            raise ValueError(
+                f"model.hidden_size = {self.hidden_size} over num_heads = {self.num_heads} must be a multiple of 32 per head (vLLM's CPU kernels)"
+            )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}")
+            raise ValueError(
+                f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}"
+            )
         return self
 
 
@@ -123,7 +127,9 @@ class RewardModelConfig(Section):
     """None: every weight is trained."""
     workers: WorkersConfig = WorkersConfig()
     evaluate_every_steps: int = Field(default=25, ge=1)
-    evaluation_sets: tuple[Literal["in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint"], ...] = ("in_domain",)
+    evaluation_sets: tuple[Literal["in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint"], ...] = (
+        "in_domain",
+    )
     """Scenarios scored during training; each logs <name>_accuracy over all pairs of its completions whose gold scores differ."""
     num_evaluation_pairs: int = Field(default=256, ge=1)
     """Prompts of each scenario scored during training."""
@@ -141,21 +147,30 @@ class RewardModelConfig(Section):
         if not isinstance(values, dict) or values.get("preset") != "released_code":
             return values
         if values.get("bsr_scale", BsrScale.PAIRS) != BsrScale.PAIRS:
-            raise ValueError('reward_model.preset = "released_code" has bsr_scale = "pairs", and bsr_scale = "none" is set; remove one of them')
+            raise ValueError(
+                'reward_model.preset = "released_code" has bsr_scale = "pairs", and bsr_scale = "none" is set; remove one of them'
+            )
         if values.get("bsr_scope", BsrScope.MICRO) != BsrScope.MICRO:
-            raise ValueError('reward_model.preset = "released_code" has bsr_scope = "micro", and bsr_scope = "step" is set; remove one of them')
+            raise ValueError(
+                'reward_model.preset = "released_code" has bsr_scope = "micro", and bsr_scope = "step" is set; remove one of them'
+            )
         return {**values, "bsr_scope": BsrScope.MICRO}
 
     @model_validator(mode="after")
     def _twins_differ(self) -> Self:
         if self.bt_twin and self.objective is Objective.BRADLEY_TERRY:
-            raise ValueError('reward_model.bt_twin = true with objective = "bt" would train the same model twice; choose another objective, or leave it out')
+            raise ValueError(
+                'reward_model.bt_twin = true with objective = "bt" would train the same model twice; choose another objective, or leave it out'
+            )
         return self
 
     def as_bt_twin(self) -> "RewardModelConfig":
         """The same training with the Bradley-Terry objective, without what other objectives read."""
         own = {"objective", "bt_twin", *_READ_BY}
-        return RewardModelConfig(objective=Objective.BRADLEY_TERRY, **{name: getattr(self, name) for name in type(self).model_fields if name not in own})
+        return RewardModelConfig(
+            objective=Objective.BRADLEY_TERRY,
+            **{name: getattr(self, name) for name in type(self).model_fields if name not in own},
+        )
 
     @model_validator(mode="after")
     def _every_worker_has_a_pair(self) -> Self:
@@ -166,9 +181,13 @@ class RewardModelConfig(Section):
     def _best_metric_is_evaluated(self) -> Self:
         known = [f"{name}_accuracy" for name in self.evaluation_sets]
         if self.best_metric is not None and self.best_metric not in known:
-            raise ValueError(f'reward_model.best_metric = "{self.best_metric}" is not evaluated; choose from {known}, or add to evaluation_sets')
+            raise ValueError(
+                f'reward_model.best_metric = "{self.best_metric}" is not evaluated; choose from {known}, or add to evaluation_sets'
+            )
         if self.early_stopping_evaluations is not None and self.best_metric is None:
-            raise ValueError("reward_model.early_stopping_evaluations needs reward_model.best_metric, the metric to wait for")
+            raise ValueError(
+                "reward_model.early_stopping_evaluations needs reward_model.best_metric, the metric to wait for"
+            )
         return self
 
     @model_validator(mode="after")
@@ -180,10 +199,14 @@ class RewardModelConfig(Section):
                     f'reward_model.{name} = {getattr(self, name)!r} is not read by objective = "{self.objective}"; remove it, or choose {" or ".join(readers)}'
                 )
         if self.objective is Objective.HINGE and not self.margin:
-            raise ValueError('reward_model.objective = "hinge" needs reward_model.margin > 0 (with 0 it stops learning as soon as a pair is ordered)')
+            raise ValueError(
+                'reward_model.objective = "hinge" needs reward_model.margin > 0 (with 0 it stops learning as soon as a pair is ordered)'
+            )
         if self.bsr_scope is BsrScope.MICRO:
             if self.bsr_micro_pairs is None:
-                raise ValueError('reward_model.bsr_scope = "micro" needs reward_model.bsr_micro_pairs, the pairs of a block')
+                raise ValueError(
+                    'reward_model.bsr_scope = "micro" needs reward_model.bsr_micro_pairs, the pairs of a block'
+                )
             for num_workers in range(self.workers.fewest, self.workers.num_workers + 1):
                 if self.batch_size % (num_workers * self.bsr_micro_pairs):
                     raise ValueError(

@@ -54,7 +54,9 @@ class ChatFormat:
                 f"The tokenizer in {source} has several named chat templates: {sorted(tokenizer.chat_template)}. Save the one to use as its only template."
             )
         if tokenizer.pad_token_id is None:
-            raise ChatTemplateError(f"The tokenizer in {source} has no pad token. Set tokenizer.pad_token to a token that never occurs in text, and save it.")
+            raise ChatTemplateError(
+                f"The tokenizer in {source} has no pad token. Set tokenizer.pad_token to a token that never occurs in text, and save it."
+            )
         self.template_sha256 = "sha256:" + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
         # A tokenizer file may list control tokens (Llama 3: <|start_header_id|>) that all_special_tokens leaves out.
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -120,10 +122,16 @@ class ChatFormat:
         was_cut = bool(self.text_after_turn) and text.endswith(end + self.text_after_turn)
         text = text.removesuffix(self.text_after_turn) if was_cut else text
         if not text.endswith(end):
-            raise DataError(f"The conversation does not end with {end!r}, the end-of-turn token of the chat template, where the score is read; add it.")
-        before, header, completion = text.removesuffix(end).rpartition(self.header_text) if self.header_text else ("", "", "")
+            raise DataError(
+                f"The conversation does not end with {end!r}, the end-of-turn token of the chat template, where the score is read; add it."
+            )
+        before, header, completion = (
+            text.removesuffix(end).rpartition(self.header_text) if self.header_text else ("", "", "")
+        )
         if not header:
-            raise DataError(f"The conversation has no assistant turn: the chat template writes {self.header_text!r} before it.")
+            raise DataError(
+                f"The conversation has no assistant turn: the chat template writes {self.header_text!r} before it."
+            )
         prompt_ids = self._encode(before + header, control_tokens=True)
         self._check_begin(prompt_ids)
         return RenderedConversation(prompt_ids, self.completion_ids(completion), was_cut)
@@ -139,12 +147,20 @@ class ChatFormat:
         token_ids = token_ids[: -len(after)] if was_cut else token_ids
         if token_ids[-1:] != [self.end_of_turn_id]:
             end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)
-            raise DataError(f"The token ids do not end with {self.end_of_turn_id}, {end!r}, the end of turn where the score is read; add it.")
+            raise DataError(
+                f"The token ids do not end with {self.end_of_turn_id}, {end!r}, the end of turn where the score is read; add it."
+            )
         self._check_begin(token_ids)
         size = len(self.header_ids)
-        starts = [end for end in range(len(token_ids) - 1, size - 1, -1) if token_ids[end - size : end] == self.header_ids] if size else []
+        starts = (
+            [end for end in range(len(token_ids) - 1, size - 1, -1) if token_ids[end - size : end] == self.header_ids]
+            if size
+            else []
+        )
         if not starts:
-            raise DataError(f"The token ids have no assistant turn: the chat template writes {self.header_ids} before it.")
+            raise DataError(
+                f"The token ids have no assistant turn: the chat template writes {self.header_ids} before it."
+            )
         return RenderedConversation(token_ids[: starts[0]], token_ids[starts[0] :], was_cut)
 
     def _check_begin(self, token_ids: list[int]) -> None:
@@ -165,16 +181,24 @@ class ChatFormat:
         try:
             return str(self.tokenizer.apply_chat_template(messages, **arguments))
         except Exception as error:  # jinja raises what the template tells it to
-            raise DataError(f"The chat template of {self.source} refuses these turns ({_roles(messages)}): {error}.") from error
+            raise DataError(
+                f"The chat template of {self.source} refuses these turns ({_roles(messages)}): {error}."
+            ) from error
 
     def _encode_with_inert_contents(self, messages: list[Message], rendered: str) -> list[int]:
         """As prompt_ids, with the template's own pieces and the messages' contents encoded apart, so that contents hold no control token."""
         pieces, written = self._template_pieces(messages)
         contents = [m["content"] for m in messages]
         for candidate in (contents, [content.strip() for content in contents]):
-            filled = [part for piece, content in zip(pieces, [*candidate, ""], strict=False) for part in (piece, content)]
+            filled = [
+                part for piece, content in zip(pieces, [*candidate, ""], strict=False) for part in (piece, content)
+            ]
             if written == list(range(len(messages))) and "".join(filled) == rendered:
-                return [token_id for index, part in enumerate(filled) for token_id in self._encode(part, control_tokens=index % 2 == 0)]
+                return [
+                    token_id
+                    for index, part in enumerate(filled)
+                    for token_id in self._encode(part, control_tokens=index % 2 == 0)
+                ]
         raise DataError(
             f"The chat template of {self.source} rewrites or drops messages, so the special-token text in them cannot be made inert; remove it from the prompt."
         )
@@ -184,14 +208,18 @@ class ChatFormat:
 
         Found in one pass: a request may hold a hundred thousand short messages.
         """
-        marked = self._render([{**m, "content": f"\ue000{index}\ue001"} for index, m in enumerate(messages)], add_generation_prompt=True)
+        marked = self._render(
+            [{**m, "content": f"\ue000{index}\ue001"} for index, m in enumerate(messages)], add_generation_prompt=True
+        )
         parts = re.split("\ue000([0-9]+)\ue001", marked)
         return parts[::2], [int(number) for number in parts[1::2]]
 
     def _refuse_dropped_turns(self, messages: list[Message]) -> None:
         """Two prompts that differ in a turn the template leaves out would have the same ids, and the same scores."""
         _, written = self._template_pieces(messages)
-        dropped = [f"{messages[index]['role']} turn {index}" for index in sorted(set(range(len(messages))) - set(written))]
+        dropped = [
+            f"{messages[index]['role']} turn {index}" for index in sorted(set(range(len(messages))) - set(written))
+        ]
         if dropped:
             raise DataError(
                 f"The chat template of {self.source} leaves out {', '.join(dropped):.{MOST_REPEATED}} of these turns ({_roles(messages)}). "
@@ -203,7 +231,10 @@ class ChatFormat:
         user: list[Message] = [{"role": "user", "content": _PROBE}]
         for turns in (user, [{"role": "system", "content": _PROBE}, *user]):
             try:
-                one, other = (self._render(turns, add_generation_prompt=True, strftime_now=lambda _, day=day: day) for day in ("1 Jan 2001", "2 Feb 2002"))
+                one, other = (
+                    self._render(turns, add_generation_prompt=True, strftime_now=lambda _, day=day: day)
+                    for day in ("1 Jan 2001", "2 Feb 2002")
+                )
             except DataError:
                 continue  # no system turn in this template; one that refuses a single user turn too is refused by what follows
             if one != other:
@@ -214,7 +245,9 @@ class ChatFormat:
 
     def _find_header_text(self) -> str:
         """The text of header_ids, or a little more where several tokens share a character."""
-        rendered = [self._render([{"role": "user", "content": content}], add_generation_prompt=True) for content in _PROBE_ENDS]
+        rendered = [
+            self._render([{"role": "user", "content": content}], add_generation_prompt=True) for content in _PROBE_ENDS
+        ]
         return os.path.commonprefix([text[::-1] for text in rendered])[::-1]
 
     def _find_end_of_turn(self) -> tuple[int, str]:
@@ -224,7 +257,9 @@ class ChatFormat:
             prompt = self._render(turns, add_generation_prompt=True)
             whole = self._render([*turns, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
         except DataError as error:
-            raise ChatTemplateError(f"{error} Use a template that renders one user turn and one assistant turn.") from error
+            raise ChatTemplateError(
+                f"{error} Use a template that renders one user turn and one assistant turn."
+            ) from error
         if not whole.startswith(prompt + _PROBE):
             raise ChatTemplateError(
                 f"The chat template of {self.source} does not continue its own generation prompt: an answer is rendered as "

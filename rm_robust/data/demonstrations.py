@@ -36,12 +36,20 @@ CHATML = (
 def prepare_sft(config: PipelineConfig, run_dir: Path, limits: TokenLimits) -> dict[str, Any]:
     """Commit sft/base (from-scratch runs) and sft/tokens. Returns the counts."""
     layout = RunLayout(run_dir)
-    source = Source("sft", (str(layout.world / "sft.jsonl"),) if config.data.source == "embedded" else tuple(config.data.sft), RowKind.DEMONSTRATION)
+    source = Source(
+        "sft",
+        (str(layout.world / "sft.jsonl"),) if config.data.source == "embedded" else tuple(config.data.sft),
+        RowKind.DEMONSTRATION,
+    )
     if config.model.path is None and not layout.base_model.exists():
         tokenizer = make_tokenizer(_texts(source), vocab_size=config.model.vocab_size)
-        commit_directory(layout.base_model, lambda folder: save_base_model(folder, config.model, tokenizer, seed=config.seed))
+        commit_directory(
+            layout.base_model, lambda folder: save_base_model(folder, config.model, tokenizer, seed=config.seed)
+        )
     chat_dir, resources = Path(layout.base_model_dir(config)), config.data.task_resources
-    report = tokenise_sources([source], chat_dir=chat_dir, out_dir=layout.sft_tokens, limits=limits, task_resources=resources)
+    report = tokenise_sources(
+        [source], chat_dir=chat_dir, out_dir=layout.sft_tokens, limits=limits, task_resources=resources
+    )
     return {"sft": asdict(report)}
 
 
@@ -50,7 +58,9 @@ def _texts(source: Source) -> list[str]:
     texts: list[str] = []
     for path in source.paths:
         if path.startswith(HUB):
-            raise DataError(f"A tokenizer from scratch needs files, got {path}. Set model.path, or download the data set.")
+            raise DataError(
+                f"A tokenizer from scratch needs files, got {path}. Set model.path, or download the data set."
+            )
         for file in list_files(path):
             rows = read_parquet_rows(file) if file.suffix == ".parquet" else map(_json_or_empty, read_lines(file))
             for row in rows:
@@ -60,7 +70,9 @@ def _texts(source: Source) -> list[str]:
                     continue
                 texts += [message["content"] for message in group.prompt] + group.completions
     if not texts:
-        raise DataError(f"No demonstration in {', '.join(source.paths)} can be read: rows need prompt and completion, or messages.")
+        raise DataError(
+            f"No demonstration in {', '.join(source.paths)} can be read: rows need prompt and completion, or messages."
+        )
     return texts
 
 
@@ -84,7 +96,9 @@ def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokeni
         show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, "system\nuser\nassistant\n"], trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=TURN_END, additional_special_tokens=[TURN_START])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=TURN_END, additional_special_tokens=[TURN_START]
+    )
     wrapped.chat_template = CHATML
     return wrapped
 

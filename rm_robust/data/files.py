@@ -41,12 +41,20 @@ def list_files(path: str) -> list[DataFile]:
     try:
         pull_for_reading(path)
         found = filesystem.get_file_info(inner)
-        entries = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)) if found.type == pafs.FileType.Directory else [found]
+        entries = (
+            filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+            if found.type == pafs.FileType.Directory
+            else [found]
+        )
     except Exception as error:  # as in filesystem_of
         raise unreachable(path, error) from error
     if found.type == pafs.FileType.NotFound:
         raise DataError(f"There is no file or folder at {path if is_uri(path) else inner}.")
-    files = [DataFile(path, entry.path, entry.size) for entry in sorted(entries, key=lambda entry: entry.path) if entry.type == pafs.FileType.File]
+    files = [
+        DataFile(path, entry.path, entry.size)
+        for entry in sorted(entries, key=lambda entry: entry.path)
+        if entry.type == pafs.FileType.File
+    ]
     if found.type == pafs.FileType.Directory:
         files = [file for file in files if file.suffix in SUFFIXES]
     if not files or {file.suffix for file in files} - {*SUFFIXES}:
@@ -89,7 +97,9 @@ def read_hub_table(path: str) -> pa.Table:
     try:
         return datasets.load_dataset(name, split=split or "train").with_format("arrow")[:]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path} cannot be loaded: {error}. Check {HUB}owner/name:split, the hub's address (HF_ENDPOINT) and its token (HF_TOKEN).") from error
+        raise DataError(
+            f"{path} cannot be loaded: {error}. Check {HUB}owner/name:split, the hub's address (HF_ENDPOINT) and its token (HF_TOKEN)."
+        ) from error
 
 
 def read_rows(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -24,7 +24,9 @@ def holds_ids(row: Mapping[str, Any]) -> bool:
 
 def parse_id_pair(row: Mapping[str, Any], chat: ChatFormat) -> TokenGroup:
     """The prompt's ids, and chosen's and rejected's. Raises DataError with the reason."""
-    chosen_name, rejected_name = next(names for names in ID_COLUMNS if row.get(names[0]) is not None and row.get(names[1]) is not None)
+    chosen_name, rejected_name = next(
+        names for names in ID_COLUMNS if row.get(names[0]) is not None and row.get(names[1]) is not None
+    )
     chosen, rejected = _ids(row, chosen_name, chat), _ids(row, rejected_name, chat)
     if row.get("prompt_ids") is not None:
         prompt = _ids(row, "prompt_ids", chat)
@@ -39,23 +41,35 @@ def parse_id_pair(row: Mapping[str, Any], chat: ChatFormat) -> TokenGroup:
 def _ids(row: Mapping[str, Any], name: str, chat: ChatFormat) -> list[int]:
     ids, vocabulary = row[name], len(chat.tokenizer)
     if not isinstance(ids, list) or not ids:
-        raise DataError(f"{name} is {'an empty list' if ids == [] else 'a ' + type(ids).__name__}; it must be a list of token ids")
-    foreign = [token for token in ids if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary]
+        raise DataError(
+            f"{name} is {'an empty list' if ids == [] else 'a ' + type(ids).__name__}; it must be a list of token ids"
+        )
+    foreign = [
+        token for token in ids if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary
+    ]
     if foreign:
-        raise DataError(f"{name} holds {foreign[0]!r}, which is no id of the tokenizer in {chat.source} (0 to {vocabulary - 1}); was it made with another?")
+        raise DataError(
+            f"{name} holds {foreign[0]!r}, which is no id of the tokenizer in {chat.source} (0 to {vocabulary - 1}); was it made with another?"
+        )
     if chat.pad_id in ids:
         raise DataError(f"{name} holds the pad token ({chat.pad_id}); give the ids without padding")
     return list(ids)
 
 
-def _split(chosen: list[int], rejected: list[int], chat: ChatFormat, *, names: tuple[str, str]) -> tuple[list[int], list[int], list[int]]:
+def _split(
+    chosen: list[int], rejected: list[int], chat: ChatFormat, *, names: tuple[str, str]
+) -> tuple[list[int], list[int], list[int]]:
     """Cut two conversations after their last assistant header."""
     cuts = [_end_of_last(chat.header_ids, ids) for ids in (chosen, rejected)]
     for name, cut in zip(names, cuts, strict=True):
         if not cut:
-            raise DataError(f"{name} holds no assistant header of {chat.source} {chat.header_ids}; tokenise with its chat template, or give prompt_ids apart")
+            raise DataError(
+                f"{name} holds no assistant header of {chat.source} {chat.header_ids}; tokenise with its chat template, or give prompt_ids apart"
+            )
     if chosen[: cuts[0]] != rejected[: cuts[1]]:
-        raise DataError(f"{names[0]} and {names[1]} differ before their last assistant turn, so they are not two answers to one prompt")
+        raise DataError(
+            f"{names[0]} and {names[1]} differ before their last assistant turn, so they are not two answers to one prompt"
+        )
     return chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :]
 
 
@@ -68,15 +82,23 @@ def _end_of_last(part: list[int], ids: list[int]) -> int:
 def _check_prompt(prompt: list[int], chat: ChatFormat) -> None:
     num_bos = next((index for index, token in enumerate(prompt) if token != chat.tokenizer.bos_token_id), len(prompt))
     if num_bos != len(chat.bos_ids):
-        raise DataError(f"the prompt's ids begin with {num_bos} begin-of-sequence tokens, the template of {chat.source} writes {len(chat.bos_ids)}")
+        raise DataError(
+            f"the prompt's ids begin with {num_bos} begin-of-sequence tokens, the template of {chat.source} writes {len(chat.bos_ids)}"
+        )
     if chat.header_ids and prompt[-len(chat.header_ids) :] != chat.header_ids:
-        raise DataError(f"prompt_ids end in {prompt[-len(chat.header_ids) :]}, not in the assistant header of {chat.source} {chat.header_ids}")
+        raise DataError(
+            f"prompt_ids end in {prompt[-len(chat.header_ids) :]}, not in the assistant header of {chat.source} {chat.header_ids}"
+        )
 
 
 def _check_completion(completion: list[int], name: str, chat: ChatFormat) -> None:
     end = chat.end_of_turn_id
     if end not in completion:
-        raise DataError(f"{name} does not end in the end-of-turn token ({end}), where the score is read; was it truncated?")
+        raise DataError(
+            f"{name} does not end in the end-of-turn token ({end}), where the score is read; was it truncated?"
+        )
     num_after = len(completion) - 1 - completion.index(end)
     if num_after:
-        raise DataError(f"{name} goes on for {num_after} tokens after the end-of-turn token ({end}), where the score is read; cut it there")
+        raise DataError(
+            f"{name} goes on for {num_after} tokens after the end-of-turn token ({end}), where the score is read; cut it there"
+        )

@@ -84,7 +84,12 @@ def check_sources(sources: list[Source]) -> None:
 
 
 def tokenise_sources(
-    sources: list[Source], *, chat_dir: Path, out_dir: Path, limits: TokenLimits, task_resources: Mapping[str, float] | None = None
+    sources: list[Source],
+    *,
+    chat_dir: Path,
+    out_dir: Path,
+    limits: TokenLimits,
+    task_resources: Mapping[str, float] | None = None,
 ) -> TokeniseReport:
     """Run the pipeline and commit `out_dir`. Raises DataError when a source ends empty or too many of its rows are malformed.
 
@@ -97,11 +102,16 @@ def tokenise_sources(
 
     def write(folder: Path) -> None:
         seen = folder if uri_of(out_dir) is None else None
-        rows = [_dataset_of(source, resources, number=number, chat_dir=chat_dir, limits=limits, seen=seen) for number, source in enumerate(sources)]
+        rows = [
+            _dataset_of(source, resources, number=number, chat_dir=chat_dir, limits=limits, seen=seen)
+            for number, source in enumerate(sources)
+        ]
         dataset = rows[0].union(*rows[1:]) if len(rows) > 1 else rows[0]
         staged = folder / "rows"
         with written_by_any_node(staged, out_dir) as (place, filesystem):
-            dataset.write_parquet(place, partition_cols=["scenario"], filesystem=filesystem, ray_remote_args={"resources": resources})
+            dataset.write_parquet(
+                place, partition_cols=["scenario"], filesystem=filesystem, ray_remote_args={"resources": resources}
+            )
         reports.append(_split_kept(staged, folder, sources))
         shutil.rmtree(staged)
         (folder / "report.json").write_text(json.dumps(asdict(reports[0]), indent=2) + "\n")
@@ -111,11 +121,15 @@ def tokenise_sources(
     return reports[0]
 
 
-def _dataset_of(source: Source, resources: dict[str, float], *, number: int, chat_dir: Path, limits: TokenLimits, seen: Path | None) -> Any:
+def _dataset_of(
+    source: Source, resources: dict[str, float], *, number: int, chat_dir: Path, limits: TokenLimits, seen: Path | None
+) -> Any:
     settings = {"source": source, "source_number": number, "chat_dir": str(chat_dir), "limits": limits, "seen": seen}
     parts = [_read(path, resources) for path in source.paths]
     texts = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
-    return texts.map_batches(_tokenise_batch, fn_kwargs=settings, batch_format="pyarrow", batch_size=_BATCH_ROWS, resources=resources)
+    return texts.map_batches(
+        _tokenise_batch, fn_kwargs=settings, batch_format="pyarrow", batch_size=_BATCH_ROWS, resources=resources
+    )
 
 
 def _read(path: str, resources: dict[str, float]) -> Any:
@@ -131,14 +145,21 @@ def _read(path: str, resources: dict[str, float]) -> Any:
         blocks = ray.data.from_arrow(table, override_num_blocks=max(1, math.ceil(table.num_rows / _BATCH_ROWS)))
         return blocks.map_batches(_rows_as_text, batch_format="pyarrow", resources=resources)
     files = list_files(path)
-    pieces = [{"root": f.root, "path": f.path, "start": start} for f in files if f.suffix == ".jsonl" for start in range(0, f.num_bytes, _PART_BYTES)]
+    pieces = [
+        {"root": f.root, "path": f.path, "start": start}
+        for f in files
+        if f.suffix == ".jsonl"
+        for start in range(0, f.num_bytes, _PART_BYTES)
+    ]
     parquet = [f.path for f in files if f.suffix == ".parquet"]
     parts = []
     if pieces:
         items = ray.data.from_items(pieces, override_num_blocks=len(pieces))
         parts.append(items.map_batches(_lines_of_pieces, batch_format="pyarrow", batch_size=None, resources=resources))
     if parquet:
-        tables = ray.data.read_parquet(parquet, filesystem=filesystem_of(path)[0], override_num_blocks=max(2, len(parquet)), resources=resources)
+        tables = ray.data.read_parquet(
+            parquet, filesystem=filesystem_of(path)[0], override_num_blocks=max(2, len(parquet)), resources=resources
+        )
         parts.append(tables.map_batches(_rows_as_text, batch_format="pyarrow", resources=resources))
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
 
@@ -154,7 +175,9 @@ def _rows_as_text(table: pa.Table) -> pa.Table:
     return pa.table({"text": [json.dumps(row, ensure_ascii=False, default=str) for row in table.to_pylist()]})
 
 
-def _tokenise_batch(table: pa.Table, *, source: Source, source_number: int, chat_dir: str, limits: TokenLimits, seen: Path | None) -> pa.Table:
+def _tokenise_batch(
+    table: pa.Table, *, source: Source, source_number: int, chat_dir: str, limits: TokenLimits, seen: Path | None
+) -> pa.Table:
     if seen is not None:
         require_shared(seen)
     if chat_dir not in _chats:  # one tokenizer a worker process
@@ -163,7 +186,9 @@ def _tokenise_batch(table: pa.Table, *, source: Source, source_number: int, chat
     rows = [
         token_row | {"source_number": source_number}
         for text in table["text"].to_pylist()
-        for token_row in tokenise_text(text, scenario=source.scenario, kind=source.kind, chat=_chats[chat_dir], limits=limits, weight=source.weight)
+        for token_row in tokenise_text(
+            text, scenario=source.scenario, kind=source.kind, chat=_chats[chat_dir], limits=limits, weight=source.weight
+        )
     ]
     return pa.Table.from_pylist(rows, schema=STAGED_SCHEMA)
 
@@ -179,8 +204,13 @@ def _split_kept(staged: Path, folder: Path, sources: list[Source]) -> TokeniseRe
         kept_dir.mkdir(exist_ok=True)
         for number, path in enumerate(sorted((staged / f"scenario={scenario}").glob("*.parquet"))):
             table = pq.ParquetFile(path).read()
-            pq.write_table(table.filter(pa.compute.equal(table["drop_reason"], "")).select(TOKEN_SCHEMA.names), kept_dir / f"part-{number:05d}.parquet")
-            for row in table.select(["source_number", "num_rows_read", "drop_reason", "truncation", "row_text"]).to_pylist():
+            pq.write_table(
+                table.filter(pa.compute.equal(table["drop_reason"], "")).select(TOKEN_SCHEMA.names),
+                kept_dir / f"part-{number:05d}.parquet",
+            )
+            for row in table.select(
+                ["source_number", "num_rows_read", "drop_reason", "truncation", "row_text"]
+            ).to_pylist():
                 source = row["source_number"]
                 counts[source]["read"] += row["num_rows_read"]
                 if row["drop_reason"]:
@@ -191,9 +221,24 @@ def _split_kept(staged: Path, folder: Path, sources: list[Source]) -> TokeniseRe
                 what = row["drop_reason"] or row["truncation"]
                 shown[source][_reason(what)] += 1
                 if what and shown[source][_reason(what)] <= _EXAMPLES_PER_REASON:
-                    examples.append({"scenario": scenario, "source": _names(sources[source].paths), "reason": what, "row": row["row_text"]})
+                    examples.append(
+                        {
+                            "scenario": scenario,
+                            "source": _names(sources[source].paths),
+                            "reason": what,
+                            "row": row["row_text"],
+                        }
+                    )
     reports = [
-        SourceReport(source.scenario, source.paths, source.weight, count["read"], count["kept"], count["truncated"], dict(reasons))
+        SourceReport(
+            source.scenario,
+            source.paths,
+            source.weight,
+            count["read"],
+            count["kept"],
+            count["truncated"],
+            dict(reasons),
+        )
         for source, count, reasons in zip(sources, counts, dropped, strict=True)
     ]
     return _summed(reports, examples)
@@ -218,7 +263,14 @@ def _summed(reports: list[SourceReport], examples: list[dict[str, str]]) -> Toke
     for report in reports:
         logger.info(
             "tokenised %s (%s): %d kept of %d rows, dropped %s, truncated %d",
-            *(report.scenario, _names(report.paths), report.num_kept, report.num_read, report.num_dropped, report.num_truncated),
+            *(
+                report.scenario,
+                _names(report.paths),
+                report.num_kept,
+                report.num_read,
+                report.num_dropped,
+                report.num_truncated,
+            ),
         )
     return total
 
@@ -227,10 +279,14 @@ def _refuse_bad_sources(report: TokeniseReport, limits: TokenLimits) -> None:
     for source in report.sources:
         malformed, name = source.num_dropped.get(MALFORMED, 0), f"{source.scenario!r} ({_names(source.paths)})"
         if malformed > limits.max_dropped_fraction * source.num_read:
-            example = next(e for e in report.examples if e["source"] == _names(source.paths) and e["reason"].startswith(MALFORMED))
+            example = next(
+                e for e in report.examples if e["source"] == _names(source.paths) and e["reason"].startswith(MALFORMED)
+            )
             raise DataError(
                 f"{malformed} of {source.num_read} rows of {name} are malformed, more than data.max_dropped_fraction = {limits.max_dropped_fraction}. "
                 f"First: {example['reason']} in {example['row']!r}. Mend the rows, or raise the fraction."
             )
         if not source.num_kept:
-            raise DataError(f"No row of {name} is left of {source.num_read} (dropped: {source.num_dropped}). Check data.max_prompt_tokens and the source.")
+            raise DataError(
+                f"No row of {name} is left of {source.num_read} (dropped: {source.num_dropped}). Check data.max_prompt_tokens and the source."
+            )

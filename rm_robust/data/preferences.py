@@ -42,7 +42,11 @@ def prepare_preferences(config: PipelineConfig, run_dir: Path) -> dict[str, Any]
     found = {"preferences": asdict(report)}
     if prompt_source := rloo_prompt_source(config, layout):
         prompts = tokenise_sources(
-            [prompt_source], chat_dir=Path(layout.sft_model_dir(config)), out_dir=layout.rloo_prompts, limits=limits, task_resources=data.task_resources
+            [prompt_source],
+            chat_dir=Path(layout.sft_model_dir(config)),
+            out_dir=layout.rloo_prompts,
+            limits=limits,
+            task_resources=data.task_resources,
         )
         found["rloo_prompts"] = asdict(prompts)
     return found
@@ -63,7 +67,12 @@ def check_preference_sources(config: PipelineConfig, run_dir: Path) -> None:
 
 
 def token_limits(config: PipelineConfig) -> TokenLimits:
-    return TokenLimits(config.data.max_prompt_tokens, config.data.max_completion_tokens, config.data.max_dropped_fraction, config.data.overlong)
+    return TokenLimits(
+        config.data.max_prompt_tokens,
+        config.data.max_completion_tokens,
+        config.data.max_dropped_fraction,
+        config.data.overlong,
+    )
 
 
 def preference_sources(config: PipelineConfig, layout: RunLayout) -> list[Source]:
@@ -72,13 +81,21 @@ def preference_sources(config: PipelineConfig, layout: RunLayout) -> list[Source
         return [Source(name, (str(layout.scenarios / f"{name}.jsonl"),), RowKind.RANKED) for name in SCENARIO_FILES]
     data = config.data
     train = [Source("train", (entry.path,), RowKind.TRAINING_PAIRS, entry.weight) for entry in data.train]
-    validation = zip(SCENARIO_FILES[1:], (data.in_domain, data.prompt_disjoint, data.response_disjoint, data.mutual_disjoint), strict=True)
+    validation = zip(
+        SCENARIO_FILES[1:],
+        (data.in_domain, data.prompt_disjoint, data.response_disjoint, data.mutual_disjoint),
+        strict=True,
+    )
     return train + [Source(name, tuple(paths), None) for name, paths in validation if paths]
 
 
 def rloo_prompt_source(config: PipelineConfig, layout: RunLayout) -> Source | None:
     """None: the run has no prompts for RLOO and ends before it."""
-    paths = (str(layout.world / "rloo_prompts.jsonl"),) if config.data.source == "embedded" else tuple(config.data.rloo_prompts)
+    paths = (
+        (str(layout.world / "rloo_prompts.jsonl"),)
+        if config.data.source == "embedded"
+        else tuple(config.data.rloo_prompts)
+    )
     return Source("rloo_prompts", paths, RowKind.PROMPT) if paths else None
 
 
@@ -95,14 +112,27 @@ def _build(config: PipelineConfig, layout: RunLayout) -> Scenarios:
     else:
         responses = read_named_responses(config.data.responses)
         unseen_models = set(config.data.unseen_models)
-        validation = choose_validation_prompts(responses, fraction=config.data.validation_prompt_fraction, seed=config.seed)
+        validation = choose_validation_prompts(
+            responses, fraction=config.data.validation_prompt_fraction, seed=config.seed
+        )
     return build_scenarios(responses, unseen_models=unseen_models, validation_prompt_ids=validation, seed=config.seed)
 
 
 def _write_scenarios(folder: Path, scenarios: Scenarios) -> None:
     for name, groups in scenarios.sets.items():
-        rows = [{"prompt_id": g.group_id, "prompt": g.prompt, "completions": g.completions, "gold_scores": g.gold_scores, "models": g.models} for g in groups]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        rows = [
+            {
+                "prompt_id": g.group_id,
+                "prompt": g.prompt,
+                "completions": g.completions,
+                "gold_scores": g.gold_scores,
+                "models": g.models,
+            }
+            for g in groups
+        ]
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     (folder / "manifest.json").write_text(json.dumps(manifest(scenarios), indent=2) + "\n")
 
 

@@ -30,7 +30,11 @@ class RowKind(StrEnum):
     PROMPT = "prompt"
 
 
-ID_COLUMNS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"), ("input_ids_chosen", "input_ids_rejected"))
+ID_COLUMNS = (
+    ("chosen_ids", "rejected_ids"),
+    ("chosen_input_ids", "rejected_input_ids"),
+    ("input_ids_chosen", "input_ids_rejected"),
+)
 """Pre-tokenised pairs as TRL's RewardTrainer names them: today, from 0.24 on, and before."""
 
 
@@ -47,7 +51,10 @@ def kind_of(columns: set[str]) -> RowKind:
 
 
 def is_ranked(columns: set[str]) -> bool:
-    return ({"prompt", "completions"} <= columns and bool({"gold_scores", "ranks"} & columns)) or {"instruction", "all_scores"} <= columns
+    return ({"prompt", "completions"} <= columns and bool({"gold_scores", "ranks"} & columns)) or {
+        "instruction",
+        "all_scores",
+    } <= columns
 
 
 def parse_row(row: Mapping[str, Any], kind: RowKind | None) -> ConversationGroup:
@@ -69,9 +76,13 @@ def parse_pair(row: Mapping[str, Any]) -> ConversationGroup:
     """Chosen first, gold scores 1 and 0."""
     chosen, rejected, prompt = _required(row, "chosen"), _required(row, "rejected"), row.get("prompt")
     if prompt is None and isinstance(chosen, str):
-        raise DataError("chosen is text and there is no prompt, so where the prompt ends is not known; add a prompt column, or give conversations as messages")
+        raise DataError(
+            "chosen is text and there is no prompt, so where the prompt ends is not known; add a prompt column, or give conversations as messages"
+        )
     if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1):
-        prompt, chosen, rejected = _split_conversations(_conversation(chosen, "chosen"), _conversation(rejected, "rejected"))
+        prompt, chosen, rejected = _split_conversations(
+            _conversation(chosen, "chosen"), _conversation(rejected, "rejected")
+        )
     else:
         prompt = as_messages(prompt)
         chosen, rejected = _completion(chosen, "chosen"), _completion(rejected, "rejected")
@@ -90,17 +101,29 @@ def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
     """K >= 2 completions with a gold score each, in the row's order; a rank (1 is the best) is the gold score -rank."""
     if row.get("all_scores") is not None:
         names = sorted(filter(_RELEASED_RESPONSE.fullmatch, row), key=lambda name: int(name.split("_")[1]))
-        prompt, raw_completions, raw_scores = as_messages(_required(row, "instruction")), [row[name] for name in names], _list(row, "all_scores")
+        prompt, raw_completions, raw_scores = (
+            as_messages(_required(row, "instruction")),
+            [row[name] for name in names],
+            _list(row, "all_scores"),
+        )
     else:
-        prompt, raw_completions, raw_scores = as_messages(_required(row, "prompt")), _list(row, "completions"), _raw_scores(row)
+        prompt, raw_completions, raw_scores = (
+            as_messages(_required(row, "prompt")),
+            _list(row, "completions"),
+            _raw_scores(row),
+        )
     completions = [_completion(completion, f"completion {index}") for index, completion in enumerate(raw_completions)]
     gold_scores = [finite_number(score, f"gold score {index}") for index, score in enumerate(raw_scores)]
     if len(completions) != len(gold_scores) or len(completions) < 2:
-        raise DataError(f"{len(completions)} completions with {len(gold_scores)} gold scores or ranks; at least two of each, one for every completion")
+        raise DataError(
+            f"{len(completions)} completions with {len(gold_scores)} gold scores or ranks; at least two of each, one for every completion"
+        )
     models = [""] * len(completions) if row.get("models") is None else [str(model) for model in _list(row, "models")]
     if len(models) != len(completions):
         raise DataError(f"{len(completions)} completions with {len(models)} model names")
-    return ConversationGroup(given_id(row, "prompt_id", [prompt, completions]), prompt, completions, gold_scores, models, None)
+    return ConversationGroup(
+        given_id(row, "prompt_id", [prompt, completions]), prompt, completions, gold_scores, models, None
+    )
 
 
 def parse_demonstration(row: Mapping[str, Any]) -> ConversationGroup:
@@ -109,7 +132,10 @@ def parse_demonstration(row: Mapping[str, Any]) -> ConversationGroup:
         turns = _conversation(row["messages"], "messages")
         prompt, completion = as_messages(turns[:-1]), turns[-1]["content"]
     else:
-        prompt, completion = as_messages(_required(row, "prompt")), _completion(_required(row, "completion"), "completion")
+        prompt, completion = (
+            as_messages(_required(row, "prompt")),
+            _completion(_required(row, "completion"), "completion"),
+        )
     return ConversationGroup(given_id(row, "id", [prompt, [completion]]), prompt, [completion], [0.0], [""], None)
 
 
@@ -121,7 +147,9 @@ def parse_prompt(row: Mapping[str, Any]) -> ConversationGroup:
 
 def finite_number(value: Any, name: str) -> float:
     """`value` as a float. Raises DataError, naming it, for anything that is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # false for NaN too
+    if (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max
+    ):  # false for NaN too
         raise DataError(f"{name} is {value!r}; it must be a finite number")
     return float(value)
 
@@ -164,7 +192,12 @@ def _list(row: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _completion(value: Any, name: str) -> str:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
+    if (
+        isinstance(value, list)
+        and len(value) == 1
+        and isinstance(value[0], dict)
+        and value[0].get("role") == "assistant"
+    ):
         value = value[0].get("content")
     if not isinstance(value, str):
         raise DataError(f"{name} is a {type(value).__name__}; it must be text, or a list of one assistant message")
@@ -172,7 +205,12 @@ def _completion(value: Any, name: str) -> str:
 
 
 def _conversation(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[-1], dict) or value[-1].get("role") != "assistant":
+    if (
+        not isinstance(value, list)
+        or len(value) < 2
+        or not isinstance(value[-1], dict)
+        or value[-1].get("role") != "assistant"
+    ):
         raise DataError(f"{name} must be a list of messages that ends with the assistant's")
     return [*as_messages(value[:-1]), {"role": "assistant", "content": _completion([value[-1]], name)}]
 

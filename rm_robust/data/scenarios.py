@@ -31,11 +31,15 @@ class Scenarios:
     dropped: dict[str, int]
 
 
-def build_scenarios(responses: list[NamedResponse], *, unseen_models: set[str], validation_prompt_ids: set[str], seed: int) -> Scenarios:
+def build_scenarios(
+    responses: list[NamedResponse], *, unseen_models: set[str], validation_prompt_ids: set[str], seed: int
+) -> Scenarios:
     """Build and check all five sets. Raises DataError when a set is empty or not disjoint, or when two prompts have one id."""
     dropped: Counter[str] = Counter()
     by_prompt = _group_by_prompt(responses, dropped)
-    sets: dict[str, list[ConversationGroup]] = {name: [] for name in ("train", "in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")}
+    sets: dict[str, list[ConversationGroup]] = {
+        name: [] for name in ("train", "in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
+    }
     for prompt_id in sorted(by_prompt):
         seen = sorted((r for r in by_prompt[prompt_id] if r.model not in unseen_models), key=lambda r: r.model)
         unseen = sorted((r for r in by_prompt[prompt_id] if r.model in unseen_models), key=lambda r: r.model)
@@ -78,12 +82,16 @@ def check_disjoint(sets: dict[str, list[ConversationGroup]], unseen_models: set[
     """Raise DataError for an empty set, a shared prompt or a model on the wrong side."""
     for name, groups in sets.items():
         if not groups:
-            raise DataError(f"Scenario {name!r} is empty: check unseen_models {sorted(unseen_models)} and the number of responses per prompt.")
+            raise DataError(
+                f"Scenario {name!r} is empty: check unseen_models {sorted(unseen_models)} and the number of responses per prompt."
+            )
     prompts = {name: {_text(group) for group in groups} for name, groups in sets.items()}
     for name in ("prompt_disjoint", "mutual_disjoint"):
         shared = prompts[name] & (prompts["train"] | prompts["in_domain"])
         if shared:
-            raise DataError(f"{len(shared)} prompts of {name!r} are training prompts too, e.g. {sorted(shared)[0][:200]!r}.")
+            raise DataError(
+                f"{len(shared)} prompts of {name!r} are training prompts too, e.g. {sorted(shared)[0][:200]!r}."
+            )
     for name, groups in sets.items():
         wants_unseen = name in ("response_disjoint", "mutual_disjoint")
         wrong = {model for group in groups for model in group.models if (model in unseen_models) != wants_unseen}
@@ -95,7 +103,9 @@ def manifest(scenarios: Scenarios) -> dict[str, dict[str, object]]:
     """Counts, models and content hash of every set, and what was dropped."""
     described: dict[str, dict[str, object]] = {}
     for name, groups in scenarios.sets.items():
-        digest = hashlib.sha256("\n".join(json.dumps(asdict(group), sort_keys=True, ensure_ascii=False) for group in groups).encode())
+        digest = hashlib.sha256(
+            "\n".join(json.dumps(asdict(group), sort_keys=True, ensure_ascii=False) for group in groups).encode()
+        )
         described[name] = {
             "num_groups": len(groups),
             "num_completions": sum(len(group.completions) for group in groups),
@@ -110,7 +120,9 @@ def _group_by_prompt(responses: list[NamedResponse], dropped: Counter[str]) -> d
     for response in responses:
         group = by_prompt.setdefault(response.prompt_id, [])
         if group and group[0].prompt != response.prompt:
-            raise DataError(f"Prompt id {response.prompt_id!r} names two prompts: {group[0].prompt!r} and {response.prompt!r}. Give each its own id.")
+            raise DataError(
+                f"Prompt id {response.prompt_id!r} names two prompts: {group[0].prompt!r} and {response.prompt!r}. Give each its own id."
+            )
         group.append(response)
     first_id: dict[str, str] = {}
     for prompt_id in sorted(by_prompt):
@@ -131,12 +143,16 @@ def _is_tied(pair: list[NamedResponse]) -> bool:
 
 def _pair(prompt_id: str, pair: list[NamedResponse]) -> ConversationGroup:
     better, worse = sorted(pair, key=lambda r: -r.gold_score)
-    return ConversationGroup(prompt_id, better.prompt, [better.completion, worse.completion], [1.0, 0.0], [better.model, worse.model], None)
+    return ConversationGroup(
+        prompt_id, better.prompt, [better.completion, worse.completion], [1.0, 0.0], [better.model, worse.model], None
+    )
 
 
 def _ranked(prompt_id: str, responses: list[NamedResponse]) -> ConversationGroup:
     completions, gold_scores = [r.completion for r in responses], [r.gold_score for r in responses]
-    return ConversationGroup(prompt_id, responses[0].prompt, completions, gold_scores, [r.model for r in responses], None)
+    return ConversationGroup(
+        prompt_id, responses[0].prompt, completions, gold_scores, [r.model for r in responses], None
+    )
 
 
 def _text(group: ConversationGroup) -> str:

@@ -41,7 +41,9 @@ class TokenisedGroup:
 def read_token_groups(folder: Path) -> list[TokenisedGroup]:
     """Every row below `folder`, ordered by group id so that order does not depend on how files were written. Raises DataError when there is none."""
     if not folder.is_dir():
-        raise DataError(f"There are no tokenised rows at {folder}: run the stage that writes them (pipelines/full_rlhf.py runs all).")
+        raise DataError(
+            f"There are no tokenised rows at {folder}: run the stage that writes them (pipelines/full_rlhf.py runs all)."
+        )
     table = pads.dataset(str(folder), format="parquet").to_table()
     if not table.num_rows:
         raise DataError(f"{folder} holds no row: nothing is left to train or evaluate on.")

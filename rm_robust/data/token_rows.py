@@ -65,7 +65,9 @@ class _Group:
     margin: float | None
 
 
-def tokenise_text(text: str, *, scenario: str, kind: RowKind | None, chat: ChatFormat, limits: TokenLimits, weight: float = 1.0) -> list[dict[str, Any]]:
+def tokenise_text(
+    text: str, *, scenario: str, kind: RowKind | None, chat: ChatFormat, limits: TokenLimits, weight: float = 1.0
+) -> list[dict[str, Any]]:
     """One JSON row -> STAGED_SCHEMA rows (but for source_number), at least one; a bad row keeps its reason instead of its tokens."""
     truncation = ""
     try:
@@ -76,7 +78,9 @@ def tokenise_text(text: str, *, scenario: str, kind: RowKind | None, chat: ChatF
         staged = [_dropped(f"{MALFORMED}: {error}")]
     else:
         num_prompt_tokens = len(group.tokens.prompt_ids)
-        prompt_ids = group.tokens.prompt_ids if row_kind is RowKind.PROMPT else fit_prompt(group.tokens.prompt_ids, chat, limits)
+        prompt_ids = (
+            group.tokens.prompt_ids if row_kind is RowKind.PROMPT else fit_prompt(group.tokens.prompt_ids, chat, limits)
+        )
         if len(prompt_ids) < num_prompt_tokens:
             truncation = f"{TRUNCATED}: the last {len(prompt_ids)} of {num_prompt_tokens} tokens are left"
             group = replace(group, tokens=TokenGroup(prompt_ids, group.tokens.completion_ids))
@@ -89,7 +93,12 @@ def tokenise_text(text: str, *, scenario: str, kind: RowKind | None, chat: ChatF
             staged = [_dropped(reason) if reason else _kept(group, weight)]
     for number, token_row in enumerate(staged):
         is_whole = not (token_row["drop_reason"] or truncation)
-        token_row |= {"scenario": scenario, "num_rows_read": int(number == 0), "truncation": truncation, "row_text": "" if is_whole else text[:_MAX_TEXT]}
+        token_row |= {
+            "scenario": scenario,
+            "num_rows_read": int(number == 0),
+            "truncation": truncation,
+            "row_text": "" if is_whole else text[:_MAX_TEXT],
+        }
     return staged
 
 
@@ -100,7 +109,11 @@ def fit_prompt(prompt_ids: list[int], chat: ChatFormat, limits: TokenLimits) -> 
     """
     bos_ids = prompt_ids[: len(chat.bos_ids)]
     num_kept = limits.max_prompt_tokens - len(bos_ids)
-    if limits.overlong is Overlong.DROP or len(prompt_ids) <= limits.max_prompt_tokens or num_kept <= len(chat.header_ids):
+    if (
+        limits.overlong is Overlong.DROP
+        or len(prompt_ids) <= limits.max_prompt_tokens
+        or num_kept <= len(chat.header_ids)
+    ):
         return prompt_ids
     return bos_ids + prompt_ids[-num_kept:]
 
@@ -109,9 +122,13 @@ def _tokenised(row: dict[str, Any], kind: RowKind, chat: ChatFormat) -> _Group:
     if kind is RowKind.PAIR and holds_ids(row):
         tokens = parse_id_pair(row, chat)
         margin, models = margin_and_models(row)
-        return _Group(given_id(row, "pair_id", [tokens.prompt_ids, tokens.completion_ids]), [], tokens, [1.0, 0.0], models, margin)
+        return _Group(
+            given_id(row, "pair_id", [tokens.prompt_ids, tokens.completion_ids]), [], tokens, [1.0, 0.0], models, margin
+        )
     group = parse_row(row, kind)
-    tokens = TokenGroup(chat.prompt_ids(group.prompt), [chat.completion_ids(completion) for completion in group.completions])
+    tokens = TokenGroup(
+        chat.prompt_ids(group.prompt), [chat.completion_ids(completion) for completion in group.completions]
+    )
     return _Group(group.group_id, group.prompt, tokens, group.gold_scores, group.models, group.margin)
 
 
@@ -123,7 +140,14 @@ def _pairs_of_ranking(group: _Group, limits: TokenLimits, weight: float) -> list
         completion_ids = [group.tokens.completion_ids[better], group.tokens.completion_ids[worse]]
         tied = TIED if group.gold_scores[better] == group.gold_scores[worse] else ""
         models = [group.models[better], group.models[worse]]
-        pair = _Group(f"{group.group_id}:{better}>{worse}", group.prompt, TokenGroup(group.tokens.prompt_ids, completion_ids), [1.0, 0.0], models, None)
+        pair = _Group(
+            f"{group.group_id}:{better}>{worse}",
+            group.prompt,
+            TokenGroup(group.tokens.prompt_ids, completion_ids),
+            [1.0, 0.0],
+            models,
+            None,
+        )
         pairs.append(_unusable(completion_ids, limits) or tied or pair)
     num_kept = sum(isinstance(pair, _Group) for pair in pairs)
     return [_dropped(pair) if isinstance(pair, str) else _kept(pair, weight / num_kept) for pair in pairs]
@@ -152,7 +176,15 @@ def _kept(group: _Group, weight: float) -> dict[str, Any]:
 
 
 def _dropped(reason: str) -> dict[str, Any]:
-    empty: dict[str, Any] = {"group_id": "", "prompt_json": "", "prompt_ids": [], "completion_ids": [], "gold_scores": [], "models": [], "margin": None}
+    empty: dict[str, Any] = {
+        "group_id": "",
+        "prompt_json": "",
+        "prompt_ids": [],
+        "completion_ids": [],
+        "gold_scores": [],
+        "models": [],
+        "margin": None,
+    }
     return {**empty, "weight": 0.0, "drop_reason": reason[:_MAX_TEXT]}
 
 

@@ -53,28 +53,41 @@ class Difference:
     p_value: float
 
 
-def estimates(strata: Sequence[Stratum], combine: Combine, *, seed: int, num_resamples: int = NUM_RESAMPLES) -> dict[str, Estimate]:
+def estimates(
+    strata: Sequence[Stratum], combine: Combine, *, seed: int, num_resamples: int = NUM_RESAMPLES
+) -> dict[str, Estimate]:
     """Every figure of `combine` with its CONFIDENCE interval. The same strata and seed give the same resamples: two models' figures may be subtracted."""
     resampled = resampled_figures(strata, combine, seed=seed, num_resamples=num_resamples)
     return {name: Estimate(float(figure_B[0]), *_interval(figure_B)) for name, figure_B in resampled.items()}
 
 
 def differences(
-    strata: Sequence[Stratum], others: Sequence[Stratum], combine: Combine, *, seed: int, num_resamples: int = NUM_RESAMPLES
+    strata: Sequence[Stratum],
+    others: Sequence[Stratum],
+    combine: Combine,
+    *,
+    seed: int,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> dict[str, Difference]:
     """Figures of `strata` minus those of `others`, which hold another model's values of the same prompts: both are resampled alike."""
-    assert [(s.name, list(s.prompt_ids)) for s in strata] == [(s.name, list(s.prompt_ids)) for s in others], "not the same prompts"
+    assert [(s.name, list(s.prompt_ids)) for s in strata] == [(s.name, list(s.prompt_ids)) for s in others], (
+        "not the same prompts"
+    )
     own, other = (resampled_figures(both, combine, seed=seed, num_resamples=num_resamples) for both in (strata, others))
     found = {}
     for name in own:
         difference_B = own[name] - other[name]
         known = difference_B[1:][~np.isnan(difference_B[1:])]
         rarer = min((known <= 0).sum(), (known >= 0).sum())
-        found[name] = Difference(float(difference_B[0]), *_interval(difference_B), p_value=min(1.0, 2 * (rarer + 1) / (len(known) + 1)))
+        found[name] = Difference(
+            float(difference_B[0]), *_interval(difference_B), p_value=min(1.0, 2 * (rarer + 1) / (len(known) + 1))
+        )
     return found
 
 
-def resampled_figures(strata: Sequence[Stratum], combine: Combine, *, seed: int, num_resamples: int) -> dict[str, Array]:
+def resampled_figures(
+    strata: Sequence[Stratum], combine: Combine, *, seed: int, num_resamples: int
+) -> dict[str, Array]:
     """[1 + B] values of every figure: of the data as they are, then of each resample."""
     return combine({stratum.name: _means(stratum, seed=seed, num_resamples=num_resamples) for stratum in strata})
 
@@ -98,13 +111,19 @@ def _means(stratum: Stratum, *, seed: int, num_resamples: int) -> dict[str, Arra
     for name, values in stratum.columns.items():
         value_N = np.asarray(values, dtype=np.float64)
         known_N = ~np.isnan(value_N)
-        sums[name] = np.bincount(prompt_N[known_N], weights=value_N[known_N], minlength=num_prompts).astype(np.float64)  # of nothing it counts integers
+        sums[name] = np.bincount(prompt_N[known_N], weights=value_N[known_N], minlength=num_prompts).astype(
+            np.float64
+        )  # of nothing it counts integers
         counts[name] = np.bincount(prompt_N[known_N], minlength=num_prompts).astype(np.float64)
-    parts: dict[str, list[Array]] = {name: [_ratio(sums[name].sum(keepdims=True), counts[name].sum(keepdims=True))] for name in sums}
+    parts: dict[str, list[Array]] = {
+        name: [_ratio(sums[name].sum(keepdims=True), counts[name].sum(keepdims=True))] for name in sums
+    }
     at_a_time = max(1, _MAX_DRAWN // num_prompts)
     for start in range(0, num_resamples, at_a_time):
         size = min(at_a_time, num_resamples - start)
-        drawn_BQ = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=size).astype(np.float64)
+        drawn_BQ = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=size).astype(
+            np.float64
+        )
         for name in sums:
             parts[name].append(_ratio(drawn_BQ @ sums[name], drawn_BQ @ counts[name]))
     return {name: np.concatenate(own) for name, own in parts.items()}

@@ -94,7 +94,16 @@ class Case:
     def without_texts(self) -> KnownCase:
         texts = json.dumps([self.prompt, self.completions]).encode()
         fingerprint = hashlib.blake2b(texts, digest_size=8).digest()
-        return KnownCase(self.prompt_id, fingerprint, tuple(self.num_characters), tuple(self.gold_scores), self.subset, self.is_pair, self.own_id, self.place)
+        return KnownCase(
+            self.prompt_id,
+            fingerprint,
+            tuple(self.num_characters),
+            tuple(self.gold_scores),
+            self.subset,
+            self.is_pair,
+            self.own_id,
+            self.place,
+        )
 
 
 @dataclass(frozen=True)
@@ -137,13 +146,18 @@ def strata_by_subset(cases: Sequence[CaseFacts], rows: Sequence[Mapping[str, flo
     found: dict[str, list[int]] = {}
     for index, case in enumerate(cases):
         found.setdefault(case.subset, []).append(index)
-    return [stratum(name, [cases[index] for index in own], [rows[index] for index in own]) for name, own in sorted(found.items())]
+    return [
+        stratum(name, [cases[index] for index in own], [rows[index] for index in own])
+        for name, own in sorted(found.items())
+    ]
 
 
 def stratum(name: str, cases: Sequence[CaseFacts], rows: Sequence[Mapping[str, float]]) -> Stratum:
     """With a column for whatever some case has."""
     keys = dict.fromkeys(key for row in rows for key in row)  # of all of them, in the order in which they come
-    return Stratum(name, [case.prompt_id for case in cases], {key: [row.get(key, math.nan) for row in rows] for key in keys})
+    return Stratum(
+        name, [case.prompt_id for case in cases], {key: [row.get(key, math.nan) for row in rows] for key in keys}
+    )
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:

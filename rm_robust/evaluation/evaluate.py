@@ -16,7 +16,14 @@ from typing import Any
 from tqdm import tqdm
 
 from rm_robust.errors import DataError, RefusedInputError, ScoringError
-from rm_robust.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, Estimate, differences, estimates, resampled_figures
+from rm_robust.evaluation.bootstrap import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    Estimate,
+    differences,
+    estimates,
+    resampled_figures,
+)
 from rm_robust.evaluation.cases import Case, CaseFacts, HashedFile, KnownCase, hashed_files, read_cases
 from rm_robust.evaluation.score_log import Outcome, ScoreLog, read_log, require_same
 from rm_robust.evaluation.suites import Suite
@@ -62,8 +69,16 @@ def read_data(what: Evaluation) -> Data:
         raise DataError(f"There are no rows in {', '.join(what.paths)}.")
     files = hashed_files(what.paths)
     subsets = sorted({case.subset for case in cases})
-    texts = hashlib.blake2b(b"".join(case.fingerprint for case in cases), digest_size=16).hexdigest()  # a suite may add some of its own
-    identity = {"suite": what.suite_name, "files": [file.sha256 for file in files], "num_cases": len(cases), "subsets": subsets, "texts": texts}
+    texts = hashlib.blake2b(
+        b"".join(case.fingerprint for case in cases), digest_size=16
+    ).hexdigest()  # a suite may add some of its own
+    identity = {
+        "suite": what.suite_name,
+        "files": [file.sha256 for file in files],
+        "num_cases": len(cases),
+        "subsets": subsets,
+        "texts": texts,
+    }
     data = Data(cases, files, identity)
     if what.against is not None:
         _outcomes_of_other(what.against, data)
@@ -83,11 +98,15 @@ def evaluate(what: Evaluation, data: Data, scorer: Scorer, *, cases_at_a_time: i
     checkpoint changes on the way.
     """
     cases = data.cases
-    checkpoint = _checkpoint_of(scorer, list(islice(read_cases(what.paths, what.suite.parse), CASES_AT_A_TIME)), what)  # before anything is written
+    checkpoint = _checkpoint_of(
+        scorer, list(islice(read_cases(what.paths, what.suite.parse), CASES_AT_A_TIME)), what
+    )  # before anything is written
     what.folder.mkdir(parents=True, exist_ok=True)
     own = {"checkpoint": checkpoint, "leave_out_refused": what.leave_out_refused, "scored_with": dict(what.scored_with)}
     log = ScoreLog(what.folder / SCORES, data.identity | own)
-    with tqdm(desc=f"evaluate {what.suite_name}", unit=" prompts", total=len(cases), initial=len(log.outcomes), mininterval=2) as bar:
+    with tqdm(
+        desc=f"evaluate {what.suite_name}", unit=" prompts", total=len(cases), initial=len(log.outcomes), mininterval=2
+    ) as bar:
         waiting = islice(read_cases(what.paths, what.suite.parse), len(log.outcomes), None)
         while part := list(islice(waiting, cases_at_a_time)):
             _require_unchanged(part, cases[len(log.outcomes) : len(log.outcomes) + len(part)])
@@ -115,16 +134,24 @@ def score_part(scorer: Scorer, cases: Sequence[Case], *, checkpoint: str) -> lis
         if len(cases) == 1:
             return [reply]
         half = len(cases) // 2
-        return score_part(scorer, cases[:half], checkpoint=checkpoint) + score_part(scorer, cases[half:], checkpoint=checkpoint)
+        return score_part(scorer, cases[:half], checkpoint=checkpoint) + score_part(
+            scorer, cases[half:], checkpoint=checkpoint
+        )
     if reply.checkpoint != checkpoint:
-        raise ScoringError(f"The scorer has changed from {checkpoint} to {reply.checkpoint}: scores of two checkpoints cannot be compared. Evaluate again.")
+        raise ScoringError(
+            f"The scorer has changed from {checkpoint} to {reply.checkpoint}: scores of two checkpoints cannot be compared. Evaluate again."
+        )
     return list(reply.scores)
 
 
 def figures_of(suite: Suite, cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> dict[str, Estimate]:
     """A suite's figures with their intervals, of known scores."""
     found = estimates(suite.strata(cases, scores), suite.combine, seed=SEED)
-    without = {name: Estimate(own.value, math.nan, math.nan) for name, own in found.items() if _last_part(name) in suite.without_interval}
+    without = {
+        name: Estimate(own.value, math.nan, math.nan)
+        for name, own in found.items()
+        if _last_part(name) in suite.without_interval
+    }
     return found | without
 
 
@@ -153,7 +180,9 @@ def _require_unchanged(part: Sequence[Case], known: Sequence[KnownCase]) -> None
     """Raises DataError when the files are not those that were read first."""
     for case, expected in zip_longest(part, known):
         if case is None or case.without_texts != expected:
-            raise DataError(f"Case {(case or expected).place} is not what it was a moment ago: a file changed while it was evaluated. Evaluate again.")
+            raise DataError(
+                f"Case {(case or expected).place} is not what it was a moment ago: a file changed while it was evaluated. Evaluate again."
+            )
 
 
 def _no_scores(case: Case, reason: str) -> ScoringError:
@@ -166,14 +195,18 @@ def _outcomes_of_other(folder: Path, data: Data) -> tuple[str, list[Outcome]]:
     found, outcomes = read_log(path)
     require_same(path, found, data.identity)
     if len(outcomes) < len(data.cases):
-        raise DataError(f"{path} has the scores of {len(outcomes)} of {len(data.cases)} cases: finish that evaluation first.")
+        raise DataError(
+            f"{path} has the scores of {len(outcomes)} of {len(data.cases)} cases: finish that evaluation first."
+        )
     _require_scores_of(data.cases, outcomes, path)
     return str(found["checkpoint"]), outcomes
 
 
 def _require_scores_of(cases: Sequence[CaseFacts], outcomes: Sequence[Outcome], path: Path) -> None:
     """Raises DataError when a log does not have one score a completion."""
-    if len(cases) != len(outcomes) or any(len(own) != len(case.gold_scores) for case, own in zip(cases, outcomes, strict=True) if not isinstance(own, str)):
+    if len(cases) != len(outcomes) or any(
+        len(own) != len(case.gold_scores) for case, own in zip(cases, outcomes, strict=True) if not isinstance(own, str)
+    ):
         raise DataError(f"{path} does not have a score for every completion. Delete it, and evaluate again.")
 
 
@@ -189,20 +222,35 @@ def _compared(what: Evaluation, data: Data, outcomes: Sequence[Outcome]) -> dict
     shared = [case for case, _, _ in both]
     found = {}
     if both:
-        strata, others = what.suite.strata(shared, [own for _, own, _ in both]), what.suite.strata(shared, [other for _, _, other in both])
+        strata, others = (
+            what.suite.strata(shared, [own for _, own, _ in both]),
+            what.suite.strata(shared, [other for _, _, other in both]),
+        )
         found = differences(strata, others, what.suite.combine, seed=SEED)
-    kept = {name: _finite(asdict(own)) for name, own in found.items() if _last_part(name) not in what.suite.without_interval}
+    kept = {
+        name: _finite(asdict(own)) for name, own in found.items() if _last_part(name) not in what.suite.without_interval
+    }
     return {"checkpoint": checkpoint, "num_cases": len(both), "differences": kept}
 
 
 def _result(what: Evaluation, data: Data, outcomes: Sequence[Outcome], checkpoint: str) -> dict[str, Any]:
     known = [(case, own) for case, own in zip(data.cases, outcomes, strict=True) if not isinstance(own, str)]
-    refused = [{"case": case.place, "reason": own} for case, own in zip(data.cases, outcomes, strict=True) if isinstance(own, str)]
+    refused = [
+        {"case": case.place, "reason": own}
+        for case, own in zip(data.cases, outcomes, strict=True)
+        if isinstance(own, str)
+    ]
     known_cases, scores = [case for case, _ in known], [own for _, own in known]
     tied = sum(len(set(own)) == 1 for own in scores)
     notes = what.suite.notes(known_cases)
     notes += [f"{len(refused)} of {len(data.cases)} cases have no scores and are left out"] if refused else []
-    notes += [f"the scores of {tied} of {len(scores)} prompts are all equal: the model does not tell their completions apart"] if tied else []
+    notes += (
+        [
+            f"the scores of {tied} of {len(scores)} prompts are all equal: the model does not tell their completions apart"
+        ]
+        if tied
+        else []
+    )
     result: dict[str, Any] = {
         "suite": what.suite_name,
         "checkpoint": checkpoint,

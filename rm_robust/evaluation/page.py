@@ -42,14 +42,33 @@ def write_page(result: dict[str, Any], folder: Path) -> Path:
             )
             if figure is not None
         ]
-    body = [f"<h1>{escape(title)}</h1>", f"<p>Checkpoint <code>{escape(result['checkpoint'])}</code></p>", *(warning(note) for note in result["notes"])]
-    body.append(section("Figures", f"<p>Intervals: {escape(result['interval'])}.</p>", _table(result["figures"]), figure_grid(*pictures)))
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>Checkpoint <code>{escape(result['checkpoint'])}</code></p>",
+        *(warning(note) for note in result["notes"]),
+    ]
+    body.append(
+        section(
+            "Figures",
+            f"<p>Intervals: {escape(result['interval'])}.</p>",
+            _table(result["figures"]),
+            figure_grid(*pictures),
+        )
+    )
     if "against" in result:
         against = result["against"]
         head = f"<p>Minus checkpoint <code>{escape(against['checkpoint'])}</code>, on the {against['num_cases']} cases that both have scores of.</p>"
         body.append(section("Compared", head, _table(against["differences"])))
-    files = "".join(f"<li>{escape(file['path'])}, <code>{escape(file['sha256'])}</code></li>" for file in result["files"])
-    body.append(section("Data and versions", f"<ul>{files}</ul>", f"<p>{escape(', '.join(f'{name} {own}' for name, own in result['versions'].items()))}</p>"))
+    files = "".join(
+        f"<li>{escape(file['path'])}, <code>{escape(file['sha256'])}</code></li>" for file in result["files"]
+    )
+    body.append(
+        section(
+            "Data and versions",
+            f"<ul>{files}</ul>",
+            f"<p>{escape(', '.join(f'{name} {own}' for name, own in result['versions'].items()))}</p>",
+        )
+    )
     path = folder / "report.html"
     write_text_atomic(path, page(title, "\n".join(body)))
     return path
@@ -62,25 +81,42 @@ def reliability_curve(bins: Sequence[Mapping[str, float]]) -> Figure | None:
     figure = Figure(figsize=(WIDTH_INCHES, WIDTH_INCHES * 0.8))
     axes = figure.subplots()
     axes.plot([0.5, 1], [0.5, 1], linestyle="--", color=GREY)
-    axes.plot([own["mean_confidence"] for own in bins], [own["accuracy"] for own in bins], marker="o", color=PROXY_COLOUR)
+    axes.plot(
+        [own["mean_confidence"] for own in bins], [own["accuracy"] for own in bins], marker="o", color=PROXY_COLOUR
+    )
     for own in bins:
-        axes.annotate(f"{own['num_pairs']}", (own["mean_confidence"], own["accuracy"]), textcoords="offset points", xytext=(4, -11), fontsize=7.5)
+        axes.annotate(
+            f"{own['num_pairs']}",
+            (own["mean_confidence"], own["accuracy"]),
+            textcoords="offset points",
+            xytext=(4, -11),
+            fontsize=7.5,
+        )
     axes.set(xlabel="confidence σ(|margin|)", ylabel="share of pairs ordered right", xlim=(0.48, 1.02), ylim=(0, 1.05))
     return figure
 
 
 def best_of_n_curve(figures: Mapping[str, Mapping[str, float | None]]) -> Figure | None:
     """Gold against the KL divergence of best of n, log n − (n − 1)/n (Stiennon et al. 2020, appendix G.3)."""
-    points = {int(name.rpartition("_")[2]): own for name, own in figures.items() if name.startswith("all.best_of_") and own["value"] is not None}
+    points = {
+        int(name.rpartition("_")[2]): own
+        for name, own in figures.items()
+        if name.startswith("all.best_of_") and own["value"] is not None
+    }
     if len(points) < 2:
         return None
     counts = sorted(points)
     divergences = [math.log(n) - (n - 1) / n for n in counts]
     values = [float(points[n]["value"] or 0.0) for n in counts]
-    lows, highs = ([float(value if (bound := points[n][side]) is None else bound) for n, value in zip(counts, values, strict=True)] for side in ("low", "high"))
+    lows, highs = (
+        [float(value if (bound := points[n][side]) is None else bound) for n, value in zip(counts, values, strict=True)]
+        for side in ("low", "high")
+    )
     figure = Figure(figsize=(WIDTH_INCHES, WIDTH_INCHES * 0.8))
     axes = figure.subplots()
-    errors = np.array([np.subtract(values, lows), np.subtract(highs, values)])  # a percentile interval need not hold the value
+    errors = np.array(
+        [np.subtract(values, lows), np.subtract(highs, values)]
+    )  # a percentile interval need not hold the value
     axes.errorbar(divergences, values, yerr=errors.clip(min=0), marker="o", capsize=3, color=GOLD_COLOUR)
     for n, divergence, value in zip(counts, divergences, values, strict=True):
         axes.annotate(f"n = {n}", (divergence, value), textcoords="offset points", xytext=(6, -11), fontsize=7.5)
@@ -108,8 +144,14 @@ def _table(figures: Mapping[str, Mapping[str, float | None]]) -> str:
     """A row a figure; a p-value where there is one."""
     has_p_value = any("p_value" in own for own in figures.values())
     columns = ["value", "low", "high", *(["p_value"] if has_p_value else [])]
-    head = "<tr><th>Figure</th>" + "".join(f'<th class="number">{name.replace("_", "-")}</th>' for name in columns) + "</tr>"
-    rows = ["".join(f'<td class="number">{_number(own.get(name))}</td>' for name in columns) for own in figures.values()]
+    head = (
+        "<tr><th>Figure</th>"
+        + "".join(f'<th class="number">{name.replace("_", "-")}</th>' for name in columns)
+        + "</tr>"
+    )
+    rows = [
+        "".join(f'<td class="number">{_number(own.get(name))}</td>' for name in columns) for own in figures.values()
+    ]
     body = "".join(f"<tr><td>{escape(name)}</td>{cells}</tr>" for name, cells in zip(figures, rows, strict=True))
     return f'<div class="wide"><table>{head}{body}</table></div>'
 

@@ -47,7 +47,9 @@ def parse(row: Mapping[str, Any], *, by: str | None) -> Case:
     subset = next((str(row[column]) for column in columns if row.get(column) is not None), UNNAMED)
     if subset == ALL:
         raise DataError(f"a subset may not be called {ALL!r}, which stands for all rows")
-    return Case(group.prompt, group.completions, group.gold_scores, subset, is_pair=resolved_kind(row, None) is RowKind.PAIR)
+    return Case(
+        group.prompt, group.completions, group.gold_scores, subset, is_pair=resolved_kind(row, None) is RowKind.PAIR
+    )
 
 
 def strata(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
@@ -81,7 +83,11 @@ def reliability(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -
             confidence = _sigmoid(abs(own[0] - own[1]))
             bins.setdefault(_bin_of(confidence), []).append((confidence, float(own[0] > own[1])))
     rows = [
-        {"num_pairs": len(members), "mean_confidence": _mean([own for own, _ in members]), "accuracy": _mean([right for _, right in members])}
+        {
+            "num_pairs": len(members),
+            "mean_confidence": _mean([own for own, _ in members]),
+            "accuracy": _mean([right for _, right in members]),
+        }
         for _, members in sorted(bins.items())
     ]
     return {"reliability": rows} if rows else {}
@@ -109,7 +115,9 @@ def _of_pair(case: CaseFacts, scores: Sequence[float]) -> dict[str, float]:
 
 
 def _of_ranking(case: CaseFacts, scores: Sequence[float]) -> dict[str, float]:
-    outcomes = {} if len(set(case.gold_scores)) == 1 else {"kendall_tau": kendall_tau_b(list(scores), list(case.gold_scores))}
+    outcomes = (
+        {} if len(set(case.gold_scores)) == 1 else {"kendall_tau": kendall_tau_b(list(scores), list(case.gold_scores))}
+    )
     return outcomes | {f"best_of_{n}": best_of_n(scores, case.gold_scores, n) for n in _powers_of_two(len(scores))}
 
 

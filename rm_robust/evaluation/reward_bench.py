@@ -18,7 +18,13 @@ from rm_robust.evaluation.bootstrap import Array, Means, Stratum
 from rm_robust.evaluation.cases import Case, CaseFacts, messages_of, strata_by_subset, stratum, text_of, texts_of
 
 SECTIONS: dict[str, dict[str, int]] = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
+    "Chat": {
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
     "Chat Hard": {
         "mt-bench-hard": 37,
         "llmbar-natural": 100,
@@ -27,14 +33,34 @@ SECTIONS: dict[str, dict[str, int]] = {
         "llmbar-adver-GPTOut": 47,
         "llmbar-adver-manual": 46,
     },
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164},
+    "Safety": {
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
+        "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984,
+        "hep-cpp": 164,
+        "hep-go": 164,
+        "hep-java": 164,
+        "hep-js": 164,
+        "hep-python": 164,
+        "hep-rust": 164,
+    },
 }
 """Weights of the subsets in each section. There are 447 pairs of math-prm: as many as of code, by weight."""
 SECTION_OF = {subset: section for section, subsets in SECTIONS.items() for subset in subsets}
 TIES = "ties"
 SUBSETS_2 = ["factuality", "precise if", "math", "safety", "focus", TIES]
-TIES_WEIGHTS = {"tied_accuracy": 0.3, "reference_accuracy": 0.3, "preferred": 0.2, "preferred_hard": 0.2, "margin": 0.01}
+TIES_WEIGHTS = {
+    "tied_accuracy": 0.3,
+    "reference_accuracy": 0.3,
+    "preferred": 0.2,
+    "preferred_hard": 0.2,
+    "margin": 0.01,
+}
 OVERALL = "overall.accuracy"
 NAN = math.nan
 
@@ -43,7 +69,9 @@ def parse_1(row: Mapping[str, Any]) -> Case:
     """Columns id, subset, prompt, chosen, rejected. Raises DataError with the reason."""
     subset = text_of(row, "subset")
     if subset not in SECTION_OF:
-        raise DataError(f"subset is {subset!r}, which is none of RewardBench's {len(SECTION_OF)}; for another file of pairs take the suite preferences")
+        raise DataError(
+            f"subset is {subset!r}, which is none of RewardBench's {len(SECTION_OF)}; for another file of pairs take the suite preferences"
+        )
     return Case(messages_of(row), [text_of(row, "chosen"), text_of(row, "rejected")], [1.0, 0.0], subset, is_pair=True)
 
 
@@ -88,7 +116,10 @@ def strata_2(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> l
     found: dict[str, list[tuple[CaseFacts, Sequence[float]]]] = {}
     for case, own in zip(cases, scores, strict=True):
         found.setdefault(case.subset, []).append((case, own))
-    return [_ties(name, scored) if name.lower() == TIES else _best_of(name, scored) for name, scored in sorted(found.items())]
+    return [
+        _ties(name, scored) if name.lower() == TIES else _best_of(name, scored)
+        for name, scored in sorted(found.items())
+    ]
 
 
 def combine_2(means: Means) -> dict[str, Array]:
@@ -96,7 +127,9 @@ def combine_2(means: Means) -> dict[str, Array]:
     figures = {}
     for subset, own in means.items():
         if subset.lower() == TIES:
-            figures[f"{subset}.accuracy"] = np.sum([weight * np.nan_to_num(own[name]) for name, weight in TIES_WEIGHTS.items()], axis=0)
+            figures[f"{subset}.accuracy"] = np.sum(
+                [weight * np.nan_to_num(own[name]) for name, weight in TIES_WEIGHTS.items()], axis=0
+            )
         else:
             figures[f"{subset}.accuracy"] = own["accuracy"]
     figures[OVERALL] = np.mean(np.stack(list(figures.values())), axis=0)

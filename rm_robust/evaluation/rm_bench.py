@@ -25,7 +25,9 @@ def parse(row: Mapping[str, Any]) -> Case:
     """Columns id, domain, prompt, chosen, rejected. Raises DataError with the reason."""
     chosen, rejected = texts_of(row, "chosen"), texts_of(row, "rejected")
     if not len(chosen) == len(rejected) == NUM_STYLES:
-        raise DataError(f"RM-Bench has {NUM_STYLES} styles of chosen and of rejected, this row {len(chosen)} and {len(rejected)}")
+        raise DataError(
+            f"RM-Bench has {NUM_STYLES} styles of chosen and of rejected, this row {len(chosen)} and {len(rejected)}"
+        )
     part = text_of(row, "domain")
     if PARTS.get(part, part) not in DOMAINS:
         raise DataError(f"domain is {part!r}; known are chat, math, code, {', '.join(PARTS)}")
@@ -56,7 +58,9 @@ def style_matrix(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) 
     """Share of prompts on which chosen of style i beats rejected of style j, [i][j], averaged over domains as `overall` is."""
     by_domain: dict[str, dict[str, list[Array]]] = {}
     for case, own in zip(cases, scores, strict=True):
-        by_domain.setdefault(PARTS.get(case.subset, case.subset), {}).setdefault(case.subset, []).append(_right(own).astype(np.float64))
+        by_domain.setdefault(PARTS.get(case.subset, case.subset), {}).setdefault(case.subset, []).append(
+            _right(own).astype(np.float64)
+        )
     domains = [_mean([_mean(cells) for cells in parts.values()]) for parts in by_domain.values()]
     return {"style_matrix": _mean(domains).tolist()} if domains else {}
 
@@ -64,14 +68,20 @@ def style_matrix(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) 
 def notes(cases: Sequence[CaseFacts]) -> list[str]:
     """What the figures are not."""
     present = {PARTS.get(case.subset, case.subset) for case in cases}
-    missing = [domain for domain in DOMAINS if domain not in present] + [part for part in PARTS if part not in {case.subset for case in cases}]
+    missing = [domain for domain in DOMAINS if domain not in present] + [
+        part for part in PARTS if part not in {case.subset for case in cases}
+    ]
     return [f"not the full benchmark: there is no {', no '.join(missing)}"] if missing else []
 
 
 def _difficulties(scores: Sequence[float]) -> dict[str, float]:
     right_IJ = _right(scores)
     i_IJ, j_IJ = np.indices(right_IJ.shape)
-    return {"hard": float(right_IJ[i_IJ < j_IJ].mean()), "normal": float(right_IJ[i_IJ == j_IJ].mean()), "easy": float(right_IJ[i_IJ > j_IJ].mean())}
+    return {
+        "hard": float(right_IJ[i_IJ < j_IJ].mean()),
+        "normal": float(right_IJ[i_IJ == j_IJ].mean()),
+        "easy": float(right_IJ[i_IJ > j_IJ].mean()),
+    }
 
 
 def _right(scores: Sequence[float]) -> NDArray[np.bool_]:

@@ -23,18 +23,26 @@ logger = logging.getLogger(__name__)
 _CHUNK = 64
 
 
-def evaluate_scenarios(config: PipelineConfig, run_dir: Path, *, device: str) -> dict[str, dict[str, str | int | float]]:
+def evaluate_scenarios(
+    config: PipelineConfig, run_dir: Path, *, device: str
+) -> dict[str, dict[str, str | int | float]]:
     """Score every scenario that the run has; writes evaluation.json and evaluation/scores.parquet. Raises DataError when there is none."""
     layout = RunLayout(pull(run_dir))
     longest = config.data.max_prompt_tokens + config.data.max_completion_tokens
-    scorer = RewardScorer.load(layout.reward_model_checkpoint, device=device, dtype="float32", max_length_tokens=longest)
+    scorer = RewardScorer.load(
+        layout.reward_model_checkpoint, device=device, dtype="float32", max_length_tokens=longest
+    )
     present = [name for name in SCENARIOS if (layout.preference_tokens / f"scenario={name}").is_dir()]
     if not present:
-        raise DataError(f"{layout.preference_tokens} holds none of {', '.join(SCENARIOS)}: there is nothing to evaluate on.")
+        raise DataError(
+            f"{layout.preference_tokens} holds none of {', '.join(SCENARIOS)}: there is nothing to evaluate on."
+        )
     table: dict[str, dict[str, str | int | float]] = {}
     rows: list[dict[str, str | int | float]] = []
     for scenario in present:
-        groups = read_token_groups(layout.preference_tokens / f"scenario={scenario}")[: config.evaluation.max_prompts_per_scenario]
+        groups = read_token_groups(layout.preference_tokens / f"scenario={scenario}")[
+            : config.evaluation.max_prompts_per_scenario
+        ]
         scored: list[ScoredGroup] = []
         for start in tqdm(range(0, len(groups), _CHUNK), desc=f"evaluate {scenario}", mininterval=5):
             chunk = [group.tokens for group in groups[start : start + _CHUNK]]
@@ -42,7 +50,14 @@ def evaluate_scenarios(config: PipelineConfig, run_dir: Path, *, device: str) ->
         result = scenario_result(groups, [s.scores for s in scored])
         table[scenario] = asdict(result)
         rows += _score_rows(scenario, groups, scored)
-        logger.info("evaluation %s: %s %.4f over %d prompts (%d undefined)", scenario, result.metric, result.value, result.num_prompts, result.num_undefined)
+        logger.info(
+            "evaluation %s: %s %.4f over %d prompts (%d undefined)",
+            scenario,
+            result.metric,
+            result.value,
+            result.num_prompts,
+            result.num_undefined,
+        )
     layout.evaluation_scores.parent.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), layout.evaluation_scores)
     put_file(layout.evaluation_scores)
@@ -57,7 +72,9 @@ def scenario_result(groups: list[TokenisedGroup], scores: list[list[float]]) -> 
     return mean_kendall_tau(scores, [group.gold_scores for group in groups])
 
 
-def _score_rows(scenario: str, groups: list[TokenisedGroup], scored: list[ScoredGroup]) -> list[dict[str, str | int | float]]:
+def _score_rows(
+    scenario: str, groups: list[TokenisedGroup], scored: list[ScoredGroup]
+) -> list[dict[str, str | int | float]]:
     return [
         {
             "scenario": scenario,

@@ -31,7 +31,10 @@ class ScoreLog:
     def append(self, outcomes: Sequence[Outcome]) -> None:
         start = len(self.outcomes)
         lines = [
-            json.dumps({"case": start + index} | ({"refused": outcome} if isinstance(outcome, str) else {"scores": outcome})) + "\n"
+            json.dumps(
+                {"case": start + index} | ({"refused": outcome} if isinstance(outcome, str) else {"scores": outcome})
+            )
+            + "\n"
             for index, outcome in enumerate(outcomes)
         ]
         with self._path.open("a") as file:
@@ -46,18 +49,28 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
     if not path.exists():
         raise DataError(f"There is no {path}: an evaluation writes it into its --out folder.")
     try:
-        head, *records = (json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
+        head, *records = (
+            json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+        )
         identity, numbers = head["evaluation"], [record["case"] for record in records]
         outcomes = [record["refused"] if "refused" in record else record["scores"] for record in records]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no log of scores ({type(error).__name__}: {error}). Delete it, and evaluate again.") from error
+        raise DataError(
+            f"{path} is no log of scores ({type(error).__name__}: {error}). Delete it, and evaluate again."
+        ) from error
     if numbers != list(range(len(numbers))):
-        raise DataError(f"{path} has its cases out of order: two evaluations wrote it at once. Delete it, and evaluate again.")
+        raise DataError(
+            f"{path} has its cases out of order: two evaluations wrote it at once. Delete it, and evaluate again."
+        )
     return identity, outcomes
 
 
 def require_same(path: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises DataError naming what differs."""
-    differing = [f"{key} was {found.get(key)!r}, is {value!r}" for key, value in identity.items() if found.get(key) != value]
+    differing = [
+        f"{key} was {found.get(key)!r}, is {value!r}" for key, value in identity.items() if found.get(key) != value
+    ]
     if differing:
-        raise DataError(f"{path} holds the scores of another evaluation: {'; '.join(differing)}. Name another folder, or delete this one.")
+        raise DataError(
+            f"{path} holds the scores of another evaluation: {'; '.join(differing)}. Name another folder, or delete this one."
+        )

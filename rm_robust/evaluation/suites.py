@@ -40,7 +40,9 @@ def preferences_by(column: str | None) -> Suite:
 
 SUITES: dict[str, Suite] = {
     "preferences": preferences_by(None),
-    "constant_answers": Suite(constant_answers.parse, constant_answers.strata, constant_answers.combine, details=constant_answers.answers),
+    "constant_answers": Suite(
+        constant_answers.parse, constant_answers.strata, constant_answers.combine, details=constant_answers.answers
+    ),
     "rm_bench": Suite(rm_bench.parse, rm_bench.strata, rm_bench.combine, rm_bench.notes, rm_bench.style_matrix),
     "reward_bench": Suite(reward_bench.parse_1, reward_bench.strata_1, reward_bench.combine_1, reward_bench.notes_1),
     "reward_bench_2": Suite(reward_bench.parse_2, reward_bench.strata_2, reward_bench.combine_2, reward_bench.notes_2),

@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m rm_robust.models.adopt",
         description="Make a checkpoint that can be served from a reward model's Hugging Face directory. Needs as much memory as the model in bfloat16.",
     )
-    parser.add_argument("source", type=Path, help="local directory: config.json, safetensors, tokenizer with its chat template")
+    parser.add_argument(
+        "source", type=Path, help="local directory: config.json, safetensors, tokenizer with its chat template"
+    )
     parser.add_argument("target", type=Path, help="the checkpoint to write; must not exist")
     parsed = parser.parse_args(arguments)
     try:
@@ -35,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RmRobustError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{parsed.target} is a reward-model checkpoint: {manifest.content_sha256}, template {manifest.template_sha256}")
+    print(
+        f"{parsed.target} is a reward-model checkpoint: {manifest.content_sha256}, template {manifest.template_sha256}"
+    )
     return 0
 
 
@@ -57,7 +61,9 @@ def adopt(source: Path, target: Path) -> Manifest:
             copy.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(path.resolve(), copy)  # the hub's cache holds symbolic links
 
-    return commit_checkpoint(target, write, kind="reward_model", template_sha256=chat.template_sha256, training={"adopted_from": str(source)})
+    return commit_checkpoint(
+        target, write, kind="reward_model", template_sha256=chat.template_sha256, training={"adopted_from": str(source)}
+    )
 
 
 def check_scored_position(source: Path, chat: ChatFormat) -> None:

@@ -19,7 +19,9 @@ ONE_SCORE = "ForSequenceClassification"
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
-def load_packed_reward_model(checkpoint_dir: Path, chat: ChatFormat, *, dtype: torch.dtype, device: torch.device) -> ScoringModel:
+def load_packed_reward_model(
+    checkpoint_dir: Path, chat: ChatFormat, *, dtype: torch.dtype, device: torch.device
+) -> ScoringModel:
     """The model that config.json names, ready to score on `device`. Raises CheckpointError for one that is not known or not whole."""
     if known_architecture(checkpoint_dir) == armorm.ARCHITECTURE:
         multi_objective = load_armorm(checkpoint_dir, chat, dtype=dtype)
@@ -48,7 +50,9 @@ def known_architecture(checkpoint_dir: Path) -> str:
         )
     tokenizer = checkpoint_dir / "tokenizer_config.json"
     if tokenizer.is_file() and "auto_map" in read_json(tokenizer):
-        raise CheckpointError(f"The tokenizer in {checkpoint_dir} brings its own code, which is never run here. Save it as a fast tokenizer of transformers.")
+        raise CheckpointError(
+            f"The tokenizer in {checkpoint_dir} brings its own code, which is never run here. Save it as a fast tokenizer of transformers."
+        )
     pickled = [str(path.relative_to(checkpoint_dir)) for path in files if path.suffix in PICKLED]
     if pickled:
         raise CheckpointError(
@@ -62,17 +66,25 @@ def known_architecture(checkpoint_dir: Path) -> str:
 def require_own_weights(checkpoint_dir: Path) -> None:
     """Raises CheckpointError where weights would be read that the look at the files, and the manifest's hash, leave out."""
     if (checkpoint_dir / "adapter_config.json").exists():  # transformers follows it to the base model that it names
-        raise CheckpointError(f"{checkpoint_dir} holds an adapter (adapter_config.json), not a whole model. Merge it into its base, and save that.")
+        raise CheckpointError(
+            f"{checkpoint_dir} holds an adapter (adapter_config.json), not a whole model. Merge it into its base, and save that."
+        )
     files = visible_files(checkpoint_dir)
     own = {path.relative_to(checkpoint_dir).as_posix() for path in files if path.suffix == ".safetensors"}
     for index in [path for path in files if path.name.endswith(".index.json")]:
         named = {str(name) for name in read_json(index).get("weight_map", {}).values()}
-        others = sorted(name for name in named - own if (checkpoint_dir / name).is_file())  # one that is missing is the loader's to refuse
+        others = sorted(
+            name for name in named - own if (checkpoint_dir / name).is_file()
+        )  # one that is missing is the loader's to refuse
         if others:
-            raise CheckpointError(f"{index} names weights that are no safetensors files of this directory: {', '.join(others)}. Put them into it.")
+            raise CheckpointError(
+                f"{index} names weights that are no safetensors files of this directory: {', '.join(others)}. Put them into it."
+            )
 
 
 def visible_files(folder: Path) -> list[Path]:
     """Every file below, without those that tools hide there (.git, .cache)."""
-    paths = [path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths = [
+        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     return sorted(path for path in paths if path.is_file())

@@ -52,7 +52,9 @@ class GateConfig:
         for name, value in values.items():
             is_number = isinstance(value, int) or (name == "gating_temperature" and isinstance(value, float))
             if not is_number or not value > 0:
-                raise CheckpointError(f"{checkpoint_dir}/config.json has {name} = {value!r}; it must be a positive number. Restore the published file.")
+                raise CheckpointError(
+                    f"{checkpoint_dir}/config.json has {name} = {value!r}; it must be a positive number. Restore the published file."
+                )
         return cls(*values.values())
 
 
@@ -125,7 +127,9 @@ def gate_index(batch: PackedBatch, header_ids_L: Tensor) -> Tensor:
     start_N = prompt_end_N - (len(header_ids_L) - 1)
     columns_NL = start_N[:, None] + torch.arange(len(header_ids_L), device=start_N.device)
     is_header_N = (batch.input_ids_RT.flatten()[columns_NL.clamp_min(0)] == header_ids_L).all(1)
-    is_header_N &= batch.position_ids_RT.flatten()[prompt_end_N] >= len(header_ids_L) - 1  # or it would begin in what lies before the prompt
+    is_header_N &= (
+        batch.position_ids_RT.flatten()[prompt_end_N] >= len(header_ids_L) - 1
+    )  # or it would begin in what lies before the prompt
     if not is_header_N.all():
         others = (~is_header_N).nonzero().flatten().tolist()
         raise ScoringError(
@@ -148,7 +152,8 @@ def load_armorm(checkpoint_dir: Path, chat: ChatFormat, *, dtype: torch.dtype) -
     state: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            state |= {name: file.get_tensor(name).to(dtype if name.startswith("model.") else torch.float32) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                state[name] = file.get_tensor(name).to(dtype if name.startswith("model.") else torch.float32)
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # computed from the config, never stored
     return model.eval()
@@ -166,7 +171,9 @@ def _check_header(checkpoint_dir: Path, chat: ChatFormat) -> None:
 
 def _weight_files(checkpoint_dir: Path) -> list[Path]:
     index = checkpoint_dir / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    )
     missing = [name for name in names if not (checkpoint_dir / name).is_file()]
     if missing:
         raise CheckpointError(f"{checkpoint_dir} lacks {missing}. Download or copy the whole model.")
@@ -178,12 +185,28 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}). Download or copy it again.") from error
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}). Download or copy it again."
+        ) from error
 
 
 def _compare_weights(checkpoint_dir: Path, expected: dict[str, list[int]], found: dict[str, list[int]]) -> None:
-    other = [f"{name} {found[name]} instead of {shape}" for name, shape in expected.items() if name in found and found[name] != shape]
-    problems = {"missing": sorted(expected.keys() - found.keys()), "unexpected": sorted(found.keys() - expected.keys()), "of another shape": other}
-    named = [f"{len(names)} {problem}: {', '.join(names[:5])}{', …' if names[5:] else ''}" for problem, names in problems.items() if names]
+    other = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": other,
+    }
+    named = [
+        f"{len(names)} {problem}: {', '.join(names[:5])}{', …' if names[5:] else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
     if named:
-        raise CheckpointError(f"{checkpoint_dir} is not the {ARCHITECTURE} that its config.json says. Weights {'; '.join(named)}. Nothing is made up for them.")
+        raise CheckpointError(
+            f"{checkpoint_dir} is not the {ARCHITECTURE} that its config.json says. Weights {'; '.join(named)}. Nothing is made up for them."
+        )

@@ -67,7 +67,9 @@ class Family:
 def families(segments: tuple[Segment, ...], queries: tuple[slice, ...]) -> Iterator[Family]:
     heads = [number for number, s in enumerate(segments) if s.prompt_start == s.prompt_end]
     for at, after in zip(heads, [*heads[1:], len(segments)], strict=True):
-        assert all(s.prompt_start == segments[at].start for s in segments[at + 1 : after]), "a completion stands beside another prompt"
+        assert all(s.prompt_start == segments[at].start for s in segments[at + 1 : after]), (
+            "a completion stands beside another prompt"
+        )
         yield Family(segments[at], segments[at + 1 : after], queries[at:after])
 
 
@@ -84,7 +86,15 @@ class SegmentAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], queries: tuple[slice, ...], scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: tuple[Segment, ...],
+        queries: tuple[slice, ...],
+        scale: float,
+    ) -> Tensor:
         outs, normalisers = [], []
         for family in families(segments, queries):
             for s, columns in family.parts:
@@ -95,7 +105,11 @@ class SegmentAttention(torch.autograd.Function):
             if family.others:
                 own, own_normaliser = (torch.cat(parts[-len(family.others) :], 2) for parts in (outs, normalisers))
                 seen, seen_normaliser = flash(
-                    *(query[:, :, family.queries_of_others], key[:, :, family.prompt], value[:, :, family.prompt]), 0.0, False, attn_mask=None, scale=scale
+                    *(query[:, :, family.queries_of_others], key[:, :, family.prompt], value[:, :, family.prompt]),
+                    0.0,
+                    False,
+                    attn_mask=None,
+                    scale=scale,
                 )
                 share_of_own = torch.sigmoid(own_normaliser - seen_normaliser)[..., None]
                 outs[-len(family.others) :] = [torch.lerp(seen.float(), own.float(), share_of_own).to(query.dtype)]
@@ -113,7 +127,14 @@ class SegmentAttention(torch.autograd.Function):
 
         def add(columns: slice, keys: slice, *, is_causal: bool) -> None:
             parts = flash_backward(
-                *(gradient[:, :, columns], query[:, :, columns], key[:, :, keys], value[:, :, keys], whole[:, :, columns], normaliser[:, :, columns]),
+                *(
+                    gradient[:, :, columns],
+                    query[:, :, columns],
+                    key[:, :, keys],
+                    value[:, :, keys],
+                    whole[:, :, columns],
+                    normaliser[:, :, columns],
+                ),
                 *(0.0, is_causal),
                 attn_mask=None,
                 scale=ctx.scale,
@@ -129,7 +150,15 @@ class SegmentAttention(torch.autograd.Function):
         return *(total.to(query.dtype) for total in totals), None, None, None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], queries: tuple[slice, ...], *, scale: float) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[Segment, ...],
+    queries: tuple[slice, ...],
+    *,
+    scale: float,
+) -> Tensor:
     """query [1, heads, Q, D], key and value [1, kv_heads, T, D] -> [1, Q, heads, D]."""
     query, key, value = of_autocast(query, key, value)
     repeat = query.shape[1] // key.shape[1]
@@ -157,7 +186,11 @@ def segment_attention(
 def of_autocast(*parts: Tensor) -> tuple[Tensor, ...]:
     """In autocast's dtype, which kernels called by name do not get by themselves: rotary positions have made queries and keys float32."""
     device = parts[0].device.type
-    return tuple(part.to(torch.get_autocast_dtype(device)) for part in parts) if torch.is_autocast_enabled(device) else parts
+    return (
+        tuple(part.to(torch.get_autocast_dtype(device)) for part in parts)
+        if torch.is_autocast_enabled(device)
+        else parts
+    )
 
 
 def tree_mask(segments: tuple[Segment, ...], device: torch.device) -> BlockMask:
@@ -173,7 +206,9 @@ def tree_mask(segments: tuple[Segment, ...], device: torch.device) -> BlockMask:
 
     length = len(own_start_T)
     # compiled, it never holds the whole square
-    return create_block_mask(sees, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device.type, _compile=device.type == "cuda")
+    return create_block_mask(
+        sees, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device.type, _compile=device.type == "cuda"
+    )
 
 
 def tree_attention(

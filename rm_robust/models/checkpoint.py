@@ -38,14 +38,21 @@ class Manifest:
 
 
 def commit_checkpoint(
-    target: Path, write: Callable[[Path], None], *, kind: CheckpointKind, template_sha256: str, training: dict[str, str | int | float]
+    target: Path,
+    write: Callable[[Path], None],
+    *,
+    kind: CheckpointKind,
+    template_sha256: str,
+    training: dict[str, str | int | float],
 ) -> Manifest:
     """Commit what `write` saves (a Hugging Face directory) together with its manifest."""
     manifests: list[Manifest] = []
 
     def write_with_manifest(folder: Path) -> None:
         write(folder)
-        manifest = Manifest(kind=kind, content_sha256=content_sha256(folder), template_sha256=template_sha256, training=training)
+        manifest = Manifest(
+            kind=kind, content_sha256=content_sha256(folder), template_sha256=template_sha256, training=training
+        )
         (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
         manifests.append(manifest)
 
@@ -57,13 +64,19 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a committed checkpoint. Raises CheckpointError when the folder or its manifest is missing or malformed."""
     path = pull_folder(folder) / MANIFEST_NAME
     if not folder.is_dir():
-        raise CheckpointError(f"There is no checkpoint directory at {shown(folder)}. Run the stage that commits it, or correct the path.")
+        raise CheckpointError(
+            f"There is no checkpoint directory at {shown(folder)}. Run the stage that commits it, or correct the path."
+        )
     if not path.is_file():
-        raise CheckpointError(f"{shown(folder)} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half copied. Copy the whole directory.")
+        raise CheckpointError(
+            f"{shown(folder)} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half copied. Copy the whole directory."
+        )
     try:
         return Manifest(**json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a manifest of this version ({error}). Commit the checkpoint again with this version.") from error
+        raise CheckpointError(
+            f"{path} is not a manifest of this version ({error}). Commit the checkpoint again with this version."
+        ) from error
 
 
 def verify_checkpoint(folder: Path, kind: CheckpointKind) -> Manifest:
@@ -73,7 +86,9 @@ def verify_checkpoint(folder: Path, kind: CheckpointKind) -> Manifest:
         raise CheckpointError(f"{shown(folder)} is a {manifest.kind} checkpoint, and a {kind} is needed here.")
     found = content_sha256(folder)
     if found != manifest.content_sha256:
-        raise CheckpointError(f"{folder} was altered after its commit: content is {found}, the manifest says {manifest.content_sha256}. Restore it.")
+        raise CheckpointError(
+            f"{folder} was altered after its commit: content is {found}, the manifest says {manifest.content_sha256}. Restore it."
+        )
     return manifest
 
 
@@ -92,7 +107,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"There is no {path}. Give a Hugging Face model directory: config.json, safetensors and a tokenizer.") from None
+        raise CheckpointError(
+            f"There is no {path}. Give a Hugging Face model directory: config.json, safetensors and a tokenizer."
+        ) from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Download or copy it again.") from error
     if not isinstance(content, dict):

@@ -22,7 +22,9 @@ def prepare_for_training(model: PreTrainedModel, config: ComputeConfig) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True  # transformers checkpoints only layers in training mode; the layer's own children keep theirs
+            layer.training = (
+                True  # transformers checkpoints only layers in training mode; the layer's own children keep theirs
+            )
 
 
 def autocast(device: torch.device, config: ComputeConfig) -> contextlib.AbstractContextManager[None]:
@@ -37,4 +39,10 @@ def flops_per_token(model: PreTrainedModel) -> float:
     gradient of its own. The embedding table is looked up, and attention is not counted. Too many for a reward model on CPUs, whose last layer is not computed
     for every token (reward_model/last_layer.py)."""
     embedding = model.get_input_embeddings().weight
-    return float(sum((6 if weight.requires_grad else 4) * weight.numel() for weight in model.parameters() if weight is not embedding))
+    return float(
+        sum(
+            (6 if weight.requires_grad else 4) * weight.numel()
+            for weight in model.parameters()
+            if weight is not embedding
+        )
+    )

@@ -31,7 +31,9 @@ def commit_reward_model(
 
     def write(folder: Path) -> None:
         if lora:
-            untrained = new_reward_model(base_dir, pad_id=chat.pad_id, seed=0)  # its head is replaced by the trained one
+            untrained = new_reward_model(
+                base_dir, pad_id=chat.pad_id, seed=0
+            )  # its head is replaced by the trained one
             save_merged(add_adapters(untrained, lora), state, folder)
         else:
             model.save_pretrained(str(folder), state_dict=state)
@@ -40,7 +42,9 @@ def commit_reward_model(
             add_no_second_bos(folder)
         write_for_transformers_4(folder)
 
-    return commit_checkpoint(target, write, kind="reward_model", template_sha256=scored.template_sha256, training=training)
+    return commit_checkpoint(
+        target, write, kind="reward_model", template_sha256=scored.template_sha256, training=training
+    )
 
 
 def ending_at_the_score(chat: ChatFormat) -> ChatFormat:

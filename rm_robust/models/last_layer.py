@@ -35,7 +35,13 @@ def _forward(layer: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:
 
 
 def scored_columns(
-    layer: Any, hidden_1TH: Tensor, *, scored_index_N: Tensor, segments: tuple[Segment, ...], position_embeddings: tuple[Tensor, Tensor], **_: object
+    layer: Any,
+    hidden_1TH: Tensor,
+    *,
+    scored_index_N: Tensor,
+    segments: tuple[Segment, ...],
+    position_embeddings: tuple[Tensor, Tensor],
+    **_: object,
 ) -> Tensor:
     """The layer's output at the last column of each segment, [1, N, H]. Every weight is used by calling its module."""
     attention = layer.self_attn
@@ -45,7 +51,11 @@ def scored_columns(
         split: Tensor = projection(states_1TH).unflatten(-1, (-1, attention.head_dim))
         return split
 
-    query, key, value = heads(attention.q_proj, normed_1TH[:, scored_index_N]), heads(attention.k_proj, normed_1TH), heads(attention.v_proj, normed_1TH)
+    query, key, value = (
+        heads(attention.q_proj, normed_1TH[:, scored_index_N]),
+        heads(attention.k_proj, normed_1TH),
+        heads(attention.v_proj, normed_1TH),
+    )
     if hasattr(attention, "q_norm"):  # Qwen 3
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = position_embeddings

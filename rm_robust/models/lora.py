@@ -34,7 +34,9 @@ def save_merged(adapted: peft.PeftModel, state: dict[str, Tensor], folder: Path)
     """
     problems = adapted.get_base_model().load_state_dict(state, strict=False)
     if problems.missing_keys or problems.unexpected_keys:
-        raise CheckpointError(f"The trained weights do not fit the adapted model: missing {problems.missing_keys}, unknown {problems.unexpected_keys}.")
+        raise CheckpointError(
+            f"The trained weights do not fit the adapted model: missing {problems.missing_keys}, unknown {problems.unexpected_keys}."
+        )
     adapted.save_pretrained(str(folder / ADAPTER_DIR))
     merged = adapted.merge_and_unload()
     merged.save_pretrained(str(folder))

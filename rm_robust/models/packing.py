@@ -83,13 +83,21 @@ def choose_layout(config: PretrainedConfig, device: torch.device) -> Layout:
             f"rope_type = {rope_type!r} scales positions by the longest text of a batch, so a score would depend on what it is computed beside. "
             "Use a model with a fixed scaling (default, linear, yarn, llama3)."
         )
-    full_attention = not getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None) is None
+    full_attention = (
+        not getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None) is None
+    )
     layer_types = getattr(config, "layer_types", None) or []
     full_attention = full_attention and all(kind == "full_attention" for kind in layer_types)
     if config.model_type in SEGMENT_MODEL_TYPES and full_attention:
         return Layout.FLEX if device.type == "cuda" else Layout.SEGMENTS
-    why = "has sliding-window or hybrid layers" if config.model_type in SEGMENT_MODEL_TYPES else f"is not one of {', '.join(SEGMENT_MODEL_TYPES)}"
-    logger.warning("%s %s: prompts are not shared, completions are computed in padded rows of like lengths", config.model_type, why)
+    why = (
+        "has sliding-window or hybrid layers"
+        if config.model_type in SEGMENT_MODEL_TYPES
+        else f"is not one of {', '.join(SEGMENT_MODEL_TYPES)}"
+    )
+    logger.warning(
+        "%s %s: prompts are not shared, completions are computed in padded rows of like lengths", config.model_type, why
+    )
     return Layout.PADDED
 
 
@@ -150,7 +158,9 @@ def micro_batches(groups: list[TokenGroup], layout: Layout, max_tokens: int) -> 
 def lay_out(groups: list[TokenGroup], layout: Layout, *, pad_id: int) -> PackedBatch:
     """Tensors of `groups`; every group needs a prompt token, a completion and no empty one (which only we can cause)."""
     assert groups, "nothing to lay out"
-    assert all(g.prompt_ids and g.completion_ids and all(g.completion_ids) for g in groups), "an empty prompt or completion"
+    assert all(g.prompt_ids and g.completion_ids and all(g.completion_ids) for g in groups), (
+        "an empty prompt or completion"
+    )
     return _lay_out_padded(groups, pad_id) if layout is Layout.PADDED else _lay_out_segments(groups)
 
 
@@ -171,7 +181,11 @@ def _lay_out_segments(groups: list[TokenGroup]) -> PackedBatch:
             start = len(ids)
             ids += completion
             positions += range(length, length + len(completion))
-            segments.append(Segment(start, len(ids), prompt_start, prompt_end) if number else Segment(prompt_start, len(ids), prompt_start, prompt_start))
+            segments.append(
+                Segment(start, len(ids), prompt_start, prompt_end)
+                if number
+                else Segment(prompt_start, len(ids), prompt_start, prompt_start)
+            )
             predictors += [prompt_end - 1, *range(start, len(ids) - 1)]
             targets += completion
             owners += [len(scored)] * len(completion)
@@ -234,7 +248,9 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch, **for_layers: object)
     return hidden_RTH.flatten(0, 1)
 
 
-def token_logprobs(head: nn.Module, hidden_TH: Tensor, batch: PackedBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    head: nn.Module, hidden_TH: Tensor, batch: PackedBatch, *, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Log-probability (nats) of every completion token and the entropy of its distribution, both [M] float32; the head runs on those columns only."""
     logits_MV = head(hidden_TH[batch.predictor_index_M]).float() / temperature
     logprobs_MV = F.log_softmax(logits_MV, dim=-1)

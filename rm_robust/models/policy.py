@@ -18,7 +18,9 @@ from rm_robust.models.packing import Layout, PackedBatch, hidden_states, prepare
 class PackedPolicy(nn.Module):
     """Wraps a transformers causal language model: packed batch -> log-probabilities and entropies of its completion tokens, [M] float32 nats."""
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, *, temperature: float, compute: ComputeConfig = EXACT) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layout: Layout, *, temperature: float, compute: ComputeConfig = EXACT
+    ) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
@@ -42,7 +44,14 @@ def load_policy(model_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel
     return model  # type: ignore[no-any-return]
 
 
-def commit_policy(target: Path, model: PreTrainedModel, weights: dict[str, Tensor], chat: ChatFormat, *, training: dict[str, str | int | float]) -> None:
+def commit_policy(
+    target: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    chat: ChatFormat,
+    *,
+    training: dict[str, str | int | float],
+) -> None:
     """Commit a policy checkpoint from an engine's whole weights (names of PackedPolicy, "model." in front)."""
     state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 

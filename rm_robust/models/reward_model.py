@@ -43,10 +43,14 @@ def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrai
         str(base_dir), config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
     if info["mismatched_keys"]:
-        raise CheckpointError(f"{base_dir} has weights of other shapes: {sorted(info['mismatched_keys'])}; a reward model has one score (num_labels=1).")
+        raise CheckpointError(
+            f"{base_dir} has weights of other shapes: {sorted(info['mismatched_keys'])}; a reward model has one score (num_labels=1)."
+        )
     missing = sorted(info["missing_keys"])
     if missing and missing != ["score.weight"]:
-        raise CheckpointError(f"{base_dir} lacks trained weights for {missing}: they would be random. Save the whole model.")
+        raise CheckpointError(
+            f"{base_dir} lacks trained weights for {missing}: they would be random. Save the whole model."
+        )
     if not missing:
         return model  # type: ignore[no-any-return]
     generator = torch.Generator().manual_seed(seed)
@@ -63,13 +67,21 @@ def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreT
     """
     config = AutoConfig.from_pretrained(str(checkpoint_dir))
     if config.num_labels != 1:
-        raise CheckpointError(f"{checkpoint_dir} has num_labels={config.num_labels}; a reward model has one score (num_labels=1).")
-    model, info = AutoModelForSequenceClassification.from_pretrained(str(checkpoint_dir), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        raise CheckpointError(
+            f"{checkpoint_dir} has num_labels={config.num_labels}; a reward model has one score (num_labels=1)."
+        )
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        str(checkpoint_dir), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     if info["mismatched_keys"]:
-        raise CheckpointError(f"{checkpoint_dir} has weights of other shapes than its config.json says: {sorted(info['mismatched_keys'])}.")
+        raise CheckpointError(
+            f"{checkpoint_dir} has weights of other shapes than its config.json says: {sorted(info['mismatched_keys'])}."
+        )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise CheckpointError(f"{checkpoint_dir} lacks trained weights for {missing}: a score from them would be random. Save the whole model.")
+        raise CheckpointError(
+            f"{checkpoint_dir} lacks trained weights for {missing}: a score from them would be random. Save the whole model."
+        )
     unused = sorted(info["unexpected_keys"])
     if unused:
         raise CheckpointError(
@@ -87,7 +99,9 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
         if isinstance(head, ModulesToSaveWrapper):  # the untrained head beside the trained one
             head = head.modules_to_save[str(head.active_adapter)]
     if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
-        raise CheckpointError(f"{type(model).__name__} has the head {head}; only one bias-free linear layer to a single score is known.")
+        raise CheckpointError(
+            f"{type(model).__name__} has the head {head}; only one bias-free linear layer to a single score is known."
+        )
     return head
 
 
@@ -116,15 +130,21 @@ class PackedRewardModel(nn.Module):
     def forward(self, batch: PackedBatch) -> ScoredBatch:
         with autocast(batch.input_ids_RT.device, self.compute):
             if self.layout is Layout.SEGMENTS:
-                before_NH, scored_NH = states_around_final_norm(self.backbone, batch, scored_index_N=batch.scored_index_N)
+                before_NH, scored_NH = states_around_final_norm(
+                    self.backbone, batch, scored_index_N=batch.scored_index_N
+                )
             else:
-                before_NH, scored_NH = (states_TH[batch.scored_index_N] for states_TH in states_around_final_norm(self.backbone, batch))
+                before_NH, scored_NH = (
+                    states_TH[batch.scored_index_N] for states_TH in states_around_final_norm(self.backbone, batch)
+                )
         with torch.autocast(scored_NH.device.type, enabled=False):
             scores_N = score_head(self.model)(scored_NH.float()).squeeze(1)
         return ScoredBatch(scores_N, before_NH.float(), scored_NH.detach().float())
 
 
-def states_around_final_norm(backbone: PreTrainedModel, batch: PackedBatch, **for_layers: object) -> tuple[Tensor, Tensor]:
+def states_around_final_norm(
+    backbone: PreTrainedModel, batch: PackedBatch, **for_layers: object
+) -> tuple[Tensor, Tensor]:
     """Hidden states before the decoder's final norm (no gradient) and after it, both [R*T, H], or of the columns that the last layer computed."""
     before: list[Tensor] = []
     final_norm = backbone.norm

@@ -25,7 +25,16 @@ class ScoredGroup:
 class RewardScorer:
     """A loaded reward model with its chat format and identity."""
 
-    def __init__(self, model: ScoringModel, chat: ChatFormat, *, checkpoint_id: str, model_name: str, device: torch.device, max_length_tokens: int) -> None:
+    def __init__(
+        self,
+        model: ScoringModel,
+        chat: ChatFormat,
+        *,
+        checkpoint_id: str,
+        model_name: str,
+        device: torch.device,
+        max_length_tokens: int,
+    ) -> None:
         self.model = model
         self.chat = chat
         self.checkpoint_id = checkpoint_id
@@ -34,7 +43,9 @@ class RewardScorer:
         self.max_length_tokens = max_length_tokens
 
     @classmethod
-    def load(cls, checkpoint_dir: Path, *, device: str, dtype: str, max_length_tokens: int | None, model_name: str = "") -> "RewardScorer":
+    def load(
+        cls, checkpoint_dir: Path, *, device: str, dtype: str, max_length_tokens: int | None, model_name: str = ""
+    ) -> "RewardScorer":
         """Load and verify a committed checkpoint. `max_length_tokens` bounds prompt + one completion; None: the model's positions do.
 
         Raises CheckpointError for an altered, foreign or too short-sighted checkpoint and when its template is not the one it was trained with.
@@ -42,13 +53,17 @@ class RewardScorer:
         manifest = verify_checkpoint(checkpoint_dir, "reward_model")
         chat = ChatFormat.load(checkpoint_dir)
         if chat.template_sha256 != manifest.template_sha256:
-            raise CheckpointError(f"{checkpoint_dir} was trained with template {manifest.template_sha256}, its tokenizer now has {chat.template_sha256}.")
+            raise CheckpointError(
+                f"{checkpoint_dir} was trained with template {manifest.template_sha256}, its tokenizer now has {chat.template_sha256}."
+            )
         model = load_packed_reward_model(checkpoint_dir, chat, dtype=getattr(torch, dtype), device=torch.device(device))
         limit = model.backbone.config.max_position_embeddings
         if max_length_tokens is None:
             max_length_tokens = limit
         if max_length_tokens > limit:
-            raise CheckpointError(f"max_length_tokens={max_length_tokens} exceeds the {limit} positions of {checkpoint_dir}; lower it.")
+            raise CheckpointError(
+                f"max_length_tokens={max_length_tokens} exceeds the {limit} positions of {checkpoint_dir}; lower it."
+            )
         return cls(
             model,
             chat,
@@ -60,25 +75,38 @@ class RewardScorer:
 
     def score_groups(self, groups: list[TokenGroup], *, max_tokens_per_batch: int = 8192) -> list[list[float]]:
         """Raw scores, one list a group, in order. Raises ScoringError for an over-long input or a non-finite score."""
-        return [scored.scores for scored in self.score_groups_with_norms(groups, max_tokens_per_batch=max_tokens_per_batch)]
+        return [
+            scored.scores for scored in self.score_groups_with_norms(groups, max_tokens_per_batch=max_tokens_per_batch)
+        ]
 
     def score_groups_with_norms(self, groups: list[TokenGroup], *, max_tokens_per_batch: int) -> list[ScoredGroup]:
         """As score_groups, with hidden norms; batches hold at most `max_tokens_per_batch` tokens (or one group)."""
         for index, group in enumerate(groups):
             longest = len(group.prompt_ids) + max(len(ids) for ids in group.completion_ids)
             if longest > self.max_length_tokens:
-                raise ScoringError(f"Input {index} has {longest} tokens (prompt + completion), the limit is {self.max_length_tokens}.")
+                raise ScoringError(
+                    f"Input {index} has {longest} tokens (prompt + completion), the limit is {self.max_length_tokens}."
+                )
         results: dict[int, ScoredGroup] = {}
         for members in micro_batches(groups, self.model.layout, max_tokens_per_batch):
             batch = lay_out([groups[i] for i in members], self.model.layout, pad_id=self.chat.pad_id).to(self.device)
             with torch.inference_mode():
                 scored = self.model(batch)
-            columns = [t.cpu() for t in (scored.scores_N, scored.hidden_before_final_norm_NH.norm(dim=1), scored.hidden_after_final_norm_NH.norm(dim=1))]
+            columns = [
+                t.cpu()
+                for t in (
+                    scored.scores_N,
+                    scored.hidden_before_final_norm_NH.norm(dim=1),
+                    scored.hidden_after_final_norm_NH.norm(dim=1),
+                )
+            ]
             at = 0
             for i in members:
                 end = at + len(groups[i].completion_ids)
                 if not torch.isfinite(columns[0][at:end]).all():
-                    raise ScoringError(f"Input {i} got the scores {columns[0][at:end].tolist()} from {self.model_name}: not finite.")
+                    raise ScoringError(
+                        f"Input {i} got the scores {columns[0][at:end].tolist()} from {self.model_name}: not finite."
+                    )
                 results[i] = ScoredGroup(*(column[at:end].tolist() for column in columns))
                 at = end
         return [results[i] for i in range(len(groups))]

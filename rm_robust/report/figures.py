@@ -14,7 +14,15 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rm_robust.data.scenarios import SCENARIOS
-from rm_robust.report.record import FloatArray, ResponseModels, RunRecord, ScenarioScores, Series, judged_steps, metric_series
+from rm_robust.report.record import (
+    FloatArray,
+    ResponseModels,
+    RunRecord,
+    ScenarioScores,
+    Series,
+    judged_steps,
+    metric_series,
+)
 from rm_robust.runs.metrics import MetricsLine
 from rm_robust.training.reward_model.metrics import ScenarioResult
 
@@ -41,7 +49,12 @@ STYLE: dict[Any, Any] = {
 ALARM_COLOUR = "#c62828"
 PROXY_COLOUR, GOLD_COLOUR, GREY = "#2166ac", "#bf8600", "#7b8794"
 FAMILIAR_COLOUR, UNSEEN_COLOUR = "#2166ac", "#d6604d"
-SCENARIO_COLOURS = {"in_domain": "#2166ac", "prompt_disjoint": "#1b9e77", "response_disjoint": "#d6604d", "mutual_disjoint": "#7b3294"}
+SCENARIO_COLOURS = {
+    "in_domain": "#2166ac",
+    "prompt_disjoint": "#1b9e77",
+    "response_disjoint": "#d6604d",
+    "mutual_disjoint": "#7b3294",
+}
 TWIN_COLOUR = "#9aa5b1"
 PHASE_COLOURS = ("#2166ac", "#67a9cf", "#bf8600", "#d6604d", "#9aa5b1", "#1b9e77", "#7b3294", "#444c56")
 
@@ -56,17 +69,33 @@ class Panel:
     level: float | None = None
 
 
-SFT_PANELS = (Panel("Loss on demonstrations", "nats per token", (("sft/loss", "training"), ("sft/eval_loss", "held out"))),)
+SFT_PANELS = (
+    Panel("Loss on demonstrations", "nats per token", (("sft/loss", "training"), ("sft/eval_loss", "held out"))),
+)
 REWARD_MODEL_PANELS = (
     Panel("Objective", "loss", (("reward_model/loss", "training"),)),
-    Panel("Pairwise accuracy", "fraction", (("reward_model/accuracy", "training batch"), ("reward_model/in_domain_accuracy", "held out")), 0.5),
+    Panel(
+        "Pairwise accuracy",
+        "fraction",
+        (("reward_model/accuracy", "training batch"), ("reward_model/in_domain_accuracy", "held out")),
+        0.5,
+    ),
     Panel("Margin", "chosen - rejected", (("reward_model/margin_mean", "mean"),), 0.0),
-    Panel("Centre and spread", "score", (("reward_model/batch_mean_score", "batch mean"), ("reward_model/score_std", "std")), 0.0),
+    Panel(
+        "Centre and spread",
+        "score",
+        (("reward_model/batch_mean_score", "batch mean"), ("reward_model/score_std", "std")),
+        0.0,
+    ),
     Panel("Penalty (BSR term) in the loss", "loss", (("reward_model/penalty", "training"),), 0.0),
     Panel("Gradient norm", "L2 norm", (("reward_model/gradient_norm", "before clipping"),)),
     Panel("Hidden norm, mean", "‖h‖ before final norm", (("reward_model/hidden_norm_mean", "mean"),)),
     Panel("Hidden norm, spread", "std of ‖h‖", (("reward_model/hidden_norm_std", "std"),)),
-    Panel("Distance of a pair's hidden states", "‖h_w - h_l‖ after final norm", (("reward_model/final_hidden_distance_mean", "mean"),)),
+    Panel(
+        "Distance of a pair's hidden states",
+        "‖h_w - h_l‖ after final norm",
+        (("reward_model/final_hidden_distance_mean", "mean"),),
+    ),
     Panel("Effective rank", "held-out hidden states", (("reward_model/in_domain_effective_rank", "held out"),)),
 )
 POLICY_PANELS = (
@@ -107,14 +136,25 @@ def scenario_bars(evaluation: dict[str, ScenarioResult], twin: dict[str, Scenari
     axes = figure.subplots()
     for row, (name, result) in enumerate(evaluation.items()):
         chance = chance_level(result.metric)
-        bars = [(result, SCENARIO_COLOURS.get(name, GREY), "")] + ([(twin[name], TWIN_COLOUR, " BT twin")] if name in twin else [])
+        bars = [(result, SCENARIO_COLOURS.get(name, GREY), "")] + (
+            [(twin[name], TWIN_COLOUR, " BT twin")] if name in twin else []
+        )
         height = 0.6 if len(bars) == 1 else 0.4
         for place, (own, colour, label) in enumerate(bars):
             centre = row + (place - (len(bars) - 1) / 2) * height
             axes.barh(centre, own.value, height=0.95 * height, color=colour)
-            axes.annotate(f"{own.value:.3f}{label}", (max(own.value, 0.0), centre), xytext=(4, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{own.value:.3f}{label}",
+                (max(own.value, 0.0), centre),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
         axes.plot([chance, chance], [row - 0.4, row + 0.4], color="black", linestyle=(0, (2, 1.5)), linewidth=1.2)
-    axes.set_yticks(range(len(evaluation)), [f"{scenario_label(name)}\n{metric_label(result.metric)}" for name, result in evaluation.items()])
+    axes.set_yticks(
+        range(len(evaluation)),
+        [f"{scenario_label(name)}\n{metric_label(result.metric)}" for name, result in evaluation.items()],
+    )
     everyone = [result.value for result in (*evaluation.values(), *twin.values())]
     axes.set_xlim(min([0.0] + [1.15 * value for value in everyone]), 1.25 if twin else 1.08)
     axes.set_xlabel("value (1 is perfect; dashes: guessing)")
@@ -136,7 +176,9 @@ def score_histograms(scores: dict[str, ScenarioScores]) -> Figure | None:
         axes.hist(values, bins=bins, density=True, color=SCENARIO_COLOURS.get(name, GREY), alpha=0.85)
         axes.axvline(values.mean(), color="black", linewidth=1, linestyle="--")
         axes.set_title(scenario_label(name))
-        axes.set_title(f"mean {values.mean():.2f}   std {values.std():.2f}", loc="right", fontweight="normal", fontsize=8.5)
+        axes.set_title(
+            f"mean {values.mean():.2f}   std {values.std():.2f}", loc="right", fontweight="normal", fontsize=8.5
+        )
         axes.yaxis.set_major_locator(_ticks(2))
     grid[-1].set_xlabel("proxy score (raw; dashes: mean)")
     figure.supylabel("density", fontsize=9)
@@ -146,14 +188,26 @@ def score_histograms(scores: dict[str, ScenarioScores]) -> Figure | None:
 def hidden_norm_histograms(scores: dict[str, ScenarioScores]) -> Figure | None:
     """Norm of the scored token's hidden state, before and after the final norm: familiar against unseen response models."""
     groups = {
-        "training response models": (FAMILIAR_COLOUR, [scores[name] for name in ("in_domain", "prompt_disjoint") if name in scores]),
-        "unseen response models": (UNSEEN_COLOUR, [scores[name] for name in ("response_disjoint", "mutual_disjoint") if name in scores]),
+        "training response models": (
+            FAMILIAR_COLOUR,
+            [scores[name] for name in ("in_domain", "prompt_disjoint") if name in scores],
+        ),
+        "unseen response models": (
+            UNSEEN_COLOUR,
+            [scores[name] for name in ("response_disjoint", "mutual_disjoint") if name in scores],
+        ),
     }
     figure = Figure(figsize=(WIDTH_INCHES, 4.4))
     has_values = False
-    for axes, title, field in zip(figure.subplots(2, 1), ("Before the final norm", "After the final norm"), ("before", "after"), strict=True):
+    for axes, title, field in zip(
+        figure.subplots(2, 1), ("Before the final norm", "After the final norm"), ("before", "after"), strict=True
+    ):
         norms = {
-            label: _finite(np.concatenate([part.norms_before if field == "before" else part.norms_after for part in parts] or [np.empty(0)]))
+            label: _finite(
+                np.concatenate(
+                    [part.norms_before if field == "before" else part.norms_after for part in parts] or [np.empty(0)]
+                )
+            )
             for label, (_, parts) in groups.items()
         }
         axes.set_title(title)
@@ -172,7 +226,16 @@ def hidden_norm_histograms(scores: dict[str, ScenarioScores]) -> Figure | None:
             if len(values):
                 axes.hist(values, bins=bins, density=True, color=colour, alpha=0.5)
                 text = f"mean {values.mean():.4g}   std {values.std():.3g}"
-                axes.text(0.995, 0.98 - 0.12 * row, text, transform=axes.transAxes, ha="right", va="top", color=colour, fontsize=8.5)
+                axes.text(
+                    0.995,
+                    0.98 - 0.12 * row,
+                    text,
+                    transform=axes.transAxes,
+                    ha="right",
+                    va="top",
+                    color=colour,
+                    fontsize=8.5,
+                )
     handles = [Patch(color=colour, alpha=0.5, label=label) for label, (colour, _) in groups.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=1.2)
     return figure if has_values else None
@@ -250,7 +313,13 @@ def scores_by_kl(lines: list[MetricsLine]) -> Figure | None:
         axes.plot(_moving_mean(kl.values), _moving_mean(score.values), color=GREY, linewidth=1.3, zorder=1)
         dots = axes.scatter(kl.values, score.values, c=kl.steps, cmap="viridis", s=16, zorder=2)
         marked = [line for line in both if line["step"] in overoptimised]
-        axes.scatter([float(line["rloo/kl_mean"]) for line in marked], [float(line[key]) for line in marked], s=34, facecolors="none", edgecolors=ALARM_COLOUR)
+        axes.scatter(
+            [float(line["rloo/kl_mean"]) for line in marked],
+            [float(line[key]) for line in marked],
+            s=34,
+            facecolors="none",
+            edgecolors=ALARM_COLOUR,
+        )
         axes.set_title("Proxy score" if key == keys[0] else "Gold score")
         axes.set_ylabel(f"mean {'proxy' if key == keys[0] else 'gold'} score")
     grid[-1].set_xlabel("KL to the SFT policy (nats per completion)")
@@ -268,11 +337,21 @@ def stage_times(stage_seconds: dict[str, float]) -> Figure | None:
     figure = Figure(figsize=(WIDTH_INCHES, 0.9 + 0.3 * len(stage_seconds)))
     axes = figure.subplots()
     total_s, start_s = sum(stage_seconds.values()), 0.0
-    for row, (seconds, colour) in enumerate(zip(stage_seconds.values(), PHASE_COLOURS * len(stage_seconds), strict=False)):
+    for row, (seconds, colour) in enumerate(
+        zip(stage_seconds.values(), PHASE_COLOURS * len(stage_seconds), strict=False)
+    ):
         axes.barh(row, seconds, left=start_s, height=0.65, color=colour)
         is_late = start_s + seconds / 2 > total_s * 0.6
         anchor, offset, align = (start_s, -4, "right") if is_late else (start_s + seconds, 4, "left")
-        axes.annotate(f"{seconds:.1f} s", (anchor, row), xytext=(offset, 0), textcoords="offset points", va="center", ha=align, fontsize=8.5)
+        axes.annotate(
+            f"{seconds:.1f} s",
+            (anchor, row),
+            xytext=(offset, 0),
+            textcoords="offset points",
+            va="center",
+            ha=align,
+            fontsize=8.5,
+        )
         start_s += seconds
     axes.set_yticks(range(len(stage_seconds)), list(stage_seconds))
     axes.invert_yaxis()
@@ -301,7 +380,9 @@ def step_times(lines: list[MetricsLine]) -> Figure | None:
     axes.set_yticks([])
     axes.set_xlabel("mean seconds per RLOO step")
     axes.grid(visible=False, axis="y")
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0, handlelength=1.2, columnspacing=1.2)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0, handlelength=1.2, columnspacing=1.2
+    )
     return figure
 
 
@@ -343,7 +424,15 @@ def _draw_panel(axes: Axes, lines: list[MetricsLine], panel: Panel) -> None:
         series = metric_series(lines, key)
         if len(series.values):
             is_sparse = len(series.values) <= 12
-            axes.plot(series.steps, series.values, color=colour, linewidth=1.4, marker="o" if is_sparse else "", markersize=3.5, label=label)
+            axes.plot(
+                series.steps,
+                series.values,
+                color=colour,
+                linewidth=1.4,
+                marker="o" if is_sparse else "",
+                markersize=3.5,
+                label=label,
+            )
     if panel.level is not None:
         axes.axhline(panel.level, color="black", linewidth=0.8, linestyle="--")
     axes.set_title(panel.title)
@@ -366,7 +455,14 @@ def _mark_overoptimised(axes: Axes, lines: list[MetricsLine]) -> None:
     """A red line at every step at which the monitor's rule held; one entry for all of them in the legend."""
     steps = [judged.step for judged in judged_steps(lines) if judged.is_overoptimised]
     for index, step in enumerate(steps):
-        axes.axvline(step, color=ALARM_COLOUR, alpha=0.3, linewidth=2, zorder=0, label=f"over-optimised: {len(steps)} steps" if index == 0 else None)
+        axes.axvline(
+            step,
+            color=ALARM_COLOUR,
+            alpha=0.3,
+            linewidth=2,
+            zorder=0,
+            label=f"over-optimised: {len(steps)} steps" if index == 0 else None,
+        )
 
 
 def _moving_mean(values: FloatArray) -> FloatArray:
@@ -380,7 +476,9 @@ def _gold_levels(gold: Series, response_models: ResponseModels | None) -> list[t
     if response_models is not None:
         everyone = response_models.training | response_models.unseen
         if response_models.training:
-            levels.append(("median training response model", float(np.median(list(response_models.training.values()))), "-."))
+            levels.append(
+                ("median training response model", float(np.median(list(response_models.training.values()))), "-.")
+            )
         if everyone:
             best = max(everyone, key=lambda name: everyone[name])
             levels.append((f"ceiling: best response model, {best}", everyone[best], "--"))

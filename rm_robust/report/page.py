@@ -44,13 +44,19 @@ def _summary(run: RunRecord) -> str:
         ("Run", run.name),
         ("Config", str(run.config.get("name", "not recorded"))),
         ("Objective", str(run.config.get("reward_model.objective", "not recorded"))),
-        ("Seeds", ", ".join(f"{key} {value}" for key, value in run.config.items() if key.split(".")[-1] == "seed") or "not recorded"),
+        (
+            "Seeds",
+            ", ".join(f"{key} {value}" for key, value in run.config.items() if key.split(".")[-1] == "seed")
+            or "not recorded",
+        ),
     ]
     for label, key in (("Proxy score", "rloo/proxy_score_mean"), ("Gold score", "rloo/gold_score_mean")):
         values = metric_series(run.metrics["rloo"], key).values
         if len(values):
             first, last = (tenth.mean() for tenth in first_and_last_tenth(values))
-            facts.append((f"{label}, first → last tenth of {len(values)} scored RLOO steps", f"{first:.3f} → {last:.3f}"))
+            facts.append(
+                (f"{label}, first → last tenth of {len(values)} scored RLOO steps", f"{first:.3f} → {last:.3f}")
+            )
         else:
             facts.append((label, "RLOO has not run" if not run.metrics["rloo"] else "not logged"))
     gain = gold_gain(run.metrics["rloo"])
@@ -69,11 +75,17 @@ def _verdict(run: RunRecord) -> str:
     proxy = metric_series(run.metrics["rloo"], "rloo/proxy_score_mean").values
     gain = gold_gain(run.metrics["rloo"])
     if not len(proxy) or gain is None:
-        return "Without proxy and gold scores from RLOO this run cannot say whether the reward model was over-optimised."
+        return (
+            "Without proxy and gold scores from RLOO this run cannot say whether the reward model was over-optimised."
+        )
     first, last = (tenth.mean() for tenth in first_and_last_tenth(proxy))
     proxy_words = "The proxy score rose" if last > first else "The proxy score did not rise"
     if gain > 0.1:
-        return f"{proxy_words} and the gold score rose with it." if last > first else f"{proxy_words}, but the gold score rose."
+        return (
+            f"{proxy_words} and the gold score rose with it."
+            if last > first
+            else f"{proxy_words}, but the gold score rose."
+        )
     gold_words = "fell" if gain < -0.1 else "stayed where it was (within a tenth of a standard deviation)"
     alarm = ": the policy over-optimised the reward model." if last > first else "."
     return f"{proxy_words} while the gold score {gold_words}{alarm}"
@@ -85,7 +97,9 @@ def _scores_section(run: RunRecord) -> str:
         return section("Proxy and gold score", absent("RLOO has not run: metrics.jsonl has no line of stage rloo."))
     notes = [monitor_sentence(run)]
     if run.response_models is None:
-        notes.append(absent("No response-model levels: world/response_models.json is only written for the embedded world."))
+        notes.append(
+            absent("No response-model levels: world/response_models.json is only written for the embedded world.")
+        )
     by_step = picture(
         "Against RLOO step",
         figures.scores_by_step(lines, run.response_models),
@@ -127,7 +141,8 @@ def _scenarios_section(run: RunRecord) -> str:
                 "Scores",
                 figures.score_histograms(run.scores),
                 "All four should lie over each other, centred near 0 when trained with BSR. A shift or a wider spread on the disjoint sets "
-                "means that raw scores are not comparable between familiar and unfamiliar responses." + _num_dropped(run),
+                "means that raw scores are not comparable between familiar and unfamiliar responses."
+                + _num_dropped(run),
                 "no finite score was recorded",
             ),
             picture(
@@ -142,7 +157,8 @@ def _scenarios_section(run: RunRecord) -> str:
                 "Dispersion of hidden norms",
                 figures.norm_dispersion(run),
                 "Standard deviation of the hidden norm before the final norm, as a fraction of its mean. The paper's claim: Bradley-Terry widens it, BSR "
-                "less so, most of all on unseen responses." + ("" if run.bt_twin else " This run trained no Bradley-Terry twin (reward_model.bt_twin)."),
+                "less so, most of all on unseen responses."
+                + ("" if run.bt_twin else " This run trained no Bradley-Terry twin (reward_model.bt_twin)."),
                 "no hidden norm was logged in training",
             ),
         ]
@@ -156,10 +172,22 @@ def _scenario_table(run: RunRecord) -> str:
     twin = run.bt_twin.evaluation if run.bt_twin else {}
     for name, result in run.evaluation.items():
         of_twin = ([f"{twin[name].value:.4f}"] if name in twin else ["-"]) if run.bt_twin else []
-        numbers = (f"{result.value:.4f}", *of_twin, str(result.num_prompts), str(result.num_undefined), str(result.num_constant_scores))
+        numbers = (
+            f"{result.value:.4f}",
+            *of_twin,
+            str(result.num_prompts),
+            str(result.num_undefined),
+            str(result.num_constant_scores),
+        )
         cells = "".join(f'<td class="number">{escape(number)}</td>' for number in numbers)
-        rows.append(f"<tr><td>{escape(figures.scenario_label(name))}</td><td>{escape(figures.metric_label(result.metric))}</td>{cells}</tr>")
-    values = [f"Value, {run.config.get('reward_model.objective', 'this run')}", "Value, bt twin"] if run.bt_twin else ["Value"]
+        rows.append(
+            f"<tr><td>{escape(figures.scenario_label(name))}</td><td>{escape(figures.metric_label(result.metric))}</td>{cells}</tr>"
+        )
+    values = (
+        [f"Value, {run.config.get('reward_model.objective', 'this run')}", "Value, bt twin"]
+        if run.bt_twin
+        else ["Value"]
+    )
     titles = (*values, "Prompts", "Undefined", "Constant scores")
     head = "".join(f'<th class="number">{escape(title)}</th>' for title in titles)
     table = f'<div class="wide"><table><tr><th>Scenario</th><th>Metric</th>{head}</tr>{"".join(rows)}</table></div>'
@@ -170,11 +198,17 @@ def _scenario_table(run: RunRecord) -> str:
         "gives every completion the same score, counted as tau 0 (a tied pair counts as wrong).</p>"
     )
     if run.bt_twin:
-        legend += "<p>Bt twin: the Bradley-Terry objective from the same weights on the same batches in the same order.</p>"
+        legend += (
+            "<p>Bt twin: the Bradley-Terry objective from the same weights on the same batches in the same order.</p>"
+        )
     if {result.metric for result in run.evaluation.values()} == {"accuracy"} and len(run.evaluation) > 1:
         legend += "<p>This source has only pairs, no ranked completions: every scenario reports pairwise accuracy.</p>"
     limit = run.config.get("evaluation.max_prompts_per_scenario")
-    limited = f"<p>Evaluated on the first {escape(str(limit))} prompts of each scenario at most.</p>" if limit is not None else ""
+    limited = (
+        f"<p>Evaluated on the first {escape(str(limit))} prompts of each scenario at most.</p>"
+        if limit is not None
+        else ""
+    )
     return table + note + legend + limited
 
 
@@ -184,7 +218,13 @@ def _reward_model_section(run: RunRecord) -> str:
         "gap. The margin grows from 0. With BSR the batch mean stays at the dashed 0 while the spread grows; with BT it may drift. A "
         "spread of hidden norms that keeps growing is what the paper blames for over-optimisation."
     )
-    return _curves_section(run, "reward_model", "Reward-model training", figures.reward_model_curves, (caption, figures.REWARD_MODEL_PANELS))
+    return _curves_section(
+        run,
+        "reward_model",
+        "Reward-model training",
+        figures.reward_model_curves,
+        (caption, figures.REWARD_MODEL_PANELS),
+    )
 
 
 def _sft_section(run: RunRecord) -> str:
@@ -213,12 +253,18 @@ def _curves_section(
     caption, panels = described
     lines = run.metrics[stage]
     if not lines:
-        words = {"sft": "SFT has not run", "reward_model": "Reward-model training has not run", "rloo": "RLOO has not run"}[stage]
+        words = {
+            "sft": "SFT has not run",
+            "reward_model": "Reward-model training has not run",
+            "rloo": "RLOO has not run",
+        }[stage]
         return section(title, absent(f"{words}: metrics.jsonl has no line of stage {stage}."))
     logged = {key for line in lines for key in line}
     missing = [key for panel in panels for key, _ in panel.curves if key not in logged]
     note = f" Not logged in this run: {', '.join(missing)}." if missing else ""
-    return section(title, picture(f"{title}: curves", draw(lines), caption + note, f"none of its metrics was logged.{note}"))
+    return section(
+        title, picture(f"{title}: curves", draw(lines), caption + note, f"none of its metrics was logged.{note}")
+    )
 
 
 def _samples_section(run: RunRecord) -> str:
@@ -237,10 +283,18 @@ def _samples_section(run: RunRecord) -> str:
 def _sample_table(samples: list[Sample]) -> str:
     rows = []
     for sample in samples:
-        scores = ["not scored" if score is None else f"{score:.3f}" for score in (sample.proxy_score, sample.gold_score)]
+        scores = [
+            "not scored" if score is None else f"{score:.3f}" for score in (sample.proxy_score, sample.gold_score)
+        ]
         numbers = "".join(f'<td class="number">{text}</td>' for text in (*scores, str(sample.num_tokens)))
-        rows.append(f'<tr><td class="text">{escape(sample.prompt)}</td><td class="text">{escape(sample.completion)}</td>{numbers}</tr>')
-    head = "<tr><th>Prompt</th><th>Completion</th>" + "".join(f'<th class="number">{t}</th>' for t in ("Proxy", "Gold", "Tokens")) + "</tr>"
+        rows.append(
+            f'<tr><td class="text">{escape(sample.prompt)}</td><td class="text">{escape(sample.completion)}</td>{numbers}</tr>'
+        )
+    head = (
+        "<tr><th>Prompt</th><th>Completion</th>"
+        + "".join(f'<th class="number">{t}</th>' for t in ("Proxy", "Gold", "Tokens"))
+        + "</tr>"
+    )
     return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
@@ -265,8 +319,14 @@ def _time_section(run: RunRecord) -> str:
 def _config_section(run: RunRecord) -> str:
     if not run.config:
         return section("Config", absent("There is no config.resolved.json in the run directory."))
-    rows = "".join(f"<tr><td><code>{escape(key)}</code></td><td>{escape(str(value))}</td></tr>" for key, value in run.config.items())
-    return section("Config", f'<details><summary>{len(run.config)} resolved values</summary><div class="wide"><table>{rows}</table></div></details>')
+    rows = "".join(
+        f"<tr><td><code>{escape(key)}</code></td><td>{escape(str(value))}</td></tr>"
+        for key, value in run.config.items()
+    )
+    return section(
+        "Config",
+        f'<details><summary>{len(run.config)} resolved values</summary><div class="wide"><table>{rows}</table></div></details>',
+    )
 
 
 def _num_dropped(run: RunRecord) -> str:

@@ -40,7 +40,11 @@ def monitor_in_short(run: RunRecord) -> str:
     over = [step.step for step in judged if step.is_overoptimised]
     if not judged:
         return "judged no step"
-    return f"over-optimised at {len(over)} of {len(judged)} judged steps, from step {over[0]}" if over else f"did not fire in {len(judged)} judged steps"
+    return (
+        f"over-optimised at {len(over)} of {len(judged)} judged steps, from step {over[0]}"
+        if over
+        else f"did not fire in {len(judged)} judged steps"
+    )
 
 
 def evaluations_section(run: RunRecord) -> str:
@@ -50,7 +54,12 @@ def evaluations_section(run: RunRecord) -> str:
         return section(title, absent("RLOO has not run: metrics.jsonl has no line of stage rloo."))
     evaluations = policy_evaluations(run.metrics["rloo"])
     if not evaluations:
-        return section(title, absent("The policy was not evaluated on held prompts: metrics.jsonl has no rloo/eval/gold_mean (rloo.evaluation.every_steps)."))
+        return section(
+            title,
+            absent(
+                "The policy was not evaluated on held prompts: metrics.jsonl has no rloo/eval/gold_mean (rloo.evaluation.every_steps)."
+            ),
+        )
     text = (
         "<p>Held prompts, answered by the policy and by the SFT policy, judged by gold. Win rate: how often the policy's completion scores higher, "
         "ties half; 0.5 is no better than SFT. At equal length: the same with the effect of the length difference taken out by regression (Dubois et "
@@ -58,11 +67,15 @@ def evaluations_section(run: RunRecord) -> str:
     )
     head = "".join(f'<th class="number">{escape(label)}</th>' for _, label, _ in EVALUATION_COLUMNS)
     rows = "".join(_evaluation_row(row) for row in evaluations)
-    return section(title, text, f'<div class="wide"><table><tr><th class="number">Step</th>{head}</tr>{rows}</table></div>')
+    return section(
+        title, text, f'<div class="wide"><table><tr><th class="number">Step</th>{head}</tr>{rows}</table></div>'
+    )
 
 
 def _evaluation_row(row: dict[str, int | float]) -> str:
-    cells = [str(row["step"])] + [format(row[name], number_format) if name in row else "-" for name, _, number_format in EVALUATION_COLUMNS]
+    cells = [str(row["step"])] + [
+        format(row[name], number_format) if name in row else "-" for name, _, number_format in EVALUATION_COLUMNS
+    ]
     return "<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>"
 
 

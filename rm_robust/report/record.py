@@ -95,7 +95,9 @@ class JudgedStep:
 def read_run(run_dir: Path) -> RunRecord:
     """Read all that is there. Raises DataError for a run directory that does not exist or a file that cannot be understood."""
     if not run_dir.is_dir():
-        raise DataError(f"There is no run directory at {run_dir}. Give the directory of a run (it holds config.resolved.json).")
+        raise DataError(
+            f"There is no run directory at {run_dir}. Give the directory of a run (it holds config.resolved.json)."
+        )
     return RunRecord(
         name=run_dir.resolve().name,
         config=_flatten(_read_json(run_dir / "config.resolved.json") or {}),
@@ -141,8 +143,14 @@ def gold_gain(lines: list[MetricsLine]) -> float | None:
 def judged_steps(lines: list[MetricsLine]) -> list[JudgedStep]:
     """The steps that the monitor judged, as it logged them; empty when its window was never full."""
     keys = ("step", "rloo/monitor/proxy_rise", "rloo/monitor/gold_rise")
-    judged = [([float(line[key]) for key in keys], line["rloo/overoptimised"]) for line in lines if "rloo/overoptimised" in line]
-    return [JudgedStep(int(step), proxy_rise, gold_rise, verdict == 1) for (step, proxy_rise, gold_rise), verdict in judged]
+    judged = [
+        ([float(line[key]) for key in keys], line["rloo/overoptimised"])
+        for line in lines
+        if "rloo/overoptimised" in line
+    ]
+    return [
+        JudgedStep(int(step), proxy_rise, gold_rise, verdict == 1) for (step, proxy_rise, gold_rise), verdict in judged
+    ]
 
 
 def policy_evaluations(lines: list[MetricsLine]) -> list[dict[str, int | float]]:
@@ -150,7 +158,11 @@ def policy_evaluations(lines: list[MetricsLine]) -> list[dict[str, int | float]]
     evaluations: dict[int, dict[str, int | float]] = {}
     for line in lines:
         if "rloo/eval/gold_mean" in line:
-            values = {key.removeprefix("rloo/eval/"): float(value) for key, value in line.items() if key.startswith("rloo/eval/")}
+            values = {
+                key.removeprefix("rloo/eval/"): float(value)
+                for key, value in line.items()
+                if key.startswith("rloo/eval/")
+            }
             evaluations[int(line["step"])] = {"step": int(line["step"]), **values}
     return [evaluations[step] for step in sorted(evaluations)]
 
@@ -168,7 +180,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _malformed(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} does not have the expected fields ({error!r}). Delete it and run the stage that writes it again.")
+    return DataError(
+        f"{path} does not have the expected fields ({error!r}). Delete it and run the stage that writes it again."
+    )
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, object]:
@@ -181,7 +195,10 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, object]:
 def _read_evaluation(path: Path) -> dict[str, ScenarioResult]:
     content = _read_json(path) or {}
     try:
-        return {name: ScenarioResult(**{field: row[field] for field in ScenarioResult.__annotations__}) for name, row in content.items()}
+        return {
+            name: ScenarioResult(**{field: row[field] for field in ScenarioResult.__annotations__})
+            for name, row in content.items()
+        }
     except (KeyError, TypeError) as error:
         raise _malformed(path, error) from error
 
@@ -199,7 +216,11 @@ def _read_scores(path: Path) -> dict[str, ScenarioScores]:
         raise _malformed(path, KeyError(*sorted(missing)))
     scenarios = np.array(table.column("scenario").to_pylist(), dtype=object)
     arrays = [np.array(table.column(name).to_pylist(), dtype=np.float64) for name in columns[1:]]
-    return {name: ScenarioScores(*(array[scenarios == name] for array in arrays)) for name in SCENARIOS if (scenarios == name).any()}
+    return {
+        name: ScenarioScores(*(array[scenarios == name] for array in arrays))
+        for name in SCENARIOS
+        if (scenarios == name).any()
+    }
 
 
 def _read_response_models(path: Path) -> ResponseModels | None:
@@ -207,7 +228,9 @@ def _read_response_models(path: Path) -> ResponseModels | None:
     if content is None:
         return None
     try:
-        return ResponseModels(**{field: {str(k): float(v) for k, v in content[field].items()} for field in ("training", "unseen")})
+        return ResponseModels(
+            **{field: {str(k): float(v) for k, v in content[field].items()} for field in ("training", "unseen")}
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(path, error) from error
 
@@ -216,7 +239,9 @@ def _read_samples(path: Path) -> list[Sample]:
     """A torn last line, from a killed process, is left out."""
     if not path.is_file():
         return []
-    texts = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")  # not splitlines: a completion may hold U+2028
+    texts = (
+        path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    )  # not splitlines: a completion may hold U+2028
     samples = []
     for number, text in enumerate(texts, start=1):
         try:

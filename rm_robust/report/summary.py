@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from rm_robust.report.page import write_report
-from rm_robust.report.record import RunRecord, first_and_last_tenth, gold_gain, judged_steps, metric_series, policy_evaluations, read_run
+from rm_robust.report.record import (
+    RunRecord,
+    first_and_last_tenth,
+    gold_gain,
+    judged_steps,
+    metric_series,
+    policy_evaluations,
+    read_run,
+)
 from rm_robust.runs.layout import RunLayout
 from rm_robust.runs.storage.commits import write_json_atomic
 from rm_robust.runs.storage.copies import shown
@@ -16,10 +24,17 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     report_path = write_report(run_dir)
     summary = {
         "name": run.name,
-        "scenarios": {name: {"metric": r.metric, "value": r.value, "num_prompts": r.num_prompts} for name, r in run.evaluation.items()},
+        "scenarios": {
+            name: {"metric": r.metric, "value": r.value, "num_prompts": r.num_prompts}
+            for name, r in run.evaluation.items()
+        },
         "rloo": _rloo_summary(run),
-        "response_models": None if run.response_models is None else {"training": run.response_models.training, "unseen": run.response_models.unseen},
-        "bt_twin": None if run.bt_twin is None else {name: {"metric": r.metric, "value": r.value} for name, r in run.bt_twin.evaluation.items()},
+        "response_models": None
+        if run.response_models is None
+        else {"training": run.response_models.training, "unseen": run.response_models.unseen},
+        "bt_twin": None
+        if run.bt_twin is None
+        else {name: {"metric": r.metric, "value": r.value} for name, r in run.bt_twin.evaluation.items()},
         "stage_seconds": run.all_stage_seconds,
         "report": shown(report_path),
     }
@@ -37,12 +52,16 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     rloo = summary["rloo"]
     for key in ("proxy_score", "gold_score"):
         if key in rloo:
-            lines.append(f"{key}: first tenth of steps {rloo[key]['first_tenth']:.3f}, last tenth {rloo[key]['last_tenth']:.3f}")
+            lines.append(
+                f"{key}: first tenth of steps {rloo[key]['first_tenth']:.3f}, last tenth {rloo[key]['last_tenth']:.3f}"
+            )
     if rloo.get("gold_gain") is not None:
         lines.append(f"gold gain: {rloo['gold_gain']:.2f} standard deviations of the first tenth's completions")
     if rloo["overoptimised_steps"]:
         steps = rloo["overoptimised_steps"]
-        lines.append(f"OVER-OPTIMISED at {len(steps)} steps, {steps[0]} the first and {steps[-1]} the last; the report has the numbers")
+        lines.append(
+            f"OVER-OPTIMISED at {len(steps)} steps, {steps[0]} the first and {steps[-1]} the last; the report has the numbers"
+        )
     if rloo["last_evaluation"] is not None:
         lines.append(_evaluation_line(rloo["last_evaluation"]))
     lines.append(f"stages: {sum(summary['stage_seconds'].values()):.0f} s in all")

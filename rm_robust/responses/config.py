@@ -91,5 +91,7 @@ class ResponsesConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"models must have names of their own, got {sorted(names)}")
         if self.sampling.max_new_tokens >= self.engines.max_model_len:
-            raise ValueError(f"sampling.max_new_tokens = {self.sampling.max_new_tokens} leaves no room for a prompt in engines.max_model_len")
+            raise ValueError(
+                f"sampling.max_new_tokens = {self.sampling.max_new_tokens} leaves no room for a prompt in engines.max_model_len"
+            )
         return self

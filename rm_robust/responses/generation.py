@@ -29,9 +29,13 @@ def check_models(models: Sequence[ResponseModel]) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.path)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"Response model {model.name}: no tokenizer can be loaded from {model.path!r}: {error}") from error
+            raise ConfigError(
+                f"Response model {model.name}: no tokenizer can be loaded from {model.path!r}: {error}"
+            ) from error
         if tokenizer.chat_template is None:
-            raise ConfigError(f"Response model {model.name}: the tokenizer of {model.path!r} has no chat template, without which it cannot be asked anything.")
+            raise ConfigError(
+                f"Response model {model.name}: the tokenizer of {model.path!r} has no chat template, without which it cannot be asked anything."
+            )
 
 
 def generate(model: ResponseModel, chunks: Sequence[Sequence[Prompt]], folder: Path, config: ResponsesConfig) -> None:
@@ -42,7 +46,9 @@ def generate(model: ResponseModel, chunks: Sequence[Sequence[Prompt]], folder: P
     engines = config.engines
     on_cpu = engines.num_gpus_per_engine == 0
     generator: Any = ResponseGenerator  # Dataset.map builds it in its workers
-    rows = [{"chunk": number, "prompts": json.dumps([asdict(prompt) for prompt in chunks[number]])} for number in missing]
+    rows = [
+        {"chunk": number, "prompts": json.dumps([asdict(prompt) for prompt in chunks[number]])} for number in missing
+    ]
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         generator,
         fn_constructor_kwargs={"model": model, "sampling": config.sampling, "engines": engines, "seed": config.seed},
@@ -99,7 +105,11 @@ class ResponseGenerator:
 
         fitting = [index for index, own in enumerate(token_ids) if len(own) <= self._max_prompt_tokens]
         inputs = [TokensPrompt(prompt_token_ids=token_ids[index]) for index in fitting]
-        outputs = self._llm.generate(inputs, [self._params(prompts[index]) for index in fitting], use_tqdm=False) if inputs else []
+        outputs = (
+            self._llm.generate(inputs, [self._params(prompts[index]) for index in fitting], use_tqdm=False)
+            if inputs
+            else []
+        )
         answers = {index: output.outputs[0] for index, output in zip(fitting, outputs, strict=True)}
         return [
             Response(
@@ -114,7 +124,9 @@ class ResponseGenerator:
         ]
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        token_ids: Any = self._tokenizer.apply_chat_template(prompt.messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+        token_ids: Any = self._tokenizer.apply_chat_template(
+            prompt.messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
         return list(token_ids)
 
     def _params(self, prompt: Prompt) -> Any:

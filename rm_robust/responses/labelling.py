@@ -34,12 +34,18 @@ def label(models: Sequence[str], num_chunks: int, folder: Path, scorer: Scorer) 
         if path.exists():
             own = json.loads(_report_path(path).read_text())["checkpoint"]
         else:
-            rows, own, left_out = _labelled([response for model in models for response in read_responses(chunk_path(folder, model, number))], scorer)
+            rows, own, left_out = _labelled(
+                [response for model in models for response in read_responses(chunk_path(folder, model, number))], scorer
+            )
         if checkpoint and own and own != checkpoint:
-            raise DataError(f"Chunk {number} has labels of {own}, those before it are of {checkpoint}. Delete {labelled} to label with one scorer.")
+            raise DataError(
+                f"Chunk {number} has labels of {own}, those before it are of {checkpoint}. Delete {labelled} to label with one scorer."
+            )
         checkpoint = checkpoint or own
         if rows is not None:
-            write_json_atomic(_report_path(path), {"checkpoint": own, "num_left_out": left_out})  # before the rows, which say that the chunk is done
+            write_json_atomic(
+                _report_path(path), {"checkpoint": own, "num_left_out": left_out}
+            )  # before the rows, which say that the chunk is done
             write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return checkpoint
 
@@ -75,17 +81,29 @@ def _labelled(responses: Sequence[Response], scorer: Scorer) -> tuple[list[dict[
         for group, scores, checkpoint in _scored(groups[start : start + PROMPTS_AT_A_TIME], scorer, left_out):
             checkpoints.add(checkpoint)
             rows += [
-                {"prompt_id": own.prompt_id, "prompt": own.prompt, "model": own.model, "completion": own.completion, "gold_score": score}
+                {
+                    "prompt_id": own.prompt_id,
+                    "prompt": own.prompt,
+                    "model": own.model,
+                    "completion": own.completion,
+                    "gold_score": score,
+                }
                 for own, score in zip(group, scores, strict=True)
             ]
     if len(checkpoints) > 1:
-        raise ScoringError(f"The scorer has changed from {' to '.join(sorted(checkpoints))}: gold scores of two checkpoints cannot be compared. Label again.")
+        raise ScoringError(
+            f"The scorer has changed from {' to '.join(sorted(checkpoints))}: gold scores of two checkpoints cannot be compared. Label again."
+        )
     return rows, next(iter(checkpoints), ""), dict(left_out)
 
 
-def _scored(groups: list[list[Response]], scorer: Scorer, left_out: Counter[str]) -> list[tuple[list[Response], list[float], str]]:
+def _scored(
+    groups: list[list[Response]], scorer: Scorer, left_out: Counter[str]
+) -> list[tuple[list[Response], list[float], str]]:
     """Groups with their scores; what is refused is asked in smaller parts, down to one completion."""
-    inputs = [ScoreInput(prompt=group[0].prompt, completions=[str(own.completion) for own in group]) for group in groups]
+    inputs = [
+        ScoreInput(prompt=group[0].prompt, completions=[str(own.completion) for own in group]) for group in groups
+    ]
     try:
         reply = scorer.score(inputs)
     except RefusedInputError:

@@ -82,7 +82,9 @@ def write_existing(material: Material, chunks: Sequence[Sequence[Prompt]], folde
         path = chunk_path(folder, EXISTING, number)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(path, lines_of([response for prompt in chunk for response in material.existing[prompt.prompt_id]]))
+            write_text_atomic(
+                path, lines_of([response for prompt in chunk for response in material.existing[prompt.prompt_id]])
+            )
 
 
 def chunks_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
@@ -109,7 +111,11 @@ def _rows(paths: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _responses_of(row: Mapping[str, Any], prompt_id: str, prompt: list[Message]) -> Iterator[Response]:
     """Of a row of one response, or of UltraFeedback's several."""
-    completions = [{"model": row.get("model"), "response": row.get("completion")}] if row.get("completions") is None else row["completions"]
+    completions = (
+        [{"model": row.get("model"), "response": row.get("completion")}]
+        if row.get("completions") is None
+        else row["completions"]
+    )
     for entry in completions if isinstance(completions, list) else [completions]:
         model, completion = (entry.get("model"), entry.get("response")) if isinstance(entry, dict) else (None, entry)
         if not isinstance(model, str) or not isinstance(completion, str):

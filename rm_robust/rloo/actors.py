@@ -60,8 +60,14 @@ class RlooActors:
     def update(self, advantages_PK: Tensor, *, step: int, learning_rate_factor: float) -> dict[str, float]:
         """The optimiser steps of one step over all trainers; `advantages_PK` in the order of `measure`."""
         shares = split_evenly(len(advantages_PK), len(self.trainers))
-        common = {"step": step, "num_completions_all_ranks": advantages_PK.numel(), "learning_rate_factor": learning_rate_factor}
-        updates: list[Update] = self._of_trainers("update", [((advantages_PK[share].flatten().tolist(),), common) for share in shares])
+        common = {
+            "step": step,
+            "num_completions_all_ranks": advantages_PK.numel(),
+            "learning_rate_factor": learning_rate_factor,
+        }
+        updates: list[Update] = self._of_trainers(
+            "update", [((advantages_PK[share].flatten().tolist(),), common) for share in shares]
+        )
         return {
             "rloo/loss": sum(update.loss for update in updates),
             "rloo/clip_fraction": sum(update.clip_fraction for update in updates),
@@ -72,7 +78,13 @@ class RlooActors:
     def publish(self, *, version: int) -> None:
         """Every engine has confirmed `version` when this returns. Raises RolloutError when one has not."""
         report = self._of_trainers("publish", [((version,), {})] * len(self.trainers))[0]
-        logger.debug("published version %d: %d bytes to %d engines in %.3f s", version, report.num_bytes, report.num_engines, report.seconds)
+        logger.debug(
+            "published version %d: %d bytes to %d engines in %.3f s",
+            version,
+            report.num_bytes,
+            report.num_engines,
+            report.seconds,
+        )
 
     def lost_engines(self) -> list[Any]:
         """Those that do not answer. No engine may be generating."""
@@ -106,7 +118,12 @@ class RlooActors:
     def _of_trainers(self, method: str, arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
         """One call to each, and their answers in order. Raises TrainersLostError when one has gone: the others then wait for it in vain."""
         try:
-            return ray.get([getattr(trainer, method).remote(*args, **kwargs) for trainer, (args, kwargs) in zip(self.trainers, arguments, strict=True)])
+            return ray.get(
+                [
+                    getattr(trainer, method).remote(*args, **kwargs)
+                    for trainer, (args, kwargs) in zip(self.trainers, arguments, strict=True)
+                ]
+            )
         except ACTOR_LOST as error:
             raise TrainersLostError(f"A trainer was lost in {method} ({type(error).__name__}).") from error
 
@@ -125,7 +142,9 @@ class RlooActors:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
         else:  # an engine that samples would answer late, and a job that is stopped has seconds
@@ -142,7 +161,9 @@ def _started(calls: Any) -> Any:
             "or a model takes longer to load. `ray status` shows what waits; the same command resumes."
         ) from error
     except ACTOR_LOST as error:
-        raise TrainersLostError(f"A trainer or engine ended while it started: {str(error).strip().splitlines()[-1].strip()}") from error
+        raise TrainersLostError(
+            f"A trainer or engine ended while it started: {str(error).strip().splitlines()[-1].strip()}"
+        ) from error
 
 
 def _new_engine(config: PipelineConfig, run_dir: Path, index: int) -> Any:
@@ -152,7 +173,10 @@ def _new_engine(config: PipelineConfig, run_dir: Path, index: int) -> Any:
         "num_cpus": settings.engine_num_cpus,
         "num_gpus": settings.engine_num_gpus,
         "resources": settings.engine_resources,
-        "runtime_env": {"env_vars": environment_of(config.name, "rloo", f"engine {index}") | ({} if on_gpu else cpu_environment(settings.engine_num_threads))},
+        "runtime_env": {
+            "env_vars": environment_of(config.name, "rloo", f"engine {index}")
+            | ({} if on_gpu else cpu_environment(settings.engine_num_threads))
+        },
         "name": _actor_name(config, f"engine {index}"),
     }
     return (

@@ -43,7 +43,11 @@ def weighted_scores(source_scores: dict[str, list[list[float]]], weights: dict[s
 
     TRL's reward_weights, but for what failed: TRL 1.16 sums the rest (nansum), which is another reward than that of its siblings.
     """
-    weighted = [weight * torch.tensor(source_scores[name], dtype=torch.float64) for name, weight in weights.items() if weight != 0]
+    weighted = [
+        weight * torch.tensor(source_scores[name], dtype=torch.float64)
+        for name, weight in weights.items()
+        if weight != 0
+    ]
     assert weighted, "every weight is 0"
     return torch.stack(weighted).sum(0).float()
 
@@ -80,14 +84,25 @@ def token_kl(policy_logprobs_M: Tensor, reference_logprobs_M: Tensor, estimator:
     return torch.expm1(-difference_M) + difference_M
 
 
-def sequence_kl(policy_logprobs_M: Tensor, reference_logprobs_M: Tensor, completion_of_M: Tensor, num_completions: int, *, estimator: str) -> Tensor:
+def sequence_kl(
+    policy_logprobs_M: Tensor,
+    reference_logprobs_M: Tensor,
+    completion_of_M: Tensor,
+    num_completions: int,
+    *,
+    estimator: str,
+) -> Tensor:
     """KL of each completion, [N] nats: the estimates of its tokens, summed."""
-    return sum_by_completion(token_kl(policy_logprobs_M, reference_logprobs_M, estimator), completion_of_M, num_completions)
+    return sum_by_completion(
+        token_kl(policy_logprobs_M, reference_logprobs_M, estimator), completion_of_M, num_completions
+    )
 
 
 def sum_by_completion(values_M: Tensor, completion_of_M: Tensor, num_completions: int) -> Tensor:
     """Token values summed within each completion, [N]."""
-    return torch.zeros(num_completions, dtype=values_M.dtype, device=values_M.device).index_add(0, completion_of_M, values_M)
+    return torch.zeros(num_completions, dtype=values_M.dtype, device=values_M.device).index_add(
+        0, completion_of_M, values_M
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,9 @@ class Advantages:
     """Completions that have a score while no other completion of their prompt does: advantage 0."""
 
 
-def advantages_of(scores_PK: Tensor, kl_PK: Tensor, is_truncated_PK: Tensor, settings: RlooConfig, *, kl_coefficient: float) -> Advantages:
+def advantages_of(
+    scores_PK: Tensor, kl_PK: Tensor, is_truncated_PK: Tensor, settings: RlooConfig, *, kl_coefficient: float
+) -> Advantages:
     """Reward = score - penalty of truncation - beta * KL, its leave-one-out advantage, and what masks it. Paper Eq. 15 and appendix A; TRL's RLOOTrainer.
 
     With `kl_in_baseline` off, beta * KL is subtracted from the advantage of the bare score instead.
@@ -126,7 +143,9 @@ def leave_one_out_advantages(rewards_PK: Tensor) -> Tensor:
     """
     assert rewards_PK.shape[1] >= 2, "a baseline needs another completion"
     num_others_PK = (~rewards_PK.isnan()).sum(1, keepdim=True) - 1
-    return rewards_PK - (rewards_PK.nansum(1, keepdim=True) - rewards_PK) / torch.where(num_others_PK > 0, num_others_PK, torch.nan)
+    return rewards_PK - (rewards_PK.nansum(1, keepdim=True) - rewards_PK) / torch.where(
+        num_others_PK > 0, num_others_PK, torch.nan
+    )
 
 
 def next_kl_coefficient(kl_coefficient: float, kl_mean: float, *, target_kl: float, horizon_steps: float) -> float:

@@ -52,7 +52,14 @@ from rm_robust.training.loop import BestStep
 
 logger = logging.getLogger(__name__)
 
-LOGGED = ("rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "rloo/completion_tokens_mean", "time/step_s")
+LOGGED = (
+    "rloo/proxy_score_mean",
+    "rloo/gold_score_mean",
+    "rloo/kl_mean",
+    "rloo/entropy_mean",
+    "rloo/completion_tokens_mean",
+    "time/step_s",
+)
 
 
 @dataclass
@@ -104,13 +111,30 @@ class Sampled:
 class Controller:
     """One step after the other; every completion is trained once."""
 
-    def __init__(self, config: PipelineConfig, run_dir: Path, actors: RlooActors, rewards: RewardSources, gold: Scorer, faults: Faults) -> None:
+    def __init__(
+        self,
+        config: PipelineConfig,
+        run_dir: Path,
+        actors: RlooActors,
+        rewards: RewardSources,
+        gold: Scorer,
+        faults: Faults,
+    ) -> None:
         self.config, self.settings, self.layout = config, config.rloo, RunLayout(run_dir)
         self.actors, self.rewards, self.faults = actors, rewards, faults
         self.version = self.num_steps_committed = self.first_step = actors.num_steps_done
         self.chat = ChatFormat.load(self.layout.sft_model_dir(config))
         self.prompts, held = self.prompts_and_held()
-        self.evaluation = PolicyEvaluation(self.layout, held, self.settings, chat=self.chat, seed=config.seed, gold=gold, sample=self.sample, actors=actors)
+        self.evaluation = PolicyEvaluation(
+            self.layout,
+            held,
+            self.settings,
+            chat=self.chat,
+            seed=config.seed,
+            gold=gold,
+            sample=self.sample,
+            actors=actors,
+        )
         self.monitor = OveroptimisationMonitor(self.settings.monitor)
         self.best = BestStep("rloo/eval/gold_mean", patience=None)
         self.kl_coefficient = self.settings.kl_coefficient
@@ -120,16 +144,28 @@ class Controller:
 
     def prompts_and_held(self) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
         prompts = read_token_groups(self.layout.rloo_prompts / "scenario=rloo_prompts")
-        return held_prompts(prompts, self.settings.evaluation.num_prompts if self.settings.evaluation.every_steps else 0, seed=self.config.seed)
+        return held_prompts(
+            prompts,
+            self.settings.evaluation.num_prompts if self.settings.evaluation.every_steps else 0,
+            seed=self.config.seed,
+        )
 
     def run(self) -> int:
         """All steps not yet done; returns how many the policy has, which is less than asked where the monitor stops the run."""
         self.resume()
         self.publish()
         sinks = open_trackers(self.config, self.layout.run_dir, "rloo")
-        with MetricsWriter(self.layout.run_dir, "rloo", resume_step=self.version, num_steps=self.settings.num_steps, sinks=sinks) as writer:
+        with MetricsWriter(
+            self.layout.run_dir, "rloo", resume_step=self.version, num_steps=self.settings.num_steps, sinks=sinks
+        ) as writer:
             self.evaluation.sample_baseline(self.version)
-            for step in tqdm(range(self.version, self.settings.num_steps), desc="rloo", initial=self.version, total=self.settings.num_steps, mininterval=5):
+            for step in tqdm(
+                range(self.version, self.settings.num_steps),
+                desc="rloo",
+                initial=self.version,
+                total=self.settings.num_steps,
+                mininterval=5,
+            ):
                 if self.monitor.must_stop:
                     break
                 metrics = self.step(step)
@@ -161,32 +197,47 @@ class Controller:
             scores = self.rewards.collect(sampled.scoring, len(prompts))
         kl_PK = torch.tensor([kl for m in measurements for kl in m.kl]).view(len(prompts), -1)
         truncated_PK = torch.tensor([[c.is_truncated for c in p.completions] for p in completions])
-        shaped_PK = shaped_scores(scores.rewards_PK, normalise=self.settings.normalise_scores, clip_range=self.settings.score_clip_range)
+        shaped_PK = shaped_scores(
+            scores.rewards_PK, normalise=self.settings.normalise_scores, clip_range=self.settings.score_clip_range
+        )
         advantages = advantages_of(shaped_PK, kl_PK, truncated_PK, self.settings, kl_coefficient=self.kl_coefficient)
         with self.timed("time/update_s"):
-            update = self.actors.update(advantages.advantages_PK, step=step, learning_rate_factor=self.monitor.learning_rate_factor)
+            update = self.actors.update(
+                advantages.advantages_PK, step=step, learning_rate_factor=self.monitor.learning_rate_factor
+            )
         self.version = step + 1
         with self.timed("time/weight_sync_s"):
             self.publish()
         self.keep_samples(prompts, completions, scores)
         metrics = rollout_metrics(completions, scores, measurements, advantages, kl_PK=kl_PK) | update | self.times
-        metrics |= {"rloo/policy_lag": step - completions[0].completions[0].policy_version, "rloo/kl_coefficient": self.kl_coefficient}
+        metrics |= {
+            "rloo/policy_lag": step - completions[0].completions[0].policy_version,
+            "rloo/kl_coefficient": self.kl_coefficient,
+        }
         if self.settings.target_kl is not None:
-            self.kl_coefficient = self.next_kl_coefficient(self.kl_coefficient, metrics["rloo/kl_mean"], self.settings.target_kl)
+            self.kl_coefficient = self.next_kl_coefficient(
+                self.kl_coefficient, metrics["rloo/kl_mean"], self.settings.target_kl
+            )
         return metrics | {"rloo/policy_version": step, "time/step_s": time.perf_counter() - started}
 
     def sampled_for(self, step: int) -> Sampled:
         """The step's completions; those of the steps that may be sampled meanwhile are on their way when this returns."""
         following = self.under_way[-1].step + 1 if self.under_way else step
         for ahead in range(following, min(step + self.settings.max_policy_lag + 1, self.settings.num_steps)):
-            prompts = prompts_of_step(self.prompts, ahead, num_prompts=self.settings.num_prompts_per_step, seed=self.config.seed)
-            requests = generation_requests(prompts, self.settings, step=ahead, seed=self.config.seed, stop_token_id=self.chat.end_of_turn_id)
+            prompts = prompts_of_step(
+                self.prompts, ahead, num_prompts=self.settings.num_prompts_per_step, seed=self.config.seed
+            )
+            requests = generation_requests(
+                prompts, self.settings, step=ahead, seed=self.config.seed, stop_token_id=self.chat.end_of_turn_id
+            )
             scoring = self.rewards.begin(with_gold=ahead % self.settings.gold_every_steps == 0)
             submit = partial(self.submit, scoring, prompts)
             self.under_way.append(Sampled(ahead, prompts, self.start(requests, on_finished=submit), scoring))
         return self.under_way.popleft()
 
-    def submit(self, scoring: StepInProgress, prompts: list[TokenisedGroup], position: int, completions: PromptCompletions) -> None:
+    def submit(
+        self, scoring: StepInProgress, prompts: list[TokenisedGroup], position: int, completions: PromptCompletions
+    ) -> None:
         """Have one prompt's completions scored; called while others of the step are still sampled."""
         self.rewards.submit(scoring, position, score_input(prompts[position], completions, self.chat))
 
@@ -196,7 +247,9 @@ class Controller:
         check_completions(completions, requests, policy_versions=range(self.version, self.version + 1))
         return completions
 
-    def start(self, requests: list[GenerationRequest], *, on_finished: Callable[[int, PromptCompletions], None]) -> Rollout:
+    def start(
+        self, requests: list[GenerationRequest], *, on_finished: Callable[[int, PromptCompletions], None]
+    ) -> Rollout:
         rollout = Rollout(requests, on_finished=on_finished, silence_s=self.settings.generation_silence_s)
         rollout.start(self.actors.engines)
         return rollout
@@ -265,10 +318,14 @@ class Controller:
         if self.settings.target_kl is not None:
             for line in read_metrics(self.layout.run_dir, "rloo"):
                 if line["step"] == self.version:
-                    self.kl_coefficient = self.next_kl_coefficient(float(line["rloo/kl_coefficient"]), float(line["rloo/kl_mean"]), self.settings.target_kl)
+                    self.kl_coefficient = self.next_kl_coefficient(
+                        float(line["rloo/kl_coefficient"]), float(line["rloo/kl_mean"]), self.settings.target_kl
+                    )
 
     def next_kl_coefficient(self, coefficient: float, kl_mean: float, target_kl: float) -> float:
-        return next_kl_coefficient(coefficient, kl_mean, target_kl=target_kl, horizon_steps=self.settings.kl_horizon_steps)
+        return next_kl_coefficient(
+            coefficient, kl_mean, target_kl=target_kl, horizon_steps=self.settings.kl_horizon_steps
+        )
 
     @property
     def has_committed(self) -> bool:
@@ -279,7 +336,9 @@ class Controller:
     def is_last(self) -> bool:
         return self.version == self.settings.num_steps or self.monitor.must_stop
 
-    def keep_samples(self, prompts: list[TokenisedGroup], completions: list[PromptCompletions], scores: StepScores) -> None:
+    def keep_samples(
+        self, prompts: list[TokenisedGroup], completions: list[PromptCompletions], scores: StepScores
+    ) -> None:
         """Append the first completion of some prompts to rloo/samples.jsonl, for the report, at every checkpoint and the first step."""
         if (self.version - 1) % self.settings.checkpoint_every_steps and self.version != self.settings.num_steps:
             return
@@ -305,7 +364,9 @@ class Controller:
 def _drop_samples_after(path: Path, num_steps_done: int) -> None:
     """A resumed run writes the samples of redone steps again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().rstrip("\n").split("\n") if path.exists() else []  # not splitlines: a completion may hold U+2028
+    lines = (
+        path.read_text().rstrip("\n").split("\n") if path.exists() else []
+    )  # not splitlines: a completion may hold U+2028
     kept: list[str] = []
     for line in lines:
         try:

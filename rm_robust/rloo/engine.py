@@ -91,7 +91,9 @@ class RolloutEngine:
             use_tqdm_on_load=False,
             **(cpu_settings if device == "cpu" else {}),
         )
-        vllm_logger = logging.getLogger("vllm")  # which vLLM sets up anew while it starts: its later lines are written as ours
+        vllm_logger = logging.getLogger(
+            "vllm"
+        )  # which vLLM sets up anew while it starts: its later lines are written as ours
         vllm_logger.handlers.clear()
         vllm_logger.propagate = True
         self._max_model_len = max_model_len
@@ -115,12 +117,17 @@ class RolloutEngine:
         unfinished = {str(position) for position in range(len(requests))}
         try:
             for position, request in enumerate(requests):
-                engine.add_request(str(position), TokensPrompt(prompt_token_ids=request.prompt_ids), _sampling_params(request))
+                engine.add_request(
+                    str(position), TokensPrompt(prompt_token_ids=request.prompt_ids), _sampling_params(request)
+                )
             while engine.has_unfinished_requests():
                 finished: list[Any] = [output for output in engine.step() if output.finished]
                 unfinished -= {output.request_id for output in finished}
                 if finished:
-                    yield [(int(output.request_id), _prompt_completions(requests[int(output.request_id)], output, version)) for output in finished]
+                    yield [
+                        (int(output.request_id), _prompt_completions(requests[int(output.request_id)], output, version))
+                        for output in finished
+                    ]
         finally:
             if unfinished:
                 engine.abort_request(sorted(unfinished))
@@ -184,7 +191,9 @@ class RolloutEngine:
         self._update = _Update.FAILED
         self._llm.finish_weight_update()
         if not self._llm.reset_prefix_cache():
-            raise RolloutError("vLLM did not reset its prefix cache after a weight update: a request must still be running.")
+            raise RolloutError(
+                "vLLM did not reset its prefix cache after a weight update: a request must still be running."
+            )
         self._update = _Update.FINISHED
 
     def score_probe(self, token_ids: list[int]) -> None:
@@ -215,18 +224,24 @@ class RolloutEngine:
 
         token_ids = prompt_ids + completion_ids
         self._check_fit([(token_ids, 1)])
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)  # vLLM applies no temperature to prompt_logprobs
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False
+        )  # vLLM applies no temperature to prompt_logprobs
         positions = self._run([token_ids], [params])[0].prompt_logprobs or []
         logprobs = _logprobs_of(completion_ids, positions[len(prompt_ids) :])
         if not all(map(math.isfinite, logprobs)):
-            raise RolloutError(f"vLLM returned {sum(map(math.isfinite, logprobs))} finite log-probabilities for {len(completion_ids)} tokens.")
+            raise RolloutError(
+                f"vLLM returned {sum(map(math.isfinite, logprobs))} finite log-probabilities for {len(completion_ids)} tokens."
+            )
         return logprobs
 
     def _compare_probe(self, version: int, trainer_logprobs: list[float]) -> None:
         self._update = _Update.FAILED
         own_logprobs = self._probe_logprobs or []
         if len(own_logprobs) != len(trainer_logprobs):
-            raise RolloutError(f"Policy version {version}: the trainer has {len(trainer_logprobs)} probe log-probabilities, the engine {len(own_logprobs)}.")
+            raise RolloutError(
+                f"Policy version {version}: the trainer has {len(trainer_logprobs)} probe log-probabilities, the engine {len(own_logprobs)}."
+            )
         differences = [abs(own - trainer) for own, trainer in zip(own_logprobs, trainer_logprobs, strict=True)]
         if not all(difference <= self._probe_tolerance for difference in differences):  # NaN is not
             raise RolloutError(
@@ -237,7 +252,9 @@ class RolloutEngine:
 
     def _require_finished(self, purpose: str) -> None:
         if self._update is not _Update.FINISHED:
-            raise RolloutError(f"Cannot {purpose}: the latest weight update of this engine is '{self._update.value}', not finished.")
+            raise RolloutError(
+                f"Cannot {purpose}: the latest weight update of this engine is '{self._update.value}', not finished."
+            )
 
     def _require_version(self) -> int:
         if self._policy_version is None:
@@ -258,15 +275,21 @@ class RolloutEngine:
     def _run(self, prompts: list[list[int]], params: list["SamplingParams"]) -> list["RequestOutput"]:
         from vllm import TokensPrompt
 
-        outputs = self._llm.generate([TokensPrompt(prompt_token_ids=prompt_ids) for prompt_ids in prompts], params, use_tqdm=False)
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt_ids) for prompt_ids in prompts], params, use_tqdm=False
+        )
         if [output.prompt_token_ids for output in outputs] != prompts:
-            raise RolloutError(f"vLLM answered {len(outputs)} requests, not the {len(prompts)} prompts it was given in their order.")
+            raise RolloutError(
+                f"vLLM answered {len(outputs)} requests, not the {len(prompts)} prompts it was given in their order."
+            )
         return outputs
 
 
 def _check_settings(model_dir: str, device: str, tensor_parallel_size: int, weight_transfer_backend: str) -> None:
     if not (Path(model_dir) / "config.json").is_file():
-        raise ConfigError(f"{model_dir} holds no config.json. Give the directory of a Hugging Face causal language model.")
+        raise ConfigError(
+            f"{model_dir} holds no config.json. Give the directory of a Hugging Face causal language model."
+        )
     if device == "cuda":
         return
     if tensor_parallel_size != 1 or weight_transfer_backend != "gloo":
@@ -275,7 +298,9 @@ def _check_settings(model_dir: str, device: str, tensor_parallel_size: int, weig
         )
     missing = [name for name in cpu_environment(1) if name not in os.environ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} not set. Create CPU engine actors with runtime_env={{'env_vars': cpu_environment(num_threads)}}.")
+        raise ConfigError(
+            f"{', '.join(missing)} not set. Create CPU engine actors with runtime_env={{'env_vars': cpu_environment(num_threads)}}."
+        )
 
 
 def _sampling_params(request: GenerationRequest) -> "SamplingParams":
@@ -298,9 +323,15 @@ def _sampling_params(request: GenerationRequest) -> "SamplingParams":
 
 def _prompt_completions(request: GenerationRequest, output: "RequestOutput", version: int) -> PromptCompletions:
     samples = sorted(output.outputs, key=lambda sample: sample.index)
-    if [sample.index for sample in samples] != list(range(request.num_completions)) or output.prompt_token_ids != request.prompt_ids:
-        raise RolloutError(f"vLLM returned {len(samples)} completions of prompt {request.prompt_id}, asked for {request.num_completions}.")
-    return PromptCompletions(request.prompt_id, request.prompt_ids, [_completion(request, sample, version) for sample in samples])
+    if [sample.index for sample in samples] != list(
+        range(request.num_completions)
+    ) or output.prompt_token_ids != request.prompt_ids:
+        raise RolloutError(
+            f"vLLM returned {len(samples)} completions of prompt {request.prompt_id}, asked for {request.num_completions}."
+        )
+    return PromptCompletions(
+        request.prompt_id, request.prompt_ids, [_completion(request, sample, version) for sample in samples]
+    )
 
 
 def _completion(request: GenerationRequest, sample: "CompletionOutput", version: int) -> Completion:
@@ -311,10 +342,14 @@ def _completion(request: GenerationRequest, sample: "CompletionOutput", version:
         raise RolloutError(f"vLLM ended {where} with '{sample.finish_reason}' after {len(token_ids)} tokens.")
     spans = [(span.version, span.start, span.end) for span in sample.weight_versions or []]
     if spans != [(str(version), 0, len(token_ids))]:
-        raise RolloutError(f"{where} was sampled by weight versions {spans}, expected only {version} for all {len(token_ids)} tokens.")
+        raise RolloutError(
+            f"{where} was sampled by weight versions {spans}, expected only {version} for all {len(token_ids)} tokens."
+        )
     logprobs = _logprobs_of(token_ids, sample.logprobs or [])
     if not token_ids or not all(map(math.isfinite, logprobs)):
-        raise RolloutError(f"{where} has {len(token_ids)} tokens but {sum(map(math.isfinite, logprobs))} finite log-probabilities.")
+        raise RolloutError(
+            f"{where} has {len(token_ids)} tokens but {sum(map(math.isfinite, logprobs))} finite log-probabilities."
+        )
     return Completion(token_ids, logprobs, is_truncated=sample.finish_reason == "length", policy_version=version)
 
 
@@ -322,4 +357,7 @@ def _logprobs_of(token_ids: list[int], positions: "Sequence[dict[int, Logprob] |
     """The log-probability of each token; NaN where vLLM gave none."""
     if len(positions) != len(token_ids):
         return [math.nan] * len(token_ids)
-    return [position[token_id].logprob if position else math.nan for token_id, position in zip(token_ids, positions, strict=True)]
+    return [
+        position[token_id].logprob if position else math.nan
+        for token_id, position in zip(token_ids, positions, strict=True)
+    ]

@@ -65,7 +65,9 @@ def compare_policies(policy: JudgedCompletions, sft: JudgedCompletions) -> Polic
     Raises RolloutError when fewer than 2 prompts have a scored completion of both: there is no standard error.
     """
     num_given = len(policy.gold_scores)
-    assert num_given == len(policy.num_tokens) == len(sft.gold_scores) == len(sft.num_tokens), "both policies answer the same prompts"
+    assert num_given == len(policy.num_tokens) == len(sft.gold_scores) == len(sft.num_tokens), (
+        "both policies answer the same prompts"
+    )
     kept = [q for q in range(num_given) if policy.gold_scores[q] and sft.gold_scores[q]]
     if len(kept) < 2:
         raise RolloutError(
@@ -82,7 +84,9 @@ def compare_policies(policy: JudgedCompletions, sft: JudgedCompletions) -> Polic
         sft_gold_mean=fmean(fmean(sft.gold_scores[q]) for q in kept),
         win_rate=float(by_prompt_Q.mean()),
         win_rate_se=float(by_prompt_Q.std(ddof=1) / np.sqrt(len(kept))),
-        length_controlled_win_rate=length_controlled_win_rate(np.concatenate(preferences), np.concatenate(longer), weights_M),
+        length_controlled_win_rate=length_controlled_win_rate(
+            np.concatenate(preferences), np.concatenate(longer), weights_M
+        ),
         completion_tokens_mean=fmean(fmean(policy.num_tokens[q]) for q in kept),
         sft_completion_tokens_mean=fmean(fmean(sft.num_tokens[q]) for q in kept),
         num_prompts=len(kept),
@@ -121,7 +125,9 @@ def length_controlled_win_rate(preferences_M: Floats, length_differences_M: Floa
 
 def _all_pairs(own: list[float] | list[int], other: list[float] | list[int]) -> Floats:
     """own[i] - other[j] for every i and j, [M of one prompt]."""
-    differences: Floats = np.subtract.outer(np.asarray(own, dtype=np.float64), np.asarray(other, dtype=np.float64)).ravel()
+    differences: Floats = np.subtract.outer(
+        np.asarray(own, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    ).ravel()
     return differences
 
 
@@ -141,15 +147,26 @@ class PolicyEvaluation:
         actors: RlooActors,
     ) -> None:
         """`sample` answers with completions of the current policy."""
-        self._path, self._prompts, self._chat, self._gold, self._sample, self._actors = layout.rloo_baseline, prompts, chat, gold, sample, actors
-        self._requests = generation_requests(prompts, settings, step=BASELINE_STEP, seed=seed, stop_token_id=chat.end_of_turn_id, num_completions=1)
+        self._path, self._prompts, self._chat, self._gold, self._sample, self._actors = (
+            layout.rloo_baseline,
+            prompts,
+            chat,
+            gold,
+            sample,
+            actors,
+        )
+        self._requests = generation_requests(
+            prompts, settings, step=BASELINE_STEP, seed=seed, stop_token_id=chat.end_of_turn_id, num_completions=1
+        )
 
     def sample_baseline(self, version: int) -> None:
         """Judge the SFT policy's answers, unless that was done. Raises RolloutError when it cannot be done any more."""
         if not self._prompts or self._path.exists():
             return
         if version > 0:
-            raise RolloutError(f"{self._path} is missing, and the policy is at step {version} already. Restore it, or start the RLOO stage anew.")
+            raise RolloutError(
+                f"{self._path} is missing, and the policy is at step {version} already. Restore it, or start the RLOO stage anew."
+            )
         judged, _ = self._judged()
         write_json_atomic(self._path, {"gold_scores": judged.gold_scores, "num_tokens": judged.num_tokens})
 
@@ -163,6 +180,8 @@ class PolicyEvaluation:
 
     def _judged(self) -> tuple[JudgedCompletions, list[PromptCompletions]]:
         completions = self._sample(self._requests)
-        inputs = [score_input(prompt, answer, self._chat) for prompt, answer in zip(self._prompts, completions, strict=True)]
+        inputs = [
+            score_input(prompt, answer, self._chat) for prompt, answer in zip(self._prompts, completions, strict=True)
+        ]
         lengths = [[len(c.token_ids) for c in answer.completions] for answer in completions]
         return JudgedCompletions(self._gold.score(inputs).scores, lengths), completions

@@ -27,7 +27,12 @@ class PolicyLoss:
 
 
 def policy_loss(
-    new_logprobs_M: Tensor, old_logprobs_M: Tensor, sampler_logprobs_M: Tensor, advantages_N: Tensor, completion_of_M: Tensor, settings: RlooConfig
+    new_logprobs_M: Tensor,
+    old_logprobs_M: Tensor,
+    sampler_logprobs_M: Tensor,
+    advantages_N: Tensor,
+    completion_of_M: Tensor,
+    settings: RlooConfig,
 ) -> PolicyLoss:
     """w * max(-A r, -A clip(r, 1 - c, 1 + c)), with the ratio r = new / old of whole completions, or of tokens and then averaged over the completion's.
 
@@ -44,16 +49,26 @@ def policy_loss(
     terms = terms * importance_weights(old_logprobs_M, sampler_logprobs_M, completion_of_M, num_completions, settings)
     if settings.ratio_level == "token":
         lengths_N = sum_by_completion(torch.ones_like(terms), completion_of_M, num_completions)
-        terms, clipped = (sum_by_completion(values, completion_of_M, num_completions) / lengths_N for values in (terms, clipped))
+        terms, clipped = (
+            sum_by_completion(values, completion_of_M, num_completions) / lengths_N for values in (terms, clipped)
+        )
     return PolicyLoss(terms, clipped)
 
 
-def importance_weights(old_logprobs_M: Tensor, sampler_logprobs_M: Tensor, completion_of_M: Tensor, num_completions: int, settings: RlooConfig) -> Tensor:
+def importance_weights(
+    old_logprobs_M: Tensor,
+    sampler_logprobs_M: Tensor,
+    completion_of_M: Tensor,
+    num_completions: int,
+    settings: RlooConfig,
+) -> Tensor:
     """min(old / sampler, cap) without gradient, one a ratio: truncated importance sampling (Ionides 2008; Yao et al. 2025 for engine mismatch)."""
     log_weights = (old_logprobs_M - sampler_logprobs_M).detach()
     if settings.importance_correction == "none":
         log_weights = torch.zeros_like(log_weights)
     if settings.importance_correction == "token":
         return log_weights.exp().clamp(max=settings.importance_cap)
-    weights_N = sum_by_completion(log_weights, completion_of_M, num_completions).exp().clamp(max=settings.importance_cap)
+    weights_N = (
+        sum_by_completion(log_weights, completion_of_M, num_completions).exp().clamp(max=settings.importance_cap)
+    )
     return weights_N if settings.ratio_level == "sequence" else weights_N[completion_of_M]

@@ -11,7 +11,12 @@ from rm_robust.rloo.rollout import Measurement, PromptCompletions
 
 
 def rollout_metrics(
-    completions: list[PromptCompletions], scores: StepScores, measurements: list[Measurement], advantages: Advantages, *, kl_PK: Tensor
+    completions: list[PromptCompletions],
+    scores: StepScores,
+    measurements: list[Measurement],
+    advantages: Advantages,
+    *,
+    kl_PK: Tensor,
 ) -> dict[str, float]:
     """Scores (raw units), KL (nats a completion), entropy (nats a token), lengths (tokens) of one step's completions.
 
@@ -41,7 +46,10 @@ def rollout_metrics(
 def score_metrics(scores: StepScores) -> dict[str, float]:
     """Mean and population deviation of each source's known raw scores, and what failed: scores of all sources, and the share of completions without
     a reward. A judge that was not asked has no metrics."""
-    names = {name: f"rloo/reward/{name}" for name in scores.source_scores} | {"proxy": "rloo/proxy_score", "gold": "rloo/gold_score"}
+    names = {name: f"rloo/reward/{name}" for name in scores.source_scores} | {
+        "proxy": "rloo/proxy_score",
+        "gold": "rloo/gold_score",
+    }
     rows = scores.source_scores if scores.gold is None else scores.source_scores | {"gold": scores.gold}
     metrics: dict[str, float] = {}
     for name, own in rows.items():

@@ -62,14 +62,20 @@ class OveroptimisationMonitor:
     @property
     def learning_rate_factor(self) -> float:
         """What the learning rate of the next step is multiplied by; 1 unless the action is "lower_learning_rate"."""
-        return self.settings.learning_rate_factor**self.num_firings if self.settings.action == "lower_learning_rate" else 1.0
+        return (
+            self.settings.learning_rate_factor**self.num_firings
+            if self.settings.action == "lower_learning_rate"
+            else 1.0
+        )
 
     @property
     def must_stop(self) -> bool:
         """Whether the run ends here; stays true when it is resumed under the same settings."""
         return self.settings.action == "stop" and self.num_firings > 0
 
-    def observe(self, step: int, *, proxy_mean: float, proxy_std: float, gold_mean: float | None, gold_std: float | None) -> dict[str, float]:
+    def observe(
+        self, step: int, *, proxy_mean: float, proxy_std: float, gold_mean: float | None, gold_std: float | None
+    ) -> dict[str, float]:
         """Take the scores of one step (number of steps done, as in metrics.jsonl), means and standard deviations across its completions.
 
         Returns the metrics of a full window; empty before, and at a step without gold scores (both None). Warns where the monitor fires.
@@ -98,10 +104,20 @@ class OveroptimisationMonitor:
         for line in read_metrics(run_dir, "rloo"):
             if int(line["step"]) <= first_step and "rloo/gold_score_mean" in line:
                 proxy_mean, proxy_std = float(line["rloo/proxy_score_mean"]), float(line["rloo/proxy_score_std"])
-                self._take(int(line["step"]), proxy_mean, proxy_std, float(line["rloo/gold_score_mean"]), float(line["rloo/gold_score_std"]))
+                self._take(
+                    int(line["step"]),
+                    proxy_mean,
+                    proxy_std,
+                    float(line["rloo/gold_score_mean"]),
+                    float(line["rloo/gold_score_std"]),
+                )
 
-    def _take(self, step: int, proxy_mean: float, proxy_std: float, gold_mean: float | None, gold_std: float | None) -> dict[str, float]:
-        assert (gold_mean is None) == (gold_std is None), f"step {step}: gold mean {gold_mean} with gold deviation {gold_std}"
+    def _take(
+        self, step: int, proxy_mean: float, proxy_std: float, gold_mean: float | None, gold_std: float | None
+    ) -> dict[str, float]:
+        assert (gold_mean is None) == (gold_std is None), (
+            f"step {step}: gold mean {gold_mean} with gold deviation {gold_std}"
+        )
         if gold_mean is None or gold_std is None:
             return {}
         self._window.append(_ScoredStep(step, proxy_mean, gold_mean))
@@ -110,8 +126,12 @@ class OveroptimisationMonitor:
         self._gold_unit = self._gold_unit or gold_std
         if len(self._window) < self.settings.window_steps or not self._proxy_unit or not self._gold_unit:
             return {}
-        proxy_rise, proxy_rise_se = (value / self._proxy_unit for value in rise_with_error([scored.proxy_mean for scored in self._window]))
-        gold_rise, gold_rise_se = (value / self._gold_unit for value in rise_with_error([scored.gold_mean for scored in self._window]))
+        proxy_rise, proxy_rise_se = (
+            value / self._proxy_unit for value in rise_with_error([scored.proxy_mean for scored in self._window])
+        )
+        gold_rise, gold_rise_se = (
+            value / self._gold_unit for value in rise_with_error([scored.gold_mean for scored in self._window])
+        )
         min_rise = max(self.settings.min_proxy_rise, self._min_standard_errors * proxy_rise_se)
         min_fall = max(self.settings.min_gold_fall, self._min_standard_errors * gold_rise_se)
         has_risen_alone = proxy_rise >= min_rise and gold_rise <= self.settings.max_gold_rise

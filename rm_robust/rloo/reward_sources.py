@@ -56,11 +56,17 @@ class RewardSources:
     def __init__(self, settings: RlooConfig, *, proxy: Scorer, gold: Scorer | None) -> None:
         """Raises ConfigError for a function that cannot be imported or called, a URL that is not HTTP, two sources of one name, and weights of 0 alone."""
         self._settings = settings
-        self._weights = {"proxy": settings.proxy_weight} | {source.name: source.weight for source in settings.reward_sources}
+        self._weights = {"proxy": settings.proxy_weight} | {
+            source.name: source.weight for source in settings.reward_sources
+        }
         if len(self._weights) <= len(settings.reward_sources):
-            raise ConfigError(f"rloo.reward_sources: names must differ, got {[source.name for source in settings.reward_sources]}.")
+            raise ConfigError(
+                f"rloo.reward_sources: names must differ, got {[source.name for source in settings.reward_sources]}."
+            )
         if not any(self._weights.values()):
-            raise ConfigError(f"The reward would always be 0: rloo.proxy_weight and all of rloo.reward_sources have the weight 0, got {self._weights}.")
+            raise ConfigError(
+                f"The reward would always be 0: rloo.proxy_weight and all of rloo.reward_sources have the weight 0, got {self._weights}."
+            )
         asks: dict[str, Ask] = {"proxy": partial(ask_scorer, proxy)}
         with contextlib.ExitStack() as clients:
             asks |= {source.name: open_source(source, clients) for source in settings.reward_sources}
@@ -98,12 +104,24 @@ class RewardSources:
             self.abandon(step)
         for name, num_failed in scores.num_failed.items():
             if num_failed:
-                logger.warning("%d of %d scores of %s failed; the last one: %s", num_failed, scores.rewards_PK.numel(), name, step.last_reason[name])
+                logger.warning(
+                    "%d of %d scores of %s failed; the last one: %s",
+                    num_failed,
+                    scores.rewards_PK.numel(),
+                    name,
+                    step.last_reason[name],
+                )
         num_lost, num_completions = int(scores.rewards_PK.isnan().sum()), scores.rewards_PK.numel()
         if num_lost / num_completions > step.max_failed_fraction:
             failed = {name: number for name, number in scores.num_failed.items() if number and name != "gold"}
             reasons = "; ".join(step.last_reason[name] for name in failed)
-            raise too_many_failed(" and ".join(failed), num_lost, of=num_completions, max_fraction=step.max_failed_fraction, reason=reasons)
+            raise too_many_failed(
+                " and ".join(failed),
+                num_lost,
+                of=num_completions,
+                max_fraction=step.max_failed_fraction,
+                reason=reasons,
+            )
         return scores
 
     def abandon(self, step: "StepInProgress") -> None:
@@ -176,7 +194,11 @@ class StepInProgress:
             self.num_missing -= len(completions)
             if self.num_failed[name] / self.num_completions > self.max_failed_fraction:
                 num_failed, reason = self.num_failed[name], self.last_reason[name]
-                self.end(too_many_failed(name, num_failed, of=self.num_completions, max_fraction=self.max_failed_fraction, reason=reason))
+                self.end(
+                    too_many_failed(
+                        name, num_failed, of=self.num_completions, max_fraction=self.max_failed_fraction, reason=reason
+                    )
+                )
             self.changed.notify_all()
 
     def note_checkpoint(self, name: str, checkpoint: str, *, is_change: bool) -> None:
@@ -198,11 +220,16 @@ class StepInProgress:
             if self.error is not None:
                 raise self.error
             assert not self.is_over, "closed while a step was waited for"
-            assert self.inputs.keys() == set(range(count)), f"submitted were {sorted(self.inputs)}, not 0 to {count - 1}"
+            assert self.inputs.keys() == set(range(count)), (
+                f"submitted were {sorted(self.inputs)}, not 0 to {count - 1}"
+            )
 
     def rows(self, name: str) -> list[list[float]]:
         """[P][K], in the order of the indices."""
-        return [[self.scores[name][index, k] for k in range(len(self.inputs[index].completions))] for index in sorted(self.inputs)]
+        return [
+            [self.scores[name][index, k] for k in range(len(self.inputs[index].completions))]
+            for index in sorted(self.inputs)
+        ]
 
 
 @dataclass(frozen=True)
@@ -237,13 +264,22 @@ class SourceThread:
     def _run(self) -> None:
         while jobs := self._take():
             for step in dict.fromkeys(job.step for job in jobs):  # the earlier one first
-                completions = [CompletionAt(job.index, k, job.item) for job in jobs if job.step is step for k in range(len(job.item.completions))]
+                completions = [
+                    CompletionAt(job.index, k, job.item)
+                    for job in jobs
+                    if job.step is step
+                    for k in range(len(job.item.completions))
+                ]
                 try:
                     self._score(step, completions)
                 except Exception as error:  # collect raises it, in the controller's thread
                     step.end(error)
                 except BaseException as error:  # sys.exit in a function would end this thread in silence, and the run as if it had succeeded
-                    step.end(RolloutError(f"{self.name} ended with {type(error).__name__}: {error}. A reward source returns scores, or raises an Exception."))
+                    step.end(
+                        RolloutError(
+                            f"{self.name} ended with {type(error).__name__}: {error}. A reward source returns scores, or raises an Exception."
+                        )
+                    )
 
     def _take(self) -> list[Job]:
         """All that wait, at least one; none when the thread shall end."""
@@ -272,7 +308,12 @@ class SourceThread:
         is_change = self._checkpoint not in (None, checkpoint)
         if is_change and not self._has_warned:
             self._has_warned = True
-            logger.warning("%s now scores with %s, before with %s: rewards of two checkpoints cannot be compared", self.name, checkpoint, self._checkpoint)
+            logger.warning(
+                "%s now scores with %s, before with %s: rewards of two checkpoints cannot be compared",
+                self.name,
+                checkpoint,
+                self._checkpoint,
+            )
         self._checkpoint = checkpoint
         step.note_checkpoint(self.name, checkpoint, is_change=is_change)
 
@@ -280,7 +321,10 @@ class SourceThread:
 def inputs_of(completions: Sequence[CompletionAt]) -> list[ScoreInput]:
     """One input for each prompt among them, with those of its completions that are."""
     groups = [list(group) for _, group in groupby(completions, key=lambda at: at.index)]
-    return [group[0].item.model_copy(update={"completions": [at.item.completions[at.k] for at in group]}) for group in groups]
+    return [
+        group[0].item.model_copy(update={"completions": [at.item.completions[at.k] for at in group]})
+        for group in groups
+    ]
 
 
 def split(completions: list[CompletionAt]) -> list[list[CompletionAt]]:
@@ -310,7 +354,9 @@ def load_function(source: RewardSourceConfig) -> RewardFunction:
             "PYTHONPATH."
         ) from error
     if not callable(function):
-        raise ConfigError(f"{what} is {function!r:.100}, which cannot be called. Name a function(prompt, completion) -> float.")
+        raise ConfigError(
+            f"{what} is {function!r:.100}, which cannot be called. Name a function(prompt, completion) -> float."
+        )
     return function  # type: ignore[no-any-return]
 
 
@@ -320,12 +366,16 @@ def ask_scorer(scorer: Scorer, inputs: Sequence[ScoreInput]) -> Answer:
 
 
 def ask_function(function: RewardFunction, inputs: Sequence[ScoreInput]) -> Answer:
-    return Answer([call_function(function, item.prompt, completion) for item in inputs for completion in item.completions], None)
+    return Answer(
+        [call_function(function, item.prompt, completion) for item in inputs for completion in item.completions], None
+    )
 
 
 def call_function(function: RewardFunction, prompt: str | list[Message], completion: str) -> float | str:
     """Its score, or why there is none. It gets messages of its own, which it may change."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+    messages = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+    )
     try:
         score = function(messages, completion)
         if isinstance(score, bool) or not isinstance(score, int | float):

@@ -97,7 +97,13 @@ class EnginesLostError(Exception):
 class Rollout:
     """Asks once for every completion, again only for what was lost with an engine: no prompt is lost or comes twice."""
 
-    def __init__(self, requests: list[GenerationRequest], *, on_finished: Callable[[int, PromptCompletions], None], silence_s: float) -> None:
+    def __init__(
+        self,
+        requests: list[GenerationRequest],
+        *,
+        on_finished: Callable[[int, PromptCompletions], None],
+        silence_s: float,
+    ) -> None:
         """`on_finished(position, completions)` is called from another thread. An engine that gives nothing for `silence_s` counts as lost."""
         self.requests = requests
         self.num_redone = 0
@@ -114,7 +120,9 @@ class Rollout:
             self.num_redone += len(missing)
         parts = [missing[part] for part in split_evenly(len(missing), len(engines))]
         streams = {
-            engine.generate.remote([self.requests[position] for position in part]): (engine, part) for engine, part in zip(engines, parts, strict=True) if part
+            engine.generate.remote([self.requests[position] for position in part]): (engine, part)
+            for engine, part in zip(engines, parts, strict=True)
+            if part
         }
         self._receiving = self._pool.submit(self._receive, streams)
 
@@ -157,10 +165,14 @@ class Rollout:
             raise EnginesLostError(lost)
 
 
-def held_prompts(prompts: list[TokenisedGroup], num_held: int, *, seed: int) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
+def held_prompts(
+    prompts: list[TokenisedGroup], num_held: int, *, seed: int
+) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
     """Prompts to sample from in training, and those held out for evaluation. Raises ConfigError when nothing would be left to train on."""
     if num_held >= len(prompts):
-        raise ConfigError(f"rloo.evaluation.num_prompts = {num_held} leaves none of the {len(prompts)} RLOO prompts to train on; lower it, or add prompts.")
+        raise ConfigError(
+            f"rloo.evaluation.num_prompts = {num_held} leaves none of the {len(prompts)} RLOO prompts to train on; lower it, or add prompts."
+        )
     held = set(Random(f"held:{seed}").sample(range(len(prompts)), num_held))
     return [p for i, p in enumerate(prompts) if i not in held], [p for i, p in enumerate(prompts) if i in held]
 
@@ -171,7 +183,13 @@ def prompts_of_step(prompts: list[TokenisedGroup], step: int, *, num_prompts: in
 
 
 def generation_requests(
-    prompts: list[TokenisedGroup], settings: RlooConfig, *, step: int, seed: int, stop_token_id: int, num_completions: int | None = None
+    prompts: list[TokenisedGroup],
+    settings: RlooConfig,
+    *,
+    step: int,
+    seed: int,
+    stop_token_id: int,
+    num_completions: int | None = None,
 ) -> list[GenerationRequest]:
     """One request a prompt for its completions (the settings' K, unless said otherwise); seeds differ by run, step and prompt."""
     return [
@@ -189,13 +207,19 @@ def generation_requests(
     ]
 
 
-def check_completions(completions: list[PromptCompletions], requests: list[GenerationRequest], *, policy_versions: range) -> None:
+def check_completions(
+    completions: list[PromptCompletions], requests: list[GenerationRequest], *, policy_versions: range
+) -> None:
     """Raise RolloutError unless every request has its completions, in order, each prompt's from one of the `policy_versions`."""
     if [c.prompt_id for c in completions] != [r.prompt_id for r in requests]:
-        raise RolloutError(f"The engines answered {len(completions)} prompts in another order than the {len(requests)} asked. Restart the run; it resumes.")
+        raise RolloutError(
+            f"The engines answered {len(completions)} prompts in another order than the {len(requests)} asked. Restart the run; it resumes."
+        )
     for answer, request in zip(completions, requests, strict=True):
         if len(answer.completions) != request.num_completions:
-            raise RolloutError(f"Prompt {answer.prompt_id} has {len(answer.completions)} completions, {request.num_completions} were asked.")
+            raise RolloutError(
+                f"Prompt {answer.prompt_id} has {len(answer.completions)} completions, {request.num_completions} were asked."
+            )
         versions = {c.policy_version for c in answer.completions}
         if len(versions) > 1 or not versions <= set(policy_versions):
             raise RolloutError(

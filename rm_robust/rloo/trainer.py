@@ -74,9 +74,15 @@ class PolicyTrainer:
         """Join the other ranks, load policy and reference, resume the last committed state; returns the steps already done."""
         listen_where_ray_does()
         num_workers = self.settings.trainers.num_workers
-        if num_workers > 1 or self.settings.strategy.kind != "ddp":  # a shard needs a process group even when it is the only one
+        if (
+            num_workers > 1 or self.settings.strategy.kind != "ddp"
+        ):  # a shard needs a process group even when it is the only one
             os.environ |= {"MASTER_ADDR": master_address, "MASTER_PORT": str(master_port)}
-            os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(num_workers), "LOCAL_RANK": "0"}  # DeepSpeed reads them; an actor sees its own GPU only
+            os.environ |= {
+                "RANK": str(self.rank),
+                "WORLD_SIZE": str(num_workers),
+                "LOCAL_RANK": "0",
+            }  # DeepSpeed reads them; an actor sees its own GPU only
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=self.rank, world_size=num_workers, timeout=timedelta(minutes=10))
         sft_dir = self.layout.sft_model_dir(self.config)
@@ -88,9 +94,13 @@ class PolicyTrainer:
         layout = choose_layout(model.config, self.device)
         self.policy = PackedPolicy(model, layout, temperature=temperature, compute=self.settings.compute)
         prepare_for_training(model, self.settings.compute)
-        reference = PackedPolicy(load_policy(sft_dir, dtype=torch.float32), layout, temperature=temperature, compute=self.settings.compute)
+        reference = PackedPolicy(
+            load_policy(sft_dir, dtype=torch.float32), layout, temperature=temperature, compute=self.settings.compute
+        )
         self.reference = reference.to(self.device).eval().requires_grad_(False)
-        self.engine = create_engine(self.policy, strategy=self.settings.strategy, optimizer=self.settings.optimizer, device=self.device)
+        self.engine = create_engine(
+            self.policy, strategy=self.settings.strategy, optimizer=self.settings.optimizer, device=self.device
+        )
         return load_state(self.engine, self.layout.rloo_state)
 
     def connect(self, engines: list[Any], timeout_s: float) -> None:
@@ -100,7 +110,9 @@ class PolicyTrainer:
         self._publisher = WeightPublisher(
             engines,
             self.policy.model if self._has_whole_weights else self._gathered,
-            probe=policy_probe(self.policy) if self._has_whole_weights else Probe(probe_token_ids(self.policy), lambda: self._probe_logprobs),
+            probe=policy_probe(self.policy)
+            if self._has_whole_weights
+            else Probe(probe_token_ids(self.policy), lambda: self._probe_logprobs),
             backend=self.settings.weight_transfer_backend,
             tensor_parallel_size=self.settings.tensor_parallel_size,
             timeout_s=timeout_s,
@@ -111,7 +123,9 @@ class PolicyTrainer:
         if not self._has_whole_weights:
             whole = self.engine.full_state_dict()
             self._probe_logprobs = self._probe_logprobs_of_sharded()
-            self._gathered.replace({name: whole[f"model.{name}"] for name, _ in self.policy.model.named_parameters() if self.rank == 0})  # tied ones once
+            self._gathered.replace(
+                {name: whole[f"model.{name}"] for name, _ in self.policy.model.named_parameters() if self.rank == 0}
+            )  # tied ones once
         if self.rank:
             return None
         assert self._publisher is not None, "connect first"
@@ -147,7 +161,9 @@ class PolicyTrainer:
                 reference_M, _ = self.reference(batch)
             rows = [n for i in bins[number] for n in range(starts[i], starts[i + 1])]
             old_M = live_M.detach()
-            values = sequence_kl(old_M, reference_M, batch.completion_of_M, len(rows), estimator=self.settings.kl_estimator).tolist()
+            values = sequence_kl(
+                old_M, reference_M, batch.completion_of_M, len(rows), estimator=self.settings.kl_estimator
+            ).tolist()
             for n, value, own_M in zip(rows, values, old_M.split([len(sampler[n]) for n in rows]), strict=True):
                 kl[n], old[n] = value, own_M
             entropies.append(entropy_M)
@@ -164,7 +180,9 @@ class PolicyTrainer:
             sampler_kl_mean=float(token_kl(sampler_M, old_M, "k3").mean()),
         )
 
-    def update(self, advantages: list[float], *, step: int, num_completions_all_ranks: int, learning_rate_factor: float) -> Update:
+    def update(
+        self, advantages: list[float], *, step: int, num_completions_all_ranks: int, learning_rate_factor: float
+    ) -> Update:
         """The optimiser steps of step `step` on what `measure` saw; the loss of each is the mean over all ranks' completions in it."""
         measured = self._measured
         assert measured is not None, "measure first"
@@ -179,10 +197,15 @@ class PolicyTrainer:
                 clipped.append(num_clipped / divisor)
         self._measured = None
         return Update(
-            loss=statistics.fmean(losses), clip_fraction=statistics.fmean(clipped), gradient_norm=statistics.fmean(norms), learning_rate=learning_rate
+            loss=statistics.fmean(losses),
+            clip_fraction=statistics.fmean(clipped),
+            gradient_norm=statistics.fmean(norms),
+            learning_rate=learning_rate,
         )
 
-    def _backward(self, measured: _Measured, members: list[int], advantages: list[float], divisor: float) -> tuple[float, float]:
+    def _backward(
+        self, measured: _Measured, members: list[int], advantages: list[float], divisor: float
+    ) -> tuple[float, float]:
         """Gradients of one optimiser step; returns this rank's part of the loss, and the sum of its completions' clipped shares."""
         starts = _offsets(measured.groups)
         if measured.live is not None:
@@ -211,7 +234,10 @@ class PolicyTrainer:
     def _rounds(self, groups: list[TokenGroup]) -> tuple[list[PackedBatch], list[list[int]]]:
         """Micro-batches and the groups in each. A rank with fewer than another repeats its last one, beyond the end of the second list."""
         bins = micro_batches(groups, self.policy.layout, self.settings.max_tokens_per_micro_batch)
-        batches = [lay_out([groups[i] for i in members], self.policy.layout, pad_id=self.chat.pad_id).to(self.device) for members in bins]
+        batches = [
+            lay_out([groups[i] for i in members], self.policy.layout, pad_id=self.chat.pad_id).to(self.device)
+            for members in bins
+        ]
         return [*batches, *batches[-1:] * (largest_over_ranks(len(batches), self.device) - len(batches))], bins
 
     def _minibatches(self, num_groups: int, step: int, epoch: int) -> Iterator[list[int]]:
@@ -236,7 +262,11 @@ class PolicyTrainer:
         """Commit the policy as a checkpoint (all ranks take part, rank 0 writes)."""
         weights = self.engine.full_state_dict()
         if self.rank == 0:
-            training: dict[str, str | int | float] = {"stage": "rloo", "num_steps": num_steps_done, "seed": self.config.seed}
+            training: dict[str, str | int | float] = {
+                "stage": "rloo",
+                "num_steps": num_steps_done,
+                "seed": self.config.seed,
+            }
             commit_policy(target, self.policy.model, weights, self.chat, training=training)
 
 

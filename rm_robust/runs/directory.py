@@ -39,14 +39,20 @@ def choose_run_dir(name: str, run_dir: str | None) -> Path:
         chosen, what = local_path(run_dir).expanduser(), f"--run-dir {run_dir}"
     else:
         chosen, what = run_root() / name, f"{RUN_ROOT_VARIABLE}={run_root()}"
-    require_lasting(chosen, what, fix="Give an absolute path on storage that every node sees, or a URI (s3://…, gs://…).")
+    require_lasting(
+        chosen, what, fix="Give an absolute path on storage that every node sees, or a URI (s3://…, gs://…)."
+    )
     return chosen.absolute()
 
 
-def require_lasting(path: Path, what: str, *, fix: str = "Give an absolute path on storage that outlasts the job.") -> None:
+def require_lasting(
+    path: Path, what: str, *, fix: str = "Give an absolute path on storage that outlasts the job."
+) -> None:
     """Raise ConfigError for a relative path inside a Ray job: what is written there is lost."""
     if in_ray_job() and not path.is_absolute():
-        raise ConfigError(f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. {fix}")
+        raise ConfigError(
+            f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. {fix}"
+        )
 
 
 def run_root() -> Path:
@@ -79,7 +85,9 @@ def check_run_dir(run_dir: Path, config: Section) -> bool:
             return False
         earlier = json.loads(read_text(run_dir / RESOLVED_NAME))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"The run directory {shown(run_dir)} cannot be used: {error}. Choose another with --run-dir.") from error
+        raise ConfigError(
+            f"The run directory {shown(run_dir)} cannot be used: {error}. Choose another with --run-dir."
+        ) from error
     changes = _differences(with_new_settings(earlier, type(config)), _resolved(config))
     if changes:
         raise ConfigError(
@@ -118,5 +126,7 @@ def _resolved(config: Section) -> dict[str, Any]:
 def _differences(earlier: Any, now: Any, at: str = "") -> list[str]:
     if isinstance(earlier, dict) and isinstance(now, dict):
         keys = sorted(set(earlier) | set(now))
-        return [line for key in keys for line in _differences(earlier.get(key), now.get(key), f"{at}.{key}" if at else key)]
+        return [
+            line for key in keys for line in _differences(earlier.get(key), now.get(key), f"{at}.{key}" if at else key)
+        ]
     return [] if earlier == now else [f"{at}: {earlier!r} there, {now!r} now"]

@@ -139,14 +139,18 @@ class RunLayout:
         record = self.run_dir / "stages" / f"{stage}.json"
         with storage_errors(record):
             record.parent.mkdir(exist_ok=True)
-        write_json_atomic(record, {"stage": stage, "seconds": time.time() - started, "finished_at": time.time(), **result})
+        write_json_atomic(
+            record, {"stage": stage, "seconds": time.time() - started, "finished_at": time.time(), **result}
+        )
         return True
 
     def stage_result(self, stage: str) -> dict[str, Any]:
         """What a finished stage recorded. Raises DataError when it has not run."""
         path = self.run_dir / "stages" / f"{stage}.json"
         if not path.exists():
-            raise DataError(f"Stage {stage!r} has not run in {self.run_dir}; run it first (pipelines/full_rlhf.py runs all in order).")
+            raise DataError(
+                f"Stage {stage!r} has not run in {self.run_dir}; run it first (pipelines/full_rlhf.py runs all in order)."
+            )
         result: dict[str, Any] = json.loads(path.read_text())
         return result
 
@@ -172,7 +176,9 @@ def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
         else:
             _link(path, target)
     lines = (source / "metrics.jsonl").read_text().splitlines()
-    (staging / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages))
+    (staging / "metrics.jsonl").write_text(
+        "".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages)
+    )
     staging.rename(run_dir)
     if uri_of(run_dir) is not None:
         put_stages(run_dir, stages)

@@ -46,7 +46,15 @@ class MetricsWriter:
     gets, and are closed with it. Every method raises StorageError, naming the file, when its storage is full or away.
     """
 
-    def __init__(self, run_dir: Path, stage: str, resume_step: int, *, num_steps: int | None = None, sinks: Sequence[MetricsSink] = ()) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        stage: str,
+        resume_step: int,
+        *,
+        num_steps: int | None = None,
+        sinks: Sequence[MetricsSink] = (),
+    ) -> None:
         assert resume_step >= 0, f"resume_step is the number of committed steps, got {resume_step}"
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and the report only reads metrics
 
@@ -64,7 +72,9 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
         """Append the metrics of one step (from 1). Raises RmRobustError, naming the key, when a value is NaN or infinite."""
-        assert step >= max(1, self._resume_step), f"{self._stage}: step {step} was already committed (resumed at {self._resume_step})"
+        assert step >= max(1, self._resume_step), (
+            f"{self._stage}: step {step} was already committed (resumed at {self._resume_step})"
+        )
         for key, value in metrics.items():
             _check_metric(self._stage, step, key, value)
         line = {"stage": self._stage, "step": step, **self._num_steps, "time": round(time.time(), 3), **metrics}
@@ -107,7 +117,9 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -119,7 +131,14 @@ def read_metrics(run_dir: Path, stage: str) -> list[MetricsLine]:
     return [line for line in _parse_lines(run_dir / METRICS_NAME) if line["stage"] == stage]
 
 
-def log_step(logger: logging.Logger, stage: str, step: int, num_steps: int, metrics: Mapping[str, int | float], keys: Sequence[str]) -> None:
+def log_step(
+    logger: logging.Logger,
+    stage: str,
+    step: int,
+    num_steps: int,
+    metrics: Mapping[str, int | float],
+    keys: Sequence[str],
+) -> None:
     """One INFO line: `keys` in their order, every step the same fields; "-" for one that this step did not measure."""
     fields = []
     for key in keys:
@@ -164,13 +183,17 @@ def _parse_lines(path: Path) -> list[MetricsLine]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            is_valid = isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)
+            is_valid = (
+                isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)
+            )
         except json.JSONDecodeError:
             is_valid = False
         if is_valid:
             lines.append(line)
         elif number < len(texts):
-            raise DataError(f"{path}, line {number} is not a metrics line: {text[:80]!r}. Restore the file or delete that line.")
+            raise DataError(
+                f"{path}, line {number} is not a metrics line: {text[:80]!r}. Restore the file or delete that line."
+            )
         else:
             logger.warning("%s: the last line is torn (a process was killed while writing it) and is left out", path)
     return lines

@@ -48,13 +48,17 @@ class StageStatus:
 def status_of(run_dir: Path) -> list[StageStatus]:
     """Every stage in order, those of a Bradley-Terry twin as `bt_twin/…`. Raises DataError for a folder that is no run."""
     if not (run_dir / RESOLVED_NAME).is_file():
-        raise DataError(f"{shown(run_dir)} is no run: it has no {RESOLVED_NAME}. Name a run directory, or a folder of them.")
+        raise DataError(
+            f"{shown(run_dir)} is no run: it has no {RESOLVED_NAME}. Name a run directory, or a folder of them."
+        )
     config, layout = json.loads((run_dir / RESOLVED_NAME).read_text()), RunLayout(run_dir)
     left_out = {"world": config["data"]["source"] != "embedded", "sft": not config["sft"]["enabled"]}
     stages = [_stage_status(layout, stage) for stage in STAGES if not left_out.get(stage)]
     if config["reward_model"]["bt_twin"]:
         twin = RunLayout(layout.bt_twin)
-        stages[-1:-1] = [replace(_stage_status(twin, stage), stage=f"{twin.run_dir.name}/{stage}") for stage in TWIN_STAGES]
+        stages[-1:-1] = [
+            replace(_stage_status(twin, stage), stage=f"{twin.run_dir.name}/{stage}") for stage in TWIN_STAGES
+        ]
     return stages
 
 
@@ -87,7 +91,9 @@ def _stage_status(layout: RunLayout, stage: str) -> StageStatus:
     is_done = layout.is_done(stage)
     step, num_steps = (int(last["step"]), _whole(last.get("num_steps"))) if last else (None, None)
     pace_s = seconds_a_step(lines)
-    begins_with = layout.rloo_samples if stage == "rloo" else layout.run_dir / stage  # rloo/ has its prompts long before
+    begins_with = (
+        layout.rloo_samples if stage == "rloo" else layout.run_dir / stage
+    )  # rloo/ has its prompts long before
     return StageStatus(
         stage=stage,
         state="done" if is_done else "begun" if last or begins_with.exists() else "waiting",
@@ -103,7 +109,11 @@ def _stage_status(layout: RunLayout, stage: str) -> StageStatus:
 def seconds_a_step(lines: Sequence[MetricsLine]) -> float | None:
     """The median of the latest steps; None with fewer than two."""
     times = [float(line["time"]) for line in lines[-RECENT_STEPS - 1 :]]
-    return statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False)) if len(times) > 1 else None
+    return (
+        statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        if len(times) > 1
+        else None
+    )
 
 
 def _latest(lines: Sequence[MetricsLine], name: str) -> float:

@@ -26,9 +26,14 @@ NAMES = re.compile(r"[^a-zA-Z0-9_]")
 
 def check_trackers(config: TrackingConfig) -> None:
     """Raise ConfigError when a tracker is asked for whose package is not installed."""
-    for name, wanted, package in (("wandb_project", config.wandb_project, "wandb"), ("mlflow_experiment", config.mlflow_experiment, "mlflow")):
+    for name, wanted, package in (
+        ("wandb_project", config.wandb_project, "wandb"),
+        ("mlflow_experiment", config.mlflow_experiment, "mlflow"),
+    ):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"tracking.{name} = {wanted!r} needs the package {package}, which is not installed: pip install 'rm_robust[trackers]'.")
+            raise ConfigError(
+                f"tracking.{name} = {wanted!r} needs the package {package}, which is not installed: pip install 'rm_robust[trackers]'."
+            )
 
 
 def open_trackers(config: PipelineConfig, run_dir: Path, stage: str) -> list[MetricsSink]:
@@ -39,9 +44,24 @@ def open_trackers(config: PipelineConfig, run_dir: Path, stage: str) -> list[Met
         sinks.append(RayMetricsSink(config.name))
     if config.tracking.wandb_project:
         settings = config.model_dump(mode="json")
-        sinks.append(WandbSink(config.tracking.wandb_project, name=f"{config.name}/{stage}", identity=identity, run_dir=run_dir, settings=settings))
+        sinks.append(
+            WandbSink(
+                config.tracking.wandb_project,
+                name=f"{config.name}/{stage}",
+                identity=identity,
+                run_dir=run_dir,
+                settings=settings,
+            )
+        )
     if config.tracking.mlflow_experiment:
-        sinks.append(MlflowSink(config.tracking.mlflow_experiment, config.tracking.mlflow_uri, name=f"{config.name}/{stage}", identity=identity))
+        sinks.append(
+            MlflowSink(
+                config.tracking.mlflow_experiment,
+                config.tracking.mlflow_uri,
+                name=f"{config.name}/{stage}",
+                identity=identity,
+            )
+        )
     return sinks
 
 
@@ -51,7 +71,9 @@ class WandbSink:
     def __init__(self, project: str, *, name: str, identity: str, run_dir: Path, settings: dict[str, Any]) -> None:
         import wandb
 
-        folder = str(run_dir) if uri_of(run_dir) is None else None  # what it keeps in a copy would be deleted with the copy
+        folder = (
+            str(run_dir) if uri_of(run_dir) is None else None
+        )  # what it keeps in a copy would be deleted with the copy
         self._run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=folder, config=settings)
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
@@ -70,7 +92,9 @@ class MlflowSink:
         self._client = MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
-        runs = self._client.search_runs([experiment_id], filter_string=f"tags.`{IDENTITY_TAG}` = '{identity}'", max_results=1)
+        runs = self._client.search_runs(
+            [experiment_id], filter_string=f"tags.`{IDENTITY_TAG}` = '{identity}'", max_results=1
+        )
         run = runs[0] if runs else self._client.create_run(experiment_id, run_name=name, tags={IDENTITY_TAG: identity})
         self._run_id = run.info.run_id
         self._client.update_run(self._run_id, status="RUNNING")

@@ -31,23 +31,36 @@ def require_device(device: str, what: str, *, fix: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         host = socket.gethostname()
-        reason = f"{host} has no CUDA" if device.startswith("cuda") and not torch.cuda.is_available() else str(error).strip().splitlines()[0]
-        raise ConfigError(f"{what} cannot be used: this process, on {host}, does the scoring, and {reason}. {fix}") from error
+        reason = (
+            f"{host} has no CUDA"
+            if device.startswith("cuda") and not torch.cuda.is_available()
+            else str(error).strip().splitlines()[0]
+        )
+        raise ConfigError(
+            f"{what} cannot be used: this process, on {host}, does the scoring, and {reason}. {fix}"
+        ) from error
 
 
 class CheckpointSource:
     """A Scorer in float32, so that rounding makes no ties."""
 
-    def __init__(self, checkpoint_dir: Path, *, device: str, max_length_tokens: int | None, max_tokens_per_batch: int) -> None:
+    def __init__(
+        self, checkpoint_dir: Path, *, device: str, max_length_tokens: int | None, max_tokens_per_batch: int
+    ) -> None:
         """Raises CheckpointError for what is no reward model of ours."""
-        self._scorer = RewardScorer.load(checkpoint_dir, device=device, dtype="float32", max_length_tokens=max_length_tokens)
+        self._scorer = RewardScorer.load(
+            checkpoint_dir, device=device, dtype="float32", max_length_tokens=max_length_tokens
+        )
         self._max_tokens_per_batch = max_tokens_per_batch
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
         """Raises RefusedInputError for an input that is too long, no valid text, or gets a score that is not finite."""
         chat = self._scorer.chat
         try:
-            groups = [TokenGroup(chat.prompt_ids(item.prompt), [chat.completion_ids(text) for text in item.completions]) for item in inputs]
+            groups = [
+                TokenGroup(chat.prompt_ids(item.prompt), [chat.completion_ids(text) for text in item.completions])
+                for item in inputs
+            ]
             scores = self._scorer.score_groups(groups, max_tokens_per_batch=self._max_tokens_per_batch)
         except (DataError, ScoringError) as error:
             raise RefusedInputError(str(error)) from error
@@ -76,13 +89,31 @@ class ShardedSource:
     """A Scorer. The caller is connected to Ray; the checkpoint is on storage that every node can read."""
 
     def __init__(
-        self, checkpoint_dir: Path, *, num_workers: int, num_cpus: float, device: str, max_length_tokens: int | None, max_tokens_per_batch: int
+        self,
+        checkpoint_dir: Path,
+        *,
+        num_workers: int,
+        num_cpus: float,
+        device: str,
+        max_length_tokens: int | None,
+        max_tokens_per_batch: int,
     ) -> None:
         """`num_cpus` of each worker, which computes with so many threads; on a GPU each takes one."""
-        settings = {"device": device, "max_length_tokens": max_length_tokens, "max_tokens_per_batch": max_tokens_per_batch}
+        settings = {
+            "device": device,
+            "max_length_tokens": max_length_tokens,
+            "max_tokens_per_batch": max_tokens_per_batch,
+        }
         worker: Any = ray.remote(_Worker)
-        worker = worker.options(num_cpus=num_cpus, num_gpus=0 if device == "cpu" else 1, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)
-        self._workers: list[ActorHandle[Any]] = [worker.remote(checkpoint_dir.absolute(), settings) for _ in range(num_workers)]
+        worker = worker.options(
+            num_cpus=num_cpus,
+            num_gpus=0 if device == "cpu" else 1,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
+        )
+        self._workers: list[ActorHandle[Any]] = [
+            worker.remote(checkpoint_dir.absolute(), settings) for _ in range(num_workers)
+        ]
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
         """Raises what CheckpointSource raises, its loading included; ScoringError when a worker is lost for good, or two have loaded unlike checkpoints."""
@@ -98,6 +129,8 @@ class ShardedSource:
             raise ScoringError(f"A scoring worker was lost: {error}") from error
         checkpoints = sorted({reply.checkpoint for reply in replies})
         if len(checkpoints) > 1:
-            raise ScoringError(f"The workers have loaded unlike checkpoints: {', '.join(checkpoints)}. Do not write to it while it is evaluated.")
+            raise ScoringError(
+                f"The workers have loaded unlike checkpoints: {', '.join(checkpoints)}. Do not write to it while it is evaluated."
+            )
         results = [replies[index % num_parts].results[index // num_parts] for index in range(len(inputs))]
         return replies[0].model_copy(update={"results": results})

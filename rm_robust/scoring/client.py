@@ -45,7 +45,9 @@ MAX_RETRIES_OF_FAILURES = 8
 """After 500 and 504, which cost the server a whole attempt each: waits of 11 to 23 s."""
 CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 """Failures of the connection, not of the request: scoring has no side effects, so sending it again is safe."""
-NO_PROXY_FOR_LOOPBACK: dict[str, httpx.AsyncBaseTransport | None] = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
+NO_PROXY_FOR_LOOPBACK: dict[str, httpx.AsyncBaseTransport | None] = {
+    f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")
+}
 
 T = TypeVar("T")
 
@@ -58,7 +60,9 @@ class ClientOptions(TypedDict, total=False):
     max_completions_per_request: int  # longer lists are sent as several requests; one input is never split
     max_concurrent_requests: int
     api_key: str | None  # sent as a bearer token, and never logged; None: the one in RM_ROBUST_API_KEY, if that is set
-    expected_checkpoint: str | None  # "sha256:…" that every score must come from; None: any, but one for all requests of a call
+    expected_checkpoint: (
+        str | None
+    )  # "sha256:…" that every score must come from; None: any, but one for all requests of a call
     model: str | None  # one of the server's models; None: its first
     calibrated: bool  # (score - mean) / std of the checkpoint's held-out scores in place of raw scores
     show_progress: bool  # a bar on stderr, in completions
@@ -94,11 +98,17 @@ class AsyncRewardClient:
         self._max_retries = settings["max_retries"]
         self._max_completions = settings["max_completions_per_request"]
         self._expected_checkpoint = settings["expected_checkpoint"]
-        self._model, self._calibrated, self._show_progress = settings["model"], settings["calibrated"], settings["show_progress"]
+        self._model, self._calibrated, self._show_progress = (
+            settings["model"],
+            settings["calibrated"],
+            settings["show_progress"],
+        )
         self._slots = asyncio.Semaphore(settings["max_concurrent_requests"])
         limits = httpx.Limits(max_connections=settings["max_concurrent_requests"])
         headers = {"content-type": "application/json", **key_header(settings["api_key"])}
-        self._http = httpx.AsyncClient(timeout=self._timeout_s, limits=limits, mounts=NO_PROXY_FOR_LOOPBACK, headers=headers)
+        self._http = httpx.AsyncClient(
+            timeout=self._timeout_s, limits=limits, mounts=NO_PROXY_FOR_LOOPBACK, headers=headers
+        )
 
     async def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
         """Scores of all inputs in order. Raises ScoringError naming the inputs and the reason; nothing partial is returned."""
@@ -106,7 +116,9 @@ class AsyncRewardClient:
             raise ScoringError("There is nothing to score: the list of inputs is empty.")
         spans = split_inputs(inputs, self._max_completions)
         num_completions = sum(len(item.completions) for item in inputs)
-        with tqdm(desc="score", unit=" completions", total=num_completions, disable=not self._show_progress, mininterval=1) as bar:
+        with tqdm(
+            desc="score", unit=" completions", total=num_completions, disable=not self._show_progress, mininterval=1
+        ) as bar:
             tasks = [asyncio.create_task(self._score_span(inputs, span, bar)) for span in spans]
             try:
                 replies = await asyncio.gather(*tasks)
@@ -135,7 +147,9 @@ class AsyncRewardClient:
                 return reply
             except ScoringError as error:
                 note = f" (an index in this message counts from input {span.start})" if span.start else ""
-                raise type(error)(f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} at {self._url} failed: {error}{note}") from error
+                raise type(error)(
+                    f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} at {self._url} failed: {error}{note}"
+                ) from error
 
     async def _post(self, body: str) -> bytes:
         """The body of a 200 reply. Raises ScoringError with the reason of the last attempt."""
@@ -146,14 +160,23 @@ class AsyncRewardClient:
             except CONNECTION_ERRORS as error:
                 failure = Failure(503, f"{type(error).__name__} {error}".strip())
             except httpx.TimeoutException as error:
-                raise ScorerUnavailableError(f"{type(error).__name__} {error} (a timeout is {self._timeout_s} s)") from error
+                raise ScorerUnavailableError(
+                    f"{type(error).__name__} {error} (a timeout is {self._timeout_s} s)"
+                ) from error
             except httpx.HTTPError as error:
                 raise ScoringError(f"{type(error).__name__} {error}") from error
             else:
                 if response.status_code == 200:
                     return response.content
-                retry_after_s = float(seconds) if (seconds := response.headers.get("retry-after", "")).isdecimal() else 0.0
-                failure = Failure(response.status_code, describe_failure(response), response.headers.get(ERROR_HEADER, ""), retry_after_s)
+                retry_after_s = (
+                    float(seconds) if (seconds := response.headers.get("retry-after", "")).isdecimal() else 0.0
+                )
+                failure = Failure(
+                    response.status_code,
+                    describe_failure(response),
+                    response.headers.get(ERROR_HEADER, ""),
+                    retry_after_s,
+                )
             await asyncio.sleep(retries.next_wait_s(failure))
 
 
@@ -196,7 +219,9 @@ def key_header(api_key: str | None) -> dict[str, str]:
     if key is None:
         return {}
     if not (key.isascii() and key.isprintable() and key) or " " in key:
-        raise ConfigError(f"The API key (api_key, or {KEY_VARIABLE}) must be printable ASCII without spaces; it has {len(key)} characters.")
+        raise ConfigError(
+            f"The API key (api_key, or {KEY_VARIABLE}) must be printable ASCII without spaces; it has {len(key)} characters."
+        )
     return {"authorization": f"Bearer {key}"}
 
 
@@ -238,7 +263,9 @@ class Retries:
         if min(self._num_left, self._num_failures_left) < 0:
             error_class = ScoringError if failure.status == 500 else ScorerUnavailableError
             raise error_class(f"{self._num_attempts} attempts, the last one: {failure.reason}")
-        logger.info("scoring attempt %d failed, %d are left: %s", self._num_attempts, self._num_left + 1, failure.reason)
+        logger.info(
+            "scoring attempt %d failed, %d are left: %s", self._num_attempts, self._num_left + 1, failure.reason
+        )
         return backoff_s(self._num_attempts - 1, retry_after_s=failure.retry_after_s)
 
 

@@ -64,7 +64,11 @@ class ScoreRequest(BaseModel):
     """Prompts, each with its completions."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, json_schema_extra={"examples": [{"inputs": [EXAMPLE_INPUT]}]}
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        json_schema_extra={"examples": [{"inputs": [EXAMPLE_INPUT]}]},
     )
 
     inputs: Annotated[list[ScoreInput], Field(fail_fast=True)] = Field(min_length=1)
@@ -165,7 +169,9 @@ def check_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
         reply = ScoreReply.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ScoringError(f"the reply is malformed at {'.'.join(map(str, first['loc'])) or 'its start'}: {first['msg']}") from error
+        raise ScoringError(
+            f"the reply is malformed at {'.'.join(map(str, first['loc'])) or 'its start'}: {first['msg']}"
+        ) from error
     return check_scores(reply, request)
 
 
@@ -180,11 +186,15 @@ def check_scores(reply: ScoreReply, request: ScoreRequest) -> ScoreReply:
         raise ScoringError(f"the reply has {len(reply.results)} results for {len(inputs)} inputs")
     for index, (result, item) in enumerate(zip(reply.results, inputs, strict=True)):
         if len(result.scores) != len(item.completions):
-            raise ScoringError(f"results[{index}] has {len(result.scores)} scores for {len(item.completions)} completions: lost, added or out of order")
+            raise ScoringError(
+                f"results[{index}] has {len(result.scores)} scores for {len(item.completions)} completions: lost, added or out of order"
+            )
     return reply
 
 
-def merge_replies(replies: Sequence[ScoreReply], spans: Sequence[range], *, expected_checkpoint: str | None) -> ScoreReply:
+def merge_replies(
+    replies: Sequence[ScoreReply], spans: Sequence[range], *, expected_checkpoint: str | None
+) -> ScoreReply:
     """One reply for all spans. Raises ScoringError when they do not all come from one model and checkpoint (the expected one, if given)."""
     first = replies[0]
     wanted = expected_checkpoint or first.checkpoint
@@ -195,7 +205,9 @@ def merge_replies(replies: Sequence[ScoreReply], spans: Sequence[range], *, expe
                 "the checkpoint changed, and scores of two checkpoints cannot be compared. Score everything again."
             )
     results = [result for reply in replies for result in reply.results]
-    return ScoreReply(model=first.model, checkpoint=wanted, template=first.template, calibration=first.calibration, results=results)
+    return ScoreReply(
+        model=first.model, checkpoint=wanted, template=first.template, calibration=first.calibration, results=results
+    )
 
 
 def split_inputs(inputs: Sequence[ScoreInput], max_completions: int) -> list[range]:

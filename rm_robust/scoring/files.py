@@ -27,7 +27,9 @@ LINE_START = b'{"line": '
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `python -m rm_robust.scoring`; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m rm_robust.scoring", description="Scores over HTTP. The key is taken from RM_ROBUST_API_KEY.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rm_robust.scoring", description="Scores over HTTP. The key is taken from RM_ROBUST_API_KEY."
+    )
     score = parser.add_subparsers(required=True).add_parser("score", help="score a jsonl file; again continues")
     score.add_argument("data", type=Path, help='jsonl file of {"prompt": …, "completions": […]}')
     score.add_argument("--url", required=True, help="where /v1/score is, e.g. http://127.0.0.1:8000")
@@ -57,17 +59,28 @@ def score_file(client: RewardClient, data: Path, out: Path) -> int:
     longer the one of the earlier lines. Whole lines only are kept of a killed process.
     """
     num_done, checkpoint = _resume(out)
-    with data.open("rb") as source, out.open("ab") as target, tqdm(desc="score", unit=" lines", initial=num_done, mininterval=2) as bar:
+    with (
+        data.open("rb") as source,
+        out.open("ab") as target,
+        tqdm(desc="score", unit=" lines", initial=num_done, mininterval=2) as bar,
+    ):
         lines = enumerate(source, start=1)
         num_skipped = sum(1 for _ in itertools.islice(lines, num_done))
         if num_skipped < num_done:
-            raise DataError(f"{out} has {num_done} lines and {data} only {num_skipped}: they do not belong together. Name another --out.")
+            raise DataError(
+                f"{out} has {num_done} lines and {data} only {num_skipped}: they do not belong together. Name another --out."
+            )
         while batch := list(itertools.islice(lines, INPUTS_AT_A_TIME)):
             reply = client.score([_input(data, number, line) for number, line in batch])
             if checkpoint not in (None, reply.checkpoint):
-                raise DataError(f"{out} holds scores of {checkpoint}, the server now has {reply.checkpoint}: they cannot be compared. Name another --out.")
+                raise DataError(
+                    f"{out} holds scores of {checkpoint}, the server now has {reply.checkpoint}: they cannot be compared. Name another --out."
+                )
             checkpoint = reply.checkpoint
-            rows = ({"line": n, "scores": s, "model": reply.model, "checkpoint": checkpoint} for (n, _), s in zip(batch, reply.scores, strict=True))
+            rows = (
+                {"line": n, "scores": s, "model": reply.model, "checkpoint": checkpoint}
+                for (n, _), s in zip(batch, reply.scores, strict=True)
+            )
             _append(target, rows)
             num_done += len(batch)
             bar.update(len(batch))
@@ -107,7 +120,9 @@ def _resume(out: Path) -> tuple[int, str | None]:
                 row = json.loads(line)
                 number, checkpoint = row["line"], row["checkpoint"]
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{out}, line {num_lines} was not written by this command. Name another --out.") from error
+                raise DataError(
+                    f"{out}, line {num_lines} was not written by this command. Name another --out."
+                ) from error
             if number != num_lines:
                 raise DataError(f"{out}, line {num_lines} says that it is line {number}. Name another --out.")
         file.truncate(end)

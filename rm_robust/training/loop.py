@@ -46,14 +46,22 @@ class BestStep:
 
     @property
     def is_over(self) -> bool:
-        return self.patience is not None and self.step is not None and sum(step > self.step for step in self.values) >= self.patience
+        return (
+            self.patience is not None
+            and self.step is not None
+            and sum(step > self.step for step in self.values) >= self.patience
+        )
 
     def resume(self, run_dir: Path, stage: str, first_step: int) -> None:
         """Take up the evaluations of the first `first_step` steps. Every rank calls it: rank 0 reads."""
         found: list[dict[int, float]] = [{}]
         if not dist.is_initialized() or dist.get_rank() == 0:
             lines = read_metrics(run_dir, stage)
-            found[0] = {int(line["step"]): float(line[self.metric]) for line in lines if self.metric in line and int(line["step"]) <= first_step}
+            found[0] = {
+                int(line["step"]): float(line[self.metric])
+                for line in lines
+                if self.metric in line and int(line["step"]) <= first_step
+            }
         if dist.is_initialized():
             dist.broadcast_object_list(found)
         self.values = found[0]
@@ -121,12 +129,16 @@ def run_loop(
     """
     writer = None
     if engine.rank == 0:
-        writer = MetricsWriter(run_dir, settings.stage, resume_step=first_step, num_steps=settings.num_steps, sinks=trackers())
+        writer = MetricsWriter(
+            run_dir, settings.stage, resume_step=first_step, num_steps=settings.num_steps, sinks=trackers()
+        )
     if best is not None:
         best.resume(run_dir, settings.stage, first_step)
     num_done = first_step
     is_saved_for_reclaim = False
-    bar = tqdm(total=settings.num_steps, initial=first_step, desc=settings.stage, disable=engine.rank != 0, mininterval=5)
+    bar = tqdm(
+        total=settings.num_steps, initial=first_step, desc=settings.stage, disable=engine.rank != 0, mininterval=5
+    )
     try:
         while num_done < settings.num_steps and not (best is not None and best.is_over):
             step = num_done

@@ -41,7 +41,9 @@ def train_sft(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
     def train_step(step: int) -> dict[str, float]:
         rows = batch_indices(step, num_rows=len(groups), batch_size=sft.batch_size, seed=config.seed)
         mine = [groups[i] for i in rank_share(rows, rank=engine.rank, world_size=engine.world_size)]
-        return sft_step(engine, mine, policy=policy, pad_id=chat.pad_id, max_tokens=sft.max_tokens_per_micro_batch, device=device)
+        return sft_step(
+            engine, mine, policy=policy, pad_id=chat.pad_id, max_tokens=sft.max_tokens_per_micro_batch, device=device
+        )
 
     run_loop(
         engine,
@@ -56,11 +58,25 @@ def train_sft(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
     )
     weights = engine.full_state_dict()
     if engine.rank == 0:
-        commit_policy(layout.sft_checkpoint, model, weights, chat, training={"stage": "sft", "num_steps": num_steps, "seed": config.seed})
+        commit_policy(
+            layout.sft_checkpoint,
+            model,
+            weights,
+            chat,
+            training={"stage": "sft", "num_steps": num_steps, "seed": config.seed},
+        )
     return {"num_steps": num_steps}
 
 
-def sft_step(engine: TrainEngine, groups: list[TokenGroup], *, policy: PackedPolicy, pad_id: int, max_tokens: int, device: torch.device) -> dict[str, float]:
+def sft_step(
+    engine: TrainEngine,
+    groups: list[TokenGroup],
+    *,
+    policy: PackedPolicy,
+    pad_id: int,
+    max_tokens: int,
+    device: torch.device,
+) -> dict[str, float]:
     """Forward and backward of one optimiser step: mean negative log-likelihood (nats) over the completion tokens of all ranks."""
     num_tokens = torch.tensor(float(sum(len(ids) for g in groups for ids in g.completion_ids)), device=device)
     num_columns = torch.tensor(float(sum(group_length(g) for g in groups)), device=device)
@@ -69,7 +85,9 @@ def sft_step(engine: TrainEngine, groups: list[TokenGroup], *, policy: PackedPol
     bins = micro_batches(groups, policy.layout, max_tokens)
     num_rounds = largest_over_ranks(len(bins), device)
     for number in range(num_rounds):
-        weight = float(number < len(bins))  # a rank with fewer micro-batches repeats its last one, which then counts for nothing
+        weight = float(
+            number < len(bins)
+        )  # a rank with fewer micro-batches repeats its last one, which then counts for nothing
         batch = lay_out([groups[i] for i in bins[min(number, len(bins) - 1)]], policy.layout, pad_id=pad_id).to(device)
         with engine.micro_batch(is_last=number == num_rounds - 1):
             logprobs_M, entropy_M = engine.forward(batch)
@@ -77,7 +95,11 @@ def sft_step(engine: TrainEngine, groups: list[TokenGroup], *, policy: PackedPol
         sums += weight * torch.stack([-logprobs_M.detach().sum(), entropy_M.sum()])
     _sum_over_ranks(sums)
     _sum_over_ranks(num_columns)
-    return {"sft/loss": float(sums[0] / num_tokens), "sft/entropy": float(sums[1] / num_tokens), "sft/num_tokens": float(num_columns)}
+    return {
+        "sft/loss": float(sums[0] / num_tokens),
+        "sft/entropy": float(sums[1] / num_tokens),
+        "sft/num_tokens": float(num_columns),
+    }
 
 
 def _sum_over_ranks(tensor: torch.Tensor) -> None:

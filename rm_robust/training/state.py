@@ -21,11 +21,17 @@ Value = TypeVar("Value")
 
 def committed_steps(root: Path) -> list[int]:
     """Steps with a committed state, oldest first."""
-    names = [folder.name for folder in root.glob("step-*") if folder.is_dir()] if uri_of(root) is None else committed_in(root)
+    names = (
+        [folder.name for folder in root.glob("step-*") if folder.is_dir()]
+        if uri_of(root) is None
+        else committed_in(root)
+    )
     return sorted(int(name.removeprefix("step-")) for name in names)
 
 
-def save_state(engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept: int = 1, best_step: int | None = None) -> None:
+def save_state(
+    engine: TrainEngine, root: Path, num_steps_done: int, *, num_kept: int = 1, best_step: int | None = None
+) -> None:
     """Commit the state after `num_steps_done` steps; of the older ones keep `num_kept` - 1 and that of `best_step`.
 
     Every rank calls it; it returns after the commit. Raises StorageError when a state cannot be written or an older one not be deleted.
@@ -81,7 +87,9 @@ def load_best(engine: TrainEngine, root: Path, best_step: int) -> None:
 
 def load_state(engine: TrainEngine, root: Path) -> int:
     """Load the newest committed state; returns its number of steps done (0: nothing to resume from)."""
-    step = from_every_rank((committed_steps(root) or [0])[-1])[0]  # rank 0's: a node may see an older listing of shared storage
+    step = from_every_rank((committed_steps(root) or [0])[-1])[
+        0
+    ]  # rank 0's: a node may see an older listing of shared storage
     if step:
         _load(engine, folder_of(root, step))
     return step

@@ -41,7 +41,9 @@ class Front:
     `service` is what Ray's endpoint calls it; without one, its first model's name.
     """
 
-    def __init__(self, settings: ServiceSettings, handles: Mapping[str, "DeploymentHandle[Any]"], *, service: str | None = None) -> None:
+    def __init__(
+        self, settings: ServiceSettings, handles: Mapping[str, "DeploymentHandle[Any]"], *, service: str | None = None
+    ) -> None:
         self.settings = settings
         self.metrics = ServiceMetrics()
         self._service = service or settings.models[0].model_name
@@ -96,11 +98,21 @@ class Front:
         """Raw scores, or calibrated ones if the request asks for them; 404 for a model that is not served."""
         name = self.model_names[0] if model_name is None else model_name
         if name not in self.model_names:
-            return Refusal(404, "model_not_found", f"model: there is no {name!r:.100}, this service has {', '.join(self.model_names)}.")
-        num_completions = sum(len(part.content.completions) if isinstance(part.content, ScoreInput) else 1 for part in parts_of(request))
+            return Refusal(
+                404,
+                "model_not_found",
+                f"model: there is no {name!r:.100}, this service has {', '.join(self.model_names)}.",
+            )
+        num_completions = sum(
+            len(part.content.completions) if isinstance(part.content, ScoreInput) else 1 for part in parts_of(request)
+        )
         limit = self.settings.limits.max_completions
         if num_completions > limit:
-            return Refusal(413, "too_many", f"The request has {num_completions} completions, the limit max_completions is {limit}; split it.")
+            return Refusal(
+                413,
+                "too_many",
+                f"The request has {num_completions} completions, the limit max_completions is {limit}; split it.",
+            )
         if name in self._ensembles:
             outcome = await self._score_by_ensemble(self._ensembles[name], request)
         else:
@@ -112,7 +124,13 @@ class Front:
     async def models(self) -> list[ServedModel]:
         """What every model's replicas have loaded now, asked of one of each. Raises what NO_ANSWER holds."""
         served = {name: await self._describe(name) for name in self._queues}
-        return [*served.values(), *(ensemble_of(ensemble, [served[name] for name in ensemble.members]) for ensemble in self._ensembles.values())]
+        return [
+            *served.values(),
+            *(
+                ensemble_of(ensemble, [served[name] for name in ensemble.members])
+                for ensemble in self._ensembles.values()
+            ),
+        ]
 
     async def why_not_ready(self) -> str | None:
         """None when every model has a replica that answers, and room in its queue."""
@@ -183,10 +201,15 @@ def load_preparer(served: ServedModel) -> Preparer:
 def calibrated(scored: Scored) -> Outcome:
     """(score - mean) / std of the checkpoint's held-out scores; 422 for a model whose manifest does not say them."""
     if scored.served.calibration is None:
-        message = f"calibrated: {scored.served.model} has no score_mean and score_std in its manifest; ask for raw scores."
+        message = (
+            f"calibrated: {scored.served.model} has no score_mean and score_std in its manifest; ask for raw scores."
+        )
         return Refusal(422, "invalid_request", message)
     mean, std = scored.served.calibration
-    results = [ScoreResult(scores=[(score - mean) / std for score in result.scores], token_counts=result.token_counts) for result in scored.results]
+    results = [
+        ScoreResult(scores=[(score - mean) / std for score in result.scores], token_counts=result.token_counts)
+        for result in scored.results
+    ]
     return Scored(scored.served, results, scored.num_cut)
 
 
@@ -204,4 +227,6 @@ def ensemble_of(ensemble: EnsembleSettings, members: Sequence[ServedModel]) -> S
     """The ensemble's identity: its members' checkpoints, in order, and how they are aggregated."""
     text = "\n".join([ensemble.model_dump_json(), *(member.checkpoint for member in members)])
     limits = [member.max_length_tokens for member in members if member.max_length_tokens is not None]
-    return ServedModel(ensemble.model_name, "sha256:" + hashlib.sha256(text.encode()).hexdigest(), None, min(limits, default=None))
+    return ServedModel(
+        ensemble.model_name, "sha256:" + hashlib.sha256(text.encode()).hexdigest(), None, min(limits, default=None)
+    )

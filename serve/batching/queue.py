@@ -26,7 +26,20 @@ from rm_robust.errors import RmRobustError
 from rm_robust.scoring.contract import ScoreResult
 from serve.metrics import ModelMetrics
 from serve.settings import ModelSettings, ServiceLimits
-from serve.work import Batch, BatchScores, OtherGeneration, Outcome, Prepared, Preparer, Refusal, Request, Scored, ServedModel, WorkItem, parts_of
+from serve.work import (
+    Batch,
+    BatchScores,
+    OtherGeneration,
+    Outcome,
+    Prepared,
+    Preparer,
+    Refusal,
+    Request,
+    Scored,
+    ServedModel,
+    WorkItem,
+    parts_of,
+)
 
 logger = logging.getLogger(__name__)
 REPLICA_GONE = (RayError, DeploymentUnavailableError, BackPressureError, RequestCancelledError)
@@ -80,7 +93,10 @@ class Job:
         for item, result in zip(self.prepared.items, self.results, strict=True):
             assert result is not None, "an item has no scores yet"
             scores[item.input_index] += result
-        return [ScoreResult(scores=own, token_counts=counts) for own, counts in zip(scores, self.prepared.counts, strict=True)]
+        return [
+            ScoreResult(scores=own, token_counts=counts)
+            for own, counts in zip(scores, self.prepared.counts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -128,7 +144,10 @@ class BatchQueue:
 
     @property
     def is_full(self) -> bool:
-        return len(self._jobs) >= self._limits.max_queued_requests or self._num_queued_tokens >= self._limits.max_queued_tokens
+        return (
+            len(self._jobs) >= self._limits.max_queued_requests
+            or self._num_queued_tokens >= self._limits.max_queued_tokens
+        )
 
     async def adopt(self, served: ServedModel) -> None:
         """Prepare for this checkpoint from now on, and again what has not all its scores. An older generation changes nothing."""
@@ -168,7 +187,9 @@ class BatchQueue:
                 refusal = await self._admit(job)
                 return refusal if refusal is not None else await job.done
         except TimeoutError:
-            return Refusal(504, "timeout", f"No scores within request_timeout_s = {self._limits.request_timeout_s:g} s; try again.")
+            return Refusal(
+                504, "timeout", f"No scores within request_timeout_s = {self._limits.request_timeout_s:g} s; try again."
+            )
         finally:
             del self._jobs[job]
             self._num_queued_tokens -= job.num_tokens
@@ -182,7 +203,11 @@ class BatchQueue:
             return prepared
         num_tokens = sum(item.num_tokens for item in prepared.items)
         if num_tokens > self._limits.max_queued_tokens:
-            return Refusal(413, "too_large", f"The request has {num_tokens} tokens, the limit max_queued_tokens is {self._limits.max_queued_tokens}; split it.")
+            return Refusal(
+                413,
+                "too_large",
+                f"The request has {num_tokens} tokens, the limit max_queued_tokens is {self._limits.max_queued_tokens}; split it.",
+            )
         if self._num_queued_tokens + num_tokens > self._limits.max_queued_tokens:
             return self._overloaded()
         job.prepare_anew(prepared, served)
@@ -287,8 +312,17 @@ class BatchQueue:
             if isinstance(reply, BatchScores):
                 seconds = time.monotonic() - started_s
                 self._seen_s[reply.replica] = time.monotonic()
-                self._tokens_per_s = 0.9 * self._tokens_per_s + 0.1 * num_tokens / seconds if self._tokens_per_s else num_tokens / seconds
-                self._metrics.batch(num_items=len(contents), num_tokens=num_tokens, fill=num_tokens / self._model.max_batch_tokens, seconds=seconds)
+                self._tokens_per_s = (
+                    0.9 * self._tokens_per_s + 0.1 * num_tokens / seconds
+                    if self._tokens_per_s
+                    else num_tokens / seconds
+                )
+                self._metrics.batch(
+                    num_items=len(contents),
+                    num_tokens=num_tokens,
+                    fill=num_tokens / self._model.max_batch_tokens,
+                    seconds=seconds,
+                )
                 self._deliver(claims, reply)
                 is_lost = False
             elif isinstance(reply, OtherGeneration) and reply.served.replaces(served):
@@ -303,7 +337,14 @@ class BatchQueue:
             logger.exception("a replica of %s failed", self._model.model_name)
             self._metrics.batch_lost("error")
             for claim in claims:
-                self._finish(claim.job, Refusal(500, "internal_error", f"The scorer failed ({type(error.cause).__name__}); the reason is in the server's log."))
+                self._finish(
+                    claim.job,
+                    Refusal(
+                        500,
+                        "internal_error",
+                        f"The scorer failed ({type(error.cause).__name__}); the reason is in the server's log.",
+                    ),
+                )
         except RmRobustError:
             self._metrics.batch_lost("checkpoint_unreadable")  # logged where it is read; the next batch tries again
         finally:
@@ -317,7 +358,9 @@ class BatchQueue:
         for claim in claims:
             claim.job.num_losses += 1
             if claim.job.num_losses > MAX_LOSSES:
-                logger.error("a request was in %d batches of %s that did not come back", MAX_LOSSES + 1, self._model.model_name)
+                logger.error(
+                    "a request was in %d batches of %s that did not come back", MAX_LOSSES + 1, self._model.model_name
+                )
                 message = f"{MAX_LOSSES + 1} batches with parts of this request did not come back from their replicas; send less at a time, or try again later."
                 self._finish(claim.job, Refusal(503, "unavailable", message))
 
@@ -331,14 +374,20 @@ class BatchQueue:
             assert isinstance(reply, BatchScores | OtherGeneration)
             return reply
         except TimeoutError:
-            logger.warning("a batch of %s is not back after %g s; it goes to another replica", self._model.model_name, self._limits.batch_timeout_s)
+            logger.warning(
+                "a batch of %s is not back after %g s; it goes to another replica",
+                self._model.model_name,
+                self._limits.batch_timeout_s,
+            )
             self._metrics.batch_lost("timeout")
             if response is not None:
                 response.cancel()
         except RayTaskError:
             raise
         except REPLICA_GONE as error:
-            logger.warning("a replica of %s is gone (%s); its batch goes to another", self._model.model_name, type(error).__name__)
+            logger.warning(
+                "a replica of %s is gone (%s); its batch goes to another", self._model.model_name, type(error).__name__
+            )
             self._metrics.batch_lost("replica_gone")
         return None
 
@@ -383,6 +432,10 @@ def num_characters(request: Request) -> int:
         elif isinstance(content, str):
             total += len(content)
         else:
-            turns = [content.prompt] if isinstance(content.prompt, str) else [message.get("content", "") for message in content.prompt]
+            turns = (
+                [content.prompt]
+                if isinstance(content.prompt, str)
+                else [message.get("content", "") for message in content.prompt]
+            )
             total += sum(CHARACTERS_OF_A_MESSAGE + len(text) for text in (*turns, *content.completions))
     return total

@@ -20,7 +20,17 @@ import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StrictInt, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StrictInt,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from rm_robust.scoring.contract import NOT_EMPTY_TEXT, ScoreInput, Texts, Turns
 from serve.http.dialect_replies import (
@@ -52,7 +62,10 @@ OneOrTwoTexts = Annotated[Texts, Field(min_length=1, max_length=2)]
 SomeTexts = Annotated[Texts, Field(min_length=1)]
 EXAMPLE_RENDERED = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\nBlue.<|im_end|>\n"
 """In ChatML; a model with another template wants its own."""
-EXAMPLE_MESSAGES: list[JsonValue] = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]
+EXAMPLE_MESSAGES: list[JsonValue] = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+]
 TEI_ERROR_TYPES = {401: "Unauthorized", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
 
 
@@ -108,11 +121,19 @@ class OpenRlhfBody(BaseModel):
 class VllmBody(BaseModel):
     """What /classify and /pooling have in common: either `input` or `messages`."""
 
-    model_config = STRICT | ConfigDict(json_schema_extra={"examples": [{"messages": EXAMPLE_MESSAGES}, {"input": [EXAMPLE_RENDERED]}]})
+    model_config = STRICT | ConfigDict(
+        json_schema_extra={"examples": [{"messages": EXAMPLE_MESSAGES}, {"input": [EXAMPLE_RENDERED]}]}
+    )
 
     model: str | None = None
     """One of GET /v1/models; None: the first of them."""
-    input: Annotated[str, Field(min_length=1)] | SomeTexts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)] | None = None
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | SomeTexts
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+        | None
+    ) = None
     """One or several rendered conversations, as text or token ids."""
     messages: Annotated[Turns, Field(min_length=2)] | None = None
     """One conversation, the completion last."""
@@ -159,7 +180,9 @@ class VllmBody(BaseModel):
         if self.messages is not None:
             item = ScoreInput(prompt=self.messages[:-1], completions=[self.messages[-1]["content"]])
             return [Part(item, "messages", f"messages[{len(self.messages) - 1}]")]
-        if isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):  # the union holds ids alone, or none
+        if isinstance(self.input, str) or (
+            self.input and isinstance(self.input[0], int)
+        ):  # the union holds ids alone, or none
             return [rendered(self.input, "input")]
         several = cast(list[str | list[int]], self.input)
         return [rendered(content, f"input[{index}]") for index, content in enumerate(several)]
@@ -176,7 +199,10 @@ class ClassifyBody(VllmBody):
         scores = activated(scored, squash=self.squashes)
         return {
             **vllm_envelope("classify", scored),
-            "data": [{"index": index, "label": "LABEL_0", "probs": [score], "num_classes": 1} for index, score in enumerate(scores)],
+            "data": [
+                {"index": index, "label": "LABEL_0", "probs": [score], "num_classes": 1}
+                for index, score in enumerate(scores)
+            ],
         }
 
 
@@ -198,7 +224,9 @@ class TeiPredictBody(BaseModel):
     """TEI's /predict."""
 
     model_config = STRICT | ConfigDict(
-        json_schema_extra={"examples": [{"inputs": [["Name a colour.", "Blue."], ["Name a colour.", "Seven."]], "raw_scores": True}]}
+        json_schema_extra={
+            "examples": [{"inputs": [["Name a colour.", "Blue."], ["Name a colour.", "Seven."]], "raw_scores": True}]
+        }
     )
 
     inputs: str | OneOrTwoTexts | Annotated[list[OneOrTwoTexts], Field(min_length=1, fail_fast=True)]
@@ -218,10 +246,15 @@ class TeiPredictBody(BaseModel):
 
     def parts(self) -> list[Part]:
         is_batch = isinstance(self.inputs, list) and isinstance(self.inputs[0], list)
-        return [pair_or_rendered(sequence, f"inputs[{index}]" if is_batch else "inputs") for index, sequence in enumerate(sequences_of(self.inputs))]
+        return [
+            pair_or_rendered(sequence, f"inputs[{index}]" if is_batch else "inputs")
+            for index, sequence in enumerate(sequences_of(self.inputs))
+        ]
 
     def reply(self, scored: Scored) -> TeiPredictReply:
-        predictions: list[list[TeiPrediction]] = [[{"score": score, "label": "LABEL_0"}] for score in activated(scored, squash=self.squashes)]
+        predictions: list[list[TeiPrediction]] = [
+            [{"score": score, "label": "LABEL_0"}] for score in activated(scored, squash=self.squashes)
+        ]
         return predictions if isinstance(self.inputs, list) and isinstance(self.inputs[0], list) else predictions[0]
 
     @staticmethod
@@ -232,7 +265,9 @@ class TeiPredictBody(BaseModel):
 class TeiRerankBody(BaseModel):
     """TEI's /rerank; the reply is sorted, the best first."""
 
-    model_config = STRICT | ConfigDict(json_schema_extra={"examples": [{"query": "Name a colour.", "texts": ["Blue.", "Seven."], "raw_scores": True}]})
+    model_config = STRICT | ConfigDict(
+        json_schema_extra={"examples": [{"query": "Name a colour.", "texts": ["Blue.", "Seven."], "raw_scores": True}]}
+    )
 
     query: Annotated[str, NOT_EMPTY_TEXT]
     """The prompt: one user turn."""
@@ -311,7 +346,12 @@ def vllm_envelope(kind: str, scored: Scored) -> VllmReply:
         "object": "list",
         "created": int(time.time()),
         "model": scored.served.model,
-        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0, "prompt_tokens_details": None},
+        "usage": {
+            "prompt_tokens": num_tokens,
+            "total_tokens": num_tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        },
     }
 
 

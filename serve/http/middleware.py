@@ -57,7 +57,9 @@ class ReadWholeBody:
             return message
 
         async def send_when_read(message: Message) -> None:
-            will_send = num_received > 0 or not waits_for_continue  # a client that waits for 100 sends nothing after a refusal
+            will_send = (
+                num_received > 0 or not waits_for_continue
+            )  # a client that waits for 100 sends nothing after a refusal
             if message["type"] == "http.response.start" and not is_read and will_send:
                 try:
                     async with asyncio.timeout(DISCARD_WITHIN_S):
@@ -120,13 +122,20 @@ class Guard:
     def replace_keys(self, keys: Sequence[ApiKey]) -> None:
         """Accept these keys, and no others, from the next request on. A limit that stays remembers what it has admitted."""
         limits = {key.name: RateLimit(key.requests_per_minute) for key in keys if key.requests_per_minute is not None}
-        self._limits = {name: self._limits[name] if name in self._limits and self._limits[name].allows_as_much_as(new) else new for name, new in limits.items()}
+        self._limits = {
+            name: self._limits[name] if name in self._limits and self._limits[name].allows_as_much_as(new) else new
+            for name, new in limits.items()
+        }
         self._keys = keys
 
     def refusal(self, scope: Scope, now_s: float) -> Response | None:
         """The reply for an HTTP request that may not pass, None for one that may."""
         if not self._keys:
-            return None if is_on_this_machine(scope) else unauthorised("This scorer was started without keys, so it answers its own machine only.")
+            return (
+                None
+                if is_on_this_machine(scope)
+                else unauthorised("This scorer was started without keys, so it answers its own machine only.")
+            )
         key = matching_key([value for name, value in scope["headers"] if name == b"authorization"], self._keys)
         if key is None:
             return unauthorised("A valid key is needed: send it as `Authorization: Bearer KEY`.")
@@ -177,4 +186,9 @@ def unauthorised(message: str) -> Response:
 
 def error_reply(status: int, error_type: str, message: str, headers: dict[str, str]) -> Response:
     body = ErrorReply(error=ErrorDetail(type=error_type, message=message))
-    return Response(body.model_dump_json(), status_code=status, headers={ERROR_HEADER: error_type, **headers}, media_type="application/json")
+    return Response(
+        body.model_dump_json(),
+        status_code=status,
+        headers={ERROR_HEADER: error_type, **headers},
+        media_type="application/json",
+    )

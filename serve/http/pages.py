@@ -25,7 +25,15 @@ def content_security_policy(html: str) -> str:
         assert block is not None, f"the page has no inline <{tag}>"
         allowed.append(f"{tag}-src 'sha256-{b64encode(sha256(block[1].encode()).digest()).decode()}'")
     return "; ".join(
-        ["default-src 'none'", *allowed, "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"],
+        [
+            "default-src 'none'",
+            *allowed,
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        ],
     )
 
 

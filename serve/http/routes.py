@@ -26,9 +26,25 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from rm_robust.scoring.contract import ERROR_HEADER, SCORE_PATH, Calibration, ErrorDetail, ErrorReply, ScoreReply, ScoreRequest
+from rm_robust.scoring.contract import (
+    ERROR_HEADER,
+    SCORE_PATH,
+    Calibration,
+    ErrorDetail,
+    ErrorReply,
+    ScoreReply,
+    ScoreRequest,
+)
 from serve.batching.front import NO_ANSWER, Front
-from serve.http.dialect_replies import ClassifyReply, OpenRlhfReply, PoolingReply, TeiErrorReply, TeiPredictReply, TeiRank, VllmErrorReply
+from serve.http.dialect_replies import (
+    ClassifyReply,
+    OpenRlhfReply,
+    PoolingReply,
+    TeiErrorReply,
+    TeiPredictReply,
+    TeiRank,
+    VllmErrorReply,
+)
 from serve.http.dialects import ClassifyBody, DialectBody, OpenRlhfBody, PoolingBody, TeiPredictBody, TeiRerankBody
 from serve.http.middleware import AddRequestId, Guard, RequireKey, error_reply
 from serve.http.pages import PAGES, page_response
@@ -104,7 +120,9 @@ def failures(*statuses: int, shape: Any = ErrorReply) -> dict[int | str, dict[st
     """Of one route, for /openapi.json. Keys are refused in our own shape, whatever the dialect's is (`shape`)."""
     both = shape if shape is ErrorReply else shape | ErrorReply
     shapes = {401: ErrorReply, 429: both, 500: both}
-    return {status: {"model": shapes.get(status, shape), "description": STATUSES[status]} for status in sorted(statuses)}
+    return {
+        status: {"model": shapes.get(status, shape), "description": STATUSES[status]} for status in sorted(statuses)
+    }
 
 
 SCORING_FAILURES = (401, 413, 422, 429, 500, 503, 504)
@@ -129,7 +147,12 @@ def body_in_openapi(body: type[BaseModel]) -> dict[str, Any]:
     """The request schema for /openapi.json, which FastAPI cannot know because the route parses the body itself."""
     schema = body.model_json_schema()
     definitions = schema.pop("$defs", {})
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": without_references(schema, definitions)}}}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": without_references(schema, definitions)}},
+        }
+    }
 
 
 def without_references(schema: Any, definitions: dict[str, Any]) -> Any:
@@ -169,7 +192,9 @@ async def score(request: Request) -> Response:
 def score_reply(request: ScoreRequest, scored: Scored) -> ScoreReply:
     """The native reply. Fields that were not asked for are left out of its JSON."""
     served = scored.served
-    reply = ScoreReply(model=served.model, checkpoint=served.checkpoint, template=served.template, results=scored.results)
+    reply = ScoreReply(
+        model=served.model, checkpoint=served.checkpoint, template=served.template, results=scored.results
+    )
     if request.calibrated and served.calibration is not None:
         mean, std = served.calibration
         reply.calibration = Calibration(mean=mean, std=std)
@@ -250,7 +275,9 @@ async def models(request: Request) -> Response:
             checkpoint=served.checkpoint,
             template=served.template,
             max_length_tokens=served.max_length_tokens,
-            calibration=None if served.calibration is None else Calibration(mean=served.calibration[0], std=served.calibration[1]),
+            calibration=None
+            if served.calibration is None
+            else Calibration(mean=served.calibration[0], std=served.calibration[1]),
             reload_error=served.reload_error,
         )
         for served in served_models
@@ -258,7 +285,9 @@ async def models(request: Request) -> Response:
     return Response(ModelList(data=entries).model_dump_json(), media_type="application/json")
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=failures(401, 429))
+@router.get(
+    "/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=failures(401, 429)
+)
 async def metrics(request: Request) -> Response:
     """Requests, refusals by reason, latency quantiles, queue, batches, tokens, mean and std of the scores, as Prometheus reads them."""
     return front_of(request).metrics.text()
@@ -294,7 +323,12 @@ async def unknown_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if request.method == "GET" and request.scope["root_path"] and request.scope["path"] == request.scope["root_path"]:
         return RedirectResponse(request.scope["root_path"] + "/")
-    return error_reply(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), str(error.detail), dict(error.headers or {}))
+    return error_reply(
+        error.status_code,
+        HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"),
+        str(error.detail),
+        dict(error.headers or {}),
+    )
 
 
 async def client_went_away(request: Request, _: Exception) -> Response:
@@ -305,7 +339,9 @@ async def client_went_away(request: Request, _: Exception) -> Response:
 async def internal_error(request: Request, error: Exception) -> Response:
     """What nobody foresaw; the traceback is in the log, under the request's id."""
     logger.error("request %s failed", request.scope.get("request_id"), exc_info=error)
-    return error_reply(500, "internal_error", "The server failed; the reason is in its log, under this request's id.", {})
+    return error_reply(
+        500, "internal_error", "The server failed; the reason is in its log, under this request's id.", {}
+    )
 
 
 def front_of(request: Request) -> Front:
@@ -316,7 +352,9 @@ def front_of(request: Request) -> Front:
 async def body_within_limit(request: Request) -> bytes | Refusal:
     """The whole body; 413 as soon as it is known to be too large."""
     limit = front_of(request).settings.limits.max_body_bytes
-    too_large = Refusal(413, "body_too_large", f"The body is larger than max_body_bytes = {limit}; send fewer inputs at a time.")
+    too_large = Refusal(
+        413, "body_too_large", f"The body is larger than max_body_bytes = {limit}; send fewer inputs at a time."
+    )
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 20 or int(declared) > limit):  # int itself refuses thousands of digits
         return too_large
@@ -361,14 +399,18 @@ def describe_invalid_body(error: ValidationError) -> str:
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     lines = []
     for problem in problems[:3]:
-        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part:.{LONGEST_FIELD}}" for part in problem["loc"]).lstrip(".")
+        field = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part:.{LONGEST_FIELD}}" for part in problem["loc"]
+        ).lstrip(".")
         lines.append(f"{field or 'body'}: {problem['msg']}")
     if len(problems) > 3:
         lines.append(f"and {len(problems) - 3} more problems")
     return "; ".join(lines)
 
 
-async def answer_dialect(request: Request, dialect: type[OpenRlhfBody | ClassifyBody | PoolingBody | TeiPredictBody | TeiRerankBody]) -> Response:
+async def answer_dialect(
+    request: Request, dialect: type[OpenRlhfBody | ClassifyBody | PoolingBody | TeiPredictBody | TeiRerankBody]
+) -> Response:
     """One request of a dialect, scored as every other, and its reply or failure in that dialect's JSON."""
     content = await body_within_limit(request)
     if isinstance(content, Refusal):
@@ -380,7 +422,10 @@ async def answer_dialect(request: Request, dialect: type[OpenRlhfBody | Classify
     outcome = await outcome_for_client(request, DialectRequest(body.parts()), body.wanted_model)
     if isinstance(outcome, Refusal):
         return refusal_response(outcome, dialect.error)
-    headers = {"X-RM-Robust-Activation": "sigmoid" if body.squashes else "none", "X-RM-Robust-Checkpoint": outcome.served.checkpoint}
+    headers = {
+        "X-RM-Robust-Activation": "sigmoid" if body.squashes else "none",
+        "X-RM-Robust-Checkpoint": outcome.served.checkpoint,
+    }
     if outcome.num_cut:
         headers["X-RM-Robust-Cut"] = str(outcome.num_cut)
     return JSONResponse(body.reply(outcome), headers=headers)

@@ -23,10 +23,14 @@ class CheckpointPreparer:
         assert served.max_length_tokens is not None
         folder = Path(served.checkpoint_dir)
         if read_manifest(folder).content_sha256 != served.checkpoint:
-            raise CheckpointError(f"{folder} is no longer the checkpoint {served.checkpoint} that its replica loaded. Deploy the new one.")
+            raise CheckpointError(
+                f"{folder} is no longer the checkpoint {served.checkpoint} that its replica loaded. Deploy the new one."
+            )
         self._chat = ChatFormat.load(folder)
         if self._chat.template_sha256 != served.template:
-            raise CheckpointError(f"{folder} has the template {self._chat.template_sha256}, its replica loaded {served.template}.")
+            raise CheckpointError(
+                f"{folder} has the template {self._chat.template_sha256}, its replica loaded {served.template}."
+            )
         self._max_length_tokens, self._max_batch_tokens = served.max_length_tokens, served.max_batch_tokens
         self._vocab_size = int(read_json(folder / "config.json")["vocab_size"])
         """Of the model; its tokenizer may know more tokens."""
@@ -47,7 +51,10 @@ class CheckpointPreparer:
                 message = f"{where} has {num_prompt + max(lengths)} tokens with its prompt, the limit max_length_tokens is {self._max_length_tokens}."
                 return Refusal(413, "too_long", message)
             key = hash(tuple(group.prompt_ids))
-            items += [WorkItem(index, part, key, num_prompt, sum(map(len, part.completion_ids))) for part in self._split(group)]
+            items += [
+                WorkItem(index, part, key, num_prompt, sum(map(len, part.completion_ids)))
+                for part in self._split(group)
+            ]
             counts.append(TokenCounts(prompt=num_prompt, completions=lengths))
             num_cut += was_cut
         return Prepared(items, counts, num_cut)
@@ -70,11 +77,15 @@ class CheckpointPreparer:
         """The part's token ids, and whether something after its end of turn was left off. Raises DataError."""
         chat, content, was_cut = self._chat, part.content, False
         if isinstance(content, ScoreInput):
-            group = TokenGroup(chat.prompt_ids(content.prompt), [chat.completion_ids(completion) for completion in content.completions])
+            group = TokenGroup(
+                chat.prompt_ids(content.prompt), [chat.completion_ids(completion) for completion in content.completions]
+            )
         else:
             whole = chat.rendered_text(content) if isinstance(content, str) else chat.rendered_ids(content)
             group, was_cut = TokenGroup(whole.prompt_ids, [whole.completion_ids]), whole.was_cut
         largest = max(max(ids) for ids in (group.prompt_ids, *group.completion_ids))
         if largest >= self._vocab_size:  # the model would fail, and its whole batch with it
-            raise DataError(f"The model has no token {largest}, {chat.tokenizer.convert_ids_to_tokens(largest)!r}; it knows {self._vocab_size}.")
+            raise DataError(
+                f"The model has no token {largest}, {chat.tokenizer.convert_ids_to_tokens(largest)!r}; it knows {self._vocab_size}."
+            )
         return group, was_cut

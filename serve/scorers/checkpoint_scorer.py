@@ -26,7 +26,11 @@ class CheckpointScorer:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         self._scorer = RewardScorer.load(
-            checkpoint_dir, device=settings.device, dtype=settings.dtype, max_length_tokens=settings.max_length_tokens, model_name=settings.model_name
+            checkpoint_dir,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_length_tokens=settings.max_length_tokens,
+            model_name=settings.model_name,
         )
         self.served = ServedModel(
             settings.model_name,
@@ -55,4 +59,7 @@ class CheckpointScorer:
             return self._scorer.score_groups(groups, max_tokens_per_batch=self._settings.max_batch_tokens)
         shared, places = share_prompts(groups)
         scores = self._scorer.score_groups(shared, max_tokens_per_batch=self._settings.max_batch_tokens)
-        return [scores[index][first : first + len(group.completion_ids)] for (index, first), group in zip(places, groups, strict=True)]
+        return [
+            scores[index][first : first + len(group.completion_ids)]
+            for (index, first), group in zip(places, groups, strict=True)
+        ]

@@ -24,14 +24,25 @@ class JudgePreparer:
         for index, part in enumerate(parts_of(request)):
             item = part.content
             if not isinstance(item, ScoreInput):
-                return invalid_request(part.prompt_field, "The embedded judge has no chat template, so it takes no rendered conversation; use messages.")
+                return invalid_request(
+                    part.prompt_field,
+                    "The embedded judge has no chat template, so it takes no rendered conversation; use messages.",
+                )
             try:
                 prompt = single_turn_text(item.prompt)
                 gold_score(prompt, "")
             except RmRobustError as error:
                 return invalid_request(part.prompt_field, error)
             num_tokens = [1 + len(text) // CHARACTERS_PER_TOKEN for text in (prompt, *item.completions)]
-            items.append(WorkItem(index, ScoreInput(prompt=prompt, completions=item.completions), hash(prompt), num_tokens[0], sum(num_tokens[1:])))
+            items.append(
+                WorkItem(
+                    index,
+                    ScoreInput(prompt=prompt, completions=item.completions),
+                    hash(prompt),
+                    num_tokens[0],
+                    sum(num_tokens[1:]),
+                )
+            )
         counts: list[TokenCounts | None] = [None] * len(items)
         return Prepared(items, counts)
 
@@ -41,7 +52,9 @@ class JudgeScorer:
 
     def __init__(self, settings: ModelSettings, generation: int) -> None:
         checkpoint_id = source_sha256(Path(embedded_world.__path__[0]))
-        self.served = ServedModel(settings.model_name, checkpoint_id, template=None, max_length_tokens=None, generation=generation)
+        self.served = ServedModel(
+            settings.model_name, checkpoint_id, template=None, max_length_tokens=None, generation=generation
+        )
 
     def score(self, contents: Sequence[TokenGroup | ScoreInput]) -> list[list[float] | str]:
         results: list[list[float] | str] = []
@@ -58,7 +71,9 @@ def single_turn_text(prompt: str | list[Message]) -> str:
         return prompt
     if len(prompt) == 1 and prompt[0].get("role") == "user" and "content" in prompt[0]:
         return prompt[0]["content"]
-    raise DataError(f"The embedded judge knows single-turn prompts only, got roles {[m.get('role') for m in prompt]}; send one user message.")
+    raise DataError(
+        f"The embedded judge knows single-turn prompts only, got roles {[m.get('role') for m in prompt]}; send one user message."
+    )
 
 
 def source_sha256(package_dir: Path) -> str:

@@ -22,7 +22,13 @@ from rewardbench.rewardbench import main
 main()
 """
 """Its `rewardbench` command; version 0.1.4 moves every batch to "cuda" whatever there is, which is all that is changed."""
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
@@ -31,7 +37,11 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def run(*command: str, folder: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | OFFLINE | {"HF_HOME": str(folder / "hf")}
+    environment = (
+        {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        | OFFLINE
+        | {"HF_HOME": str(folder / "hf")}
+    )
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
@@ -42,7 +52,12 @@ def test_reward_bench_gives_our_scores(checkpoint: Path, tmp_path: Path) -> None
     rows = []
     for prompt, chosen, rejected in map(texts, range(NUM_PAIRS)):
         user = {"role": "user", "content": prompt}
-        rows.append({"chosen": [user, {"role": "assistant", "content": chosen}], "rejected": [user, {"role": "assistant", "content": rejected}]})
+        rows.append(
+            {
+                "chosen": [user, {"role": "assistant", "content": chosen}],
+                "rejected": [user, {"role": "assistant", "content": rejected}],
+            }
+        )
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "model").symlink_to(checkpoint)  # reward-bench names its results after the model's path
     run(
@@ -52,7 +67,12 @@ def test_reward_bench_gives_our_scores(checkpoint: Path, tmp_path: Path) -> None
     found = [json.loads(line) for line in (tmp_path / "results" / "model_outputs.jsonl").read_text().splitlines()]
     scorer = RewardScorer.load(checkpoint, device="cpu", dtype="float32", max_length_tokens=128)
     chat = scorer.chat
-    ours = scorer.score_groups([TokenGroup(chat.prompt_ids(p), [chat.completion_ids(c), chat.completion_ids(r)]) for p, c, r in map(texts, range(NUM_PAIRS))])
+    ours = scorer.score_groups(
+        [
+            TokenGroup(chat.prompt_ids(p), [chat.completion_ids(c), chat.completion_ids(r)])
+            for p, c, r in map(texts, range(NUM_PAIRS))
+        ]
+    )
     assert max(map(max, ours)) - min(map(min, ours)) > 0.5
     for row, scores in zip(found, ours, strict=True):
         assert [row["scores_chosen"], row["scores_rejected"]] == pytest.approx(scores, abs=1e-4)

@@ -44,10 +44,14 @@ def score(rng: random.Random) -> float:
     return rng.randint(-8, 8) / 4
 
 
-def figures(suite: str, rows: list[dict[str, Any]], texts: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, float]:
+def figures(
+    suite: str, rows: list[dict[str, Any]], texts: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, float]:
     cases = []
     for row in rows:
-        case = SUITES[suite].parse({"id": row["id"], "subset": row["subset"], "prompt": f"Prompt {row['id']}."} | texts(row))
+        case = SUITES[suite].parse(
+            {"id": row["id"], "subset": row["subset"], "prompt": f"Prompt {row['id']}."} | texts(row)
+        )
         cases.append(replace(case, own_id=row["id"]))
     return {name: own.value for name, own in figures_of(SUITES[suite], cases, [row["scores"] for row in rows]).items()}
 
@@ -55,8 +59,14 @@ def figures(suite: str, rows: list[dict[str, Any]], texts: Callable[[dict[str, A
 @pytest.mark.timeout(300)
 def test_reward_benchs_own_functions_give_our_figures(tmp_path: Path) -> None:
     rng = random.Random(0)
-    pairs = [{"id": str(i), "subset": rng.choice(list(SECTION_OF)), "scores": [score(rng), score(rng)]} for i in range(NUM_ROWS)]
-    best_of = [{"id": str(i), "subset": rng.choice(["Factuality", "Math", "Focus"]), "scores": [score(rng) for _ in range(4)]} for i in range(NUM_ROWS)]
+    pairs = [
+        {"id": str(i), "subset": rng.choice(list(SECTION_OF)), "scores": [score(rng), score(rng)]}
+        for i in range(NUM_ROWS)
+    ]
+    best_of = [
+        {"id": str(i), "subset": rng.choice(["Factuality", "Math", "Focus"]), "scores": [score(rng) for _ in range(4)]}
+        for i in range(NUM_ROWS)
+    ]
     ties: list[dict[str, Any]] = []
     for number in range(NUM_TIES):  # right answers lie higher, by less or more than they lie apart
         gap = rng.choice([0.5, 2.0, 6.0])
@@ -74,6 +84,13 @@ def test_reward_benchs_own_functions_give_our_figures(tmp_path: Path) -> None:
     lists = figures("reward_bench_2", best_of, lambda _: {"chosen": ["yes"], "rejected": ["no"] * 3})
     for name, value in theirs["best_of"].items():
         assert lists[f"{name}.accuracy"] == pytest.approx(value, rel=EXACT)
-    tied = figures("reward_bench_2", ties, lambda row: {"chosen": ["yes"] * row["num_right"], "rejected": ["no"] * (len(row["scores"]) - row["num_right"])})
+    tied = figures(
+        "reward_bench_2",
+        ties,
+        lambda row: {
+            "chosen": ["yes"] * row["num_right"],
+            "rejected": ["no"] * (len(row["scores"]) - row["num_right"]),
+        },
+    )
     assert tied["Ties.accuracy"] == pytest.approx(theirs["ties"], rel=EXACT)
     assert 0.2 < theirs["ties"] < 0.9  # the case is not a trivial one

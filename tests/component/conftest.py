@@ -14,7 +14,10 @@ def _one_cluster_a_process(request: pytest.FixtureRequest) -> None:
     of an earlier cluster then takes a reference from an actor of this one when it is collected, and Ray cancels that actor."""
     _modules.append(request.node.name)
     if len(_modules) > 1:
-        pytest.exit(f"{_modules[-1]} needs a process of its own, and {_modules[0]} ran in this one. `make test` starts one for each.", returncode=3)
+        pytest.exit(
+            f"{_modules[-1]} needs a process of its own, and {_modules[0]} ran in this one. `make test` starts one for each.",
+            returncode=3,
+        )
 
 
 @pytest.fixture

@@ -35,7 +35,11 @@ def endpoint() -> Iterator[str]:
     """Of a Ray that sends its metrics on every second."""
     ray_dir, port = tempfile.mkdtemp(prefix="rs"), free_port("127.0.0.1")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_dir, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}.items():
+        for name, value in {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_TMPDIR": ray_dir,
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        }.items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(

@@ -30,7 +30,13 @@ LIMITS = TokenLimits(max_prompt_tokens=60, max_completion_tokens=40, max_dropped
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
     credentials = {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything"}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", runtime_env={"env_vars": credentials})
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level="warning",
+        runtime_env={"env_vars": credentials},
+    )
     yield
     ray.shutdown()
 
@@ -44,7 +50,12 @@ def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pair(number: int) -> dict[str, str]:
     """The line separator in the completion ends no jsonl line."""
-    return {"pair_id": f"{number:04}", "prompt": f"red {number}", "chosen": f"green\u2028{number}", "rejected": f"seven {number}"}
+    return {
+        "pair_id": f"{number:04}",
+        "prompt": f"red {number}",
+        "chosen": f"green\u2028{number}",
+        "rejected": f"seven {number}",
+    }
 
 
 def lines(numbers: range) -> list[str]:
@@ -57,11 +68,21 @@ def tokenise(folder: Path, chat_dir: Path, *paths: Path | str, scenario: str = "
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_by_reason(tmp_path: Path, chat_dir: Path, scheme: str) -> None:
-    bad = ["", '{"prompt": "torn', json.dumps({**pair(1), "rejected": "green\u20281"}), json.dumps({**pair(1), "prompt": "red " * 90}), '{"prompt": "x"}']
+def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_by_reason(
+    tmp_path: Path, chat_dir: Path, scheme: str
+) -> None:
+    bad = [
+        "",
+        '{"prompt": "torn',
+        json.dumps({**pair(1), "rejected": "green\u20281"}),
+        json.dumps({**pair(1), "prompt": "red " * 90}),
+        '{"prompt": "x"}',
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines(range(200)) + bad), encoding="utf-8")
     (tmp_path / "deep").mkdir()
-    pq.write_table(pa.Table.from_pylist([pair(number) for number in range(200, NUM_ROWS)]), tmp_path / "deep" / "b.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([pair(number) for number in range(200, NUM_ROWS)]), tmp_path / "deep" / "b.parquet"
+    )
     report = tokenise(tmp_path, chat_dir, f"{scheme}{tmp_path}")
     assert (report.num_read, report.num_kept) == ({"train": NUM_ROWS + 4}, {"train": NUM_ROWS})
     assert report.num_dropped == {"train": {"malformed": 2, "identical completions": 1, "prompt too long": 1}}
@@ -72,7 +93,10 @@ def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_
     assert [group.group_id for group in groups] == [f"{number:04}" for number in range(NUM_ROWS)]
     for number in (0, 199, 200, 299):
         assert groups[number].tokens.prompt_ids == chat.prompt_ids(f"red {number}")
-        assert groups[number].tokens.completion_ids == [chat.completion_ids(f"green\u2028{number}"), chat.completion_ids(f"seven {number}")]
+        assert groups[number].tokens.completion_ids == [
+            chat.completion_ids(f"green\u2028{number}"),
+            chat.completion_ids(f"seven {number}"),
+        ]
 
 
 def test_a_bucket_is_read_by_rays_workers(tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,12 +104,17 @@ def test_a_bucket_is_read_by_rays_workers(tmp_path: Path, chat_dir: Path, monkey
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     pq.write_table(pa.Table.from_pylist([pair(number) for number in range(20, 30)]), tmp_path / "b.parquet")
-    objects = {"mine/a.jsonl": "\n".join(lines(range(20))).encode(), "mine/b.parquet": (tmp_path / "b.parquet").read_bytes()}
+    objects = {
+        "mine/a.jsonl": "\n".join(lines(range(20))).encode(),
+        "mine/b.parquet": (tmp_path / "b.parquet").read_bytes(),
+    }
     with s3_server() as server:
         server.put("rows", objects)
         report = tokenise(tmp_path, chat_dir, f"s3://rows/mine?{server.options}")
     assert (report.num_kept, report.num_dropped) == ({"train": 30}, {"train": {}})
-    assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=train")] == [f"{number:04}" for number in range(30)]
+    assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=train")] == [
+        f"{number:04}" for number in range(30)
+    ]
 
 
 def test_a_hub_data_set_is_read_whole(tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,13 +138,21 @@ def test_several_scenarios_are_written_and_counted_apart(tmp_path: Path, chat_di
         sources.append(Source(scenario, (str(tmp_path / f"{scenario}.jsonl"),), None))
     report = tokenise_sources(sources, chat_dir=chat_dir, out_dir=tmp_path / "tokens", limits=LIMITS)
     assert report.num_kept == {"train": 7, "in_domain": 3}
-    assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=in_domain")] == ["0007", "0008", "0009"]
+    assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=in_domain")] == [
+        "0007",
+        "0008",
+        "0009",
+    ]
     assert not list((tmp_path / "tokens").rglob("rows"))
 
 
-def test_weighted_sources_and_rankings_are_counted_apart_and_weigh_what_they_should(tmp_path: Path, chat_dir: Path) -> None:
+def test_weighted_sources_and_rankings_are_counted_apart_and_weigh_what_they_should(
+    tmp_path: Path, chat_dir: Path
+) -> None:
     """Two entries of one scenario: plain pairs, one of them cut; and two rankings of three, of which one has a tie."""
-    (tmp_path / "pairs.jsonl").write_text("\n".join([*lines(range(5)), json.dumps({**pair(5), "prompt": "red " * 90})]), encoding="utf-8")
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join([*lines(range(5)), json.dumps({**pair(5), "prompt": "red " * 90})]), encoding="utf-8"
+    )
     rankings = [
         {"prompt_id": f"r{i}", "prompt": f"blue {i}", "completions": ["red", "green", "seven"], "gold_scores": scores}
         for i, scores in enumerate(([1.0, 2.0, 3.0], [1.0, 2.0, 2.0]))
@@ -135,12 +172,18 @@ def test_weighted_sources_and_rankings_are_counted_apart_and_weigh_what_they_sho
     ]
     assert (report.num_read["train"], report.num_kept["train"], report.num_truncated["train"]) == (8, 11, 1)
     assert report.num_dropped == {"train": {"tied scores": 1}, "in_domain": {}}
-    assert sorted(example["reason"].partition(":")[0] for example in report.examples) == ["prompt truncated", "tied scores"]
+    assert sorted(example["reason"].partition(":")[0] for example in report.examples) == [
+        "prompt truncated",
+        "tied scores",
+    ]
     groups = read_token_groups(tmp_path / "tokens" / "scenario=train")
     weights = {group.group_id: group.weight for group in groups}
     assert all(weights[f"{number:04}"] == 1.0 for number in range(6))
     assert sum(weight for group_id, weight in weights.items() if group_id.startswith("r0")) == pytest.approx(3.0)
-    assert {group_id: weight for group_id, weight in weights.items() if group_id.startswith("r1")} == {"r1:1>0": 1.5, "r1:2>0": 1.5}
+    assert {group_id: weight for group_id, weight in weights.items() if group_id.startswith("r1")} == {
+        "r1:1>0": 1.5,
+        "r1:2>0": 1.5,
+    }
     assert max(len(group.tokens.prompt_ids) for group in groups) == 60
     assert [len(group.gold_scores) for group in read_token_groups(tmp_path / "tokens" / "scenario=in_domain")] == [3, 3]
 
@@ -156,7 +199,8 @@ def test_a_bad_source_is_not_hidden_by_a_large_good_one(tmp_path: Path, chat_dir
 def test_too_many_malformed_rows_fail_with_the_first_of_them_and_commit_nothing(tmp_path: Path, chat_dir: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join([*lines(range(10)), "{torn"]), encoding="utf-8")
     with pytest.raises(
-        DataError, match=r"1 of 11 rows of 'train' \(.*a.jsonl\) are malformed, more than data.max_dropped_fraction = 0.05. First: .*in '{torn'"
+        DataError,
+        match=r"1 of 11 rows of 'train' \(.*a.jsonl\) are malformed, more than data.max_dropped_fraction = 0.05. First: .*in '{torn'",
     ):
         tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
     assert not (tmp_path / "tokens").exists()
@@ -164,20 +208,40 @@ def test_too_many_malformed_rows_fail_with_the_first_of_them_and_commit_nothing(
 
 def test_a_source_of_which_nothing_is_left_fails_with_the_reasons(tmp_path: Path, chat_dir: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({**pair(1), "prompt": "red " * 90}))
-    with pytest.raises(DataError, match=r"No row of 'train' \(.*a.jsonl\) is left of 1 \(dropped: {'prompt too long': 1}\)"):
+    with pytest.raises(
+        DataError, match=r"No row of 'train' \(.*a.jsonl\) is left of 1 \(dropped: {'prompt too long': 1}\)"
+    ):
         tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
 
 
 def test_sft_is_prepared_from_the_users_demonstrations_alone(tmp_path: Path) -> None:
     """A tokenizer and a base model from their text, and their tokens with that tokenizer; one row in thirty is malformed, which the limit allows."""
-    rows = [json.dumps({"id": f"{i:02}", "prompt": f"red {i}", "completion": f"green\u2028{i}"}, ensure_ascii=False) for i in range(30)]
+    rows = [
+        json.dumps({"id": f"{i:02}", "prompt": f"red {i}", "completion": f"green\u2028{i}"}, ensure_ascii=False)
+        for i in range(30)
+    ]
     (tmp_path / "sft.jsonl").write_text("\n".join([*rows, '{"prompt": "x"}']), encoding="utf-8")
-    data = {"source": "scenarios", "train": ["t"], "in_domain": ["i"], "rloo_prompts": ["p"], "sft": [str(tmp_path / "sft.jsonl")]}
-    model = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "vocab_size": 300}
+    data = {
+        "source": "scenarios",
+        "train": ["t"],
+        "in_domain": ["i"],
+        "rloo_prompts": ["p"],
+        "sft": [str(tmp_path / "sft.jsonl")],
+    }
+    model = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_layers": 1,
+        "num_heads": 1,
+        "num_kv_heads": 1,
+        "vocab_size": 300,
+    }
     config = PipelineConfig.model_validate({"name": "test", "data": data, "serve": {"gold": "judge"}, "model": model})
     report = prepare_sft(config, tmp_path / "run", LIMITS)
     assert (report["sft"]["num_kept"], report["sft"]["num_dropped"]) == ({"sft": 30}, {"sft": {"malformed": 1}})
     layout = RunLayout(tmp_path / "run")
     chat = ChatFormat.load(layout.base_model)
     groups = read_token_groups(layout.sft_tokens / "scenario=sft")
-    assert [group.tokens.completion_ids for group in groups] == [[chat.completion_ids(f"green\u2028{i}")] for i in range(30)]
+    assert [group.tokens.completion_ids for group in groups] == [
+        [chat.completion_ids(f"green\u2028{i}")] for i in range(30)
+    ]

@@ -16,7 +16,13 @@ def test_every_key_is_one_that_deepspeed_reads() -> None:
     zero = config["zero_optimization"]
     known = {value for value in vars(constants).values() if isinstance(value, str)}
     assert set(config) - {"zero_optimization"} <= known
-    assert set(zero) <= {name for field, info in DeepSpeedZeroConfig.model_fields.items() for name in (field, info.alias)}
+    assert set(zero) <= {
+        name for field, info in DeepSpeedZeroConfig.model_fields.items() for name in (field, info.alias)
+    }
     parsed = DeepSpeedConfig({**config})
-    assert (parsed.gradient_clipping, parsed.managed_gradient_accumulation, parsed.zero_optimization_stage) == (0.25, False, 3)
+    assert (parsed.gradient_clipping, parsed.managed_gradient_accumulation, parsed.zero_optimization_stage) == (
+        0.25,
+        False,
+        3,
+    )
     assert parsed.gradient_accumulation_steps == 1

@@ -25,7 +25,9 @@ LIMITS = TokenLimits(max_prompt_tokens=60, max_completion_tokens=40, max_dropped
 
 @pytest.fixture(autouse=True)
 def _small_store() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", object_store_memory=STORE_BYTES)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, logging_level="warning", object_store_memory=STORE_BYTES
+    )
     yield
     ray.shutdown()
 
@@ -37,7 +39,17 @@ def test_rows_are_all_kept_or_counted_beside_objects_of_more_than_the_store(tmp_
     with (tmp_path / "rows.jsonl").open("w") as file:
         for number in range(NUM_LONG + NUM_KEPT):
             long = " red" * 2000 if number % 6 == 5 else ""
-            file.write(json.dumps({"pair_id": f"{number:05}", "prompt": f"red {number}", "chosen": "green" + long, "rejected": f"seven {number}"}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "pair_id": f"{number:05}",
+                        "prompt": f"red {number}",
+                        "chosen": "green" + long,
+                        "rejected": f"seven {number}",
+                    }
+                )
+                + "\n"
+            )
     source = Source("train", (str(tmp_path / "rows.jsonl"),), RowKind.PAIR)
     report = tokenise_sources([source], chat_dir=tmp_path / "chat", out_dir=tmp_path / "tokens", limits=LIMITS)
     assert (report.num_kept, report.num_dropped) == ({"train": NUM_KEPT}, {"train": {"completion too long": NUM_LONG}})

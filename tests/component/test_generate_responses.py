@@ -26,7 +26,9 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-def test_responses_are_generated_labelled_and_after_a_loss_made_again_alike(ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_responses_are_generated_labelled_and_after_a_loss_made_again_alike(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = save_tiny_reward_model(tmp_path / "judge")
     base = tmp_path / "judge_base"
     prompts = [{"prompt": "apple " * (200 if number == LONG_PROMPT else number + 1)} for number in range(NUM_PROMPTS)]
@@ -46,13 +48,19 @@ models = [{{ name = "cool", path = "{base}", temperature = 0.5 }}, {{ name = "ho
     manifest = json.loads((out / "manifest.json").read_text())
     paths = [chunk_path(out, model, number) for model in ("cool", "hot") for number in range(3)]
     responses = [response for path in paths for response in read_responses(path)]
-    assert [response.completion is None for response in responses] == [number == LONG_PROMPT for number in range(NUM_PROMPTS)] * 2
+    assert [response.completion is None for response in responses] == [
+        number == LONG_PROMPT for number in range(NUM_PROMPTS)
+    ] * 2
     for model in ("cool", "hot"):
         counts = manifest["responses"][model]
         assert (counts["num_responses"], counts["num_prompts_too_long"]) == (NUM_PROMPTS - 1, 1)
         assert 0 < counts["mean_tokens"] <= MAX_NEW_TOKENS
-        assert counts["num_truncated"] == sum(own.is_truncated for own in responses if own.model == model and own.completion is not None)
-    assert {own.completion for own in responses if own.model == "cool"} != {own.completion for own in responses if own.model == "hot"}
+        assert counts["num_truncated"] == sum(
+            own.is_truncated for own in responses if own.model == model and own.completion is not None
+        )
+    assert {own.completion for own in responses if own.model == "cool"} != {
+        own.completion for own in responses if own.model == "hot"
+    }
     labelled = read_named_responses([str(out / "labelled")])
     num_empty = sum(manifest["responses"][model]["num_empty"] for model in ("cool", "hot"))
     assert len(labelled) == 2 * (NUM_PROMPTS - 1) - num_empty

@@ -33,7 +33,11 @@ def _ray() -> Iterator[None]:
 def note_connections(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
     """This rank's TCP connections, and what gloo was told."""
     dist.barrier()
-    own = [[*connection.laddr, *connection.raddr] for connection in psutil.Process().net_connections("tcp") if connection.raddr]
+    own = [
+        [*connection.laddr, *connection.raddr]
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.raddr
+    ]
     (run_dir / f"{dist.get_rank()}.json").write_text(json.dumps([os.environ.get(INTERFACE_VARIABLE), own]))
     dist.barrier()
     return {}

@@ -69,7 +69,10 @@ def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def require_nothing_left() -> None:
     """No actor process and no placement group; Ray ends a killed process a little later."""
-    wait_for(lambda: not actor_processes("RolloutEngine") and not actor_processes("PolicyTrainer"), what="the end of all actors")
+    wait_for(
+        lambda: not actor_processes("RolloutEngine") and not actor_processes("PolicyTrainer"),
+        what="the end of all actors",
+    )
     assert not [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
 
 
@@ -78,7 +81,9 @@ def num_steps_done(run_dir: Path) -> int:
 
 
 @pytest.mark.parametrize("num_engines", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_an_engine_killed_while_it_samples_changes_nothing(uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path, num_engines: int) -> None:
+def test_an_engine_killed_while_it_samples_changes_nothing(
+    uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path, num_engines: int
+) -> None:
     """Its prompts are sampled again by the same policy version with the same seeds."""
     config = rloo_config(models, num_engines=num_engines)
     run_dir = rloo_run_dir(config, tmp_path)
@@ -91,7 +96,9 @@ def test_an_engine_killed_while_it_samples_changes_nothing(uninterrupted: dict[s
     require_nothing_left()
 
 
-def test_a_trainer_killed_between_commits_is_redone_from_the_last_one(uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path) -> None:
+def test_a_trainer_killed_between_commits_is_redone_from_the_last_one(
+    uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path
+) -> None:
     config = rloo_config(models)
     run_dir = rloo_run_dir(config, tmp_path)
     killer = Killer("PolicyTrainer", lambda: num_steps_done(run_dir) == 3)
@@ -123,7 +130,10 @@ class FailsForSome(LengthScorer):
 
     def _refuse(self, inputs: Sequence[ScoreInput]) -> None:
         found = {
-            (str(given.prompt), text) for given in inputs for text in given.completions if torch.tensor(list(text.encode())).sum() % 100 < 100 * self.share
+            (str(given.prompt), text)
+            for given in inputs
+            for text in given.completions
+            if torch.tensor(list(text.encode())).sum() % 100 < 100 * self.share
         }
         self.failing |= found
         if found:
@@ -131,7 +141,9 @@ class FailsForSome(LengthScorer):
 
 
 def test_scores_that_fail_are_counted_and_in_no_update(models: Path, tmp_path: Path) -> None:
-    config = rloo_config(models, num_prompts_per_step=8, num_completions_per_prompt=4, num_steps=3, max_failed_score_fraction=0.5)
+    config = rloo_config(
+        models, num_prompts_per_step=8, num_completions_per_prompt=4, num_steps=3, max_failed_score_fraction=0.5
+    )
     run_dir = rloo_run_dir(config, tmp_path)
     proxy = FailsForSome(0.05)
     run_rloo(config, run_dir, proxy=proxy, gold=LengthScorer())
@@ -166,7 +178,9 @@ class InterruptsAfter(LengthScorer):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_leaves_nothing_and_the_run_resumes(uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_and_the_run_resumes(
+    uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path
+) -> None:
     config = rloo_config(models)
     run_dir = rloo_run_dir(config, tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -178,7 +192,9 @@ def test_ctrl_c_leaves_nothing_and_the_run_resumes(uninterrupted: dict[str, torc
 
 
 @pytest.mark.parametrize("lag", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_lagging_run_trains_each_step_on_the_version_that_the_lag_says(models: Path, tmp_path: Path, lag: int) -> None:
+def test_a_lagging_run_trains_each_step_on_the_version_that_the_lag_says(
+    models: Path, tmp_path: Path, lag: int
+) -> None:
     config = rloo_config(models, max_policy_lag=lag, num_steps=6)
     run_dir = rloo_run_dir(config, tmp_path)
     assert run_rloo(config, run_dir, proxy=LengthScorer(), gold=LengthScorer())["num_steps"] == 6
@@ -189,7 +205,9 @@ def test_a_lagging_run_trains_each_step_on_the_version_that_the_lag_says(models:
 
 
 @pytest.mark.slow
-def test_an_engine_lost_in_a_lagging_run_is_replaced_and_no_sample_is_older_than_allowed(models: Path, tmp_path: Path) -> None:
+def test_an_engine_lost_in_a_lagging_run_is_replaced_and_no_sample_is_older_than_allowed(
+    models: Path, tmp_path: Path
+) -> None:
     config = rloo_config(models, max_policy_lag=2, num_steps=6, num_engines=2)
     run_dir = rloo_run_dir(config, tmp_path)
     killer = Killer("RolloutEngine", lambda: num_steps_done(run_dir) == 2)
@@ -207,7 +225,9 @@ STRATEGIES: list[dict[str, Any]] = [{"kind": "fsdp2"}, {"kind": "deepspeed", "ze
 def test_two_sharded_trainers_make_the_policy_that_one_makes(
     uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path, strategy: dict[str, Any]
 ) -> None:
-    config: PipelineConfig = rloo_config(models, strategy=strategy, trainers={"num_workers": 2, "num_cpus_per_worker": 0.1})
+    config: PipelineConfig = rloo_config(
+        models, strategy=strategy, trainers={"num_workers": 2, "num_cpus_per_worker": 0.1}
+    )
     run_dir = rloo_run_dir(config, tmp_path)
     run_rloo(config, run_dir, proxy=LengthScorer(), gold=LengthScorer())
     found = policy_weights(run_dir)

@@ -25,7 +25,13 @@ def cluster() -> Iterator[Cluster]:
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         found = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"trainer": 1}, "include_dashboard": False, "object_store_memory": 2**27}
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 2,
+                "resources": {"trainer": 1},
+                "include_dashboard": False,
+                "object_store_memory": 2**27,
+            },
         )
         for _ in range(2):
             found.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=2**27)
@@ -57,7 +63,10 @@ def test_a_node_removed_with_its_engine_changes_nothing(cluster: Cluster, tmp_pa
             removed.append(cluster)
             before = {process.pid for process in actor_processes("RolloutEngine")}
             cluster.remove_node(node_of_the_engine(cluster), allow_graceful=False)
-            wait_for(lambda: not before & {process.pid for process in actor_processes("RolloutEngine")}, what="the end of the node's engine")
+            wait_for(
+                lambda: not before & {process.pid for process in actor_processes("RolloutEngine")},
+                what="the end of the node's engine",
+            )
 
     result = run_rloo(config, run_dir, proxy=LengthScorer(), gold=LengthScorer(lambda inputs: remove_once()))
     assert len(removed) == 1

@@ -43,8 +43,15 @@ def ray_session() -> Iterator[None]:
 @pytest.mark.slow
 def test_a_reward_model_replica_killed_in_the_middle_costs_no_score(tmp_path: Path) -> None:
     start_serve("127.0.0.1", 0)
-    model = ModelSettings(model_name="proxy", checkpoint_dir=save_tiny_reward_model(tmp_path / "reward_model"), max_length_tokens=256, num_cpus=0.1)
-    deploy_service(ServiceSettings(models=(model,), api_keys=(new_key("run")[1],)), app_name="rewards", route_prefix="/rewards")
+    model = ModelSettings(
+        model_name="proxy",
+        checkpoint_dir=save_tiny_reward_model(tmp_path / "reward_model"),
+        max_length_tokens=256,
+        num_cpus=0.1,
+    )
+    deploy_service(
+        ServiceSettings(models=(model,), api_keys=(new_key("run")[1],)), app_name="rewards", route_prefix="/rewards"
+    )
     config = rloo_config(tmp_path, num_steps=3)
     run_dir = rloo_run_dir(config, tmp_path / "run")
     proxy = ClusterScorer("rewards", "proxy")
@@ -119,7 +126,9 @@ def test_a_reward_model_that_is_busy_for_twenty_seconds_is_waited_for(tmp_path: 
         server.server_close()
     assert server.num_refused >= 3
     plain, busy = read_metrics(plain_dir, "rloo"), read_metrics(busy_dir, "rloo")
-    assert [line["rloo/proxy_score_mean"] for line in busy] == pytest.approx([line["rloo/proxy_score_mean"] for line in plain])
+    assert [line["rloo/proxy_score_mean"] for line in busy] == pytest.approx(
+        [line["rloo/proxy_score_mean"] for line in plain]
+    )
     assert max(float(line["time/wait_for_scores_s"]) for line in busy) > BUSY_S / 2
     assert [line["rloo/num_failed_scores"] for line in busy] == [0, 0]
 
@@ -127,7 +136,11 @@ def test_a_reward_model_that_is_busy_for_twenty_seconds_is_waited_for(tmp_path: 
 def served_run(folder: Path, **rloo: Any) -> Run:
     """One that has come to its RLOO stage, which serves the proxy and a gold checkpoint itself."""
     replica = {"num_cpus": 0.1, "num_threads": 1}
-    services = {"gold": str(save_tiny_reward_model(folder / "gold", seed=1)), "proxy_replica": replica, "gold_replica": replica}
+    services = {
+        "gold": str(save_tiny_reward_model(folder / "gold", seed=1)),
+        "proxy_replica": replica,
+        "gold_replica": replica,
+    }
     config = rloo_config(folder, **rloo)
     config = type(config).model_validate(config.model_dump() | {"serve": services})
     run_dir = rloo_run_dir(config, folder / "run")
@@ -143,7 +156,9 @@ def require_nothing_left() -> None:
     assert not [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
 
 
-@pytest.mark.parametrize("end", ["failure", *(pytest.param(end, marks=pytest.mark.slow) for end in ("success", "ctrl_c"))])
+@pytest.mark.parametrize(
+    "end", ["failure", *(pytest.param(end, marks=pytest.mark.slow) for end in ("success", "ctrl_c"))]
+)
 @pytest.mark.usefixtures("ctrl_c")
 def test_nothing_of_the_stage_remains_however_it_ends(end: str, tmp_path: Path) -> None:
     run = served_run(tmp_path, max_restarts=0, checkpoint_every_steps=4)
@@ -161,7 +176,9 @@ def test_nothing_of_the_stage_remains_however_it_ends(end: str, tmp_path: Path) 
             names[:] = ray.util.list_named_actors()
             return len(names) == 2
 
-        threading.Thread(target=wait_for, args=(both_are_there,), kwargs={"what": "an engine and a trainer"}, daemon=True).start()
+        threading.Thread(
+            target=wait_for, args=(both_are_there,), kwargs={"what": "an engine and a trainer"}, daemon=True
+        ).start()
         Killer("PolicyTrainer", lambda: len(read_metrics(run.run_dir, "rloo")) == 1)
         with pytest.raises(RolloutError, match="without a committed step between"):
             rloo_stage(run)

@@ -63,7 +63,10 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         yield Services(
             proxy=url_of(ModelSettings(model_name="tiny", checkpoint_dir=checkpoint_dir)),
             judge=url_of(judge),
-            crowded=url_of(judge.model_copy(update={"model_name": "crowded"}), limits=ServiceLimits(max_queued_requests=3, max_completions=100_000)),
+            crowded=url_of(
+                judge.model_copy(update={"model_name": "crowded"}),
+                limits=ServiceLimits(max_queued_requests=3, max_completions=100_000),
+            ),
             guarded=url_of(judge.model_copy(update={"model_name": "guarded"}), api_keys=keys, insecure_no_auth=False),
             checkpoint_dir=checkpoint_dir,
         )
@@ -81,8 +84,15 @@ def mixed_inputs(seed: int, *, num_inputs: int) -> list[ScoreInput]:
     for index in range(num_inputs):
         prompt: str | list[Message] = text(rng, num_words=rng.randint(1, 60))
         if index % 3 == 0:
-            prompt = [{"role": "system", "content": "be quiet"}, {"role": "user", "content": text(rng, num_words=rng.randint(1, 40))}]
-        inputs.append(ScoreInput(prompt=prompt, completions=[text(rng, num_words=rng.randint(0, 60)) for _ in range(rng.randint(1, 4))]))
+            prompt = [
+                {"role": "system", "content": "be quiet"},
+                {"role": "user", "content": text(rng, num_words=rng.randint(1, 40))},
+            ]
+        inputs.append(
+            ScoreInput(
+                prompt=prompt, completions=[text(rng, num_words=rng.randint(0, 60)) for _ in range(rng.randint(1, 4))]
+            )
+        )
     return inputs
 
 
@@ -92,7 +102,9 @@ def score_body(*inputs: ScoreInput) -> dict[str, object]:
 
 def assert_scores(found: list[list[float]], inputs: list[ScoreInput], plain: PlainTransformers) -> None:
     for scores, item in zip(found, inputs, strict=True):
-        assert scores == pytest.approx([plain.score(item.prompt, completion) for completion in item.completions], abs=TOLERANCE)
+        assert scores == pytest.approx(
+            [plain.score(item.prompt, completion) for completion in item.completions], abs=TOLERANCE
+        )
 
 
 async def post_all(url: str, bodies: list[object]) -> list[httpx.Response]:
@@ -101,13 +113,17 @@ async def post_all(url: str, bodies: list[object]) -> list[httpx.Response]:
         return await asyncio.gather(*(client.post(f"{url}/v1/score", json=body) for body in bodies))
 
 
-def test_a_single_request_gets_plain_transformers_raw_score_and_the_contracts_shape(services: Services, plain: PlainTransformers) -> None:
+def test_a_single_request_gets_plain_transformers_raw_score_and_the_contracts_shape(
+    services: Services, plain: PlainTransformers
+) -> None:
     item = ScoreInput(prompt="red green blue", completions=["seven apple"])
     response = httpx.post(f"{services.proxy}/v1/score", json=score_body(item))
     assert response.status_code == 200
     manifest = read_manifest(services.checkpoint_dir)
     expected = plain.score("red green blue", "seven apple")
-    prompt = plain.tokenizer.apply_chat_template([{"role": "user", "content": "red green blue"}], add_generation_prompt=True, return_dict=False)
+    prompt = plain.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "red green blue"}], add_generation_prompt=True, return_dict=False
+    )
     completion = plain.tokenizer("seven apple", add_special_tokens=False)["input_ids"]
     counts = {"prompt": len(prompt), "completions": [len(completion) + 1]}  # and its end of turn
     assert response.json() == {
@@ -121,7 +137,13 @@ def test_a_single_request_gets_plain_transformers_raw_score_and_the_contracts_sh
 def test_the_models_are_listed_with_their_identity_and_limit(services: Services) -> None:
     manifest = read_manifest(services.checkpoint_dir)
     nothing = {"calibration": None, "reload_error": None}
-    tiny = {"id": "tiny", "checkpoint": manifest.content_sha256, "template": manifest.template_sha256, "max_length_tokens": 256, **nothing}
+    tiny = {
+        "id": "tiny",
+        "checkpoint": manifest.content_sha256,
+        "template": manifest.template_sha256,
+        "max_length_tokens": 256,
+        **nothing,
+    }
     assert httpx.get(f"{services.proxy}/v1/models").json() == {"object": "list", "data": [tiny]}
     judge = {"id": "judge", "checkpoint": ANY, "template": None, "max_length_tokens": None, **nothing}
     assert httpx.get(f"{services.judge}/v1/models").json() == {"object": "list", "data": [judge]}
@@ -129,7 +151,9 @@ def test_the_models_are_listed_with_their_identity_and_limit(services: Services)
 
 def test_a_scorer_is_ready_while_it_has_room_and_alive_without(services: Services) -> None:
     async def probe_while_full() -> list[tuple[int, int]]:
-        async with httpx.AsyncClient(base_url=services.crowded, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+        async with httpx.AsyncClient(
+            base_url=services.crowded, timeout=60, limits=httpx.Limits(max_connections=None)
+        ) as client:
             busy = [asyncio.create_task(client.post("/v1/score", json=score_body(slow))) for _ in range(40)]
             probes = []
             while not all(task.done() for task in busy):
@@ -188,16 +212,38 @@ WRONG_REQUESTS = {
     "a list": (b"[]", 422, "body: "),
     "no inputs field": (b"{}", 422, "inputs: Field required"),
     "no inputs": (b'{"inputs": []}', 422, "inputs: List should have at least 1 item"),
-    "no completions": (b'{"inputs": [{"prompt": "a", "completions": []}]}', 422, "inputs[0].completions: List should have at least 1 item"),
-    "a completion that is a number": (b'{"inputs": [{"prompt": "a", "completions": ["b", 3]}]}', 422, "inputs[0].completions[1]: "),
+    "no completions": (
+        b'{"inputs": [{"prompt": "a", "completions": []}]}',
+        422,
+        "inputs[0].completions: List should have at least 1 item",
+    ),
+    "a completion that is a number": (
+        b'{"inputs": [{"prompt": "a", "completions": ["b", 3]}]}',
+        422,
+        "inputs[0].completions[1]: ",
+    ),
     "a prompt that is a number": (b'{"inputs": [{"prompt": 3, "completions": ["b"]}]}', 422, "inputs[0].prompt"),
-    "an unknown field": (b'{"inputs": [{"prompt": "a", "completions": ["b"]}], "sigmoid": true}', 422, "sigmoid: Extra inputs"),
+    "an unknown field": (
+        b'{"inputs": [{"prompt": "a", "completions": ["b"]}], "sigmoid": true}',
+        422,
+        "sigmoid: Extra inputs",
+    ),
     "an empty prompt": (b'{"inputs": [{"prompt": "", "completions": ["b"]}]}', 422, "inputs[0].prompt: "),
     "no messages": (b'{"inputs": [{"prompt": [], "completions": ["b"]}]}', 422, "inputs[0].prompt: "),
-    "an unknown role": (b'{"inputs": [{"prompt": [{"role": "robot", "content": "a"}], "completions": ["b"]}]}', 422, "'robot'"),
-    "no last user turn": (b'{"inputs": [{"prompt": [{"role": "assistant", "content": "a"}], "completions": ["b"]}]}', 422, "'assistant' last"),
+    "an unknown role": (
+        b'{"inputs": [{"prompt": [{"role": "robot", "content": "a"}], "completions": ["b"]}]}',
+        422,
+        "'robot'",
+    ),
+    "no last user turn": (
+        b'{"inputs": [{"prompt": [{"role": "assistant", "content": "a"}], "completions": ["b"]}]}',
+        422,
+        "'assistant' last",
+    ),
     "too long": (
-        json.dumps({"inputs": [{"prompt": "a", "completions": ["b"]}, {"prompt": "a", "completions": ["b", TOO_LONG]}]}).encode(),
+        json.dumps(
+            {"inputs": [{"prompt": "a", "completions": ["b"]}, {"prompt": "a", "completions": ["b", TOO_LONG]}]}
+        ).encode(),
         413,
         f"the limit max_length_tokens is {NUM_POSITIONS}",
     ),
@@ -205,7 +251,9 @@ WRONG_REQUESTS = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_REQUESTS.values(), ids=WRONG_REQUESTS.keys())
-def test_a_wrong_request_is_refused_with_the_field_that_is_wrong(services: Services, wrong: tuple[bytes, int, str]) -> None:
+def test_a_wrong_request_is_refused_with_the_field_that_is_wrong(
+    services: Services, wrong: tuple[bytes, int, str]
+) -> None:
     body, status, message = wrong
     response = httpx.post(f"{services.proxy}/v1/score", content=body)
     assert response.status_code == status
@@ -244,7 +292,9 @@ def test_a_full_queue_is_429_with_retry_after_and_nothing_else_fails(services: S
 def test_the_client_turns_a_full_queue_into_every_score(services: Services) -> None:
     prompts = [prompt for prompt, _ in zip(distinct_prompts(Random(8)), range(60), strict=False)]
     inputs = [ScoreInput(prompt=prompt, completions=["seven"]) for prompt in prompts]
-    with RewardClient(services.crowded, max_completions_per_request=1, max_concurrent_requests=30, max_retries=30) as client:
+    with RewardClient(
+        services.crowded, max_completions_per_request=1, max_concurrent_requests=30, max_retries=30
+    ) as client:
         assert client.score(inputs).scores == [[gold_score(prompt, "seven")] for prompt in prompts]
 
 
@@ -256,7 +306,9 @@ def test_the_judge_serves_exactly_the_gold_score(services: Services) -> None:
     with RewardClient(services.judge) as client:
         reply = client.score(inputs)
     plain_prompts = [*prompts, *prompts]
-    assert reply.scores == [[gold_score(prompt, c) for c in item.completions] for prompt, item in zip(plain_prompts, inputs, strict=True)]
+    assert reply.scores == [
+        [gold_score(prompt, c) for c in item.completions] for prompt, item in zip(plain_prompts, inputs, strict=True)
+    ]
     assert reply.model == "judge"
     assert reply.checkpoint.startswith("sha256:")
     assert reply.template is None
@@ -264,11 +316,17 @@ def test_the_judge_serves_exactly_the_gold_score(services: Services) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", ["What is love?", [{"role": "system", "content": "be kind"}, {"role": "user", "content": next(distinct_prompts(Random(6)))}]]
+    "prompt",
+    [
+        "What is love?",
+        [{"role": "system", "content": "be kind"}, {"role": "user", "content": next(distinct_prompts(Random(6)))}],
+    ],
 )
 def test_the_judge_refuses_prompts_it_cannot_judge(services: Services, prompt: str | list[Message]) -> None:
     good = ScoreInput(prompt=next(distinct_prompts(Random(6))), completions=["seven"])
-    response = httpx.post(f"{services.judge}/v1/score", json=score_body(good, ScoreInput(prompt=prompt, completions=["a"])))
+    response = httpx.post(
+        f"{services.judge}/v1/score", json=score_body(good, ScoreInput(prompt=prompt, completions=["a"]))
+    )
     assert response.status_code == 422
     assert response.json()["error"]["message"].startswith("inputs[1].prompt: The embedded ")
 
@@ -278,8 +336,12 @@ def test_every_application_says_that_it_is_alive_under_its_own_prefix(services: 
         assert httpx.get(f"{url}/healthz").json() == {"status": "alive"}
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/score", 405), ("POST", "/healthz", 405), ("GET", "/nothing", 404)])
-def test_unknown_paths_and_methods_get_the_error_body_too(services: Services, method: str, path: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/v1/score", 405), ("POST", "/healthz", 405), ("GET", "/nothing", 404)]
+)
+def test_unknown_paths_and_methods_get_the_error_body_too(
+    services: Services, method: str, path: str, status: int
+) -> None:
     response = httpx.request(method, services.proxy + path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"type", "message"}
@@ -296,24 +358,38 @@ def test_the_openapi_schema_describes_the_contract_without_dangling_references(s
     assert "$defs" not in json.dumps(schema)
 
 
-DECLARED = sorted((method, route.path) for route in router.routes if isinstance(route, Route) for method in route.methods or ())
+DECLARED = sorted(
+    (method, route.path) for route in router.routes if isinstance(route, Route) for method in route.methods or ()
+)
 UNKNOWN = [("POST", "/"), ("GET", "/openapi.json"), ("POST", "/nothing"), ("GET", "/v1/score/")]
 UNKNOWN += [("GET", "/healthz/"), ("GET", "/healthz/../v1/models"), ("GET", "//healthz")]
 
 
-WRONG_HEADERS = {"none": None, "wrong": "Bearer wrong", "scheme": f"Basic {ALICE}", "bare": ALICE, "hash": f"Bearer {ALICE_ENTRY.sha256}"}
+WRONG_HEADERS = {
+    "none": None,
+    "wrong": "Bearer wrong",
+    "scheme": f"Basic {ALICE}",
+    "bare": ALICE,
+    "hash": f"Bearer {ALICE_ENTRY.sha256}",
+}
 
 
 @pytest.mark.parametrize(("method", "path"), [*DECLARED, *UNKNOWN])
 @pytest.mark.parametrize("header", WRONG_HEADERS.values(), ids=WRONG_HEADERS.keys())
-def test_no_path_but_health_answers_anything_but_401_without_a_key(services: Services, method: str, path: str, header: str | None) -> None:
+def test_no_path_but_health_answers_anything_but_401_without_a_key(
+    services: Services, method: str, path: str, header: str | None
+) -> None:
     headers = {} if header is None else {"authorization": header}
     response = httpx.request(method, services.guarded + path, headers=headers)
     if path in OPEN_PATHS:
         assert response.status_code == 200
     else:
         assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
-        assert method == "HEAD" or (method == "GET" and path in PAGES) or set(response.json()["error"]) == {"type", "message"}
+        assert (
+            method == "HEAD"
+            or (method == "GET" and path in PAGES)
+            or set(response.json()["error"]) == {"type", "message"}
+        )
 
 
 def test_every_route_of_the_app_is_one_that_the_keys_test_asks() -> None:
@@ -326,13 +402,19 @@ def test_the_holder_of_a_key_gets_scores_and_others_an_error_that_says_why(servi
     item = ScoreInput(prompt=prompt, completions=["seven"])
     with RewardClient(services.guarded, api_key=ALICE) as client:
         assert client.score([item]).scores == [[gold_score(prompt, "seven")]]
-    with RewardClient(services.guarded, api_key="wrong") as client, pytest.raises(ScoringError, match="HTTP 401: A valid key is needed"):
+    with (
+        RewardClient(services.guarded, api_key="wrong") as client,
+        pytest.raises(ScoringError, match="HTTP 401: A valid key is needed"),
+    ):
         client.score([item])
     assert httpx.get(f"{services.guarded}/nothing", headers={"authorization": f"Bearer {ALICE}"}).status_code == 404
 
 
 def test_a_key_with_a_rate_limit_gets_429_beyond_it_and_others_go_on(services: Services) -> None:
-    responses = [httpx.get(f"{services.guarded}/v1/models", headers={"authorization": f"Bearer {BOB}"}) for _ in range(BOBS_REQUESTS_PER_MINUTE + 1)]
+    responses = [
+        httpx.get(f"{services.guarded}/v1/models", headers={"authorization": f"Bearer {BOB}"})
+        for _ in range(BOBS_REQUESTS_PER_MINUTE + 1)
+    ]
     assert [response.status_code for response in responses] == [200] * BOBS_REQUESTS_PER_MINUTE + [429]
     assert responses[-1].json()["error"]["type"] == "rate_limited"
     assert 0 < int(responses[-1].headers["retry-after"]) <= 60
@@ -343,7 +425,9 @@ def test_the_service_listens_on_loopback_only(services: Services) -> None:
     assert addresses_listening_at(int(services.proxy.rsplit(":", 1)[1])) == ["0100007F"]
 
 
-def test_a_checkpoint_its_workers_and_its_endpoint_get_the_same_report(services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_its_workers_and_its_endpoint_get_the_same_report(
+    services: Services, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     inputs = [item for item in mixed_inputs(7, num_inputs=60) if len(item.completions) > 1]
     data = tmp_path / "ranked.jsonl"
     rows = [item.model_dump() | {"gold_scores": list(range(len(item.completions)))} for item in inputs]
@@ -355,7 +439,16 @@ def test_a_checkpoint_its_workers_and_its_endpoint_get_the_same_report(services:
         "workers": [*checkpoint, "--workers=2", "--cpus-per-worker=0.25"],
         "endpoint": ["--url", services.proxy],
     }.items():
-        status = command.main("", [*source, "--suite=preferences", f"--data={data}", f"--out={tmp_path / name}", "--require=all.kendall_tau>=1"])
+        status = command.main(
+            "",
+            [
+                *source,
+                "--suite=preferences",
+                f"--data={data}",
+                f"--out={tmp_path / name}",
+                "--require=all.kendall_tau>=1",
+            ],
+        )
         assert status == 1, capsys.readouterr().err  # nobody orders texts at random that well
         log = (tmp_path / name / "scores.jsonl").read_text().splitlines()
         scores = [score for line in log[1:] for score in json.loads(line)["scores"]]
@@ -365,6 +458,8 @@ def test_a_checkpoint_its_workers_and_its_endpoint_get_the_same_report(services:
         assert scores == pytest.approx(our_scores, abs=1e-4)
         for figure, own in ours["figures"].items():
             assert others["figures"][figure] == pytest.approx(own, abs=1e-4)
-        assert {key: ours[key] for key in ours if key != "figures"} == {key: others[key] for key in others if key != "figures"}
+        assert {key: ours[key] for key in ours if key != "figures"} == {
+            key: others[key] for key in others if key != "figures"
+        }
     assert ours["num_refused"] == 0
     assert "not met: all.kendall_tau >= 1" in capsys.readouterr().err

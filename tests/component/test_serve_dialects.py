@@ -53,7 +53,9 @@ class Conversation:
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny_rm")
-    tiny = ServiceSettings(models=(ModelSettings(model_name="tiny", checkpoint_dir=checkpoint_dir),), insecure_no_auth=True)
+    tiny = ServiceSettings(
+        models=(ModelSettings(model_name="tiny", checkpoint_dir=checkpoint_dir),), insecure_no_auth=True
+    )
     judge = ServiceSettings(models=(ModelSettings(model_name="judge", embedded_judge=True),), insecure_no_auth=True)
     with local_ray(num_cpus=3), local_service(tiny) as proxy, local_service(judge) as gold:
         yield Services(proxy.url, gold.url, checkpoint_dir)
@@ -72,16 +74,26 @@ def conversations(services: Services, tokenizer: PreTrainedTokenizerBase) -> lis
     for index in range(12):
         prompt: list[Message] = [{"role": "user", "content": text(rng, num_words=rng.randint(1, 30))}]
         if index % 2:
-            prompt = [{"role": "user", "content": "red"}, {"role": "assistant", "content": text(rng, num_words=5)}, *prompt]
+            prompt = [
+                {"role": "user", "content": "red"},
+                {"role": "assistant", "content": text(rng, num_words=5)},
+                *prompt,
+            ]
         completion = "" if index == 3 else "\n" * (index % 3) + text(rng, num_words=rng.randint(1, 40))
         made.append((prompt, completion))
     with RewardClient(services.proxy) as client:
-        scores = client.score([ScoreInput(prompt=prompt, completions=[completion]) for prompt, completion in made]).scores
+        scores = client.score(
+            [ScoreInput(prompt=prompt, completions=[completion]) for prompt, completion in made]
+        ).scores
     found = []
     for (prompt, completion), [score] in zip(made, scores, strict=True):
         header = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (header, completion, TURN_END)]
-        found.append(Conversation(prompt, completion, f"{header}{completion}{TURN_END}", [i for part in ids for i in part], score))
+        found.append(
+            Conversation(
+                prompt, completion, f"{header}{completion}{TURN_END}", [i for part in ids for i in part], score
+            )
+        )
     return found
 
 
@@ -98,7 +110,9 @@ def scores_of(conversations: list[Conversation]) -> Any:
 def open_rlhf_client(url: str, queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, Any]:
     """What OpenRLHF's rollout does with its remote reward model: this body, 180 s, five tries a second apart (3c3be623)."""
     for _ in range(5):
-        response = httpx.post(url, json={"query": queries, "prompts": prompts, "labels": labels}, timeout=180, trust_env=False)
+        response = httpx.post(
+            url, json={"query": queries, "prompts": prompts, "labels": labels}, timeout=180, trust_env=False
+        )
         if response.status_code == 200:
             found: dict[str, Any] = response.json()
             return found
@@ -107,14 +121,23 @@ def open_rlhf_client(url: str, queries: list[str], prompts: list[str], labels: l
 
 
 def test_open_rlhfs_client_gets_the_raw_scores(services: Services, conversations: list[Conversation]) -> None:
-    reply = open_rlhf_client(f"{services.proxy}/get_reward", [c.rendered for c in conversations], [c.prompt[-1]["content"] for c in conversations], [])
+    reply = open_rlhf_client(
+        f"{services.proxy}/get_reward",
+        [c.rendered for c in conversations],
+        [c.prompt[-1]["content"] for c in conversations],
+        [],
+    )
     assert reply["rewards"] == scores_of(conversations)
     assert reply["scores"] == reply["rewards"] == reply["extra_logs"]["dummy_scores"]
 
 
 @pytest.mark.parametrize("form", ["rendered", "token_ids"])
-def test_vllms_classify_and_pooling_say_the_raw_scores_of_texts_and_token_ids(services: Services, conversations: list[Conversation], form: str) -> None:
-    several = [conversation.rendered if form == "rendered" else conversation.token_ids for conversation in conversations]
+def test_vllms_classify_and_pooling_say_the_raw_scores_of_texts_and_token_ids(
+    services: Services, conversations: list[Conversation], form: str
+) -> None:
+    several = [
+        conversation.rendered if form == "rendered" else conversation.token_ids for conversation in conversations
+    ]
     for sent, expected in ((several, conversations), (several[0], conversations[:1])):
         classified = post(f"{services.proxy}/classify", model="tiny", input=sent, use_activation=False).json()
         assert [entry["probs"][0] for entry in classified["data"]] == scores_of(expected)
@@ -134,8 +157,15 @@ def test_vllms_own_schema_takes_our_requests_and_replies(services: Services, con
     from vllm.entrypoints.pooling.pooling.protocol import PoolingRequest, PoolingResponse
 
     one = conversations[0]
-    bodies: list[dict[str, Any]] = [{"input": [one.rendered]}, {"input": one.token_ids}, {"messages": one.turns, "use_activation": True}]
-    for path, request, response in (("classify", ClassificationRequest, ClassificationResponse), ("pooling", PoolingRequest, PoolingResponse)):
+    bodies: list[dict[str, Any]] = [
+        {"input": [one.rendered]},
+        {"input": one.token_ids},
+        {"messages": one.turns, "use_activation": True},
+    ]
+    for path, request, response in (
+        ("classify", ClassificationRequest, ClassificationResponse),
+        ("pooling", PoolingRequest, PoolingResponse),
+    ):
         for body in bodies:
             TypeAdapter(request).validate_python({"model": "tiny", **body})
             reply = post(f"{services.proxy}/{path}", model="tiny", **body).json()
@@ -144,7 +174,9 @@ def test_vllms_own_schema_takes_our_requests_and_replies(services: Services, con
             assert set(response.model_fields) == set(reply)
 
 
-def test_a_squashed_score_is_the_sigmoid_and_the_reply_says_so(services: Services, conversations: list[Conversation]) -> None:
+def test_a_squashed_score_is_the_sigmoid_and_the_reply_says_so(
+    services: Services, conversations: list[Conversation]
+) -> None:
     one = conversations[0]
     squashed = pytest.approx(1 / (1 + math.exp(-one.score)), abs=TOLERANCE)
     vllm = post(f"{services.proxy}/classify", input=one.rendered, use_activation=True)
@@ -156,7 +188,9 @@ def test_a_squashed_score_is_the_sigmoid_and_the_reply_says_so(services: Service
     assert raw.headers["x-rm-robust-checkpoint"] == read_manifest(services.checkpoint_dir).content_sha256
 
 
-def test_teis_predict_says_the_raw_scores_of_texts_and_pairs(services: Services, conversations: list[Conversation]) -> None:
+def test_teis_predict_says_the_raw_scores_of_texts_and_pairs(
+    services: Services, conversations: list[Conversation]
+) -> None:
     single_turn = [conversation for conversation in conversations if len(conversation.prompt) == 1]
     batch = [[c.rendered] for c in conversations] + [[c.prompt[0]["content"], c.completion] for c in single_turn]
     reply = post(f"{services.proxy}/predict", inputs=batch, raw_scores=True, truncate=False).json()
@@ -173,7 +207,9 @@ def test_teis_rerank_orders_a_prompts_completions_by_their_scores(services: Serv
     assert [rank["text"] for rank in ranks] == [texts[rank["index"]] for rank in ranks]
 
 
-def test_what_follows_the_end_of_turn_is_left_off_and_counted(services: Services, conversations: list[Conversation]) -> None:
+def test_what_follows_the_end_of_turn_is_left_off_and_counted(
+    services: Services, conversations: list[Conversation]
+) -> None:
     queries = [conversation.rendered + "\n" * (index < 5) for index, conversation in enumerate(conversations)]
     reply = post(f"{services.proxy}/get_reward", query=queries)
     assert reply.json()["rewards"] == scores_of(conversations)
@@ -196,8 +232,18 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("classify", {"input": GOOD, "model": "gpt"}, 404, "model: there is no 'gpt', this service has tiny"),
     ("classify", {"input": GOOD, "truncate_prompt_tokens": 5}, 422, "truncate_prompt_tokens: "),
     ("classify", {"messages": [{"role": "user", "content": "red"}]}, 422, "messages: "),
-    ("classify", {"messages": [{"role": "robot", "content": "red"}, {"role": "assistant", "content": "x"}]}, 422, "messages: Message 0 has role 'robot'"),
-    ("classify", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 400}]}, 413, "messages[1] has "),
+    (
+        "classify",
+        {"messages": [{"role": "robot", "content": "red"}, {"role": "assistant", "content": "x"}]},
+        422,
+        "messages: Message 0 has role 'robot'",
+    ),
+    (
+        "classify",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 400}]},
+        413,
+        "messages[1] has ",
+    ),
     ("pooling", {"input": OPEN_ENDED}, 422, "input: "),
     ("predict", {"inputs": [["red", "blue"], [OPEN_ENDED]]}, 422, "inputs[1]: The conversation does not end"),
     ("predict", {"inputs": ["", "blue"]}, 422, "inputs[0]: The last user message of a prompt is empty"),
@@ -218,7 +264,9 @@ def test_what_would_get_a_wrong_score_is_refused_by_its_field_in_the_dialects_js
         assert error == {"error": error["error"], "error_type": "Validation"}
         assert message in error["error"]
     else:
-        assert set(error["error"]) == ({"type", "message"} if path == "get_reward" else {"type", "message", "param", "code"})
+        assert set(error["error"]) == (
+            {"type", "message"} if path == "get_reward" else {"type", "message", "param", "code"}
+        )
         assert message in error["error"]["message"]
 
 
@@ -235,7 +283,9 @@ def test_the_judge_takes_messages_and_pairs_and_no_rendered_text(services: Servi
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "seven"}]
     reply = post(f"{services.judge}/classify", messages=turns).json()
     assert (reply["data"][0]["probs"], reply["usage"]["prompt_tokens"]) == ([gold_score(prompt, "seven")], 0)
-    assert post(f"{services.judge}/predict", inputs=[prompt, "seven"], raw_scores=True).json()[0]["score"] == gold_score(prompt, "seven")
+    assert post(f"{services.judge}/predict", inputs=[prompt, "seven"], raw_scores=True).json()[0][
+        "score"
+    ] == gold_score(prompt, "seven")
     refused = httpx.post(f"{services.judge}/get_reward", json={"query": [GOOD]})
     assert refused.status_code == 422
     assert refused.json()["error"]["message"].startswith("query[0]: The embedded judge has no chat template")
@@ -243,6 +293,15 @@ def test_the_judge_takes_messages_and_pairs_and_no_rendered_text(services: Servi
 
 def test_the_openapi_schema_has_every_dialect_without_dangling_references(services: Services) -> None:
     schema = httpx.get(f"{services.proxy}/openapi.json").json()
-    for path, field in (("get_reward", "query"), ("classify", "input"), ("pooling", "task"), ("predict", "inputs"), ("rerank", "texts")):
-        assert field in schema["paths"][f"/{path}"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    for path, field in (
+        ("get_reward", "query"),
+        ("classify", "input"),
+        ("pooling", "task"),
+        ("predict", "inputs"),
+        ("rerank", "texts"),
+    ):
+        assert (
+            field
+            in schema["paths"][f"/{path}"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        )
     assert "$defs" not in json.dumps(schema)

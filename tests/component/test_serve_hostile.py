@@ -18,7 +18,12 @@ import torch
 from fastapi import FastAPI
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import allow_header_conformance, content_type_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    allow_header_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rm_robust.data.chat import ROLES
@@ -61,9 +66,14 @@ class Hostile:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hostile]:
-    checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny_rm", weight_scale=2.5)  # a score depends on the early tokens too
+    checkpoint_dir = save_tiny_reward_model(
+        tmp_path_factory.mktemp("models") / "tiny_rm", weight_scale=2.5
+    )  # a score depends on the early tokens too
     tiny = ModelSettings(model_name="tiny", checkpoint_dir=checkpoint_dir)
-    with local_ray(num_cpus=2), local_service(ServiceSettings(models=(tiny,), insecure_no_auth=True, limits=LIMITS)) as service:
+    with (
+        local_ray(num_cpus=2),
+        local_service(ServiceSettings(models=(tiny,), insecure_no_auth=True, limits=LIMITS)) as service,
+    ):
         yield Hostile(service, checkpoint_dir)
 
 
@@ -169,12 +179,23 @@ def unreadable(path: str) -> dict[str, Wrong]:
     }
     wrong = {name: Wrong(path, body, 422, "body: Invalid JSON") for name, body in not_json.items()}
     wrong["gzip"] = Wrong(path, gzip.compress(good), 422, "body: Invalid JSON", headers={"content-encoding": "gzip"})
-    for name, body in {"a list": b"[]", "a string": b'"red"', "null": b"null", "true": b"true", "1e400": b"1e400", "NaN": b"NaN"}.items():
+    for name, body in {
+        "a list": b"[]",
+        "a string": b'"red"',
+        "null": b"null",
+        "true": b"true",
+        "1e400": b"1e400",
+        "NaN": b"NaN",
+    }.items():
         wrong[name] = Wrong(path, body, 422, "body: ")
     wrong["a list of bodies"] = Wrong(path, b"[" + good + b"]", 422, "body: ")
     wrong["unknown field"] = Wrong(path, dumped(GOOD[path] | {"sigmoid": True}), 422, "sigmoid: Extra inputs")
-    wrong["unknown field of a megabyte"] = Wrong(path, dumped(GOOD[path] | {"b" * 1_000_000: True}), 422, "b: Extra inputs")
-    wrong["100,000 unknown fields"] = Wrong(path, dumped(GOOD[path] | {f"a{index}": 1 for index in range(100_000)}), 422, "body: 100000 fields")
+    wrong["unknown field of a megabyte"] = Wrong(
+        path, dumped(GOOD[path] | {"b" * 1_000_000: True}), 422, "b: Extra inputs"
+    )
+    wrong["100,000 unknown fields"] = Wrong(
+        path, dumped(GOOD[path] | {f"a{index}": 1 for index in range(100_000)}), 422, "body: 100000 fields"
+    )
     wrong["too large"] = Wrong(path, with_text(path, BIG.encode()), 413, "max_body_bytes = 2000000")
     return wrong
 
@@ -192,7 +213,9 @@ def raw_field(path: str, name: str, value: bytes, says: str) -> Wrong:
 
 
 def scored(prompt: Any = "red", completions: Any = ("blue",), **more: Any) -> list[dict[str, Any]]:
-    return [{"prompt": prompt, "completions": list(completions) if isinstance(completions, tuple) else completions, **more}]
+    return [
+        {"prompt": prompt, "completions": list(completions) if isinstance(completions, tuple) else completions, **more}
+    ]
 
 
 def turns(*contents: tuple[str, Any]) -> list[dict[str, Any]]:
@@ -208,32 +231,83 @@ NATIVE = [
     *field_wrong("/v1/score", "inputs: ", [], None, 3, "red", {}, True),
     *field_wrong("/v1/score", "inputs[0]: ", [3], [None], ["red"], [[]], [True] * 1000),
     *field_wrong("/v1/score", "inputs[0].prompt: Field required", [{}], [{"completions": ["a"]}]),
-    *field_wrong("/v1/score", "inputs[0].completions: ", *(scored(completions=value) for value in [[], None, 3, "blue", {}])),
-    *field_wrong("/v1/score", "inputs[0].completions[0]: ", *(scored(completions=[value]) for value in [None, 3, True, [], {}, ["blue"]])),
+    *field_wrong(
+        "/v1/score", "inputs[0].completions: ", *(scored(completions=value) for value in [[], None, 3, "blue", {}])
+    ),
+    *field_wrong(
+        "/v1/score",
+        "inputs[0].completions[0]: ",
+        *(scored(completions=[value]) for value in [None, 3, True, [], {}, ["blue"]]),
+    ),
     *field_wrong("/v1/score", "inputs[0].completions[1]: ", scored(completions=["a", None])),
     *field_wrong("/v1/score", "inputs[0].weight: Extra", scored(weight=1)),
-    *field_wrong("/v1/score", "inputs[0].prompt", *(scored(value) for value in [None, 3, 1.5, True, {}, [3], ["red"], [[]], [None]])),
+    *field_wrong(
+        "/v1/score",
+        "inputs[0].prompt",
+        *(scored(value) for value in [None, 3, 1.5, True, {}, [3], ["red"], [[]], [None]]),
+    ),
     *field_wrong("/v1/score", "inputs[0].prompt: ", scored(""), scored(" \n"), scored([]), scored(turns(("user", "")))),
-    *field_wrong("/v1/score", "inputs[0].prompt: Message 0 must be", scored([{}]), scored([{"role": "user"}]), scored([{"content": "a"}])),
+    *field_wrong(
+        "/v1/score",
+        "inputs[0].prompt: Message 0 must be",
+        scored([{}]),
+        scored([{"role": "user"}]),
+        scored([{"content": "a"}]),
+    ),
     *field_wrong("/v1/score", "inputs[0].prompt: Message 0 must be", scored([{"a" * 1000: "b" * 1000}])),
-    *field_wrong("/v1/score", "inputs[0].prompt: Message 0 has role", *(scored(turns((role, "a"))) for role in ["", "robot", "User", "tool", "r" * 100_000])),
-    *field_wrong("/v1/score", "inputs[0].prompt", *(scored(turns(("user", content))) for content in [None, 3, PARTS, PICTURE, {}]), scored([CALL])),
-    *field_wrong("/v1/score", "inputs[0].prompt: A prompt must end with a user message", scored(turns(("user", "a"), ("assistant", "b")))),
-    *field_wrong("/v1/score", "inputs[0].prompt: A prompt must end with a user message", scored(turns(("system", "a")))),
+    *field_wrong(
+        "/v1/score",
+        "inputs[0].prompt: Message 0 has role",
+        *(scored(turns((role, "a"))) for role in ["", "robot", "User", "tool", "r" * 100_000]),
+    ),
+    *field_wrong(
+        "/v1/score",
+        "inputs[0].prompt",
+        *(scored(turns(("user", content))) for content in [None, 3, PARTS, PICTURE, {}]),
+        scored([CALL]),
+    ),
+    *field_wrong(
+        "/v1/score",
+        "inputs[0].prompt: A prompt must end with a user message",
+        scored(turns(("user", "a"), ("assistant", "b"))),
+    ),
+    *field_wrong(
+        "/v1/score", "inputs[0].prompt: A prompt must end with a user message", scored(turns(("system", "a")))
+    ),
     *field_wrong("/v1/score", "model: ", 3, True, [], {}, ["tiny"]),
-    *field_wrong("/v1/score", "model: there is no", "", "gpt", "TINY", "tiny ", "../tiny", "t" * 1_000_000, "tiny\0", status=404),
+    *field_wrong(
+        "/v1/score", "model: there is no", "", "gpt", "TINY", "tiny ", "../tiny", "t" * 1_000_000, "tiny\0", status=404
+    ),
     *field_wrong("/v1/score", "calibrated: ", "true", 1, 0, None, [], {}),
     *field_wrong("/v1/score", "calibrated: tiny has no score_mean", True),
     *field_wrong("/v1/score", "inputs[0].completions[1] has", scored(completions=["a", LONG]), status=413),
-    *field_wrong("/v1/score", "inputs[0].completions[0] has", scored(LONG), scored(turns(*[("user", "")] * 20_000, ("user", "a"))), status=413),
-    Wrong("/v1/score", dumped({"inputs": scored(completions=["a"] * 21)}), 413, "21 completions, the limit max_completions is 20"),
+    *field_wrong(
+        "/v1/score",
+        "inputs[0].completions[0] has",
+        scored(LONG),
+        scored(turns(*[("user", "")] * 20_000, ("user", "a"))),
+        status=413,
+    ),
+    Wrong(
+        "/v1/score",
+        dumped({"inputs": scored(completions=["a"] * 21)}),
+        413,
+        "21 completions, the limit max_completions is 20",
+    ),
     Wrong("/v1/score", dumped({"inputs": scored() * 21}), 413, "21 completions, the limit max_completions is 20"),
-    Wrong("/v1/score", dumped({"inputs": scored(completions=["red " * 200] * 12)}), 413, "the limit max_queued_tokens is 2000"),
+    Wrong(
+        "/v1/score",
+        dumped({"inputs": scored(completions=["red " * 200] * 12)}),
+        413,
+        "the limit max_queued_tokens is 2000",
+    ),
     raw_field("/v1/score", "inputs", b"NaN", "inputs: "),
     raw_field("/v1/score", "inputs", b"1e400", "inputs: "),
     raw_field("/v1/score", "inputs", b"[" + b"1," * 900_000 + b"1]", "inputs[0]: "),
     raw_field("/v1/score", "calibrated", b"-Infinity", "calibrated: "),
-    raw_field("/v1/score", "inputs", b'[{"prompt": "a", "completions": ["b"], "completions": []}]', "inputs[0].completions: "),  # the last one counts
+    raw_field(
+        "/v1/score", "inputs", b'[{"prompt": "a", "completions": ["b"], "completions": []}]', "inputs[0].completions: "
+    ),  # the last one counts
 ]
 RENDERED: list[tuple[Any, str]] = [
     ("red", "conversation does not end with '<|im_end|>'"),
@@ -243,11 +317,18 @@ RENDERED: list[tuple[Any, str]] = [
     (CHATML + f"\n{START}assistant\n", "conversation does not end with '<|im_end|>'"),
     (CHATML + PAD, "conversation does not end with '<|im_end|>'"),
     (" ", "conversation does not end with"),
-    (CHATML.replace("red", END_OF_TEXT), "model has no token 320"),  # the tokenizer knows it, and the model has no embedding for it
+    (
+        CHATML.replace("red", END_OF_TEXT),
+        "model has no token 320",
+    ),  # the tokenizer knows it, and the model has no embedding for it
 ]
 OPEN_RLHF = [
     *field_wrong("/get_reward", "query", *NOT_TEXTS, [], "red"),
-    *(wrong for text, says in RENDERED for wrong in field_wrong("/get_reward", f"query[1]: The {says}", [CHATML, text])),
+    *(
+        wrong
+        for text, says in RENDERED
+        for wrong in field_wrong("/get_reward", f"query[1]: The {says}", [CHATML, text])
+    ),
     *field_wrong("/get_reward", "query[0] has", [CHATML.replace("blue", LONG)], status=413),
     *field_wrong("/get_reward", "prompts: ", 3, "red", {}),
     *field_wrong("/get_reward", "labels: ", 3, "red", {}),
@@ -260,8 +341,12 @@ OPEN_RLHF = [
 def vllm(path: str) -> list[Wrong]:
     messages = turns(("user", "red"), ("assistant", "blue"))
     return [
-        *field_wrong(path, "input", 3, 1.5, True, {}, {"a": "b"}, [None], ["a", 3], [[["a"]]], [[1], "a"], [1, [1]], [[]], [], ""),
-        *field_wrong(path, "input", [True], [[True]], [False, True], [1.0], [[1.5]], [-1], [[5, -1]], [2**31], [[2**64]], ["1"]),
+        *field_wrong(
+            path, "input", 3, 1.5, True, {}, {"a": "b"}, [None], ["a", 3], [[["a"]]], [[1], "a"], [1, [1]], [[]], [], ""
+        ),
+        *field_wrong(
+            path, "input", [True], [[True]], [False, True], [1.0], [[1.5]], [-1], [[5, -1]], [2**31], [[2**64]], ["1"]
+        ),
         raw_field(path, "input", b"[1e400]", "input"),
         raw_field(path, "input", b"[NaN]", "input"),
         raw_field(path, "input", b"[1" + b"0" * 4000 + b"]", "input"),
@@ -285,29 +370,81 @@ def vllm(path: str) -> list[Wrong]:
         Wrong(path, dumped({"input": [CHATML] * 21}), 413, "max_completions is 20"),
         Wrong(path, dumped({}), 422, "give either `input` or `messages`"),
         Wrong(path, dumped({"input": CHATML, "messages": messages}), 422, "give either `input` or `messages`"),
-        *(Wrong(path, dumped({"messages": value}), 422, "messages") for value in [3, "red", {}, [], [3], [None, None], messages[:1], ["red", "blue"]]),
         *(
-            Wrong(path, dumped({"messages": turns(("user", value), ("assistant", "blue"))}), 422, "messages[0].content: ")
+            Wrong(path, dumped({"messages": value}), 422, "messages")
+            for value in [3, "red", {}, [], [3], [None, None], messages[:1], ["red", "blue"]]
+        ),
+        *(
+            Wrong(
+                path, dumped({"messages": turns(("user", value), ("assistant", "blue"))}), 422, "messages[0].content: "
+            )
             for value in [None, 3, PARTS, PICTURE]
         ),
-        *(Wrong(path, dumped({"messages": turns(("user", "red"), ("assistant", value))}), 422, "messages[1].content: ") for value in [None, 3, PARTS, {}]),
+        *(
+            Wrong(
+                path, dumped({"messages": turns(("user", "red"), ("assistant", value))}), 422, "messages[1].content: "
+            )
+            for value in [None, 3, PARTS, {}]
+        ),
         Wrong(path, dumped({"messages": [*messages, *messages[:1]]}), 422, "the last message must be the assistant's"),
-        Wrong(path, dumped({"messages": turns(("system", "a"), ("assistant", "b"))}), 422, "messages: A prompt must end with a user message"),
-        Wrong(path, dumped({"messages": turns(("robot", "a"), ("assistant", "b"))}), 422, "messages: Message 0 has role 'robot'"),
-        Wrong(path, dumped({"messages": turns(("r" * 9000, "a"), ("assistant", "b"))}), 422, "messages: Message 0 has role 'rrr"),
-        Wrong(path, dumped({"messages": turns(("user", ""), ("assistant", "b"))}), 422, "messages: The last user message of a prompt is empty"),
-        Wrong(path, dumped({"messages": [{"role": "user"}, messages[1]]}), 422, "messages: Value error, message 0 needs a role and a content"),
+        Wrong(
+            path,
+            dumped({"messages": turns(("system", "a"), ("assistant", "b"))}),
+            422,
+            "messages: A prompt must end with a user message",
+        ),
+        Wrong(
+            path,
+            dumped({"messages": turns(("robot", "a"), ("assistant", "b"))}),
+            422,
+            "messages: Message 0 has role 'robot'",
+        ),
+        Wrong(
+            path,
+            dumped({"messages": turns(("r" * 9000, "a"), ("assistant", "b"))}),
+            422,
+            "messages: Message 0 has role 'rrr",
+        ),
+        Wrong(
+            path,
+            dumped({"messages": turns(("user", ""), ("assistant", "b"))}),
+            422,
+            "messages: The last user message of a prompt is empty",
+        ),
+        Wrong(
+            path,
+            dumped({"messages": [{"role": "user"}, messages[1]]}),
+            422,
+            "messages: Value error, message 0 needs a role and a content",
+        ),
         Wrong(path, dumped({"messages": [CALL, messages[1]]}), 422, "messages[0].tool_calls: "),
         Wrong(path, dumped({"messages": turns(("user", "a"), ("assistant", LONG))}), 413, "messages[1] has"),
     ]
 
 
 TEI = [
-    *field_wrong("/predict", "inputs", *NOT_TEXTS, [], [[]], ["a", "b", "c"], [["a", "b", "c"]], [["a"], []], [["a"], "b"], ["a", ["b"]]),
+    *field_wrong(
+        "/predict",
+        "inputs",
+        *NOT_TEXTS,
+        [],
+        [[]],
+        ["a", "b", "c"],
+        [["a", "b", "c"]],
+        [["a"], []],
+        [["a"], "b"],
+        ["a", ["b"]],
+    ),
     *field_wrong("/predict", "inputs[0]: The last user message of a prompt is empty", ["", "blue"]),
-    *field_wrong("/predict", "inputs[1][0]: The last user message of a prompt is empty", [["red", "blue"], ["", "blue"]]),
+    *field_wrong(
+        "/predict", "inputs[1][0]: The last user message of a prompt is empty", [["red", "blue"], ["", "blue"]]
+    ),
     *(wrong for text, says in RENDERED for wrong in field_wrong("/predict", f"inputs: The {says}", text, [text])),
-    *(wrong for text, says in RENDERED for wrong in field_wrong("/predict", f"inputs[1]: The {says}", [["red", "blue"], [text]])),
+    *(
+        wrong
+        for text, says in RENDERED
+        for wrong in field_wrong("/predict", f"inputs[1]: The {says}", [["red", "blue"], [text]])
+    ),
     *field_wrong("/predict", "inputs[1] has", ["red", LONG], status=413),
     *field_wrong("/predict", "truncate: ", True, None, "false", 0),
     *field_wrong("/predict", "truncation_direction: ", "up", None, 3),
@@ -324,18 +461,38 @@ TEI = [
     Wrong("/rerank", dumped({"texts": ["blue"]}), 422, "query: Field required"),
 ]
 PATHS = [
-    *(Wrong(path, b"", 405, "Method Not Allowed", method) for path in GOOD for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE")),
-    *(Wrong(path, b"{}", 405, "Method Not Allowed") for path in ("/", "/docs", "/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/models")),
+    *(
+        Wrong(path, b"", 405, "Method Not Allowed", method)
+        for path in GOOD
+        for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE")
+    ),
+    *(
+        Wrong(path, b"{}", 405, "Method Not Allowed")
+        for path in ("/", "/docs", "/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/models")
+    ),
     *(Wrong(path + "/", dumped(GOOD[path]), 404, "Not Found") for path in GOOD),
-    *(Wrong(path, b"", 404, "Not Found", "GET") for path in ("/nothing", "/v1", "/v1/models/", "/v1/models/tiny", "//v1/models", "/V1/MODELS", "/%00")),
+    *(
+        Wrong(path, b"", 404, "Not Found", "GET")
+        for path in ("/nothing", "/v1", "/v1/models/", "/v1/models/tiny", "//v1/models", "/V1/MODELS", "/%00")
+    ),
     *(
         Wrong(path, b"", 404, "Not Found", "GET")
         for path in ("/docs/../../etc/passwd", "/..%2f..%2fetc/passwd", "/docs/%2e%2e/%2e%2e/etc/passwd", "/page.html")
     ),
-    *(Wrong(path, b"", 404, "Not Found", "GET") for path in ("/static/../serve/keys.py", "/-/routes", "/-/healthz", "/redoc", "/" + "a" * 10_000)),
+    *(
+        Wrong(path, b"", 404, "Not Found", "GET")
+        for path in ("/static/../serve/keys.py", "/-/routes", "/-/healthz", "/redoc", "/" + "a" * 10_000)
+    ),
 ]
 UNREADABLE = {path: unreadable(path) for path in GOOD}
-SPECIFIC = {"native": NATIVE, "OpenRLHF": OPEN_RLHF, "classify": vllm("/classify"), "pooling": vllm("/pooling"), "TEI": TEI, "paths": PATHS}
+SPECIFIC = {
+    "native": NATIVE,
+    "OpenRLHF": OPEN_RLHF,
+    "classify": vllm("/classify"),
+    "pooling": vllm("/pooling"),
+    "TEI": TEI,
+    "paths": PATHS,
+}
 CORPUS = [("unreadable", list(UNREADABLE[path].values())) for path in UNREADABLE] + list(SPECIFIC.items())
 
 
@@ -347,7 +504,12 @@ def message_of(reply: dict[str, Any], path: str, status: int) -> str:
         return str(reply["error"]["message"])
     if path in ("/classify", "/pooling"):
         assert set(reply) == {"error"}
-        assert reply["error"] == {"message": reply["error"]["message"], "type": reply["error"]["type"], "param": None, "code": status}
+        assert reply["error"] == {
+            "message": reply["error"]["message"],
+            "type": reply["error"]["type"],
+            "param": None,
+            "code": status,
+        }
         return str(reply["error"]["message"])
     assert reply == {"error": reply["error"], "error_type": "Validation"}
     return str(reply["error"])
@@ -375,7 +537,9 @@ def complaint(response: httpx.Response, wrong: Wrong) -> str | None:
 
 
 def assert_good_requests_are_scored(url: str, reference: Reference) -> None:
-    expected = pytest.approx(reference.score(reference.naive_ids([{"role": "user", "content": "red"}], "blue")), abs=TOLERANCE)
+    expected = pytest.approx(
+        reference.score(reference.naive_ids([{"role": "user", "content": "red"}], "blue")), abs=TOLERANCE
+    )
     replies = {path: httpx.post(url + path, json=body, timeout=60).json() for path, body in GOOD.items()}
     assert replies["/v1/score"]["results"][0]["scores"] == [expected]
     assert replies["/get_reward"]["rewards"] == [expected]
@@ -385,13 +549,19 @@ def assert_good_requests_are_scored(url: str, reference: Reference) -> None:
     assert replies["/rerank"] == [{"index": 0, "score": expected}]
 
 
-@pytest.mark.parametrize(("wrongs"), [wrongs for _, wrongs in CORPUS], ids=[f"{name}-{wrongs[0].path.strip('/')}" for name, wrongs in CORPUS])
-def test_every_hostile_request_gets_its_documented_refusal_and_the_next_good_one_its_score(hostile: Hostile, reference: Reference, wrongs: list[Wrong]) -> None:
+@pytest.mark.parametrize(
+    ("wrongs"), [wrongs for _, wrongs in CORPUS], ids=[f"{name}-{wrongs[0].path.strip('/')}" for name, wrongs in CORPUS]
+)
+def test_every_hostile_request_gets_its_documented_refusal_and_the_next_good_one_its_score(
+    hostile: Hostile, reference: Reference, wrongs: list[Wrong]
+) -> None:
     complaints = []
     with httpx.Client(timeout=60, trust_env=False) as client:
         for wrong in wrongs:
             headers = {"content-type": "application/json", "x-request-id": "mine", **wrong.headers}
-            response = client.request(wrong.method, httpx.URL(hostile.url + wrong.path), content=wrong.body, headers=headers)
+            response = client.request(
+                wrong.method, httpx.URL(hostile.url + wrong.path), content=wrong.body, headers=headers
+            )
             problem = complaint(response, wrong)
             if problem is not None:
                 complaints.append(f"{wrong.method} {wrong.path[:80]} {wrong.body[:150]!r}: {problem}")
@@ -410,20 +580,43 @@ def test_what_is_odd_but_not_wrong_is_scored(hostile: Hostile, reference: Refere
     text fields of a message beside role and content are not read."""
     url = f"{hostile.url}/v1/score"
     good = dumped(GOOD["/v1/score"])
-    expected = [pytest.approx(reference.score(reference.naive_ids([{"role": "user", "content": "red"}], "blue")), abs=TOLERANCE)]
-    for content_type in ("text/plain", "application/x-www-form-urlencoded", "application/xml", "application/json; charset=utf-16", "nonsense", ""):
+    expected = [
+        pytest.approx(reference.score(reference.naive_ids([{"role": "user", "content": "red"}], "blue")), abs=TOLERANCE)
+    ]
+    for content_type in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/xml",
+        "application/json; charset=utf-16",
+        "nonsense",
+        "",
+    ):
         response = httpx.post(url, content=good, headers={"content-type": content_type})
         assert response.json()["results"][0]["scores"] == expected, content_type
-    twice = b'{"inputs": [{"prompt": "green", "prompt": "red", "completions": ["blue"]}], "model": "gpt", "model": "tiny"}'
+    twice = (
+        b'{"inputs": [{"prompt": "green", "prompt": "red", "completions": ["blue"]}], "model": "gpt", "model": "tiny"}'
+    )
     named = dumped({"inputs": scored([{"role": "user", "content": "red", "name": "Bob"}])})
     escaped = b'{"\\u0069nputs": [{"prompt": "\\u0072ed", "completions": ["blu\\u0065"]}]}'
     for body in (twice, named, escaped, b" \n\t" + good + b"\r\n"):
         assert httpx.post(url, content=body).json()["results"][0]["scores"] == expected, body
-    for text in ("\0", "red\0blue", "\ufffe\uffff", "\u202e", "\ue0000\ue001", "é" * 20, "\U0010ffff", "\ufeffred", "a\u0300\u0301"):
+    for text in (
+        "\0",
+        "red\0blue",
+        "\ufffe\uffff",
+        "\u202e",
+        "\ue0000\ue001",
+        "é" * 20,
+        "\U0010ffff",
+        "\ufeffred",
+        "a\u0300\u0301",
+    ):
         for prompt, completion in (("red", text), (text + "a", "blue")):
             turn: list[Message] = [{"role": "user", "content": prompt}]
             response = httpx.post(url, json={"inputs": scored(prompt, [completion])})
-            assert response.json()["results"][0]["scores"] == [pytest.approx(reference.score(reference.naive_ids(turn, completion)), abs=TOLERANCE)], text
+            assert response.json()["results"][0]["scores"] == [
+                pytest.approx(reference.score(reference.naive_ids(turn, completion)), abs=TOLERANCE)
+            ], text
 
 
 def test_many_empty_messages_do_not_hold_up_the_others(hostile: Hostile) -> None:
@@ -447,7 +640,13 @@ def request_bytes(*headers: str, line: str = "POST /v1/score HTTP/1.1", body: by
 
 
 def chunked(body: bytes) -> bytes:
-    return b"".join(b"%x\r\n%s\r\n" % (len(body[at : at + 65_536]), body[at : at + 65_536]) for at in range(0, len(body), 65_536)) + b"0\r\n\r\n"
+    return (
+        b"".join(
+            b"%x\r\n%s\r\n" % (len(body[at : at + 65_536]), body[at : at + 65_536])
+            for at in range(0, len(body), 65_536)
+        )
+        + b"0\r\n\r\n"
+    )
 
 
 GOOD_BYTES = dumped(GOOD["/v1/score"])
@@ -469,14 +668,23 @@ RAW: dict[str, tuple[bytes, list[int]]] = {
     "many headers": (request_bytes(*[f"x-{index}: a" for index in range(5000)], LENGTH, body=GOOD_BYTES), [200]),
     "a forged address": (request_bytes("x-forwarded-for: nobody", LENGTH, body=GOOD_BYTES), [401]),
     "another machine's address": (request_bytes("x-forwarded-for: 203.0.113.7", LENGTH, body=GOOD_BYTES), [401]),
-    "a forged address with a proxy's behind it": (request_bytes("x-forwarded-for: 127.0.0.1, 203.0.113.7", LENGTH, body=GOOD_BYTES), [401]),
+    "a forged address with a proxy's behind it": (
+        request_bytes("x-forwarded-for: 127.0.0.1, 203.0.113.7", LENGTH, body=GOOD_BYTES),
+        [401],
+    ),
     "a websocket": (
-        request_bytes("upgrade: websocket", "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==", "sec-websocket-version: 13", line="GET /v1/score HTTP/1.1").replace(
-            b"connection: close", b"connection: upgrade, close"
-        ),
+        request_bytes(
+            "upgrade: websocket",
+            "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==",
+            "sec-websocket-version: 13",
+            line="GET /v1/score HTTP/1.1",
+        ).replace(b"connection: close", b"connection: upgrade, close"),
         [405],
     ),
-    "a whole address": (request_bytes(LENGTH, line="POST http://example.com/v1/score HTTP/1.1", body=GOOD_BYTES), [200]),
+    "a whole address": (
+        request_bytes(LENGTH, line="POST http://example.com/v1/score HTTP/1.1", body=GOOD_BYTES),
+        [200],
+    ),
     "traversal": (request_bytes(line="GET /docs/../../../etc/passwd HTTP/1.1"), [404]),
     "traversal, encoded": (request_bytes(line="GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1"), [404]),
     "a path that is not UTF-8": (request_bytes(line="GET /%ff%fe HTTP/1.1"), [404]),
@@ -487,7 +695,9 @@ RAW: dict[str, tuple[bytes, list[int]]] = {
 
 
 @pytest.mark.parametrize(("request_", "expected"), RAW.values(), ids=RAW.keys())
-def test_what_only_raw_bytes_can_say_gets_no_5xx(hostile: Hostile, reference: Reference, request_: bytes, expected: list[int]) -> None:
+def test_what_only_raw_bytes_can_say_gets_no_5xx(
+    hostile: Hostile, reference: Reference, request_: bytes, expected: list[int]
+) -> None:
     received = hostile.exchange(request_)
     assert statuses(received) == expected, received[:500]
     assert_good_requests_are_scored(hostile.url, reference)
@@ -527,7 +737,9 @@ INJECTIONS = [
 
 
 def test_the_injections_have_every_special_token_of_the_tokenizer(reference: Reference) -> None:
-    special = {token.content for token in reference.tokenizer.added_tokens_decoder.values()} | set(reference.tokenizer.all_special_tokens)
+    special = {token.content for token in reference.tokenizer.added_tokens_decoder.values()} | set(
+        reference.tokenizer.all_special_tokens
+    )
     assert special <= set(INJECTIONS)
 
 
@@ -545,7 +757,12 @@ def test_control_tokens_in_a_text_are_scored_as_text(hostile: Hostile, reference
         prompt, ending = reference.prompt_ids(conversation), reference.completion_ids(completion)
         expected = pytest.approx(reference.score([*prompt, *ending]), abs=TOLERANCE)
         if END_OF_TEXT not in text:  # the model has no embedding for it
-            assert abs(reference.score([*prompt, *ending]) - reference.score(reference.naive_ids(conversation, completion))) > 100 * TOLERANCE
+            assert (
+                abs(
+                    reference.score([*prompt, *ending]) - reference.score(reference.naive_ids(conversation, completion))
+                )
+                > 100 * TOLERANCE
+            )
         native = httpx.post(f"{hostile.url}/v1/score", json={"inputs": scored(conversation, [completion])}).json()
         counts = {"prompt": len(prompt), "completions": [len(ending)]}
         assert native["results"] == [{"scores": [expected], "token_counts": counts}]
@@ -555,7 +772,10 @@ def test_control_tokens_in_a_text_are_scored_as_text(hostile: Hostile, reference
             assert (reply["data"][0][name], reply["usage"]["prompt_tokens"]) == ([expected], len(prompt) + len(ending))
         if len(conversation) == 1:
             alone = conversation[0]["content"]
-            assert httpx.post(f"{hostile.url}/v1/score", json={"inputs": scored(alone, [completion])}).json()["results"] == native["results"]
+            assert (
+                httpx.post(f"{hostile.url}/v1/score", json={"inputs": scored(alone, [completion])}).json()["results"]
+                == native["results"]
+            )
             pair = {"inputs": [alone, completion], "raw_scores": True}
             assert httpx.post(f"{hostile.url}/predict", json=pair).json() == [{"score": expected, "label": "LABEL_0"}]
             rank = {"query": alone, "texts": [completion], "raw_scores": True}
@@ -566,13 +786,19 @@ RENDERED_PATHS = {"/get_reward": "query", "/classify": "input", "/pooling": "inp
 
 
 @pytest.mark.parametrize("path", RENDERED_PATHS)
-def test_a_rendered_text_holds_its_callers_control_tokens_but_none_in_its_last_completion(hostile: Hostile, reference: Reference, path: str) -> None:
+def test_a_rendered_text_holds_its_callers_control_tokens_but_none_in_its_last_completion(
+    hostile: Hostile, reference: Reference, path: str
+) -> None:
     header = f"{START}assistant\n"
     prompt = f"{START}user\nred{END}blue{PAD}{END}\n{header}"
     second = f"\n{START}user\nred{END}\n{header}"
     cases = {
         prompt + f"green{END}": reference.own(prompt + f"green{END}"),
-        prompt + f"green{PAD}{END}{START}{END}": [*reference.own(prompt), *reference.foreign(f"green{PAD}{END}{START}"), *reference.own(END)],
+        prompt + f"green{PAD}{END}{START}{END}": [
+            *reference.own(prompt),
+            *reference.foreign(f"green{PAD}{END}{START}"),
+            *reference.own(END),
+        ],
         prompt + f"green{END}{second}seven{END}apple{END}": [  # the last completion is what follows the last header
             *reference.own(prompt + f"green{END}{second}"),
             *reference.foreign(f"seven{END}apple"),
@@ -609,7 +835,13 @@ def declared_openapi() -> dict[str, Any]:
 schema = schemathesis.openapi.from_dict(declared_openapi())
 # positive_data_acceptance cannot hold: no schema says which texts end in an end-of-turn token, or fit the model. negative_data_rejection cannot either:
 # of a body's union types one may take what was made to be wrong for another, and the content type is not read.
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance, allow_header_conformance]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    allow_header_conformance,
+]
 
 
 @schema.parametrize()
@@ -627,7 +859,9 @@ def test_every_path_has_a_summary_and_every_field_of_a_body_a_description(openap
             assert operation["summary"].lower() != operation["operationId"].replace("_", " "), path
             assert operation["summary"] != operation["description"], path
             assert all(response["description"] for response in operation["responses"].values())
-            body = operation.get("requestBody", {"content": {}})["content"].get("application/json", {}).get("schema", {})
+            body = (
+                operation.get("requestBody", {"content": {}})["content"].get("application/json", {}).get("schema", {})
+            )
             for name, described in fields_of(body):
                 assert described.get("description"), f"{path} {name}"
 

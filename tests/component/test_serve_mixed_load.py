@@ -51,8 +51,22 @@ batch_timeout_s = 5
 max_completions = {max_completions}
 max_body_bytes = {max_body_bytes}
 """
-MALFORMED = (b"{", b"", b"[]", b'{"inputs": []}', b'{"inputs": [{"prompt": "a", "completions": []}]}', b'{"inputs": [{"prompt": 3, "completions": ["b"]}]}')
-SHARES = {"single": 0.6, "8 completions": 0.19, "256 inputs": 0.1, "malformed": 0.05, "oversized": 0.01, "cancelled": 0.05}
+MALFORMED = (
+    b"{",
+    b"",
+    b"[]",
+    b'{"inputs": []}',
+    b'{"inputs": [{"prompt": "a", "completions": []}]}',
+    b'{"inputs": [{"prompt": 3, "completions": ["b"]}]}',
+)
+SHARES = {
+    "single": 0.6,
+    "8 completions": 0.19,
+    "256 inputs": 0.1,
+    "malformed": 0.05,
+    "oversized": 0.01,
+    "cancelled": 0.05,
+}
 STATUSES = {"malformed": 422, "oversized": 413}
 """Of the kinds that get no scores."""
 
@@ -81,7 +95,9 @@ class Tally:
         self.events.append(f"{self.age_s:6.1f} s  {what}")
 
     def summary(self) -> str:
-        lines = [f"sent {sum(self.sent.values())}, answered {sum(self.statuses.values())}, cancelled {self.cancelled}, in {self.age_s:.0f} s"]
+        lines = [
+            f"sent {sum(self.sent.values())}, answered {sum(self.statuses.values())}, cancelled {self.cancelled}, in {self.age_s:.0f} s"
+        ]
         lines += [f"  {kind}: {count} x {status}" for (kind, status), count in sorted(self.statuses.items())]
         lines += [f"  {count} replies of {checkpoint}" for checkpoint, count in self.checkpoints.items()]
         for kind, seconds in self.latencies_s.items():
@@ -89,7 +105,9 @@ class Tally:
             lines.append(f"  {kind}: p50 {p50 * 1000:.0f} ms, p99 {p99 * 1000:.0f} ms, slowest {slowest:.1f} s")
         lines.append(f"  {sum(self.statuses.values()) / self.age_s:.1f} requests/s")
         every = max(1, len(self.rss_mib) // 15)
-        lines.append("  front's RSS, MiB: " + ", ".join(f"{mib:.0f} at {at:.0f} s" for at, mib in self.rss_mib[::every]))
+        lines.append(
+            "  front's RSS, MiB: " + ", ".join(f"{mib:.0f} at {at:.0f} s" for at, mib in self.rss_mib[::every])
+        )
         return "\n".join(["", *lines, *self.events, *self.wrong[:20]])
 
 
@@ -107,7 +125,9 @@ class Pool:
         self._scores: dict[str, dict[int, list[float]]] = {}
         for folder in checkpoint_dirs:
             plain = PlainTransformers(folder)
-            self._scores[read_manifest(folder).content_sha256] = {id(item): plain.scores(item) for item in self._singles + self._eights}
+            self._scores[read_manifest(folder).content_sha256] = {
+                id(item): plain.scores(item) for item in self._singles + self._eights
+            }
 
     def inputs(self, rng: Random, kind: str) -> list[ScoreInput]:
         if kind == "8 completions":
@@ -121,7 +141,11 @@ class Pool:
         if [len(row) for row in reply.scores] != [len(item.completions) for item in inputs]:
             return "a reply of another shape"
         distance = float(np.max(np.abs(np.array(found) - np.array(expected))))
-        return None if distance <= TOLERANCE else f"scores of {len(inputs)} inputs are {distance:.2g} away from plain transformers'"
+        return (
+            None
+            if distance <= TOLERANCE
+            else f"scores of {len(inputs)} inputs are {distance:.2g} away from plain transformers'"
+        )
 
 
 class Client:
@@ -134,15 +158,24 @@ class Client:
             self._tally.sent[kind] += 1
             try:
                 await self._ask(kind)
-            except (OSError, ValueError, TimeoutError) as error:  # a request that is lost is what this test is about: told, and counted
-                self._tally.wrong.append(f"{self._tally.age_s:.1f} s: {kind} got no reply: {type(error).__name__} {error}")
+            except (
+                OSError,
+                ValueError,
+                TimeoutError,
+            ) as error:  # a request that is lost is what this test is about: told, and counted
+                self._tally.wrong.append(
+                    f"{self._tally.age_s:.1f} s: {kind} got no reply: {type(error).__name__} {error}"
+                )
             await asyncio.sleep(self._rng.uniform(0, PAUSE_S))
 
     async def _ask(self, kind: str) -> None:
         if kind == "malformed":
             self._count(kind, await post(self._url, self._rng.choice(MALFORMED)))
         elif kind == "oversized":
-            many = [score_body(ScoreInput(prompt="red", completions=["blue"] * (MAX_COMPLETIONS + 1))), b" " * (MAX_BODY_BYTES + 1)]
+            many = [
+                score_body(ScoreInput(prompt="red", completions=["blue"] * (MAX_COMPLETIONS + 1))),
+                b" " * (MAX_BODY_BYTES + 1),
+            ]
             self._count(kind, await post(self._url, self._rng.choice(many)))
         elif kind == "cancelled":
             await self._give_up(self._rng.choice(["single", "8 completions", "256 inputs"]))
@@ -177,7 +210,9 @@ class Client:
 
 
 def rss_mib(process_id: int) -> float:
-    (line,) = [line for line in Path(f"/proc/{process_id}/status").read_text().splitlines() if line.startswith("VmRSS:")]
+    (line,) = [
+        line for line in Path(f"/proc/{process_id}/status").read_text().splitlines() if line.startswith("VmRSS:")
+    ]
     return int(line.split()[1]) / 1024
 
 
@@ -228,10 +263,15 @@ class Events:
 
     def names(self, checkpoint_dir: Path) -> bool:
         reply = httpx.get(f"{self._process.url}/v1/models", timeout=20, trust_env=False)
-        return reply.status_code == 200 and reply.json()["data"][0]["checkpoint"] == read_manifest(checkpoint_dir).content_sha256
+        return (
+            reply.status_code == 200
+            and reply.json()["data"][0]["checkpoint"] == read_manifest(checkpoint_dir).content_sha256
+        )
 
 
-async def run_load(process: ServeProcess, pool: Pool, tally: Tally, *, seconds: float, events: list[Callable[[], None]]) -> None:
+async def run_load(
+    process: ServeProcess, pool: Pool, tally: Tally, *, seconds: float, events: list[Callable[[], None]]
+) -> None:
     """The events come at equal distances. Returns once they are over, the time is, and every request is answered."""
     is_over = asyncio.Event()
 
@@ -256,21 +296,39 @@ async def run_load(process: ServeProcess, pool: Pool, tally: Tally, *, seconds: 
 
 
 @pytest.mark.timeout(0)  # everything in it has a deadline; its length is an option
-def test_under_a_mixed_load_a_kill_a_hang_and_a_swap_lose_nothing(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_under_a_mixed_load_a_kill_a_hang_and_a_swap_lose_nothing(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     seconds = request.config.getoption("--load-seconds")
-    first, second = (save_tiny_reward_model(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second")))
+    first, second = (
+        save_tiny_reward_model(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second"))
+    )
     pool, link = Pool([first, second]), tmp_path / "served"
     link.symlink_to(first)
     service_file = tmp_path / "service.toml"
-    service_file.write_text(SERVICE.format(checkpoint_dir=link, max_completions=MAX_COMPLETIONS, max_body_bytes=MAX_BODY_BYTES))
+    service_file.write_text(
+        SERVICE.format(checkpoint_dir=link, max_completions=MAX_COMPLETIONS, max_body_bytes=MAX_BODY_BYTES)
+    )
     with serve_process(tmp_path, "--service", str(service_file), "--insecure-no-auth") as process:
         tally = Tally()
         events = Events(process, tally)
         try:
-            asyncio.run(run_load(process, pool, tally, seconds=seconds, events=[events.kill, events.hang, lambda: events.swap(link, second)]))
+            asyncio.run(
+                run_load(
+                    process,
+                    pool,
+                    tally,
+                    seconds=seconds,
+                    events=[events.kill, events.hang, lambda: events.swap(link, second)],
+                )
+            )
         finally:
             print(tally.summary())
-            still_stopped = [process_id for process_id in events.stopped if process_id in replica_process_ids(process.running.session, "mixed")]
+            still_stopped = [
+                process_id
+                for process_id in events.stopped
+                if process_id in replica_process_ids(process.running.session, "mixed")
+            ]
             for process_id in still_stopped:
                 os.kill(process_id, signal.SIGKILL)
         print(f"stopped processes that Serve left: {len(still_stopped)} of {len(events.stopped)}")
@@ -285,7 +343,9 @@ def test_under_a_mixed_load_a_kill_a_hang_and_a_swap_lose_nothing(request: pytes
         print(f"batches that went to another replica: {lost:.0f}")
         first_s, (stopped_s, replaced_s) = min(STEADY_AFTER_S, seconds / 4), tally.hang_s
         begin, before, after, end = (rss_around(tally, at_s) for at_s in (first_s, stopped_s, replaced_s, tally.age_s))
-        print(f"front's RSS: {begin:.0f} MiB after the first minute, {before:.0f} to {after:.0f} MiB while a replica hung, {end:.0f} MiB at the end")
+        print(
+            f"front's RSS: {begin:.0f} MiB after the first minute, {before:.0f} to {after:.0f} MiB while a replica hung, {end:.0f} MiB at the end"
+        )
         assert before - begin + end - after <= GROWTH_FRACTION * begin
         assert after - before <= HANG_MIB
         process.running.process.send_signal(signal.SIGTERM)

@@ -60,11 +60,15 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def load_scorer(checkpoint_dir: Path) -> RewardScorer:
-    return RewardScorer.load(checkpoint_dir, device="cpu", dtype="float32", max_length_tokens=NUM_POSITIONS, model_name="tiny")
+    return RewardScorer.load(
+        checkpoint_dir, device="cpu", dtype="float32", max_length_tokens=NUM_POSITIONS, model_name="tiny"
+    )
 
 
 def token_group(scorer: RewardScorer, prompt: str | list[Message], completions: list[str]) -> TokenGroup:
-    return TokenGroup(scorer.chat.prompt_ids(prompt), [scorer.chat.completion_ids(completion) for completion in completions])
+    return TokenGroup(
+        scorer.chat.prompt_ids(prompt), [scorer.chat.completion_ids(completion) for completion in completions]
+    )
 
 
 @dataclass(frozen=True)
@@ -127,14 +131,20 @@ def visit(browser: Browser) -> Iterator[Visit]:
     context = browser.new_context(viewport={"width": 1100, "height": 800})
     visit = Visit(context.new_page())
     visit.page.on("request", lambda request: visit.addresses.append(request.url))
-    visit.page.on("console", lambda message: visit.complaints.append(message.text) if message.type in ("error", "warning") else None)
+    visit.page.on(
+        "console",
+        lambda message: visit.complaints.append(message.text) if message.type in ("error", "warning") else None,
+    )
     visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
     yield visit
     origins = {urlsplit(address).netloc for address in visit.addresses if not address.startswith("data:")}
     page_origin = urlsplit(visit.page.url).netloc
     context.close()
     assert origins == {page_origin}
-    ignored = tuple(f"Failed to load resource: the server responded with a status of {status} " for status in visit.statuses_looked_for)
+    ignored = tuple(
+        f"Failed to load resource: the server responded with a status of {status} "
+        for status in visit.statuses_looked_for
+    )
     assert [complaint for complaint in visit.complaints if not complaint.startswith(ignored)] == []
 
 
@@ -182,14 +192,19 @@ def test_completions_are_ranked_by_the_scorers_own_scores(visit: Visit, service:
         f"5 completions scored. Best: completion {COMPLETIONS.index(expected.texts[0]) + 1} with {expected.scores[0]}."
     )
     assert page.locator("#origin code").first.get_attribute("title") == scorer.checkpoint_id
-    shares = [float(width.removesuffix("%")) / 100 for width in page.locator(".fill").evaluate_all("bars => bars.map(bar => bar.style.width)")]
+    shares = [
+        float(width.removesuffix("%")) / 100
+        for width in page.locator(".fill").evaluate_all("bars => bars.map(bar => bar.style.width)")
+    ]
     greatest, least = expected.values[0], expected.values[-1]
     assert shares == pytest.approx([(value - least) / (greatest - least) for value in expected.values], abs=1e-4)
     assert page.locator(".zero").count() == (5 if least < 0 < greatest else 0)
 
 
 @pytest.mark.parametrize("num_completions", [1, 12])
-def test_any_number_of_completions_is_scored(visit: Visit, service: Service, scorer: Scorer, num_completions: int) -> None:
+def test_any_number_of_completions_is_scored(
+    visit: Visit, service: Service, scorer: Scorer, num_completions: int
+) -> None:
     completions = [("red " * number).strip() for number in range(1, num_completions + 1)]
     page = open_page(visit, service.open_url)
     page.get_by_label("One user turn").fill(PROMPT)
@@ -234,7 +249,9 @@ def test_messages_that_are_not_json_are_not_sent(visit: Visit, service: Service)
     assert not [address for address in visit.addresses if address.endswith("/v1/score")]
 
 
-def test_a_browser_without_a_key_gets_the_page_and_scores_once_it_has_one(visit: Visit, service: Service, scorer: Scorer) -> None:
+def test_a_browser_without_a_key_gets_the_page_and_scores_once_it_has_one(
+    visit: Visit, service: Service, scorer: Scorer
+) -> None:
     page = open_without_key(visit, service)
     page.get_by_label("API key").fill(service.key)
     page.get_by_role("button", name="Use key").click()
@@ -281,7 +298,12 @@ def tab_to(page: Page, accessible_name: str) -> None:
         page.keyboard.press("Tab")
         focused = page.locator(":focus")
         assert focused.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
-        if focused.evaluate("element => element.ariaLabel || element.labels?.[0]?.textContent.trim() || element.textContent") == accessible_name:
+        if (
+            focused.evaluate(
+                "element => element.ariaLabel || element.labels?.[0]?.textContent.trim() || element.textContent"
+            )
+            == accessible_name
+        ):
             return
     raise AssertionError(f"20 times Tab did not reach {accessible_name!r}")
 
@@ -381,12 +403,20 @@ def test_the_documentation_shows_every_path_and_its_statuses(visit: Visit, servi
     page.get_by_label("API key").fill(service.key)
     page.keyboard.press("Enter")
     expect(page.locator(".operation").first).to_be_visible()
-    openapi = httpx.get(service.guarded_url + "openapi.json", headers={"authorization": f"Bearer {service.key}"}, trust_env=False).json()
+    openapi = httpx.get(
+        service.guarded_url + "openapi.json", headers={"authorization": f"Bearer {service.key}"}, trust_env=False
+    ).json()
     shown = {
-        (section.locator(".path").inner_text(), section.locator(".method").inner_text().lower()): section.locator(".statuses code").all_inner_texts()
+        (section.locator(".path").inner_text(), section.locator(".method").inner_text().lower()): section.locator(
+            ".statuses code"
+        ).all_inner_texts()
         for section in page.locator(".operation").all()
     }
-    assert shown == {(path, method): list(of["responses"]) for path, methods in openapi["paths"].items() for method, of in methods.items()}
+    assert shown == {
+        (path, method): list(of["responses"])
+        for path, methods in openapi["paths"].items()
+        for method, of in methods.items()
+    }
     assert page.get_by_role("link", name="Score completions").evaluate("link => link.href") == service.guarded_url
 
 
@@ -400,7 +430,9 @@ def test_the_documentations_example_of_a_score_request_is_one(visit: Visit, serv
 
 
 @pytest.mark.parametrize("path", ["", "docs"])
-def test_the_policy_admits_the_pages_own_script_and_style_by_hash_alone(visit: Visit, service: Service, path: str) -> None:
+def test_the_policy_admits_the_pages_own_script_and_style_by_hash_alone(
+    visit: Visit, service: Service, path: str
+) -> None:
     response = visit.page.goto(service.open_url + path)
     assert response is not None
     policy = response.headers["content-security-policy"]

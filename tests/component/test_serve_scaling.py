@@ -36,7 +36,10 @@ NUM_BURST = 1000
 MAX_QUEUED = 100
 DEADLINE_S = 120.0
 CALIBRATIONS = {"one": {"score_mean": 0.25, "score_std": 2.0}, "two": {"score_mean": -0.5, "score_std": 0.5}}
-PUSH_EVERY = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5", "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
+PUSH_EVERY = {
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+}
 ALICE, ALICE_ENTRY = new_key("alice")
 BOB, BOB_ENTRY = new_key("bob")
 
@@ -45,7 +48,10 @@ def random_inputs(seed: int, num_inputs: int, *, num_words: int = 30) -> list[Sc
     """One completion each."""
     rng = Random(seed)
     return [
-        ScoreInput(prompt=text(rng, num_words=rng.randint(1, num_words)), completions=[text(rng, num_words=rng.randint(0, num_words))])
+        ScoreInput(
+            prompt=text(rng, num_words=rng.randint(1, num_words)),
+            completions=[text(rng, num_words=rng.randint(0, num_words))],
+        )
         for _ in range(num_inputs)
     ]
 
@@ -68,7 +74,9 @@ class Checkpoints:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     folder = tmp_path_factory.mktemp("models")
-    one, two = (save_tiny_reward_model(folder / name, seed=seed, **CALIBRATIONS[name]) for seed, name in enumerate(CALIBRATIONS))
+    one, two = (
+        save_tiny_reward_model(folder / name, seed=seed, **CALIBRATIONS[name]) for seed, name in enumerate(CALIBRATIONS)
+    )
     plain = {read_manifest(path).content_sha256: PlainTransformers(path) for path in (one, two)}
     text_ids = [scorer.tokenizer("seven apple river stone")["input_ids"] for scorer in plain.values()]
     assert text_ids[0] != text_ids[1]
@@ -89,8 +97,15 @@ def model_of(name: str, checkpoint_dir: Path, **options: Any) -> ModelSettings:
 @pytest.fixture(scope="module")
 def members(cluster: str, checkpoints: Checkpoints) -> Iterator[LocalService]:
     """Models `one` and `two`, every kind of ensemble of them, two keys, and a short queue."""
-    ensembles = [EnsembleSettings(model_name=str(how), members=("one", "two"), aggregation=how, uncertainty_weight=0.7) for how in Aggregation]
-    ensembles += [EnsembleSettings(model_name="careful", members=("two", "one"), aggregation=Aggregation.MIN, calibrate_members=True)]
+    ensembles = [
+        EnsembleSettings(model_name=str(how), members=("one", "two"), aggregation=how, uncertainty_weight=0.7)
+        for how in Aggregation
+    ]
+    ensembles += [
+        EnsembleSettings(
+            model_name="careful", members=("two", "one"), aggregation=Aggregation.MIN, calibrate_members=True
+        )
+    ]
     settings = ServiceSettings(
         models=(model_of("one", checkpoints.one), model_of("two", checkpoints.two)),
         ensembles=tuple(ensembles),
@@ -111,10 +126,15 @@ def assert_right(reply: Reply, inputs: list[ScoreInput], checkpoints: Checkpoint
     plain = checkpoints.plain[reply.json["checkpoint"]]
     assert reply.scores == [pytest.approx(plain.scores(item), abs=TOLERANCE) for item in inputs]
     counted = reply.json["results"][0]["token_counts"]["completions"]
-    assert counted == [len(plain.tokenizer(completion, add_special_tokens=False)["input_ids"]) + 1 for completion in inputs[0].completions]
+    assert counted == [
+        len(plain.tokenizer(completion, add_special_tokens=False)["input_ids"]) + 1
+        for completion in inputs[0].completions
+    ]
 
 
-def test_a_burst_beyond_the_queue_gets_right_scores_and_429_and_nothing_else(members: LocalService, checkpoints: Checkpoints) -> None:
+def test_a_burst_beyond_the_queue_gets_right_scores_and_429_and_nothing_else(
+    members: LocalService, checkpoints: Checkpoints
+) -> None:
     inputs = [POOL[index % len(POOL)] for index in range(NUM_BURST)]
     replies = asyncio.run(post_all(members.url, [score_body(item) for item in inputs], bearer(ALICE)))
     statuses = [reply.status for reply in replies]
@@ -131,10 +151,14 @@ def test_a_burst_beyond_the_queue_gets_right_scores_and_429_and_nothing_else(mem
     assert metric(members.url, "rm_robust_queued_tokens", bearer(ALICE)) == 0
 
 
-def test_the_client_library_turns_a_burst_beyond_the_queue_into_every_score(members: LocalService, checkpoints: Checkpoints) -> None:
+def test_the_client_library_turns_a_burst_beyond_the_queue_into_every_score(
+    members: LocalService, checkpoints: Checkpoints
+) -> None:
     inputs = [POOL[index % len(POOL)] for index in range(NUM_BURST)]
     refused_before = metric(members.url, "rm_robust_refusals_total", bearer(ALICE))
-    with RewardClient(members.url, api_key=ALICE, max_completions_per_request=1, max_concurrent_requests=150, max_retries=60) as client:
+    with RewardClient(
+        members.url, api_key=ALICE, max_completions_per_request=1, max_concurrent_requests=150, max_retries=60
+    ) as client:
         reply = client.score(inputs)
     plain = checkpoints.plain[reply.checkpoint]
     assert reply.scores == [pytest.approx(plain.scores(item), abs=TOLERANCE) for item in inputs]
@@ -146,31 +170,45 @@ def test_the_client_library_turns_a_burst_beyond_the_queue_into_every_score(memb
 HAND_WORKED: dict[str, Callable[[float, float], float]] = {
     "mean": lambda one, two: (one + two) / 2,
     "min": min,
-    "uncertainty_weighted": lambda one, two: (one + two) / 2 - 0.7 * ((one - two) / 2) ** 2,  # the variance of two numbers is half their distance, squared
+    "uncertainty_weighted": lambda one, two: (
+        (one + two) / 2 - 0.7 * ((one - two) / 2) ** 2
+    ),  # the variance of two numbers is half their distance, squared
     "careful": lambda one, two: min((one - 0.25) / 2.0, (two + 0.5) / 0.5),
 }
 
 
 @pytest.mark.parametrize("ensemble", HAND_WORKED)
-def test_an_ensembles_scores_are_those_of_its_members_aggregated(members: LocalService, checkpoints: Checkpoints, ensemble: str) -> None:
+def test_an_ensembles_scores_are_those_of_its_members_aggregated(
+    members: LocalService, checkpoints: Checkpoints, ensemble: str
+) -> None:
     inputs = [ScoreInput(prompt=item.prompt, completions=[*item.completions, "red stone", ""]) for item in POOL[:20]]
     one, two = (checkpoints.plain[checkpoints.id_of(folder)] for folder in (checkpoints.one, checkpoints.two))
-    expected = [[HAND_WORKED[ensemble](*pair) for pair in zip(one.scores(item), two.scores(item), strict=True)] for item in inputs]
+    expected = [
+        [HAND_WORKED[ensemble](*pair) for pair in zip(one.scores(item), two.scores(item), strict=True)]
+        for item in inputs
+    ]
     reply = asyncio.run(post(members.url, score_body(*inputs, model=ensemble), bearer(ALICE)))
     assert reply.status == 200
     assert reply.scores == [pytest.approx(row, abs=5 * TOLERANCE) for row in expected]
     assert reply.json["model"] == ensemble
-    listed = {entry["id"]: entry["checkpoint"] for entry in httpx.get(f"{members.url}/v1/models", headers=bearer(ALICE)).json()["data"]}
+    listed = {
+        entry["id"]: entry["checkpoint"]
+        for entry in httpx.get(f"{members.url}/v1/models", headers=bearer(ALICE)).json()["data"]
+    }
     assert reply.json["checkpoint"] == listed[ensemble]
     assert len(set(listed.values())) == len(listed)
 
 
 @pytest.mark.parametrize("name", CALIBRATIONS)
-def test_calibrated_scores_are_less_the_manifests_mean_over_its_std(members: LocalService, checkpoints: Checkpoints, name: str) -> None:
+def test_calibrated_scores_are_less_the_manifests_mean_over_its_std(
+    members: LocalService, checkpoints: Checkpoints, name: str
+) -> None:
     inputs, (mean, std) = POOL[:20], CALIBRATIONS[name].values()
     plain = checkpoints.plain[checkpoints.id_of({"one": checkpoints.one, "two": checkpoints.two}[name])]
     reply = asyncio.run(post(members.url, score_body(*inputs, model=name, calibrated=True), bearer(ALICE)))
-    assert reply.scores == [pytest.approx([(score - mean) / std for score in plain.scores(item)], abs=TOLERANCE / std) for item in inputs]
+    assert reply.scores == [
+        pytest.approx([(score - mean) / std for score in plain.scores(item)], abs=TOLERANCE / std) for item in inputs
+    ]
     assert reply.json["calibration"] == {"mean": mean, "std": std}
 
 
@@ -220,11 +258,17 @@ def test_requests_whose_clients_go_away_leave_the_queue(members: LocalService, c
 
     for reply in asyncio.run(leave_and_stay()):
         assert_right(reply, inputs, checkpoints)
-    assert metric(members.url, "rm_robust_queued_requests", alice) == metric(members.url, "rm_robust_queued_tokens", alice) == 0
+    assert (
+        metric(members.url, "rm_robust_queued_requests", alice)
+        == metric(members.url, "rm_robust_queued_tokens", alice)
+        == 0
+    )
 
 
 @pytest.mark.parametrize(("key", "status", "reason"), [(ALICE, 413, "body_too_large"), ("wrong", 401, "unauthorized")])
-def test_a_large_body_that_is_refused_gets_its_refusal_and_no_reset(members: LocalService, key: str, status: int, reason: str) -> None:
+def test_a_large_body_that_is_refused_gets_its_refusal_and_no_reset(
+    members: LocalService, key: str, status: int, reason: str
+) -> None:
     body = b" " * (members.front.settings.limits.max_body_bytes + 1)
     for _ in range(5):
         reply = asyncio.run(post(members.url, body, bearer(key)))
@@ -252,7 +296,9 @@ class Load:
         assert not self._failures
 
     async def _run(self) -> None:
-        results = await asyncio.gather(*(self._client(index) for index in range(self._num_clients)), return_exceptions=True)
+        results = await asyncio.gather(
+            *(self._client(index) for index in range(self._num_clients)), return_exceptions=True
+        )
         self._failures += [result for result in results if result is not None]
 
     async def _client(self, index: int) -> None:
@@ -264,7 +310,11 @@ class Load:
 
     def wait_for_more(self, count: int) -> None:
         wanted = len(self.answered) + count
-        wait_until(lambda: len(self.answered) >= wanted, DEADLINE_S, lambda: f"{len(self.answered)} answers, not {wanted}; failures: {self._failures}")
+        wait_until(
+            lambda: len(self.answered) >= wanted,
+            DEADLINE_S,
+            lambda: f"{len(self.answered)} answers, not {wanted}; failures: {self._failures}",
+        )
 
 
 def num_running(model_name: str) -> int:
@@ -273,8 +323,12 @@ def num_running(model_name: str) -> int:
 
 
 @pytest.mark.slow
-def test_replicas_are_added_while_batches_queue_and_taken_away_again_without_a_failure(cluster: str, checkpoints: Checkpoints) -> None:
-    model = model_of("elastic", checkpoints.one, max_replicas=2, upscale_delay_s=0.5, downscale_delay_s=1, max_batch_tokens=256)
+def test_replicas_are_added_while_batches_queue_and_taken_away_again_without_a_failure(
+    cluster: str, checkpoints: Checkpoints
+) -> None:
+    model = model_of(
+        "elastic", checkpoints.one, max_replicas=2, upscale_delay_s=0.5, downscale_delay_s=1, max_batch_tokens=256
+    )
     with local_service(ServiceSettings(models=(model,), insecure_no_auth=True)) as service:
         assert num_running("elastic") == 1
         with Load(service.url, num_clients=8) as busy:
@@ -297,7 +351,9 @@ def swapped(cluster: str, checkpoints: Checkpoints) -> Iterator[tuple[LocalServi
 
 
 def with_checkpoint(settings: ServiceSettings, checkpoint_dir: Path) -> ServiceSettings:
-    return settings.model_copy(update={"models": (settings.models[0].model_copy(update={"checkpoint_dir": checkpoint_dir}),)})
+    return settings.model_copy(
+        update={"models": (settings.models[0].model_copy(update={"checkpoint_dir": checkpoint_dir}),)}
+    )
 
 
 def listed_model(service: LocalService) -> Any:
@@ -305,7 +361,9 @@ def listed_model(service: LocalService) -> Any:
     return entry
 
 
-def test_a_swap_under_load_fails_no_request_and_mixes_no_reply(swapped: tuple[LocalService, ServiceSettings], checkpoints: Checkpoints) -> None:
+def test_a_swap_under_load_fails_no_request_and_mixes_no_reply(
+    swapped: tuple[LocalService, ServiceSettings], checkpoints: Checkpoints
+) -> None:
     service, settings = swapped
     replicas = replica_process_ids(os.getsid(0), "swapped")
     assert len(replicas) == 2
@@ -314,12 +372,16 @@ def test_a_swap_under_load_fails_no_request_and_mixes_no_reply(swapped: tuple[Lo
             load.wait_for_more(40)
             deploy_models(with_checkpoint(settings, folder))
             entries = [listed_model(service) for _ in range(4)]  # of either replica
-            assert {(entry["checkpoint"], entry["reload_error"]) for entry in entries} == {(checkpoints.id_of(folder), None)}
+            assert {(entry["checkpoint"], entry["reload_error"]) for entry in entries} == {
+                (checkpoints.id_of(folder), None)
+            }
         load.wait_for_more(40)
     for reply, inputs in load.answered:
         assert_right(reply, inputs, checkpoints)
     named = [reply.json["checkpoint"] for reply, _ in load.answered]
-    print(f"\nswaps: {len(named)} answers, {named.count(checkpoints.id_of(checkpoints.one))} of one, {named.count(checkpoints.id_of(checkpoints.two))} of two")
+    print(
+        f"\nswaps: {len(named)} answers, {named.count(checkpoints.id_of(checkpoints.one))} of one, {named.count(checkpoints.id_of(checkpoints.two))} of two"
+    )
     assert set(named) == set(checkpoints.plain)
     assert replica_process_ids(os.getsid(0), "swapped") == replicas
 
@@ -352,7 +414,9 @@ def test_a_swap_to_an_altered_checkpoint_leaves_the_old_one_serving_and_says_why
         assert_right(reply, inputs, checkpoints)
         assert reply.json["checkpoint"] == checkpoints.id_of(checkpoints.two)
     deploy_models(with_checkpoint(settings, checkpoints.one))
-    assert {(entry["checkpoint"], entry["reload_error"]) for entry in [listed_model(service) for _ in range(4)]} == {(checkpoints.id_of(checkpoints.one), None)}
+    assert {(entry["checkpoint"], entry["reload_error"]) for entry in [listed_model(service) for _ in range(4)]} == {
+        (checkpoints.id_of(checkpoints.one), None)
+    }
 
 
 @pytest.mark.slow
@@ -362,7 +426,11 @@ def test_inside_the_cluster_the_scores_are_those_over_http(cluster: str, checkpo
     over_handles = ClusterScorer("whole", "inside").score(POOL)
     with RewardClient(url) as client:
         over_http = client.score(POOL)
-    assert (over_handles.model, over_handles.checkpoint, over_handles.template) == (over_http.model, over_http.checkpoint, over_http.template)
+    assert (over_handles.model, over_handles.checkpoint, over_handles.template) == (
+        over_http.model,
+        over_http.checkpoint,
+        over_http.template,
+    )
     assert over_handles.scores == [pytest.approx(row, abs=1e-5) for row in over_http.scores]
     plain = checkpoints.plain[over_handles.checkpoint]
     assert over_handles.scores == [pytest.approx(plain.scores(item), abs=TOLERANCE) for item in POOL]
@@ -370,7 +438,9 @@ def test_inside_the_cluster_the_scores_are_those_over_http(cluster: str, checkpo
 
 
 @pytest.mark.slow
-def test_the_service_process_reloads_on_sighup_and_answers_what_it_has_before_it_ends(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_the_service_process_reloads_on_sighup_and_answers_what_it_has_before_it_ends(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
     link, keys = tmp_path / "model", tmp_path / "keys.toml"
     link.symlink_to(checkpoints.one)
     keys.write_text(f'alice = {{ sha256 = "{ALICE_ENTRY.sha256}" }}\n')
@@ -397,7 +467,9 @@ def test_the_service_process_reloads_on_sighup_and_answers_what_it_has_before_it
             try:
                 asking = [asyncio.create_task(post(process.url, score_body(*inputs), bearer(BOB))) for _ in range(20)]
                 async with asyncio.timeout(DEADLINE_S):
-                    while await asyncio.to_thread(metric, process.url, "rm_robust_queued_requests", bearer(BOB)) < len(asking):
+                    while await asyncio.to_thread(metric, process.url, "rm_robust_queued_requests", bearer(BOB)) < len(
+                        asking
+                    ):
                         await asyncio.sleep(0.05)
                 process.running.process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(0.5)

@@ -54,8 +54,16 @@ def train(engine: TrainEngine, module: PackedRewardModel, num_steps: int) -> dic
 
 def _worker(rank: int, folder: Path, strategy: StrategyConfig) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=240))
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=240)
+    )
     os.environ[CACHE_VARIABLE] = str(folder / f"machine{rank}")
     engine, module = new_engine(strategy)
     for num_done in (1, 2):  # the second takes the first one's place
@@ -76,8 +84,13 @@ def _worker(rank: int, folder: Path, strategy: StrategyConfig) -> None:
 
 
 @pytest.mark.timeout(600)  # DeepSpeed compiles its communication operators once a machine
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)])
-def test_two_ranks_without_a_common_disk_go_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", "fsdp2", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)],
+)
+def test_two_ranks_without_a_common_disk_go_on_as_if_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     with s3_server() as server:
         for variable, value in server.environment.items():
             monkeypatch.setenv(variable, value)

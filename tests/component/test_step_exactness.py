@@ -39,7 +39,10 @@ from tests.support.tiny_models import random_group, tiny_qwen2_config, tiny_rewa
 
 CPU = torch.device("cpu")
 PAIRS = [random_group(Random(seed), num_completions=2) for seed in range(9)]
-HELD_OUT = [TokenisedGroup(str(seed), [], random_group(Random(seed), num_completions=3), [1.0, 0.0, 2.0], None) for seed in range(20, 27)]
+HELD_OUT = [
+    TokenisedGroup(str(seed), [], random_group(Random(seed), num_completions=3), [1.0, 0.0, 2.0], None)
+    for seed in range(20, 27)
+]
 ONE_MICRO_BATCH, SEVERAL = 10_000, 45
 LEARNING_RATES = (0.5, 0.05, 0.05)
 """The first is large, so that the first step's gradient can be read off the weights: 1 ulp of a weight at 1 is 2e-7 of gradient."""
@@ -95,7 +98,9 @@ def local_mean_step(engine: TrainEngine, module: nn.Module, case: Case, own: lis
     """The negative control: every rank takes the penalty on its own mean, and gradients are averaged as usual."""
     scores_N = engine.forward(lay_out(own, Layout.SEGMENTS, pad_id=0)).scores_N
     coefficient = COEFFICIENT * len(PAIRS)
-    value = objective_value(scores_N.view(-1, 2), ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, coefficient, BsrScale.NONE))
+    value = objective_value(
+        scores_N.view(-1, 2), ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, coefficient, BsrScale.NONE)
+    )
     engine.backward((scores_N * value.gradient_B2.flatten()).sum() * len(own) / len(PAIRS))
     return value.loss
 
@@ -111,7 +116,10 @@ def micro_mean_step(engine: TrainEngine, module: nn.Module, case: Case, own: lis
     for number, members in enumerate(bins):
         with engine.micro_batch(is_last=number == len(bins) - 1):
             scores_N = engine.forward(lay_out([own[i] for i in members], Layout.SEGMENTS, pad_id=0)).scores_N
-            value = objective_value(scores_N.view(-1, 2), ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, COEFFICIENT * len(PAIRS), BsrScale.NONE))
+            value = objective_value(
+                scores_N.view(-1, 2),
+                ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, COEFFICIENT * len(PAIRS), BsrScale.NONE),
+            )
             engine.backward((scores_N * value.gradient_B2.flatten()).sum() * len(members) / len(PAIRS))
     return value.loss
 
@@ -119,7 +127,9 @@ def micro_mean_step(engine: TrainEngine, module: nn.Module, case: Case, own: lis
 def new_module(step: StepFunction, case: Case) -> nn.Module:
     if step is demonstration_step:
         torch.manual_seed(0)
-        return PackedPolicy(Qwen2ForCausalLM(tiny_qwen2_config(tie_word_embeddings=True)), Layout.SEGMENTS, temperature=1.0)
+        return PackedPolicy(
+            Qwen2ForCausalLM(tiny_qwen2_config(tie_word_embeddings=True)), Layout.SEGMENTS, temperature=1.0
+        )
     model = tiny_reward_model().eval()
     if case.lora:
         torch.manual_seed(0)
@@ -149,7 +159,10 @@ def run_case(case: Case, step: StepFunction, *, state_dir: Path | None = None) -
         weights.append(whole_weights(engine))
     held_out: list[dict[str, float]] = []
     if isinstance(module, PackedRewardModel):
-        held_out = [held_out_metrics(engine, module, HELD_OUT[:count], settings_of(case), device=CPU) for count in (1, len(HELD_OUT))]
+        held_out = [
+            held_out_metrics(engine, module, HELD_OUT[:count], settings_of(case), device=CPU)
+            for count in (1, len(HELD_OUT))
+        ]
     return Outcome(losses, norms, weights, held_out, resume_gap(case, own, state_dir) if state_dir else 0.0)
 
 
@@ -175,8 +188,16 @@ def resume_gap(case: Case, own: list[TokenGroup], state_dir: Path) -> float:
 
 def _worker(rank: int, folder: Path, cases: dict[str, tuple[Case, StepFunction]]) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=240))
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=240)
+    )
     for name, (case, step) in cases.items():
         outcome = run_case(case, step, state_dir=folder / f"{name}-state" if name.endswith("even") else None)
         if rank == 0:
@@ -194,7 +215,10 @@ def cases_of(strategy: StrategyConfig) -> dict[str, tuple[Case, StepFunction]]:
         "sum over pairs": (Case(strategy, (8, 1), max_tokens=SEVERAL, objective=Objective.BRADLEY_TERRY), exact_step),
         "clipped": (Case(strategy, (5, 4), max_gradient_norm=0.1), exact_step),
         "padded": (Case(strategy, (5, 4), max_tokens=SEVERAL, layout=Layout.PADDED), exact_step),
-        "adapters": (Case(strategy, (4, 5), lora=ADAPTERS, compute=ComputeConfig(gradient_checkpointing=True)), exact_step),
+        "adapters": (
+            Case(strategy, (4, 5), lora=ADAPTERS, compute=ComputeConfig(gradient_checkpointing=True)),
+            exact_step,
+        ),
         "sft": (Case(strategy, (8, 1), max_tokens=SEVERAL), demonstration_step),
     }
 
@@ -253,8 +277,14 @@ def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    strategies = {stage: StrategyConfig.model_validate({"kind": "deepspeed", "zero_stage": stage}) for stage in (1, 2, 3)}
-    cases = {f"zero{stage}-{name}": case for stage, strategy in strategies.items() for name, case in cases_of(strategy).items()}
+    strategies = {
+        stage: StrategyConfig.model_validate({"kind": "deepspeed", "zero_stage": stage}) for stage in (1, 2, 3)
+    }
+    cases = {
+        f"zero{stage}-{name}": case
+        for stage, strategy in strategies.items()
+        for name, case in cases_of(strategy).items()
+    }
     return run_in_two_processes(tmp_path_factory.mktemp("deepspeed"), cases)
 
 
@@ -266,16 +296,26 @@ def assert_equal(actual: Outcome, expected: Outcome) -> None:
     for weights, expected_weights in zip(actual.weights, expected.weights, strict=True):
         assert weights.keys() == expected_weights.keys()
         for name, tensor in expected_weights.items():
-            torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                weights[name], tensor, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
     for name, gradient in first_gradients(expected).items():
-        torch.testing.assert_close(first_gradients(actual)[name], gradient, atol=1e-6, rtol=0, msg=lambda text, name=name: f"gradient of {name}: {text}")
+        torch.testing.assert_close(
+            first_gradients(actual)[name],
+            gradient,
+            atol=1e-6,
+            rtol=0,
+            msg=lambda text, name=name: f"gradient of {name}: {text}",
+        )
 
     assert gradient_distance(actual, expected) < 1e-5
 
 
 def gradient_distance(actual: Outcome, expected: Outcome) -> float:
     """Length of the difference of the first step's gradients over the length of the expected one."""
-    found, wanted = (torch.cat([gradient.flatten() for gradient in first_gradients(o).values()]).double() for o in (actual, expected))
+    found, wanted = (
+        torch.cat([gradient.flatten() for gradient in first_gradients(o).values()]).double() for o in (actual, expected)
+    )
     return float((found - wanted).norm() / wanted.norm())
 
 
@@ -307,7 +347,9 @@ def test_two_fsdp2_workers_equal_one(fsdp2: Outcomes, single: Outcomes, name: st
 
 
 @pytest.mark.parametrize(("engines", "name"), [("ddp", "local"), ("ddp", "micro mean"), ("fsdp2", "local")])
-def test_a_mean_over_a_rank_or_a_micro_batch_does_not_equal_one_worker(request: pytest.FixtureRequest, single: Outcomes, engines: str, name: str) -> None:
+def test_a_mean_over_a_rank_or_a_micro_batch_does_not_equal_one_worker(
+    request: pytest.FixtureRequest, single: Outcomes, engines: str, name: str
+) -> None:
     outcome = request.getfixturevalue(engines)(name)
     with pytest.raises(AssertionError):
         assert_equal(outcome, single("free"))

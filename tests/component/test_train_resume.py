@@ -46,7 +46,11 @@ def prepared(run_dir: Path, base_dir: Path) -> Path:
     rng, chat, tokens = Random(0), ChatFormat.load(base_dir), RunLayout(run_dir).preference_tokens
 
     def pair(_: int) -> dict[str, object]:
-        return {"prompt": " ".join(rng.choices(WORDS, k=4)), "chosen": f"{rng.choice(WORDS)} apples", "rejected": f"{rng.choice(WORDS)} seven"}
+        return {
+            "prompt": " ".join(rng.choices(WORDS, k=4)),
+            "chosen": f"{rng.choice(WORDS)} apples",
+            "rejected": f"{rng.choice(WORDS)} seven",
+        }
 
     for name in ("train", "in_domain"):
         write_token_groups(tokens / f"scenario={name}", [pair(i) for i in range(40)], kind=RowKind.PAIR, chat=chat)
@@ -63,7 +67,9 @@ def config_of(base_dir: Path, strategy: dict[str, Any], num_workers: int) -> Pip
         "evaluate_every_steps": 20,
         "checkpoint_every_steps": 7,
     }
-    return PipelineConfig.model_validate({"name": "test", "reward_model": settings, "data": {"max_prompt_tokens": 60, "max_completion_tokens": 40}})
+    return PipelineConfig.model_validate(
+        {"name": "test", "reward_model": settings, "data": {"max_prompt_tokens": 60, "max_completion_tokens": 40}}
+    )
 
 
 def run(config: PipelineConfig, run_dir: Path, *, kill: bool) -> None:
@@ -106,7 +112,11 @@ def test_a_killed_run_ends_as_one_never_killed(name: str, base_dir: Path, tmp_pa
     tolerance = 0.0 if num_workers == 1 else 1e-5
     expected, actual = read_metrics(whole, "reward_model"), read_metrics(killed, "reward_model")
     assert [line["step"] for line in actual] == list(range(1, NUM_STEPS + 1))
-    assert [line["reward_model/loss"] for line in actual] == pytest.approx([line["reward_model/loss"] for line in expected], abs=tolerance, rel=0)
+    assert [line["reward_model/loss"] for line in actual] == pytest.approx(
+        [line["reward_model/loss"] for line in expected], abs=tolerance, rel=0
+    )
     weights, trained = (load_file(RunLayout(d).reward_model_checkpoint / "model.safetensors") for d in (whole, killed))
     for key, tensor in weights.items():
-        torch.testing.assert_close(trained[key], tensor, atol=tolerance, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            trained[key], tensor, atol=tolerance, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
+        )

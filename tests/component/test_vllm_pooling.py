@@ -18,7 +18,11 @@ def test_vllm_gives_the_raw_scores_of_transformers(with_lora: bool, tmp_path: Pa
 
     checkpoint = train_and_commit(tmp_path, with_lora=with_lora)
     chat = ChatFormat.load(checkpoint)
-    rows = [chat.prompt_ids(prompt) + chat.completion_ids(text) for prompt, *both in map(texts, range(NUM_PAIRS)) for text in both]
+    rows = [
+        chat.prompt_ids(prompt) + chat.completion_ids(text)
+        for prompt, *both in map(texts, range(NUM_PAIRS))
+        for text in both
+    ]
     model = load_reward_model(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         expected = [float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in rows]

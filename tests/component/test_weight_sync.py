@@ -61,13 +61,18 @@ class TransformersTrainer:
         self.model = load_policy(model_dir, dtype=torch.float32)
         layout = choose_layout(self.model.config, self.model.device)
         policy = PackedPolicy(load_policy(model_dir, dtype=torch.float32), layout, temperature=0.7)
-        for name, parameter in policy.model.named_parameters():  # the Parameters themselves: publishing moves what they hold
+        for (
+            name,
+            parameter,
+        ) in policy.model.named_parameters():  # the Parameters themselves: publishing moves what they hold
             layer, _, own_name = name.rpartition(".")
             setattr(self.model.get_submodule(layer), own_name, parameter)
         self.model.tie_weights()
         self.engines = engines
         self.probe = policy_probe(policy)
-        self.publisher = WeightPublisher(engines, policy.model, backend="gloo", tensor_parallel_size=1, timeout_s=SYNC_TIMEOUT_S, probe=self.probe)
+        self.publisher = WeightPublisher(
+            engines, policy.model, backend="gloo", tensor_parallel_size=1, timeout_s=SYNC_TIMEOUT_S, probe=self.probe
+        )
 
     @torch.no_grad()
     def change_weights(self, *, seed: int, scale: float = 0.05) -> None:
@@ -174,7 +179,10 @@ class Rollout:
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as temp_dir:  # socket paths must be short
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as temp_dir,
+    ):  # socket paths must be short
         patch.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
         yield
@@ -182,12 +190,16 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engines_by_model(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, list[ActorHandle]]]]:
+def engines_by_model(
+    ray_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Path, list[ActorHandle]]]]:
     """Two engines of a tied model and one of an untied model, started together."""
     tied_dir = save_tiny_qwen2(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
     untied_dir = save_tiny_qwen2(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
     tied = [start_engine(tied_dir, max_restarts=restarts) for restarts in (0, 1)]
-    untied = [start_engine(untied_dir, environment=environment_of("mine", "rloo", "engine 1") | {FORMAT_VARIABLE: "json"})]
+    untied = [
+        start_engine(untied_dir, environment=environment_of("mine", "rloo", "engine 1") | {FORMAT_VARIABLE: "json"})
+    ]
     yield {"tied": (tied_dir, tied), "untied": (untied_dir, untied)}
     for engine in tied[:1] + untied:  # the second tied engine is killed by the last test
         ray.get(engine.shutdown.remote(), timeout=30)
@@ -203,10 +215,14 @@ def untied_rollout(engines_by_model: dict[str, tuple[Path, list[ActorHandle]]]) 
     return start_rollout(*engines_by_model["untied"])
 
 
-def start_engine(model_dir: Path, *, max_restarts: int = 0, dtype: str = "float32", environment: dict[str, str] | None = None) -> ActorHandle:
+def start_engine(
+    model_dir: Path, *, max_restarts: int = 0, dtype: str = "float32", environment: dict[str, str] | None = None
+) -> ActorHandle:
     return (
         ray.remote(RolloutEngine)
-        .options(num_cpus=1, max_restarts=max_restarts, runtime_env={"env_vars": cpu_environment(1) | (environment or {})})
+        .options(
+            num_cpus=1, max_restarts=max_restarts, runtime_env={"env_vars": cpu_environment(1) | (environment or {})}
+        )
         .remote(
             model_dir=str(model_dir),
             dtype=dtype,
@@ -223,7 +239,11 @@ def start_engine(model_dir: Path, *, max_restarts: int = 0, dtype: str = "float3
 
 def start_rollout(model_dir: Path, engines: list[ActorHandle]) -> Rollout:
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    trainer = ray.remote(TransformersTrainer).options(num_cpus=1, runtime_env={"env_vars": environment}).remote(str(model_dir), engines)
+    trainer = (
+        ray.remote(TransformersTrainer)
+        .options(num_cpus=1, runtime_env={"env_vars": environment})
+        .remote(str(model_dir), engines)
+    )
     refusals = []
     for engine in engines:
         with pytest.raises(RayTaskError) as refusal:
@@ -265,14 +285,18 @@ def errors_as_they_are_written(_: RolloutEngine) -> list[str]:
 def wait_until_restarted(engine: ActorHandle) -> None:
     deadline_s = time.monotonic() + 200
     while time.monotonic() < deadline_s:
-        with contextlib.suppress(ActorUnavailableError):  # an engine that cannot start again raises ActorDiedError, which says why
+        with contextlib.suppress(
+            ActorUnavailableError
+        ):  # an engine that cannot start again raises ActorDiedError, which says why
             assert ray.get(engine.policy_version.remote()) is None
             return
         time.sleep(0.2)
     raise AssertionError("the engine did not come back within 200 s")
 
 
-def requests_of(prompts: list[list[int]], *, num_completions: int = 3, max_new_tokens: int = 12, first_seed: int = 0) -> list[GenerationRequest]:
+def requests_of(
+    prompts: list[list[int]], *, num_completions: int = 3, max_new_tokens: int = 12, first_seed: int = 0
+) -> list[GenerationRequest]:
     return [
         GenerationRequest(
             prompt_id=f"prompt-{index}",
@@ -322,18 +346,26 @@ def test_engines_equal_transformers_after_every_update(model: str, request: pyte
         report = ray.get(rollout.trainer.publish.remote(version))
         assert (report.version, report.num_engines) == (version, len(rollout.engines))
         continuations.append(require_same_policy(rollout, version=version))
-    assert all(first != second for first, second in zip(*continuations, strict=True)), "the updates must matter, or this test cannot fail"
+    assert all(first != second for first, second in zip(*continuations, strict=True)), (
+        "the updates must matter, or this test cannot fail"
+    )
     ray.get(rollout.trainer.change_weights.remote(seed=3))  # in the memory that the engines have read
     for engine in rollout.engines:
-        assert ray.get(engine.greedy.remote(PROMPTS, 16)) == continuations[-1], "an engine must not follow its trainer before it is told"
-    assert [ray.get(engine.__ray_call__.remote(names_of_loaders)) for engine in rollout.engines] == [["DirectLoader"]] * len(rollout.engines)
+        assert ray.get(engine.greedy.remote(PROMPTS, 16)) == continuations[-1], (
+            "an engine must not follow its trainer before it is told"
+        )
+    assert [ray.get(engine.__ray_call__.remote(names_of_loaders)) for engine in rollout.engines] == [
+        ["DirectLoader"]
+    ] * len(rollout.engines)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("size", ["20 M", "100 M"])
-def test_larger_engines_equal_transformers_after_every_update(ray_session: None, tmp_path: Path, size: str, is_tied: bool) -> None:
+def test_larger_engines_equal_transformers_after_every_update(
+    ray_session: None, tmp_path: Path, size: str, is_tied: bool
+) -> None:
     """Each update passed the checksums and the probe, or publish would have raised."""
     model_dir = save_qwen2(tmp_path, sized_qwen2_config(size, tie_word_embeddings=is_tied))
     engine = start_engine(model_dir)
@@ -344,7 +376,9 @@ def test_larger_engines_equal_transformers_after_every_update(ray_session: None,
         ray.get(rollout.trainer.publish.remote(version))
         continuations.append(require_same_policy(rollout, version=version))
     ray.get(rollout.trainer.change_weights.remote(seed=4, scale=0.02))
-    assert ray.get(engine.greedy.remote(PROMPTS, 16)) == continuations[-1], "an engine must not follow its trainer before it is told"
+    assert ray.get(engine.greedy.remote(PROMPTS, 16)) == continuations[-1], (
+        "an engine must not follow its trainer before it is told"
+    )
     assert len({str(greedy) for greedy in continuations}) == 3, "the updates must matter, or this test cannot fail"
     for actor in (engine, rollout.trainer):
         ray.kill(actor)
@@ -359,10 +393,19 @@ def test_engines_on_another_machine_equal_transformers_too(model: str, request: 
 
 
 @pytest.mark.slow
-def test_a_model_whose_weights_vllm_transposes_is_updated_by_vllms_own_loader(ray_session: None, tmp_path: Path) -> None:
+def test_a_model_whose_weights_vllm_transposes_is_updated_by_vllms_own_loader(
+    ray_session: None, tmp_path: Path
+) -> None:
     """GPT-2's, which transformers keeps as [in, out]; its head is tied as well."""
     config = GPT2Config(
-        vocab_size=VOCABULARY_SIZE, n_positions=MAX_MODEL_LEN, n_embd=128, n_layer=2, n_head=4, initializer_range=0.08, bos_token_id=None, eos_token_id=1
+        vocab_size=VOCABULARY_SIZE,
+        n_positions=MAX_MODEL_LEN,
+        n_embd=128,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=1,
     )
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     engine = start_engine(tmp_path)
@@ -383,7 +426,9 @@ def test_the_probe_refuses_an_engine_whose_tied_head_is_stale(ray_session: None,
     rollout = start_rollout(model_dir, [engine])
     ray.get(engine.__ray_call__.remote(break_head_packing))
     ray.get(rollout.trainer.change_weights.remote(seed=70))
-    with pytest.raises(RayTaskError, match=r"does not compute with policy version 1: .* differ from the trainer's by up to \d") as failure:
+    with pytest.raises(
+        RayTaskError, match=r"does not compute with policy version 1: .* differ from the trainer's by up to \d"
+    ) as failure:
         ray.get(rollout.trainer.publish.remote(1))
     assert isinstance(failure.value.as_instanceof_cause(), RolloutError)
     assert ray.get(engine.policy_version.remote()) is None
@@ -393,13 +438,17 @@ def test_the_probe_refuses_an_engine_whose_tied_head_is_stale(ray_session: None,
         ray.get(engine.confirm_version.remote(1))
     ray.get(rollout.trainer.publish_without_probe.remote(2))
     greedy = ray.get(engine.greedy.remote(PROMPTS, 16))
-    assert greedy != ray.get(rollout.trainer.greedy.remote(PROMPTS, 16)), "without the probe the stale head goes unseen: the checksums were right"
+    assert greedy != ray.get(rollout.trainer.greedy.remote(PROMPTS, 16)), (
+        "without the probe the stale head goes unseen: the checksums were right"
+    )
     for actor in (engine, rollout.trainer):
         ray.kill(actor)
 
 
 @pytest.mark.slow
-def test_a_bfloat16_engine_passes_the_probe_of_a_float32_trainer_within_its_wider_tolerance(ray_session: None, tmp_path: Path) -> None:
+def test_a_bfloat16_engine_passes_the_probe_of_a_float32_trainer_within_its_wider_tolerance(
+    ray_session: None, tmp_path: Path
+) -> None:
     model_dir = save_tiny_qwen2(tmp_path, tie_word_embeddings=True, seed=5)
     engine = start_engine(model_dir, dtype="bfloat16")
     rollout = start_rollout(model_dir, [engine])
@@ -426,7 +475,9 @@ def test_an_engine_listens_for_its_trainer_where_ray_does(untied_rollout: Rollou
 
 
 def test_an_engines_lines_name_it_as_it_was_told_and_vllms_do_too(untied_rollout: Rollout) -> None:
-    lines = [json.loads(line) for line in ray.get(untied_rollout.engines[0].__ray_call__.remote(errors_as_they_are_written))]
+    lines = [
+        json.loads(line) for line in ray.get(untied_rollout.engines[0].__ray_call__.remote(errors_as_they_are_written))
+    ]
     assert [line.pop("logger") for line in lines] == ["rm_robust.some_module", "vllm.some_module"]
     for line in lines:
         del line["time"]
@@ -445,7 +496,10 @@ def test_sampler_logprobs_are_of_the_distribution_at_the_requests_temperature(un
     requests = [replace(request, temperature=0.7) for request in requests_of(PROMPTS)]
     for answer in sample(untied_rollout.engines[0], requests):
         for completion in answer.completions:
-            at_temperature, at_one = (ray.get(untied_rollout.trainer.logprobs.remote(answer.prompt_ids, completion.token_ids, t)) for t in (0.7, 1.0))
+            at_temperature, at_one = (
+                ray.get(untied_rollout.trainer.logprobs.remote(answer.prompt_ids, completion.token_ids, t))
+                for t in (0.7, 1.0)
+            )
             assert completion.sampler_logprobs == pytest.approx(at_temperature, abs=LOGPROB_TOLERANCE)
             assert completion.sampler_logprobs != pytest.approx(at_one, abs=0.01)
 
@@ -453,23 +507,33 @@ def test_sampler_logprobs_are_of_the_distribution_at_the_requests_temperature(un
 def test_completions_keep_the_order_and_counts_of_the_requests(untied_rollout: Rollout) -> None:
     requests = requests_of(PROMPTS[::-1], num_completions=4, max_new_tokens=6)
     answers = sample(untied_rollout.engines[0], requests)
-    assert [(answer.prompt_id, answer.prompt_ids) for answer in answers] == [(request.prompt_id, request.prompt_ids) for request in requests]
+    assert [(answer.prompt_id, answer.prompt_ids) for answer in answers] == [
+        (request.prompt_id, request.prompt_ids) for request in requests
+    ]
     for answer in answers:
         assert len(answer.completions) == 4
         for completion in answer.completions:
             assert len(completion.token_ids) == len(completion.sampler_logprobs)
             assert completion.is_truncated == (completion.token_ids[-1] != STOP_TOKEN_ID)
-            assert len(completion.token_ids) == 6 if completion.is_truncated else STOP_TOKEN_ID not in completion.token_ids[:-1]
+            assert (
+                len(completion.token_ids) == 6
+                if completion.is_truncated
+                else STOP_TOKEN_ID not in completion.token_ids[:-1]
+            )
 
 
 def test_a_seed_fixes_the_completions_of_a_prompt_whatever_the_batch(untied_rollout: Rollout) -> None:
     """60 prompts of 100 tokens are more than one scheduler step takes (4096 tokens), so prompts would be split if that were allowed."""
     engine = untied_rollout.engines[0]
-    requests = requests_of([prompt_ids(100, seed=100 + index) for index in range(60)], num_completions=2, max_new_tokens=4)
+    requests = requests_of(
+        [prompt_ids(100, seed=100 + index) for index in range(60)], num_completions=2, max_new_tokens=4
+    )
     together = token_ids_of(sample(engine, requests))
     apart = token_ids_of(sample(engine, requests[-3:]))
     assert together[-3:] == apart
-    other_seed = token_ids_of(sample(engine, requests_of([requests[-1].prompt_ids], num_completions=2, max_new_tokens=4, first_seed=5000)))
+    other_seed = token_ids_of(
+        sample(engine, requests_of([requests[-1].prompt_ids], num_completions=2, max_new_tokens=4, first_seed=5000))
+    )
     assert other_seed[0] != apart[-1]
     assert apart[-1][0] != apart[-1][1], "two completions of one request must differ"
 
@@ -540,7 +604,9 @@ def test_a_restarted_engine_refuses_until_the_next_publication_which_reaches_all
     require_same_policy(tied_rollout, version=11)
 
 
-def test_publishing_to_a_dead_engine_fails_at_once_and_the_others_can_go_on(tied_rollout: Rollout, tmp_path: Path) -> None:
+def test_publishing_to_a_dead_engine_fails_at_once_and_the_others_can_go_on(
+    tied_rollout: Rollout, tmp_path: Path
+) -> None:
     survivor, victim = tied_rollout.engines
     ray.kill(victim)
     start_s = time.monotonic()

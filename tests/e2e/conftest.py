@@ -62,7 +62,9 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     folder = tmp_path_factory.mktemp("smoke")
     launched = Launcher(folder)
     try:
-        running = launched.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), WITH_TWIN)
+        running = launched.pipeline(
+            "full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), WITH_TWIN
+        )
         exit_status = running.wait()
     finally:
         launched.close()

@@ -24,7 +24,13 @@ def clean_environment(ray_dir: Path) -> dict[str, str]:
     """This process's environment without any other Ray or run root; a token of its own, so that nothing depends on ~/.ray."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RM_ROBUST_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return kept | {"PATH": path, "RAY_TMPDIR": str(ray_dir), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    return kept | {
+        "PATH": path,
+        "RAY_TMPDIR": str(ray_dir),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
 
 
 @dataclass
@@ -43,7 +49,11 @@ class Running:
 
     def wait(self, deadline_s: float = RUN_DEADLINE_S) -> int:
         """The exit status, once no process of the session is left."""
-        wait_until(lambda: self.process.poll() is not None, deadline_s, lambda: f"{self.process.args} still runs:\n{self.output()[-4000:]}")
+        wait_until(
+            lambda: self.process.poll() is not None,
+            deadline_s,
+            lambda: f"{self.process.args} still runs:\n{self.output()[-4000:]}",
+        )
         self.wait_for_empty_session()
         return self.process.returncode
 
@@ -59,7 +69,9 @@ class Running:
 
         def found() -> bool:
             ended = self.process.poll() is not None
-            assert any(folder.glob(pattern)) or not ended, f"ended with {self.process.returncode} before {folder}/{pattern} was there:\n{self.output()[-4000:]}"
+            assert any(folder.glob(pattern)) or not ended, (
+                f"ended with {self.process.returncode} before {folder}/{pattern} was there:\n{self.output()[-4000:]}"
+            )
             return any(folder.glob(pattern))
 
         wait_until(found, deadline_s, lambda: f"no {folder}/{pattern}:\n{self.output()[-4000:]}")
@@ -86,7 +98,13 @@ def start(command: list[str], *, environment: dict[str, str], output_path: Path)
     """Start `command` at the repository's root in a new session, both outputs into one file."""
     with output_path.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     return Running(process, output_path)
 
@@ -101,7 +119,9 @@ def session_processes(session: int) -> dict[int, str]:
             _, _, after_name = (entry / "stat").read_text().rpartition(")")
             state, _, _, session_id = after_name.split()[:4]
             if int(session_id) == session and state not in "ZX":
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+                found[int(entry.name)] = (
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+                )
         except OSError:
             continue  # it ended meanwhile
     return found

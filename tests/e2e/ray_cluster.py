@@ -15,7 +15,15 @@ from typing import Any
 
 from rm_robust.training.state import committed_steps
 from tests.e2e.conftest import Launcher
-from tests.e2e.pipeline_process import EXIT_DEADLINE_S, REPOSITORY, RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADLINE_S, Running, wait_until
+from tests.e2e.pipeline_process import (
+    EXIT_DEADLINE_S,
+    REPOSITORY,
+    RUN_DEADLINE_S,
+    SMOKE_CONFIG,
+    STAGE_DEADLINE_S,
+    Running,
+    wait_until,
+)
 from tests.e2e.test_kill_and_resume import check_resumed, lines_of
 
 NUM_RLOO_STEPS = 12
@@ -51,19 +59,34 @@ class Cluster:
     def add_worker(self, *options: str, within: Sequence[str] = ()) -> Running:
         """`within`: a command that runs the one which follows it."""
         address, agent_port = f"--address={self.gcs_address}", free_ports(1)[0]
-        command = [address if part.startswith("--address=") else part for part in readme_command("ray start --address=HEAD:6379")]
-        worker = self.launcher.command(*within, *command, "--dashboard-agent-listen-port", agent_port, "--min-worker-port=0", "--max-worker-port=0", *options)
+        command = [
+            address if part.startswith("--address=") else part
+            for part in readme_command("ray start --address=HEAD:6379")
+        ]
+        worker = self.launcher.command(
+            *within,
+            *command,
+            "--dashboard-agent-listen-port",
+            agent_port,
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            *options,
+        )
         self.workers.append(worker)
 
         def is_up() -> bool:
             assert worker.process.poll() is None, worker.output()
             return "Ray runtime started" in worker.output()
 
-        wait_until(is_up, STAGE_DEADLINE_S, worker.output)  # two that start at once on one machine take each other's ports
+        wait_until(
+            is_up, STAGE_DEADLINE_S, worker.output
+        )  # two that start at once on one machine take each other's ports
         return worker
 
     def submit(self, *arguments: str) -> Running:
-        command = readme_command("ray job submit --working-dir . -- python pipelines/full_rlhf.py --config pipelines/configs/smoke.toml")
+        command = readme_command(
+            "ray job submit --working-dir . -- python pipelines/full_rlhf.py --config pipelines/configs/smoke.toml"
+        )
         return self.ray(*command[1:], *arguments)
 
     def submit_in_place(self, *arguments: str) -> Running:
@@ -74,7 +97,18 @@ class Cluster:
     def submit_script(self, script: str, *settings: str) -> Running:
         """Another pipeline on smoke.toml."""
         overrides = (part for setting in settings for part in ("--set", setting))
-        return self.ray("job", "submit", "--working-dir", ".", "--", "python", f"pipelines/{script}", "--config", SMOKE_CONFIG, *overrides)
+        return self.ray(
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            f"pipelines/{script}",
+            "--config",
+            SMOKE_CONFIG,
+            *overrides,
+        )
 
     def ray(self, *arguments: str) -> Running:
         """Ray's command line, as from a machine outside of the cluster."""
@@ -89,12 +123,20 @@ class Cluster:
 
     def served(self) -> list[str]:
         """Actors of Ray Serve that are alive, its controller with them, and of what keeps a run's service."""
-        return [a["class_name"] for a in self.states_of("actors") if a["state"] == "ALIVE" and re.match("Serve|Keeper", a["class_name"])]
+        return [
+            a["class_name"]
+            for a in self.states_of("actors")
+            if a["state"] == "ALIVE" and re.match("Serve|Keeper", a["class_name"])
+        ]
 
     def drivers(self) -> list[int]:
         """Process ids of the job's python, found below this head only (the job's shell comes first)."""
         below = descendants(self.head.session)
-        return [pid for pid, command in below.items() if "pipelines/full_rlhf.py" in command and not command.startswith("/bin/sh")]
+        return [
+            pid
+            for pid, command in below.items()
+            if "pipelines/full_rlhf.py" in command and not command.startswith("/bin/sh")
+        ]
 
     def wait_until_it_answers(self) -> None:
         """The job server answers a little after `ray start` says that Ray runs."""
@@ -107,7 +149,9 @@ class Cluster:
 
     def stop(self) -> None:
         """As Ctrl-C does; fails when something stays behind."""
-        everything = {pid: command for node in (self.head, *self.workers) for pid, command in descendants(node.session).items()}
+        everything = {
+            pid: command for node in (self.head, *self.workers) for pid, command in descendants(node.session).items()
+        }
         for node in (*self.workers, self.head):
             if node.process.poll() is None:
                 node.process.send_signal(signal.SIGTERM)
@@ -117,21 +161,45 @@ class Cluster:
 
 
 @contextmanager
-def ray_cluster(folder: Path, head_command: str, *options: str, port: str | None = None, environment: dict[str, str] | None = None) -> Iterator[Cluster]:
+def ray_cluster(
+    folder: Path, head_command: str, *options: str, port: str | None = None, environment: dict[str, str] | None = None
+) -> Iterator[Cluster]:
     """A cluster of a head alone, started by the README's line that begins so, with the token that deploy/ray_environment.sh makes. Runs go to `folder`/runs."""
     run_root, home = folder / "runs", folder / "home"
     launcher = Launcher(folder)
     del launcher.environment["RAY_AUTH_TOKEN"]
-    launcher.environment |= {"RM_ROBUST_RUN_ROOT": str(run_root), "HOME": str(home), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    launcher.environment |= {
+        "RM_ROBUST_RUN_ROOT": str(run_root),
+        "HOME": str(home),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
     if not home.exists():  # a second cluster of a test has the first one's
         home.mkdir()
-        sourced = launcher.command("bash", "-c", 'make() { true; }; . deploy/ray_environment.sh "$0" && env', str(run_root))  # what make installs is here
+        sourced = launcher.command(
+            "bash", "-c", 'make() { true; }; . deploy/ray_environment.sh "$0" && env', str(run_root)
+        )  # what make installs is here
         assert sourced.wait() == 0, sourced.output()
         assert f"RM_ROBUST_RUN_ROOT={run_root}\n" in sourced.output()
         assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
     port, dashboard_port, client_port, agent_port = [port or free_ports(1)[0], *free_ports(3)]
-    ports = ["--port", port, "--dashboard-port", dashboard_port, "--ray-client-server-port", client_port, "--dashboard-agent-listen-port", agent_port]
-    head = launcher.command(*readme_command(head_command), *ports, "--min-worker-port=0", "--max-worker-port=0", *options, environment=environment)
+    ports = [
+        "--port",
+        port,
+        "--dashboard-port",
+        dashboard_port,
+        "--ray-client-server-port",
+        client_port,
+        "--dashboard-agent-listen-port",
+        agent_port,
+    ]
+    head = launcher.command(
+        *readme_command(head_command),
+        *ports,
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        *options,
+        environment=environment,
+    )
     cluster = Cluster(launcher, head, "", f"http://127.0.0.1:{dashboard_port}", run_root)
     try:
         cluster.wait_until_it_answers()
@@ -159,7 +227,9 @@ def kill_the_driver_and_submit_again(cluster: Cluster) -> Running:
     second = cluster.submit()
     assert second.wait() == 0, second.output()[-4000:]
     assert cluster.served() == []
-    skipped = re.findall(r"stage (\w+): already committed, skipped", second.output())  # every raylet of a machine prints a node's log
+    skipped = re.findall(
+        r"stage (\w+): already committed, skipped", second.output()
+    )  # every raylet of a machine prints a node's log
     assert set(skipped) == {"sft", "preferences", "reward_model", "evaluation"}
     assert f"report: {run_dir}/report.html" in second.output()
     check_resumed(run_dir, "rloo", before, committed, num_steps=NUM_RLOO_STEPS)
@@ -174,7 +244,10 @@ def descendants(pid: int) -> dict[int, str]:
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                parents[int(entry.name)] = (parent, (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                parents[int(entry.name)] = (
+                    parent,
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"),
+                )
             except OSError:
                 continue  # it ended meanwhile
     found: dict[int, str] = {}
@@ -190,7 +263,11 @@ def alive(processes: dict[int, str]) -> dict[int, str]:
     found = {}
     for pid, command in processes.items():
         try:
-            if command and (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace") == command:
+            if (
+                command
+                and (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                == command
+            ):
                 found[pid] = command
         except OSError:
             continue

@@ -90,7 +90,10 @@ serve.shutdown()
 
 def autoscaler_settings(gcs_address: str) -> dict[str, object]:
     """What `ray up` would write on the head."""
-    workers = {kind: {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2} for kind, resources in KINDS.items()}
+    workers = {
+        kind: {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2}
+        for kind, resources in KINDS.items()
+    }
     empty_lists = (
         "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands", "head_setup_commands",
         "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
@@ -129,8 +132,14 @@ class Watched:
         """And their processes: to Ray a node is dead a little before the provider has ended its log monitor, which nobody does once the head has stopped."""
 
         def left() -> list[str]:
-            log_monitors = [command for command in session_processes(self.cluster.head.session).values() if "log_monitor.py" in command]
-            return [kind for kind, count in self.counts()[-1].items() if count] + log_monitors[1:]  # the head has one too
+            log_monitors = [
+                command
+                for command in session_processes(self.cluster.head.session).values()
+                if "log_monitor.py" in command
+            ]
+            return [kind for kind, count in self.counts()[-1].items() if count] + log_monitors[
+                1:
+            ]  # the head has one too
 
         wait_until(lambda: not left(), 10 * IDLE_S, lambda: f"still there: {left()}")
 
@@ -148,10 +157,18 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
     }
-    with ray_cluster(folder, "ray start --head --num-cpus=0", f"--autoscaling-config={config}", port=port, environment=environment) as cluster:
+    with ray_cluster(
+        folder, "ray start --head --num-cpus=0", f"--autoscaling-config={config}", port=port, environment=environment
+    ) as cluster:
         (folder / "watch.py").write_text(WATCH)
         watching = Watched(cluster, folder / "watch.jsonl")
-        watcher = cluster.launcher.command("python", str(folder / "watch.py"), str(watching.watch), *KINDS, environment={"RAY_ADDRESS": cluster.gcs_address})
+        watcher = cluster.launcher.command(
+            "python",
+            str(folder / "watch.py"),
+            str(watching.watch),
+            *KINDS,
+            environment={"RAY_ADDRESS": cluster.gcs_address},
+        )
         wait_until(lambda: bool(watching.counts()), RUN_DEADLINE_S, watcher.output)
         yield watching
         watcher.clean_up()
@@ -164,25 +181,43 @@ def test_every_stage_brings_its_kind_of_node_which_goes_again(watched: Watched) 
     most = {kind: max(count[kind] for count in watched.counts()) for kind in KINDS}
     assert all(1 <= count <= 2 for count in most.values()), most
     first = {kind: next(index for index, count in enumerate(watched.counts()) if count[kind]) for kind in KINDS}
-    assert first["data"] < first["trainer"] < min(first["serving"], first["rollout"]), "a kind of node comes when a stage wants it, not before"
+    assert first["data"] < first["trainer"] < min(first["serving"], first["rollout"]), (
+        "a kind of node comes when a stage wants it, not before"
+    )
     at_work = [count for count in watched.counts()[first["trainer"] :] if count["rollout"]]
-    assert any(count["trainer"] == 0 for count in at_work), "nodes that no stage wants any more go while the pipeline is at work"
+    assert any(count["trainer"] == 0 for count in at_work), (
+        "nodes that no stage wants any more go while the pipeline is at work"
+    )
     watched.wait_until_all_are_gone()
 
 
 def test_what_the_autoscaler_may_never_start_is_refused_at_once(watched: Watched) -> None:
-    job = watched.cluster.submit_in_place("--set", "name=large", "--set", "reward_model.workers.num_workers=5", "--set", SETTINGS[2])
+    job = watched.cluster.submit_in_place(
+        "--set", "name=large", "--set", "reward_model.workers.num_workers=5", "--set", SETTINGS[2]
+    )
     assert job.wait(RUN_DEADLINE_S) != 0
-    assert "reward_model asks for 5 x {CPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them" in job.output()
+    assert (
+        "reward_model asks for 5 x {CPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them"
+        in job.output()
+    )
 
 
 def test_load_on_a_served_model_brings_a_second_node_which_goes_with_it(watched: Watched, tmp_path: Path) -> None:
     checkpoint = save_tiny_reward_model(tmp_path / "model")
     (tmp_path / "service.py").write_text(SERVE)
     load_ends, serving_ends = tmp_path / "load_ends", tmp_path / "serving_ends"
-    environment = {"RAY_ADDRESS": watched.cluster.gcs_address, "PYTHONPATH": ".", "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
+    environment = {
+        "RAY_ADDRESS": watched.cluster.gcs_address,
+        "PYTHONPATH": ".",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    }
     service = watched.cluster.launcher.command(
-        "python", str(tmp_path / "service.py"), str(checkpoint), str(load_ends), str(serving_ends), environment=environment
+        "python",
+        str(tmp_path / "service.py"),
+        str(checkpoint),
+        str(load_ends),
+        str(serving_ends),
+        environment=environment,
     )
 
     def has(text: str, num_nodes: int) -> bool:
@@ -190,10 +225,18 @@ def test_load_on_a_served_model_brings_a_second_node_which_goes_with_it(watched:
         return text in service.output() and watched.counts()[-1]["serving"] == num_nodes
 
     before = len(watched.counts())
-    wait_until(lambda: has("serving", 2), SCALED_WITHIN_S, lambda: f"{watched.counts()[before:]}\n{service.output()[-4000:]}")
-    assert 1 in [count["serving"] for count in watched.counts()[before:]], "the first replica had a node of its own before"
+    wait_until(
+        lambda: has("serving", 2), SCALED_WITHIN_S, lambda: f"{watched.counts()[before:]}\n{service.output()[-4000:]}"
+    )
+    assert 1 in [count["serving"] for count in watched.counts()[before:]], (
+        "the first replica had a node of its own before"
+    )
     load_ends.touch()
-    wait_until(lambda: has("the load has ended", 1), SCALED_WITHIN_S, lambda: f"{watched.counts()[before:]}\n{service.output()[-4000:]}")
+    wait_until(
+        lambda: has("the load has ended", 1),
+        SCALED_WITHIN_S,
+        lambda: f"{watched.counts()[before:]}\n{service.output()[-4000:]}",
+    )
     serving_ends.touch()
     assert service.wait(SCALED_WITHIN_S) == 0, service.output()[-4000:]
     watched.wait_until_all_are_gone()

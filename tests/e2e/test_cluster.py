@@ -61,7 +61,9 @@ def test_a_stopped_job_leaves_nothing_running_and_goes_on_when_it_is_submitted_a
         alive = [actor["class_name"] for actor in cluster.states_of("actors") if actor["state"] == "ALIVE"]
         return not cluster.served() and all(OF_RAY_ITSELF.search(name) for name in alive)
 
-    wait_until(is_idle, STAGE_DEADLINE_S, lambda: str([a for a in cluster.states_of("actors") if a["state"] == "ALIVE"])[:2000])
+    wait_until(
+        is_idle, STAGE_DEADLINE_S, lambda: str([a for a in cluster.states_of("actors") if a["state"] == "ALIVE"])[:2000]
+    )
     second = cluster.submit("--set", "name=stopped", "--set", f"rloo.num_steps={NUM_STOPPED_STEPS}")
     assert second.wait() == 0, second.output()[-4000:]
     assert "already committed, skipped" in second.output()
@@ -78,10 +80,20 @@ def test_what_the_drivers_task_refuses_is_one_line_on_the_submitters_terminal(cl
 
 
 def test_a_cluster_that_can_never_run_a_config_says_so_at_once(cluster: Cluster) -> None:
-    asking = cluster.submit("--set", "name=large", "--set", "reward_model.workers.num_workers=8", "--set", "reward_model.workers.num_gpus_per_worker=1")
+    asking = cluster.submit(
+        "--set",
+        "name=large",
+        "--set",
+        "reward_model.workers.num_workers=8",
+        "--set",
+        "reward_model.workers.num_gpus_per_worker=1",
+    )
     assert asking.wait(STAGE_DEADLINE_S) != 0
     output = asking.output()
-    assert "reward_model asks for 8 x {CPU: 1, GPU: 1} (reward_model.workers.num_workers), the cluster's maximum is 0 of them" in output
+    assert (
+        "reward_model asks for 8 x {CPU: 1, GPU: 1} (reward_model.workers.num_workers), the cluster's maximum is 0 of them"
+        in output
+    )
     assert f"At most it has 1 x {{CPU: {CPUS_OF_A_WORKER}}}; 1 x {{CPU: {CPUS_OF_A_WORKER}}}." in output
     assert not (cluster.run_root / "large" / "stages").exists()
 
@@ -89,7 +101,9 @@ def test_a_cluster_that_can_never_run_a_config_says_so_at_once(cluster: Cluster)
 def refusal(cluster: Cluster, folder: Path, **environment: str) -> str:
     """What a pipeline says that is started beside the cluster, as with `RAY_ADDRESS=head:6379 python pipelines/…`."""
     own = {"RAY_ADDRESS": cluster.gcs_address, **environment}
-    running = cluster.launcher.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), environment=own)
+    running = cluster.launcher.pipeline(
+        "full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), environment=own
+    )
     assert running.wait(STAGE_DEADLINE_S) == 2, running.output()[-3000:]
     (line,) = [line for line in running.output().splitlines() if line.startswith("error: ")]
     return line
@@ -97,7 +111,9 @@ def refusal(cluster: Cluster, folder: Path, **environment: str) -> str:
 
 def test_a_cluster_that_is_not_there_is_named(cluster: Cluster, tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    assert f"No Ray cluster can be reached at RAY_ADDRESS = {address}" in refusal(cluster, tmp_path, RAY_ADDRESS=address)
+    assert f"No Ray cluster can be reached at RAY_ADDRESS = {address}" in refusal(
+        cluster, tmp_path, RAY_ADDRESS=address
+    )
 
 
 def test_a_wrong_token_is_named(cluster: Cluster, tmp_path: Path) -> None:
@@ -108,7 +124,9 @@ def test_a_wrong_token_is_named(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_job_is_not_taken_without_the_clusters_token(cluster: Cluster) -> None:
     """`ray job submit` itself: whose words are Ray's."""
-    job = cluster.launcher.command("ray", "job", "submit", "--", "true", environment={"RAY_ADDRESS": cluster.dashboard, "RAY_AUTH_TOKEN": "0" * 64})
+    job = cluster.launcher.command(
+        "ray", "job", "submit", "--", "true", environment={"RAY_ADDRESS": cluster.dashboard, "RAY_AUTH_TOKEN": "0" * 64}
+    )
     assert job.wait(STAGE_DEADLINE_S) != 0
     assert "Authentication token" in job.output() or "authentication token" in job.output(), job.output()[-2000:]
 

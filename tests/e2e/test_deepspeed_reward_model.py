@@ -15,7 +15,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * RUN_DEADLINE_S)]
 
 def test_a_reward_model_trained_with_zero_2_loads_in_transformers(launcher: Launcher, tmp_path: Path) -> None:
     overrides = ["sft.num_epochs=0.2", "reward_model.strategy.kind=deepspeed", "reward_model.strategy.zero_stage=2"]
-    arguments = ["--config", SMOKE_CONFIG, "--run-dir", str(tmp_path / "run"), *(word for override in overrides for word in ("--set", override))]
+    arguments = [
+        "--config",
+        SMOKE_CONFIG,
+        "--run-dir",
+        str(tmp_path / "run"),
+        *(word for override in overrides for word in ("--set", override)),
+    ]
     for script in ("train_sft.py", "prepare_preferences.py", "train_reward_model.py"):
         running = launcher.pipeline(script, *arguments)
         assert running.wait() == 0, running.output()[-4000:]

@@ -34,7 +34,11 @@ STARTS_WITHIN_S = "15"
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    environment = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": STARTS_WITHIN_S, "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+    environment = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": STARTS_WITHIN_S,
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
+    }
     with ray_cluster(tmp_path, "ray start --head --num-cpus=0", environment=environment) as started:
         started.launcher.environment |= environment
         started.add_worker("--num-cpus=2")  # the driver and the other stages
@@ -56,7 +60,11 @@ def test_training_loses_a_node_goes_on_and_grows_again_over_the_same_batches(clu
 
         def is_there() -> bool:
             assert job.process.poll() is None, job.output()[-4000:]
-            found[:] = [int(line["step"]) for line in lines() if line["throughput/num_workers"] == num_workers and int(line["step"]) > after]
+            found[:] = [
+                int(line["step"])
+                for line in lines()
+                if line["throughput/num_workers"] == num_workers and int(line["step"]) > after
+            ]
             return bool(found)
 
         wait_until(is_there, RUN_DEADLINE_S, lambda: job.output()[-4000:])
@@ -74,24 +82,37 @@ def test_training_loses_a_node_goes_on_and_grows_again_over_the_same_batches(clu
     disturbed = lines()
     num_steps = int(disturbed[0]["num_steps"])
     assert [line["step"] for line in disturbed] == list(range(1, num_steps + 1)), "every step once"
-    lengths = [group_length(row.tokens) for row in read_token_groups(RunLayout(run_dir).preference_tokens / "scenario=train")]
+    lengths = [
+        group_length(row.tokens) for row in read_token_groups(RunLayout(run_dir).preference_tokens / "scenario=train")
+    ]
     assert len(set(lengths)) > 10, "rows are told apart by their tokens"
     seen: Counter[int] = Counter()
     for line in disturbed:
         rows = batch_indices(int(line["step"]) - 1, num_rows=len(lengths), batch_size=BATCH_SIZE, seed=0)
-        assert line["reward_model/num_tokens"] == sum(lengths[row] for row in rows), f"step {line['step']} had other rows than the sampler says"
+        assert line["reward_model/num_tokens"] == sum(lengths[row] for row in rows), (
+            f"step {line['step']} had other rows than the sampler says"
+        )
         seen.update(rows)
     assert set(seen) == set(range(len(lengths))), "every pair was seen"
-    assert max(seen.values()) - min(seen.values()) <= 1, "none more often than another, but for the epoch that is not over"
+    assert max(seen.values()) - min(seen.values()) <= 1, (
+        "none more often than another, but for the epoch that is not over"
+    )
     undisturbed_dir = cluster.run_root / "undisturbed"
     own = ["reward_model.workers={num_workers=1}", *SETTINGS[2:]]
     plain = cluster.launcher.pipeline(
-        "full_reward_model.py", "--config", "pipelines/configs/smoke.toml", "--run-dir", str(undisturbed_dir), *(f"--set={setting}" for setting in own)
+        "full_reward_model.py",
+        "--config",
+        "pipelines/configs/smoke.toml",
+        "--run-dir",
+        str(undisturbed_dir),
+        *(f"--set={setting}" for setting in own),
     )
     assert plain.wait() == 0, plain.output()[-3000:]
     undisturbed = read_metrics(undisturbed_dir, "reward_model")
     for name in ("reward_model/num_tokens", "reward_model/num_repeated_tokens"):
-        assert [line[name] for line in disturbed] == [line[name] for line in undisturbed], "the same rows in every step: none missed, none twice"
+        assert [line[name] for line in disturbed] == [line[name] for line in undisturbed], (
+            "the same rows in every step: none missed, none twice"
+        )
     early = slice(0, alone + 20)
     assert [line["reward_model/loss"] for line in disturbed[early]] == pytest.approx(
         [line["reward_model/loss"] for line in undisturbed[early]], rel=0.05, abs=0.01

@@ -56,13 +56,20 @@ def user_files(tmp_path: Path) -> UserFiles:
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in pairs(8, seed=2)])
     save_tiny_model(files.model, tiny_tokenizer())
     save_tiny_reward_model(files.gold)
-    data: dict[str, object] = {"source": "scenarios", "train": [str(files.train)], "in_domain": [str(held_out)], "rloo_prompts": [str(prompts)]}
+    data: dict[str, object] = {
+        "source": "scenarios",
+        "train": [str(files.train)],
+        "in_domain": [str(held_out)],
+        "rloo_prompts": [str(prompts)],
+    }
     write_config(files.config, name="own", data=data, model_dir=files.model, gold=files.gold)
     return files
 
 
 @pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[list[str]], str]:
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[[list[str]], str]:
     """Runs a pipeline's script in this process (its imports take longer than its check) and returns its one error message."""
 
     def run(arguments: list[str]) -> str:
@@ -101,15 +108,28 @@ def test_a_missing_config_file(launcher: Launcher) -> None:
     ("override", "expected"),
     [
         ("rloo.num_stepz=3", ["rloo.num_stepz: unknown key (value 3)", "check the spelling"]),
-        ("reward_model.optimizer.learning_rate=-1.0", ["reward_model.optimizer.learning_rate = -1.0", "greater than 0"]),
-        ("rloo.num_completions_per_prompt=1", ["at least 2 completions per prompt to form a baseline, got 1", "Set rloo.num_completions_per_prompt >= 2"]),
-        ("reward_model.batch_size=1", ["reward_model.batch_size = 1", "reward_model.workers.num_workers = 2", "raise the one or lower the other"]),
+        (
+            "reward_model.optimizer.learning_rate=-1.0",
+            ["reward_model.optimizer.learning_rate = -1.0", "greater than 0"],
+        ),
+        (
+            "rloo.num_completions_per_prompt=1",
+            ["at least 2 completions per prompt to form a baseline, got 1", "Set rloo.num_completions_per_prompt >= 2"],
+        ),
+        (
+            "reward_model.batch_size=1",
+            ["reward_model.batch_size = 1", "reward_model.workers.num_workers = 2", "raise the one or lower the other"],
+        ),
         ("rloo.num_steps", ["--set 'rloo.num_steps' must look like dotted.name=value"]),
         ("name.first=x", ["--set 'name.first=x': name is a value, not a section"]),
     ],
 )
-def test_a_value_that_cannot_be(refusal: Callable[[list[str]], str], tmp_path: Path, override: str, expected: list[str]) -> None:
-    message = refusal(["--config", str(REPOSITORY / SMOKE_CONFIG), "--run-dir", str(tmp_path / "run"), "--set", override])
+def test_a_value_that_cannot_be(
+    refusal: Callable[[list[str]], str], tmp_path: Path, override: str, expected: list[str]
+) -> None:
+    message = refusal(
+        ["--config", str(REPOSITORY / SMOKE_CONFIG), "--run-dir", str(tmp_path / "run"), "--set", override]
+    )
     assert all(part in message for part in expected), message
     assert not (tmp_path / "run").exists()
 
@@ -165,7 +185,13 @@ def test_a_model_without_a_pad_token(refusal: Callable[[list[str]], str], user_f
 
 def test_a_policy_checkpoint_as_gold_judge(refusal: Callable[[list[str]], str], user_files: UserFiles) -> None:
     policy = user_files.folder / "policy"
-    commit_checkpoint(policy, lambda folder: save_base_model(folder, TINY, tiny_tokenizer(), seed=0), kind="policy", template_sha256="", training={})
+    commit_checkpoint(
+        policy,
+        lambda folder: save_base_model(folder, TINY, tiny_tokenizer(), seed=0),
+        kind="policy",
+        template_sha256="",
+        training={},
+    )
     message = refusal([*user_files.arguments(), "--set", f'serve.gold="{policy}"'])
     assert f"{policy} is a policy checkpoint, and a reward_model is needed" in message
 
@@ -176,7 +202,9 @@ def test_a_gold_judge_that_is_no_checkpoint(refusal: Callable[[list[str]], str],
 
 
 @pytest.mark.parametrize("parent", ["a_file/run", "/proc/1/run"])
-def test_a_run_directory_that_cannot_be_written(refusal: Callable[[list[str]], str], tmp_path: Path, parent: str) -> None:
+def test_a_run_directory_that_cannot_be_written(
+    refusal: Callable[[list[str]], str], tmp_path: Path, parent: str
+) -> None:
     """Below a regular file, and where even root cannot make folders."""
     (tmp_path / "a_file").write_text("")
     run_dir = tmp_path / parent
@@ -208,7 +236,10 @@ def test_too_many_malformed_rows(user_files: UserFiles, launcher: Launcher) -> N
     refused = launcher.pipeline("prepare_preferences.py", *user_files.arguments())
     assert refused.wait() == 2
     message = the_error(refused.output())
-    assert f"2 of 40 rows of 'train' ({user_files.train}) are malformed, more than data.max_dropped_fraction = 0.01" in message
+    assert (
+        f"2 of 40 rows of 'train' ({user_files.train}) are malformed, more than data.max_dropped_fraction = 0.01"
+        in message
+    )
     assert "Mend the rows, or raise the fraction" in message
     assert not (user_files.folder / "run" / "stages").exists()
     assert not (user_files.folder / "run" / "preferences" / "tokens").exists()
@@ -220,10 +251,27 @@ def test_a_disk_that_fills_up_while_a_worker_commits_its_state(launcher: Launche
     """A real one, of 1.6 MB in a mount namespace: it takes all that comes before (1 MB), and not the state (1.4 MB)."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    in_a_namespace = ("unshare", "--mount", "--propagation", "private", "bash", "-c", 'mount -t tmpfs -o size=1600k tmpfs "$0" && exec "$@"', str(disk))
+    in_a_namespace = (
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "bash",
+        "-c",
+        'mount -t tmpfs -o size=1600k tmpfs "$0" && exec "$@"',
+        str(disk),
+    )
     if shutil.which("unshare") is None or launcher.command(*in_a_namespace, "true").wait():
         pytest.skip("this machine gives no mount namespace: a disk that fills up cannot be made")
-    run = launcher.command(*in_a_namespace, sys.executable, "pipelines/train_sft.py", "--config", SMOKE_CONFIG, "--run-dir", str(disk / "run"))
+    run = launcher.command(
+        *in_a_namespace,
+        sys.executable,
+        "pipelines/train_sft.py",
+        "--config",
+        SMOKE_CONFIG,
+        "--run-dir",
+        str(disk / "run"),
+    )
     assert run.wait() == 2, run.output()[-3000:]
     assert f"{disk}/run/sft/state could not be written: " in the_error(run.output())
     assert "bytes are free there" in the_error(run.output())

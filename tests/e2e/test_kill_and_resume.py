@@ -36,7 +36,9 @@ def check_resumed(run_dir: Path, stage: str, before: list[dict[str, float]], com
     """Lines up to the committed step are those written before the kill; later ones were written again, at most an interval of them."""
     after = lines_of(run_dir, stage)
     assert [line["step"] for line in after] == list(range(1, num_steps + 1))
-    assert 0 < committed < num_steps, f"{stage} was killed too late or too early to test a resume: {committed} of {num_steps} steps were committed"
+    assert 0 < committed < num_steps, (
+        f"{stage} was killed too late or too early to test a resume: {committed} of {num_steps} steps were committed"
+    )
     assert after[:committed] == before[:committed]
     assert all(line["time"] > before[-1]["time"] for line in after[committed:])
     assert len(before) - committed <= CHECKPOINT_EVERY_STEPS[stage]
@@ -52,13 +54,27 @@ class Killed:
 
 
 STAGES = {
-    "sft": Killed("train_sft.py", lambda run_dir, _: any(run_dir.glob("sft/state/step-*")), "checkpoints/sft/model.safetensors"),
-    "preferences": Killed("prepare_preferences.py", lambda run_dir, _: any(run_dir.glob("preferences/.tokens.partial-*")), "preferences/tokens/report.json"),
-    "reward_model": Killed(
-        "train_reward_model.py", lambda run_dir, _: any(run_dir.glob("reward_model/state/step-*")), "checkpoints/reward_model/model.safetensors"
+    "sft": Killed(
+        "train_sft.py", lambda run_dir, _: any(run_dir.glob("sft/state/step-*")), "checkpoints/sft/model.safetensors"
     ),
-    "evaluation": Killed("evaluate_reward_model.py", lambda _, running: "evaluate in_domain" in running.output(), "evaluation.json"),
-    "rloo": Killed("train_policy.py", lambda run_dir, _: any(run_dir.glob("rloo/state/step-*")), "checkpoints/policy/model.safetensors"),
+    "preferences": Killed(
+        "prepare_preferences.py",
+        lambda run_dir, _: any(run_dir.glob("preferences/.tokens.partial-*")),
+        "preferences/tokens/report.json",
+    ),
+    "reward_model": Killed(
+        "train_reward_model.py",
+        lambda run_dir, _: any(run_dir.glob("reward_model/state/step-*")),
+        "checkpoints/reward_model/model.safetensors",
+    ),
+    "evaluation": Killed(
+        "evaluate_reward_model.py", lambda _, running: "evaluate in_domain" in running.output(), "evaluation.json"
+    ),
+    "rloo": Killed(
+        "train_policy.py",
+        lambda run_dir, _: any(run_dir.glob("rloo/state/step-*")),
+        "checkpoints/policy/model.safetensors",
+    ),
 }
 """In the order of a run."""
 WRITTEN = {
@@ -66,7 +82,13 @@ WRITTEN = {
     "preferences": ("preferences", "rloo/prompts"),
     "reward_model": ("reward_model", "checkpoints/reward_model"),
     "evaluation": ("evaluation", "evaluation.json"),
-    "rloo": ("rloo/state", "rloo/samples.jsonl", "rloo/baseline.json", "checkpoints/policy", "checkpoints/policy_best_gold"),
+    "rloo": (
+        "rloo/state",
+        "rloo/samples.jsonl",
+        "rloo/baseline.json",
+        "checkpoints/policy",
+        "checkpoints/policy_best_gold",
+    ),
 }
 """By each stage, below the run directory."""
 
@@ -79,7 +101,9 @@ def copy_as_before(stage: str, smoke_run: SmokeRun, run_dir: Path) -> None:
         for written in (f"stages/{name}.json", *WRITTEN[name]):
             path = run_dir / written
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    kept = [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if json.loads(line)["stage"] not in undone]
+    kept = [
+        line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if json.loads(line)["stage"] not in undone
+    ]
     (run_dir / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
 
 
@@ -92,7 +116,9 @@ def kill_at_work(stage: str, arguments: tuple[str, ...], launcher: Launcher, run
 
     wait_until(is_at_work, STAGE_DEADLINE_S, running.output)
     running.kill()
-    assert not (run_dir / "stages" / f"{stage}.json").exists(), f"{stage} had ended before the kill:\n{running.output()[-4000:]}"
+    assert not (run_dir / "stages" / f"{stage}.json").exists(), (
+        f"{stage} had ended before the kill:\n{running.output()[-4000:]}"
+    )
 
 
 @pytest.mark.parametrize("stage", CHECKPOINT_EVERY_STEPS)
@@ -121,7 +147,9 @@ def test_a_stage_killed_between_commits_goes_on_from_the_last_one_and_ends_as_if
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in CHECKPOINT_EVERY_STEPS])
-def test_a_stage_between_them_killed_at_work_gives_the_same_result(stage: str, smoke_run: SmokeRun, launcher: Launcher, tmp_path: Path) -> None:
+def test_a_stage_between_them_killed_at_work_gives_the_same_result(
+    stage: str, smoke_run: SmokeRun, launcher: Launcher, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     copy_as_before(stage, smoke_run, run_dir)
     arguments = (STAGES[stage].script, "--config", SMOKE_CONFIG, "--run-dir", str(run_dir), WITH_TWIN)
@@ -130,4 +158,6 @@ def test_a_stage_between_them_killed_at_work_gives_the_same_result(stage: str, s
     assert again.wait() == 0, again.output()[-4000:]
     found, expected = ((folder / STAGES[stage].result).read_bytes() for folder in (run_dir, smoke_run.run_dir))
     assert found.replace(str(run_dir).encode(), str(smoke_run.run_dir).encode()) == expected
-    assert [line["step"] for line in lines_of(run_dir, "reward_model")] == ([] if stage == "preferences" else [1, 2, 3, 4])
+    assert [line["step"] for line in lines_of(run_dir, "reward_model")] == (
+        [] if stage == "preferences" else [1, 2, 3, 4]
+    )

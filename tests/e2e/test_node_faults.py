@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from rm_robust.runs.metrics import read_metrics
-from tests.e2e.pipeline_process import POLL_EVERY_S, RUN_DEADLINE_S, STAGE_DEADLINE_S, Running, session_processes, wait_until
+from tests.e2e.pipeline_process import (
+    POLL_EVERY_S,
+    RUN_DEADLINE_S,
+    STAGE_DEADLINE_S,
+    Running,
+    session_processes,
+    wait_until,
+)
 from tests.e2e.ray_cluster import NUM_RLOO_STEPS, Cluster, ray_cluster
 from tests.e2e.test_kill_and_resume import check_resumed, committed_steps, lines_of
 
@@ -102,13 +109,17 @@ def steps_of(run_dir: Path, stage: str) -> list[int]:
 
 def test_a_node_is_lost_in_every_stage_of_one_run(nodes: Nodes) -> None:
     run_dir = nodes.cluster.run_root / "smoke"
-    job = nodes.cluster.submit_in_place(*(part for setting in (*ONE_WORKER, *LONG_ENOUGH) for part in ("--set", setting)))
+    job = nodes.cluster.submit_in_place(
+        *(part for setting in (*ONE_WORKER, *LONG_ENOUGH) for part in ("--set", setting))
+    )
     job.wait_for_file(run_dir / "sft" / "state", "step-*", RUN_DEADLINE_S)
     nodes.kill(node_of(nodes, job, "actors", is_training))  # the driver may be on it too: then both start again
     nodes.add(2)
     job.wait_for_file(run_dir / "stages", "sft.json", RUN_DEADLINE_S)
     nodes.kill(node_of(nodes, job, "tasks", is_task("driver smoke")))
-    assert not (run_dir / "stages" / "preferences.json").exists(), "the driver's node was lost while it prepared the preferences"
+    assert not (run_dir / "stages" / "preferences.json").exists(), (
+        "the driver's node was lost while it prepared the preferences"
+    )
     nodes.add(2)
     job.wait_for_file(run_dir / "reward_model" / "state", "step-*", RUN_DEADLINE_S)
     nodes.kill(node_of(nodes, job, "actors", is_training))
@@ -120,14 +131,17 @@ def test_a_node_is_lost_in_every_stage_of_one_run(nodes: Nodes) -> None:
     for kind in ("PolicyTrainer", "ServeReplica"):
         committed = newest_step(run_dir)
         wait_until(lambda: newest_step(run_dir) > committed, RUN_DEADLINE_S, lambda: job.output()[-4000:])  # noqa: B023
-        nodes.kill(node_of(nodes, job, "actors", lambda actor: kind in actor["class_name"] and actor["state"] == "ALIVE"))  # noqa: B023
+        at_work = lambda actor, kind=kind: kind in actor["class_name"] and actor["state"] == "ALIVE"  # noqa: E731
+        nodes.kill(node_of(nodes, job, "actors", at_work))
         assert not (run_dir / "stages" / "rloo.json").exists()
         nodes.add(2)
     assert job.wait() == 0, job.output()[-4000:]
     for stage in ("sft", "reward_model", "rloo"):
         steps = steps_of(run_dir, stage)
         assert steps == list(range(1, int(read_metrics(run_dir, stage)[0]["num_steps"]) + 1)), stage
-    assert "stage sft: already committed, skipped" in job.output(), "the driver's next attempt goes on from what is committed"
+    assert "stage sft: already committed, skipped" in job.output(), (
+        "the driver's next attempt goes on from what is committed"
+    )
 
 
 def test_a_node_that_hangs_for_a_while_holds_the_run_up_and_changes_nothing(tmp_path: Path) -> None:
@@ -175,5 +189,10 @@ def test_a_head_that_is_lost_costs_a_new_cluster_and_the_same_submit(tmp_path: P
         cluster.add_worker("--num-cpus=4")
         second = cluster.submit()
         assert second.wait() == 0, second.output()[-4000:]
-        assert set(re.findall(r"stage (\w+): already committed, skipped", second.output())) == {"sft", "preferences", "reward_model", "evaluation"}
+        assert set(re.findall(r"stage (\w+): already committed, skipped", second.output())) == {
+            "sft",
+            "preferences",
+            "reward_model",
+            "evaluation",
+        }
     check_resumed(run_dir, "rloo", before, committed, num_steps=NUM_RLOO_STEPS)

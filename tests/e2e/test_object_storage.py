@@ -38,7 +38,9 @@ def cache(tmp_path: Path) -> Path:
     folder = tmp_path / "cache"
     folder.mkdir()
     if subprocess.run([*ALONE, str(folder), "true"], capture_output=True).returncode:
-        pytest.skip("needs the right to make mount namespaces (root): nodes without a disk in common cannot be had otherwise")
+        pytest.skip(
+            "needs the right to make mount namespaces (root): nodes without a disk in common cannot be had otherwise"
+        )
     return folder
 
 
@@ -53,10 +55,16 @@ def cluster(tmp_path: Path, cache: Path, server: S3Server) -> Iterator[Cluster]:
 
 
 def committed_steps(server: S3Server) -> list[int]:
-    return [int(step) for key in server.keys("runs") for step in re.findall(r"^team/smoke/rloo/state/step-(\d+)/\.commit\.json$", key)]
+    return [
+        int(step)
+        for key in server.keys("runs")
+        for step in re.findall(r"^team/smoke/rloo/state/step-(\d+)/\.commit\.json$", key)
+    ]
 
 
-def test_a_killed_run_goes_on_from_the_store_and_its_results_are_read_from_there(cluster: Cluster, server: S3Server, cache: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_from_the_store_and_its_results_are_read_from_there(
+    cluster: Cluster, server: S3Server, cache: Path, tmp_path: Path
+) -> None:
     first = cluster.submit()
 
     def has_a_state() -> bool:
@@ -70,7 +78,12 @@ def test_a_killed_run_goes_on_from_the_store_and_its_results_are_read_from_there
     committed = committed_steps(server)[-1]
     second = cluster.submit()
     assert second.wait() == 0, second.output()[-4000:]
-    assert set(re.findall(r"stage (\w+): already committed, skipped", second.output())) == {"sft", "preferences", "reward_model", "evaluation"}
+    assert set(re.findall(r"stage (\w+): already committed, skipped", second.output())) == {
+        "sft",
+        "preferences",
+        "reward_model",
+        "evaluation",
+    }
     assert f"report: {ROOT}/smoke/report.html" in second.output()
     assert not list(cache.rglob("model.safetensors")), "the head has no disk in common with the nodes that did the work"
 
@@ -93,9 +106,28 @@ def test_a_killed_run_goes_on_from_the_store_and_its_results_are_read_from_there
 
 
 def test_a_store_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
-    environment = os.environ | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
-    command = [sys.executable, "pipelines/full_rlhf.py", "--config", "pipelines/configs/smoke.toml", "--run-dir", "s3://runs/mine"]
-    refused = subprocess.run(command, cwd=REPOSITORY, env=environment | {"RM_ROBUST_CACHE": str(tmp_path)}, capture_output=True, text=True, timeout=200)
+    environment = os.environ | {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_REGION": "us-east-1",
+    }
+    command = [
+        sys.executable,
+        "pipelines/full_rlhf.py",
+        "--config",
+        "pipelines/configs/smoke.toml",
+        "--run-dir",
+        "s3://runs/mine",
+    ]
+    refused = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment | {"RM_ROBUST_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert refused.returncode == 2, refused.stderr
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "s3://runs" in line

@@ -34,9 +34,17 @@ def final_table(output: str) -> str:
 
 def test_the_dashboard_asks_for_metrics_that_a_run_has(smoke_run: SmokeRun) -> None:
     areas = {stage: metric_lines(smoke_run.run_dir, stage) for stage in ("sft", "reward_model", "rloo")}
-    keys = {key if key.startswith(f"{stage}/") else f"{stage}_{key}" for stage, lines in areas.items() for line in lines for key in line if "/" in key}
+    keys = {
+        key if key.startswith(f"{stage}/") else f"{stage}_{key}"
+        for stage, lines in areas.items()
+        for line in lines
+        for key in line
+        if "/" in key
+    }
     exported = {f"ray_{gauge_name(key)}" for key in (*keys, "sft/step", "reward_model/step", "rloo/step")}
-    asked = set(re.findall(r"ray_rm_robust_[a-z0-9_]+(?={run=)", (REPOSITORY / "deploy/grafana_dashboard.json").read_text()))
+    asked = set(
+        re.findall(r"ray_rm_robust_[a-z0-9_]+(?={run=)", (REPOSITORY / "deploy/grafana_dashboard.json").read_text())
+    )
     assert len(asked) > 15
     assert asked <= exported
 
@@ -44,10 +52,20 @@ def test_the_dashboard_asks_for_metrics_that_a_run_has(smoke_run: SmokeRun) -> N
 def test_the_run_ends_well_and_says_so_on_the_terminal(smoke_run: SmokeRun) -> None:
     assert smoke_run.exit_status == 0, smoke_run.output[-4000:]
     assert "Traceback" not in smoke_run.output
-    for whose in ("[smoke sft rank 0]", "[smoke reward_model rank 0]", "[smoke/bt_twin reward_model rank 0]", "[smoke rloo]"):
+    for whose in (
+        "[smoke sft rank 0]",
+        "[smoke reward_model rank 0]",
+        "[smoke/bt_twin reward_model rank 0]",
+        "[smoke rloo]",
+    ):
         assert f" INFO {whose} rm_robust." in smoke_run.output
     table = final_table(smoke_run.output)
-    for expected in (*SCENARIOS, "proxy_score: first tenth", "gold_score: first tenth", f"report: {smoke_run.run_dir}/report.html"):
+    for expected in (
+        *SCENARIOS,
+        "proxy_score: first tenth",
+        "gold_score: first tenth",
+        f"report: {smoke_run.run_dir}/report.html",
+    ):
         assert expected in table
 
 
@@ -59,15 +77,25 @@ def test_the_run_directory_is_complete(smoke_run: SmokeRun) -> None:
     assert {"proxy_score", "gold_score"} <= set(summary["rloo"])
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert set(evaluation) == set(SCENARIOS)
-    assert [evaluation[name]["metric"] for name in SCENARIOS] == ["accuracy", "kendall_tau_b", "kendall_tau_b", "kendall_tau_b"]
+    assert [evaluation[name]["metric"] for name in SCENARIOS] == [
+        "accuracy",
+        "kendall_tau_b",
+        "kendall_tau_b",
+        "kendall_tau_b",
+    ]
     for row in evaluation.values():
         assert row["num_prompts"] > 0
         assert row["num_undefined"] >= 0
         assert -1 <= row["value"] <= 1
 
 
-def test_the_bradley_terry_twin_begins_with_the_same_weights_on_the_same_batches_and_is_in_the_table(smoke_run: SmokeRun) -> None:
-    own, twin = metric_lines(smoke_run.run_dir, "reward_model"), metric_lines(smoke_run.run_dir / "bt_twin", "reward_model")
+def test_the_bradley_terry_twin_begins_with_the_same_weights_on_the_same_batches_and_is_in_the_table(
+    smoke_run: SmokeRun,
+) -> None:
+    own, twin = (
+        metric_lines(smoke_run.run_dir, "reward_model"),
+        metric_lines(smoke_run.run_dir / "bt_twin", "reward_model"),
+    )
     assert len(own) == len(twin) > 1
     assert own[0]["reward_model/pair_loss"] == pytest.approx(twin[0]["reward_model/pair_loss"], rel=1e-6)
     assert [line["reward_model/num_tokens"] for line in own] == [line["reward_model/num_tokens"] for line in twin]
@@ -133,7 +161,11 @@ def test_the_ids_trained_on_are_the_ids_that_serving_makes_of_the_texts(smoke_ru
     for line in (smoke_run.run_dir / "preferences" / "scenarios" / f"{scenario}.jsonl").read_text().splitlines():
         row = json.loads(line)
         texts[row["prompt_id"]] = row
-    tokens = pq.ParquetFile(next((smoke_run.run_dir / "preferences" / "tokens" / f"scenario={scenario}").glob("*.parquet"))).read().to_pylist()
+    tokens = (
+        pq.ParquetFile(next((smoke_run.run_dir / "preferences" / "tokens" / f"scenario={scenario}").glob("*.parquet")))
+        .read()
+        .to_pylist()
+    )
     assert tokens
     for row in tokens:
         text = texts[row["group_id"]]
@@ -144,21 +176,31 @@ def test_the_ids_trained_on_are_the_ids_that_serving_makes_of_the_texts(smoke_ru
 
 def test_evaluation_scores_are_those_of_plain_transformers(smoke_run: SmokeRun) -> None:
     folder = smoke_run.run_dir / "checkpoints" / "reward_model"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+    )
     scores = {
-        (r["scenario"], r["prompt_id"], r["completion_index"]): r["score"] for r in pq.read_table(smoke_run.run_dir / "evaluation/scores.parquet").to_pylist()
+        (r["scenario"], r["prompt_id"], r["completion_index"]): r["score"]
+        for r in pq.read_table(smoke_run.run_dir / "evaluation/scores.parquet").to_pylist()
     }
     for scenario in SCENARIOS:
-        row = json.loads((smoke_run.run_dir / "preferences" / "scenarios" / f"{scenario}.jsonl").read_text().splitlines()[0])
+        row = json.loads(
+            (smoke_run.run_dir / "preferences" / "scenarios" / f"{scenario}.jsonl").read_text().splitlines()[0]
+        )
         for index, completion in enumerate(row["completions"]):
-            rendered = tokenizer.apply_chat_template([*row["prompt"], {"role": "assistant", "content": completion}], tokenize=False)
+            rendered = tokenizer.apply_chat_template(
+                [*row["prompt"], {"role": "assistant", "content": completion}], tokenize=False
+            )
             ids = tokenizer(rendered.rstrip("\n"), add_special_tokens=False, return_tensors="pt")["input_ids"]
             with torch.no_grad():
                 expected = model(input_ids=ids).logits.item()
             assert scores[scenario, row["prompt_id"], index] == pytest.approx(expected, abs=SCORE_TOLERANCE)
 
 
-def test_the_same_command_again_skips_every_stage_and_prints_the_same_table(smoke_run: SmokeRun, launcher: Launcher) -> None:
+def test_the_same_command_again_skips_every_stage_and_prints_the_same_table(
+    smoke_run: SmokeRun, launcher: Launcher
+) -> None:
     metrics = (smoke_run.run_dir / "metrics.jsonl").read_bytes()
     again = launcher.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(smoke_run.run_dir), WITH_TWIN)
     assert again.wait() == 0, again.output()
@@ -169,7 +211,15 @@ def test_the_same_command_again_skips_every_stage_and_prints_the_same_table(smok
 
 
 def test_a_changed_config_is_refused_for_the_same_run_directory(smoke_run: SmokeRun, launcher: Launcher) -> None:
-    changed = launcher.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(smoke_run.run_dir), "--set", "reward_model.bsr_coefficient=0.5")
+    changed = launcher.pipeline(
+        "full_rlhf.py",
+        "--config",
+        SMOKE_CONFIG,
+        "--run-dir",
+        str(smoke_run.run_dir),
+        "--set",
+        "reward_model.bsr_coefficient=0.5",
+    )
     assert changed.wait() == 2
     assert "reward_model.bsr_coefficient: 0.001 there, 0.5 now" in changed.output()
     assert "Traceback" not in changed.output()

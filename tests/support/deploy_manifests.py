@@ -88,7 +88,11 @@ class Manifests:
         return [self.cluster["spec"], self.job["spec"]["rayClusterSpec"], self.service["spec"]["rayClusterConfig"]]
 
     def one(self, kind: str, name: str) -> Fields:
-        (found,) = [manifest for manifest in (*self.kubernetes, self.monitor) if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)]
+        (found,) = [
+            manifest
+            for manifest in (*self.kubernetes, self.monitor)
+            if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)
+        ]
         return found
 
     def serve_config(self) -> Fields:
@@ -100,7 +104,9 @@ def load_manifests() -> Manifests:
     """Fresh objects, for mutations to change; without YAML's aliases, which would be one object and change together."""
     kubernetes, monitor, prometheus, cluster, job, service = json.loads(parsed_files())
     text = (DEPLOY / "kubernetes.yaml").read_text()
-    secrets = re.findall(r"^#   kubectl -n \S+ create secret generic (\S+) --from-(?:file|literal)=([\w.]+)=", text, re.MULTILINE)
+    secrets = re.findall(
+        r"^#   kubectl -n \S+ create secret generic (\S+) --from-(?:file|literal)=([\w.]+)=", text, re.MULTILINE
+    )
     return Manifests(kubernetes, cluster, job, service, monitor, prometheus, set(secrets))
 
 
@@ -108,7 +114,15 @@ def load_manifests() -> Manifests:
 def parsed_files() -> str:
     """As JSON. PyYAML takes longer over them than the checks do."""
     kubernetes = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
-    return json.dumps([kubernetes, *(yaml.safe_load((DEPLOY / name).read_text()) for name in ("pod_monitor.yaml", "prometheus.yaml", *RAY_FILES))])
+    return json.dumps(
+        [
+            kubernetes,
+            *(
+                yaml.safe_load((DEPLOY / name).read_text())
+                for name in ("pod_monitor.yaml", "prometheus.yaml", *RAY_FILES)
+            ),
+        ]
+    )
 
 
 def pod_specs(ray_spec: Fields) -> list[Fields]:
@@ -159,7 +173,9 @@ def check_schemas(manifests: Manifests) -> None:
 
 def autoscaling_config(ray_spec: Fields) -> Fields:
     """As Ray's autoscaler reads it from the cluster's custom resource. Raises what the autoscaler would raise."""
-    config: Fields = _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "c", "namespace": "n"}, "spec": ray_spec})
+    config: Fields = _derive_autoscaling_config_from_ray_cr(
+        {"metadata": {"name": "c", "namespace": "n"}, "spec": ray_spec}
+    )
     validate_config(prepare_config(copy.deepcopy(config)))
     return config
 
@@ -191,9 +207,15 @@ def check_resources(manifests: Manifests) -> None:
             asked = container_of(pod)["resources"]
             assert asked["requests"] == asked["limits"], group["groupName"]
             assert 0 < int(asked["limits"]["cpu"]) < int(group["rayStartParams"]["num-cpus"])
-            assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": kinds[group["groupName"]]["node_config"]["InstanceType"]}
-            assert ("nvidia.com/gpu" in asked["limits"]) == any(entry["key"] == "nvidia.com/gpu" for entry in pod.get("tolerations", []))
-    assert {group["groupName"] for group in manifests.cluster["spec"]["workerGroupSpecs"]} == kinds.keys() - {cluster_yaml["head_node_type"]}
+            assert pod["nodeSelector"] == {
+                "node.kubernetes.io/instance-type": kinds[group["groupName"]]["node_config"]["InstanceType"]
+            }
+            assert ("nvidia.com/gpu" in asked["limits"]) == any(
+                entry["key"] == "nvidia.com/gpu" for entry in pod.get("tolerations", [])
+            )
+    assert {group["groupName"] for group in manifests.cluster["spec"]["workerGroupSpecs"]} == kinds.keys() - {
+        cluster_yaml["head_node_type"]
+    }
 
 
 def check_one_cluster(manifests: Manifests) -> None:
@@ -232,19 +254,29 @@ def check_security(manifests: Manifests) -> None:
         head = ray_spec["headGroupSpec"]
         assert head["serviceType"] == "ClusterIP"
         assert "enableIngress" not in head
-        assert ray_spec["autoscalerOptions"]["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert ray_spec["autoscalerOptions"]["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
         for pod in pod_specs(ray_spec):
             assert pod["securityContext"]["runAsNonRoot"] is True
             assert pod["securityContext"]["runAsUser"] == image_user()
             assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
             assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
             container = container_of(pod)
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-            assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & environment(container).keys(), "authOptions sets them, and leaves what is set alone"
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & environment(container).keys(), (
+                "authOptions sets them, and leaves what is set alone"
+            )
             assert not any("hostPort" in port for port in container.get("ports", []))
         for group in ray_spec["workerGroupSpecs"]:
             assert group["template"]["spec"]["automountServiceAccountToken"] is False
-    open_hosts = [path for manifest in manifests.of_ray() for path, value in leaves(manifest) if "0.0.0.0" in str(value)]
+    open_hosts = [
+        path for manifest in manifests.of_ray() for path, value in leaves(manifest) if "0.0.0.0" in str(value)
+    ]
     assert open_hosts == ["spec.serveConfigV2"]
     assert [path for path, value in leaves(manifests.serve_config()) if value == "0.0.0.0"] == ["http_options.host"]
 
@@ -272,11 +304,16 @@ def check_network(manifests: Manifests) -> None:
         "rm-robust/asks-for-scores": {manifests.serve_config()["http_options"]["port"]},
     }
     for manifest, ray_spec in zip(manifests.of_ray(), manifests.ray_specs(), strict=True):
-        head = {port["name"]: port["containerPort"] for port in container_of(ray_spec["headGroupSpec"]["template"]["spec"])["ports"]}
+        head = {
+            port["name"]: port["containerPort"]
+            for port in container_of(ray_spec["headGroupSpec"]["template"]["spec"])["ports"]
+        }
         serves = manifest["kind"] == "RayService"
         assert head == {name: number for name, number in OPEN_PORTS.items() if serves or name != "serve"}
         for group in ray_spec["workerGroupSpecs"]:
-            ports = {port["name"]: port["containerPort"] for port in container_of(group["template"]["spec"]).get("ports", [])}
+            ports = {
+                port["name"]: port["containerPort"] for port in container_of(group["template"]["spec"]).get("ports", [])
+            }
             assert ports == ({"serve": OPEN_PORTS["serve"]} if serves else {})
     assert manifests.serve_config()["http_options"]["port"] == OPEN_PORTS["serve"]
 
@@ -297,16 +334,29 @@ def check_prometheus(manifests: Manifests) -> None:
     config = manifests.prometheus
     assert config.keys() == {"global", "scrape_configs"}
     nodes, scores = config["scrape_configs"]
-    assert nodes == {"job_name": "ray", "file_sd_configs": [{"files": [f"/tmp/ray/{SESSION_LATEST}/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]}
-    assert scores.keys() == {"job_name", "authorization", "static_configs"}  # without metrics_path Prometheus asks for METRICS_PATH
+    assert nodes == {
+        "job_name": "ray",
+        "file_sd_configs": [{"files": [f"/tmp/ray/{SESSION_LATEST}/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}],
+    }
+    assert scores.keys() == {
+        "job_name",
+        "authorization",
+        "static_configs",
+    }  # without metrics_path Prometheus asks for METRICS_PATH
     assert METRICS_PATH not in OPEN_PATHS
-    assert scores["authorization"].keys() == {"credentials_file"}, "Bearer by default; the key itself is in no file here"
+    assert scores["authorization"].keys() == {"credentials_file"}, (
+        "Bearer by default; the key itself is in no file here"
+    )
     assert METRICS_PATH in {route.path for route in router.routes if isinstance(route, APIRoute)}
     options = yaml.safe_load((REPOSITORY / "serve" / "reward_model.yaml").read_text())["http_options"]
     assert scores["static_configs"] == [{"targets": [f"{options['host']}:{options['port']}"]}]
     (port,) = re.findall(r"^PORT \?= (\d+)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     assert int(port) == options["port"] == OPEN_PORTS["serve"]
-    starts = [command for key in ("head_start_ray_commands", "worker_start_ray_commands") for command in parsed_cluster_yaml()[key]]
+    starts = [
+        command
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+        for command in parsed_cluster_yaml()[key]
+    ]
     exported = [re.findall(r"--metrics-export-port=(\d+)", command) for command in starts if "ray start" in command]
     assert exported == [[str(OPEN_PORTS["metrics"])]] * 2
 
@@ -317,15 +367,21 @@ def check_prometheus(manifests: Manifests) -> None:
 def check_names(manifests: Manifests) -> None:
     namespace = manifests.one("Namespace", "rm-robust")["metadata"]["name"]
     others = [manifest for manifest in manifests.kubernetes if manifest["kind"] != "Namespace"]
-    assert {manifest["metadata"]["namespace"] for manifest in (*others, manifests.monitor, *manifests.of_ray())} == {namespace}
-    claims = {manifest["metadata"]["name"] for manifest in manifests.kubernetes if manifest["kind"] == "PersistentVolumeClaim"}
+    assert {manifest["metadata"]["namespace"] for manifest in (*others, manifests.monitor, *manifests.of_ray())} == {
+        namespace
+    }
+    claims = {
+        manifest["metadata"]["name"] for manifest in manifests.kubernetes if manifest["kind"] == "PersistentVolumeClaim"
+    }
     assert manifests.one("PersistentVolumeClaim", "rm-robust-shared")["spec"]["accessModes"] == ["ReadWriteMany"]
     used_secrets: set[tuple[str, str]] = set()
     for ray_spec in manifests.ray_specs():
         for pod in pod_specs(ray_spec):
             assert {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]} <= claims
             container = container_of(pod)
-            assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+            assert {mount["name"] for mount in container["volumeMounts"]} == {
+                volume["name"] for volume in pod["volumes"]
+            }
             references = [entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry]
             used_secrets |= {(reference["name"], reference["key"]) for reference in references}
     assert used_secrets == manifests.created_secrets
@@ -364,7 +420,9 @@ def check_job(manifests: Manifests) -> None:
     assert spec["shutdownAfterJobFinishes"] is True
     for ray_spec in manifests.ray_specs():
         variables = environment(container_of(ray_spec["headGroupSpec"]["template"]["spec"]))
-        assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]["value"]) == 60  # Ray's supervisor of a job runs on the head, and reads it there
+        assert (
+            int(variables["RAY_JOB_STOP_WAIT_TIME_S"]["value"]) == 60
+        )  # Ray's supervisor of a job runs on the head, and reads it there
     assert 1 <= spec["backoffLimit"] <= 5
 
 
@@ -382,17 +440,31 @@ def check_service(manifests: Manifests) -> None:
         build(application.args)
     original = dict(leaves(yaml.safe_load((REPOSITORY / "serve" / "reward_model.yaml").read_text())))
     ours = dict(leaves(config))
-    assert {path for path in original.keys() | ours.keys() if original.get(path) != ours.get(path)} == SERVICE_DIFFERS_IN
+    assert {
+        path for path in original.keys() | ours.keys() if original.get(path) != ours.get(path)
+    } == SERVICE_DIFFERS_IN
     (model,) = (ModelSettings.model_validate(fields) for fields in application.args["models"])
     (scorer,) = application.deployments
     assert scorer.name == scorer_name(model)
-    (group,) = (kind for name, kind in autoscaling_config(manifests.ray_specs()[2])["available_node_types"].items() if name != "headgroup")
+    (group,) = (
+        kind
+        for name, kind in autoscaling_config(manifests.ray_specs()[2])["available_node_types"].items()
+        if name != "headgroup"
+    )
     asked = {"CPU": model.num_cpus, "GPU": model.num_gpus, **model.resources}
     assert {name for name, amount in asked.items() if group["resources"].get(name, 0) < amount} == set()
     assert model.max_replicas is not None
     assert model.max_replicas <= group["max_workers"]
     proxy = load_config(REPOSITORY / config_of_the_job(manifests), []).serve.proxy_replica
-    as_in_training = {"num_threads", "num_cpus", "num_gpus", "resources", "dtype", "max_length_tokens", "max_batch_tokens"}
+    as_in_training = {
+        "num_threads",
+        "num_cpus",
+        "num_gpus",
+        "resources",
+        "dtype",
+        "max_length_tokens",
+        "max_batch_tokens",
+    }
     assert model.model_dump(include=as_in_training) == proxy.model_dump(include=as_in_training)
 
 
@@ -402,7 +474,9 @@ def requests_by_custom_resource(config: PipelineConfig) -> dict[str, list[Fields
     asked = [{"CPU": w.num_cpus_per_worker, "GPU": w.num_gpus_per_worker, **w.resources_per_worker} for w in workers]
     replicas = [config.evaluation, config.serve.proxy_replica, config.serve.gold_replica]
     asked += [{"CPU": r.num_cpus, "GPU": r.num_gpus, **r.resources} for r in replicas]
-    asked.append({"CPU": config.rloo.engine_num_cpus, "GPU": config.rloo.engine_num_gpus, **config.rloo.engine_resources})
+    asked.append(
+        {"CPU": config.rloo.engine_num_cpus, "GPU": config.rloo.engine_num_gpus, **config.rloo.engine_resources}
+    )
     asked.append({"CPU": 1, **config.data.task_resources})
     by_name: dict[str, list[Fields]] = {}
     for amounts in asked:
@@ -417,7 +491,10 @@ def check_config_fits(manifests: Manifests) -> None:
     assert asked.keys() == {name for kind in types.values() for name in kind["resources"]} - {"CPU", "GPU", "memory"}
     for name, processes in asked.items():
         for amounts in processes:
-            assert all(types[name]["resources"].get(key, 0) >= amount for key, amount in amounts.items()), (name, amounts)
+            assert all(types[name]["resources"].get(key, 0) >= amount for key, amount in amounts.items()), (
+                name,
+                amounts,
+            )
 
 
 CHECKS = (

@@ -38,8 +38,16 @@ def score_body(*inputs: ScoreInput, **fields: object) -> bytes:
 async def post(base_url: str, body: bytes, headers: Mapping[str, str] | None = None) -> Reply:
     """Of SCORE_PATH. Cancelling it closes the connection. Raises OSError or ValueError when there is no whole reply, TimeoutError when it is late."""
     host, _, port = urlsplit(base_url).netloc.partition(":")
-    lines = {"host": host, "content-type": "application/json", "content-length": str(len(body)), "connection": "close", **(headers or {})}
-    head = "".join([f"POST {SCORE_PATH} HTTP/1.1\r\n", *(f"{name}: {value}\r\n" for name, value in lines.items()), "\r\n"])
+    lines = {
+        "host": host,
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **(headers or {}),
+    }
+    head = "".join(
+        [f"POST {SCORE_PATH} HTTP/1.1\r\n", *(f"{name}: {value}\r\n" for name, value in lines.items()), "\r\n"]
+    )
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         async with asyncio.timeout(REPLY_WITHIN_S):
@@ -62,5 +70,9 @@ async def post_all(base_url: str, bodies: list[bytes], headers: Mapping[str, str
 
 def metric(base_url: str, name: str, headers: Mapping[str, str] | None = None) -> float:
     """The sum over all labels of one sample of /metrics; 0.0 where there is none yet."""
-    lines = httpx.get(f"{base_url}/metrics", headers=dict(headers or {}), timeout=30, trust_env=False).raise_for_status().text.splitlines()
+    lines = (
+        httpx.get(f"{base_url}/metrics", headers=dict(headers or {}), timeout=30, trust_env=False)
+        .raise_for_status()
+        .text.splitlines()
+    )
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))

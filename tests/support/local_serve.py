@@ -37,7 +37,12 @@ def local_ray(*, num_cpus: int, **environment: str) -> Iterator[None]:
     """A Ray that ends, with what runs on it, when the block does. `environment` is for every process of it."""
     ray_dir = tempfile.mkdtemp(prefix="rs")  # short: Ray puts Unix sockets below it
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_dir, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", **environment}.items():
+        for name, value in {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_TMPDIR": ray_dir,
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            **environment,
+        }.items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=ray_dir, log_to_driver=False)
@@ -79,5 +84,7 @@ def local_service(settings: ServiceSettings) -> Iterator[LocalService]:
 
 def addresses_listening_at(port: int) -> list[str]:
     """IPv4 addresses in /proc/net/tcp's form: 0100007F is 127.0.0.1."""
-    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
+    listening = [
+        line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"
+    ]
     return [address.split(":")[0] for address in listening if address.endswith(f":{port:04X}")]

@@ -19,9 +19,13 @@ class PlainTransformers:
 
     def score(self, prompt: str | list[Message], completion: str) -> float:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        rendered = self.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": completion}], tokenize=False)
+        rendered = self.tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": completion}], tokenize=False
+        )
         if rendered not in self._known:
-            ids = self.tokenizer(rendered.removesuffix("\n"), add_special_tokens=False, return_tensors="pt")["input_ids"]
+            ids = self.tokenizer(rendered.removesuffix("\n"), add_special_tokens=False, return_tensors="pt")[
+                "input_ids"
+            ]
             with torch.inference_mode():
                 self._known[rendered] = float(self.model(input_ids=ids).logits[0, 0])
         return self._known[rendered]

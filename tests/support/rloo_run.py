@@ -41,15 +41,24 @@ def rloo_config(folder: Path, **rloo: Any) -> PipelineConfig:
         "evaluation": {"every_steps": 2, "num_prompts": 4},
         **rloo,
     }
-    return PipelineConfig.model_validate({"name": "faults", "model": {"path": str(model_dir)}, "sft": {"enabled": False}, "rloo": settings})
+    return PipelineConfig.model_validate(
+        {"name": "faults", "model": {"path": str(model_dir)}, "sft": {"enabled": False}, "rloo": settings}
+    )
 
 
 def rloo_run_dir(config: PipelineConfig, run_dir: Path, *, num_prompts: int = 16) -> Path:
     """A run directory that has reached the RLOO stage."""
     rng = Random(0)
-    rows: list[dict[str, object]] = [{"id": f"p{i}", "prompt": " ".join(rng.choices(WORDS, k=6))} for i in range(num_prompts)]
+    rows: list[dict[str, object]] = [
+        {"id": f"p{i}", "prompt": " ".join(rng.choices(WORDS, k=6))} for i in range(num_prompts)
+    ]
     assert config.model.path is not None
-    write_token_groups(RunLayout(run_dir).rloo_prompts / "scenario=rloo_prompts", rows, kind=RowKind.PROMPT, chat=ChatFormat.load(config.model.path))
+    write_token_groups(
+        RunLayout(run_dir).rloo_prompts / "scenario=rloo_prompts",
+        rows,
+        kind=RowKind.PROMPT,
+        chat=ChatFormat.load(config.model.path),
+    )
     return run_dir
 
 

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import boto3
 from moto.server import ThreadedMotoServer
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,13 @@ class S3Server:
         return sorted(entry["Key"] for entry in found if not entry["Key"].endswith("/"))
 
     def client(self):  # noqa: ANN201  (boto3 makes its classes when they are asked for)
-        return boto3.client("s3", endpoint_url=self.endpoint, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            region_name="us-east-1",
+        )
 
 
 @contextmanager
@@ -51,7 +62,9 @@ def s3_server() -> Iterator[S3Server]:
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     try:
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", data=json.dumps({}).encode(), method="POST")).read()
+        urllib.request.urlopen(
+            urllib.request.Request(f"{endpoint}/moto-api/reset", data=json.dumps({}).encode(), method="POST")
+        ).read()
         yield S3Server(endpoint)
     finally:
         server.stop()

@@ -37,7 +37,8 @@ def serve_process(folder: Path, *arguments: str) -> Iterator[ServeProcess]:
     port = free_port("127.0.0.1")
     command = [sys.executable, "-m", "serve", *arguments, "--port", str(port)]
     process = ServeProcess(
-        f"http://127.0.0.1:{port}", start(command, environment=clean_environment(ray_dir) | {"PYTHONPATH": "."}, output_path=folder / "output.txt")
+        f"http://127.0.0.1:{port}",
+        start(command, environment=clean_environment(ray_dir) | {"PYTHONPATH": "."}, output_path=folder / "output.txt"),
     )
     try:
         wait_until(process.is_ready, UP_WITHIN_S, lambda: process.running.output()[-4000:])

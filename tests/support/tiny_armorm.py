@@ -47,8 +47,12 @@ def tiny_armorm_weights(seed: int = 0) -> dict[str, Tensor]:
         return torch.randn(shape, generator=generator) * scale
 
     decoder = LlamaModel(LlamaConfig.from_dict(CONFIG)).state_dict()
-    state = {f"model.{name}": random(*weight.shape, scale=0.15) for name, weight in decoder.items() if "norm" not in name}
-    state |= {f"model.{name}": 1 + random(*weight.shape, scale=0.1) for name, weight in decoder.items() if "norm" in name}
+    state = {
+        f"model.{name}": random(*weight.shape, scale=0.15) for name, weight in decoder.items() if "norm" not in name
+    }
+    state |= {
+        f"model.{name}": 1 + random(*weight.shape, scale=0.1) for name, weight in decoder.items() if "norm" in name
+    }
     state["regression_layer.weight"] = random(NUM_OBJECTIVES, 64, scale=0.3)
     state["reward_transform_matrix"] = torch.eye(NUM_OBJECTIVES) + random(NUM_OBJECTIVES, NUM_OBJECTIVES, scale=0.3)
     sizes = [64] + [GATING_HIDDEN_SIZE] * NUM_GATING_LAYERS + [NUM_OBJECTIVES]

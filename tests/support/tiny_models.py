@@ -84,7 +84,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer([TEXT] * 20, vocab_size=330)
 
 
-def random_group(rng: Random, *, num_completions: int, max_prompt_tokens: int = 12, max_completion_tokens: int = 9) -> TokenGroup:
+def random_group(
+    rng: Random, *, num_completions: int, max_prompt_tokens: int = 12, max_completion_tokens: int = 9
+) -> TokenGroup:
     """Random lengths from 1 on and random ids from 3 on (below it: special tokens), for any tiny model."""
 
     def ids(longest: int) -> list[int]:
@@ -116,7 +118,14 @@ def tiny_reward_model(*, seed: int = 0, num_positions: int = 128) -> Qwen2ForSeq
 
 def save_tiny_language_model(folder: Path, *, seed: int = 0, num_positions: int = 128) -> Path:
     """What SFT starts from and RLOO's policy: a random causal LM (tied embeddings) and its tokenizer as a Hugging Face directory."""
-    config = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=1, num_kv_heads=1, max_position_embeddings=num_positions)
+    config = ModelConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=1,
+        num_kv_heads=1,
+        max_position_embeddings=num_positions,
+    )
     with torch.random.fork_rng():
         save_base_model(folder, config, tiny_tokenizer(), seed=seed)
     return folder
@@ -125,7 +134,13 @@ def save_tiny_language_model(folder: Path, *, seed: int = 0, num_positions: int 
 def write_token_groups(folder: Path, rows: list[dict[str, object]], *, kind: RowKind, chat: ChatFormat) -> None:
     """Tokenised rows as the data pipeline commits them for one scenario; `rows` as in a user's file, none of them dropped."""
     limits = TokenLimits(max_prompt_tokens=100, max_completion_tokens=100, max_dropped_fraction=0)
-    tokenised = [token_row for row in rows for token_row in tokenise_text(json.dumps(row), scenario=folder.name, kind=kind, chat=chat, limits=limits)]
+    tokenised = [
+        token_row
+        for row in rows
+        for token_row in tokenise_text(json.dumps(row), scenario=folder.name, kind=kind, chat=chat, limits=limits)
+    ]
     assert not any(row["drop_reason"] for row in tokenised), tokenised
     folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(tokenised, schema=STAGED_SCHEMA).select(TOKEN_SCHEMA.names), folder / "part-00000.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(tokenised, schema=STAGED_SCHEMA).select(TOKEN_SCHEMA.names), folder / "part-00000.parquet"
+    )

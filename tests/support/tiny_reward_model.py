@@ -11,7 +11,24 @@ from rm_robust.data.demonstrations import make_tokenizer, save_base_model
 from rm_robust.models.checkpoint import commit_checkpoint
 from rm_robust.models.reward_model import new_reward_model
 
-WORDS = ["red", "green", "blue", "seven", "apple", "river", "stone", "quiet", "answer", "please", "list", "the", "and", "of", "is", "not"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "seven",
+    "apple",
+    "river",
+    "stone",
+    "quiet",
+    "answer",
+    "please",
+    "list",
+    "the",
+    "and",
+    "of",
+    "is",
+    "not",
+]
 NUM_POSITIONS = 256
 
 
@@ -23,7 +40,14 @@ def save_tiny_reward_model(folder: Path, *, seed: int = 0, weight_scale: float =
     """About 30,000 parameters, scores around N(0, 1); `folder` becomes the committed checkpoint. `training` is what its manifest says besides the seed."""
     rng = Random(seed)
     tokenizer = make_tokenizer([text(rng, num_words=20) for _ in range(50)], vocab_size=320)
-    config = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=1, num_kv_heads=1, max_position_embeddings=NUM_POSITIONS)
+    config = ModelConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=1,
+        num_kv_heads=1,
+        max_position_embeddings=NUM_POSITIONS,
+    )
     base = folder.parent / f"{folder.name}_base"
     save_base_model(base, config, tokenizer, seed=seed)
     chat = ChatFormat(tokenizer, source=str(base))
@@ -36,5 +60,7 @@ def save_tiny_reward_model(folder: Path, *, seed: int = 0, weight_scale: float =
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
-    commit_checkpoint(folder, write, kind="reward_model", template_sha256=chat.template_sha256, training={"seed": seed, **training})
+    commit_checkpoint(
+        folder, write, kind="reward_model", template_sha256=chat.template_sha256, training={"seed": seed, **training}
+    )
     return folder

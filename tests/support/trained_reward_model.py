@@ -60,7 +60,10 @@ def train_and_commit(folder: Path, *, with_lora: bool) -> Path:
         add_adapters(model, lora)
     packed = PackedRewardModel(model, Layout.SEGMENTS)
     engine = DdpEngine(packed, optimizer=OptimizerConfig(), device=torch.device("cpu"))
-    pairs = [PreferencePair(TokenGroup(chat.prompt_ids(p), [chat.completion_ids(c), chat.completion_ids(r)])) for p, c, r in map(texts, range(NUM_PAIRS))]
+    pairs = [
+        PreferencePair(TokenGroup(chat.prompt_ids(p), [chat.completion_ids(c), chat.completion_ids(r)]))
+        for p, c, r in map(texts, range(NUM_PAIRS))
+    ]
     for _ in range(8):
         settings = StepSettings(ObjectiveSettings(Objective.BRADLEY_TERRY), 10_000, chat.pad_id)
         reward_model_step(engine, pairs, settings, model=packed, device=torch.device("cpu"))

@@ -15,8 +15,12 @@ HOMES = {
     "deepspeed": ["rm_robust.training.engines.deepspeed"],
     "fastapi": ["serve"],
 }
-FILES = [path for folder in ("rm_robust", "serve", "pipelines", "research") for path in sorted(Path(folder).rglob("*.py"))]
-MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text()) for path in FILES}
+FILES = [
+    path for folder in ("rm_robust", "serve", "pipelines", "research") for path in sorted(Path(folder).rglob("*.py"))
+]
+MODULES = {
+    ".".join(path.with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text()) for path in FILES
+}
 
 
 LEVELS = {name: level for level, layer in enumerate(LAYERS.split(", ")) for name in layer.split(" + ")}
@@ -45,7 +49,9 @@ def imports(module: str, *, inside_functions: bool) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.module, f"{module} imports relatively"
-            found |= {full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names}
+            found |= {
+                full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+            }
     return found
 
 
@@ -80,7 +86,9 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_the_library_is_a_dozen_folders() -> None:
-    assert len([entry for entry in Path("rm_robust").iterdir() if entry.name not in ("__init__.py", "__pycache__")]) <= 13
+    assert (
+        len([entry for entry in Path("rm_robust").iterdir() if entry.name not in ("__init__.py", "__pycache__")]) <= 13
+    )
 
 
 @pytest.mark.parametrize("library", HOMES)
@@ -88,7 +96,8 @@ def test_a_heavy_library_is_imported_in_its_home_alone(library: str) -> None:
     users = {
         module
         for module in MODULES
-        if not module.startswith("research.") and library in {name.split(".")[0] for name in imports(module, inside_functions=True)}
+        if not module.startswith("research.")
+        and library in {name.split(".")[0] for name in imports(module, inside_functions=True)}
     }
     assert users
     assert not {user for user in users if not any(f"{user}.".startswith(f"{home}.") for home in HOMES[library])}

@@ -80,7 +80,11 @@ def make_world(
     )
     return World(
         sft_examples=make_sft_examples(sft_prompts, Random(f"{seed}/sft")),
-        responses=[response for prompt in (*training_prompts, *validation_prompts) for response in make_responses(prompt, Random(f"{seed}/{prompt}"))],
+        responses=[
+            response
+            for prompt in (*training_prompts, *validation_prompts)
+            for response in make_responses(prompt, Random(f"{seed}/{prompt}"))
+        ],
         training_prompt_ids=[prompt_id_of(prompt) for prompt in training_prompts],
         validation_prompt_ids=[prompt_id_of(prompt) for prompt in validation_prompts],
         training_models=[model.name for model in TRAINING_MODELS],
@@ -178,16 +182,32 @@ def write_world(target: Path, config: WorldConfig, *, seed: int) -> dict[str, An
         num_rloo_prompts=config.num_rloo_prompts,
     )
     commit_directory(target, lambda folder: _write(folder, world))
-    return {"num_sft_examples": len(world.sft_examples), "num_responses": len(world.responses), "num_rloo_prompts": len(world.rloo_prompts)}
+    return {
+        "num_sft_examples": len(world.sft_examples),
+        "num_responses": len(world.responses),
+        "num_rloo_prompts": len(world.rloo_prompts),
+    }
 
 
 def _write(folder: Path, world: World) -> None:
     _write_rows(folder / "sft.jsonl", ({"prompt": e.prompt, "completion": e.completion} for e in world.sft_examples))
     _write_rows(
         folder / "responses.jsonl",
-        ({"prompt_id": r.prompt_id, "prompt": r.prompt, "model": r.model, "completion": r.completion, "gold_score": r.gold_score} for r in world.responses),
+        (
+            {
+                "prompt_id": r.prompt_id,
+                "prompt": r.prompt,
+                "model": r.model,
+                "completion": r.completion,
+                "gold_score": r.gold_score,
+            }
+            for r in world.responses
+        ),
     )
-    _write_rows(folder / "rloo_prompts.jsonl", ({"prompt_id": prompt_id, "prompt": prompt} for prompt_id, prompt in world.rloo_prompts))
+    _write_rows(
+        folder / "rloo_prompts.jsonl",
+        ({"prompt_id": prompt_id, "prompt": prompt} for prompt_id, prompt in world.rloo_prompts),
+    )
     split = {"unseen_models": sorted(world.unseen_models), "validation_prompt_ids": sorted(world.validation_prompt_ids)}
     (folder / "split.json").write_text(json.dumps(split) + "\n")
     means = {"training": _mean_gold(world, world.training_models), "unseen": _mean_gold(world, world.unseen_models)}

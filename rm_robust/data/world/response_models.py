@@ -157,7 +157,9 @@ def respond(model: ResponseModel, prompt: str, rng: Random) -> str:
     """One completion of `prompt` by `model`. Raises DataError if the prompt is not one of the embedded world's tasks."""
     task = find_task(prompt)
     if task is None:
-        raise DataError(f"Response models can only answer prompts of the embedded world, got {prompt[:200]!r}. Make prompts with make_world.")
+        raise DataError(
+            f"Response models can only answer prompts of the embedded world, got {prompt[:200]!r}. Make prompts with make_world."
+        )
     family, style = FAMILIES[task.family], model.style
     (form,) = rng.choices(tuple(Form), (style.bare_weight, style.sentence_weight, style.list_weight))
     items = family.ideal_items(task, rng)
@@ -166,7 +168,11 @@ def respond(model: ResponseModel, prompt: str, rng: Random) -> str:
         body = family.phrase(task, items, form)
     else:
         (mistake,) = rng.choices(tuple(model.mistake_weights), tuple(model.mistake_weights.values()))
-        body = off_topic_text(rng) if mistake is Mistake.OFF_TOPIC else family.phrase(task, make_mistake(mistake, task, items, rng), form)
+        body = (
+            off_topic_text(rng)
+            if mistake is Mistake.OFF_TOPIC
+            else family.phrase(task, make_mistake(mistake, task, items, rng), form)
+        )
     return decorate(body, style, form, rng)
 
 
@@ -190,7 +196,9 @@ def make_mistake(mistake: Mistake, task: Task, items: list[str], rng: Random) ->
 
 def off_topic_text(rng: Random) -> str:
     """A short statement that has nothing to do with the prompt."""
-    return rng.choice(("I like the {noun}.", "The {noun} was {adjective}.")).format(noun=rng.choice(THINGS), adjective=rng.choice(ADJECTIVES))
+    return rng.choice(("I like the {noun}.", "The {noun} was {adjective}.")).format(
+        noun=rng.choice(THINGS), adjective=rng.choice(ADJECTIVES)
+    )
 
 
 def decorate(body: str, style: Style, form: Form, rng: Random) -> str:

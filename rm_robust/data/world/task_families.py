@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
 
-from rm_robust.data.world.task import ADJECTIVES, COUNTED_THINGS, KINDS, NAMES, NOUNS, NUMBERS, SINGULAR, THINGS, Form, Task
+from rm_robust.data.world.task import (
+    ADJECTIVES,
+    COUNTED_THINGS,
+    KINDS,
+    NAMES,
+    NOUNS,
+    NUMBERS,
+    SINGULAR,
+    THINGS,
+    Form,
+    Task,
+)
 from rm_robust.data.world.task_family import Slots, TaskFamily, are_distinct, join_with_and, phrase_items
 
 ADDENDS = NUMBERS[2:8]
@@ -58,12 +69,22 @@ REPEAT_AND_END = TaskFamily(
 
 
 def _draw_fact(rng: Random) -> Slots:
-    return {"name": rng.choice(NAMES), "color": rng.choice(KINDS["colors"]), "thing": rng.choice(THINGS), "asked": rng.choice(ASKED)}
+    return {
+        "name": rng.choice(NAMES),
+        "color": rng.choice(KINDS["colors"]),
+        "thing": rng.choice(THINGS),
+        "asked": rng.choice(ASKED),
+    }
 
 
 def _fact_task(slots: Slots) -> Task | None:
     asked = slots["asked"]
-    if slots["name"] not in NAMES or slots["color"] not in KINDS["colors"] or slots["thing"] not in THINGS or asked not in ASKED:
+    if (
+        slots["name"] not in NAMES
+        or slots["color"] not in KINDS["colors"]
+        or slots["thing"] not in THINGS
+        or asked not in ASKED
+    ):
         return None
     others = tuple(slots[other] for other in ASKED if other != asked)
     return Task("answer_from_fact", (slots[asked],), num_items=1, is_ordered=True, confusable=others)
@@ -93,11 +114,18 @@ def _draw_listing(rng: Random) -> Slots:
 
 def _listing_task(slots: Slots) -> Task | None:
     kind, included = slots["kind"], slots["x"]
-    if slots["name"] not in NAMES or slots["count"] not in ITEM_COUNTS or kind not in KINDS or included not in KINDS[kind]:
+    if (
+        slots["name"] not in NAMES
+        or slots["count"] not in ITEM_COUNTS
+        or kind not in KINDS
+        or included not in KINDS[kind]
+    ):
         return None
     other_kinds = tuple(noun for noun in NOUNS if noun not in KINDS[kind])
     num_items = NUMBERS.index(slots["count"])
-    return Task("list_items", KINDS[kind], num_items, is_ordered=False, must_include=(included,), confusable=other_kinds)
+    return Task(
+        "list_items", KINDS[kind], num_items, is_ordered=False, must_include=(included,), confusable=other_kinds
+    )
 
 
 def _phrase_listing(task: Task, items: Sequence[str], form: Form) -> str:
@@ -174,7 +202,15 @@ def _description_task(slots: Slots) -> Task | None:
     if noun not in THINGS or not are_distinct((*adjectives, slots["w"]), ADJECTIVES):
         return None
     others = tuple(adjective for adjective in ADJECTIVES if adjective not in adjectives)
-    return Task("describe_with", adjectives, num_items=2, is_ordered=False, mentionable=(noun,), required=(noun,), confusable=others)
+    return Task(
+        "describe_with",
+        adjectives,
+        num_items=2,
+        is_ordered=False,
+        mentionable=(noun,),
+        required=(noun,),
+        confusable=others,
+    )
 
 
 def _phrase_description(task: Task, items: Sequence[str], form: Form) -> str:

@@ -161,7 +161,9 @@ def require_exhausted(weights: Iterator[tuple[str, Tensor]]) -> None:
     """Raises RolloutError when there are more weights than were announced."""
     extra = next(weights, None)
     if extra is not None:
-        raise RolloutError(f"The weights yield {extra[0]}, which metadata() does not announce. Both must list the same parameters.")
+        raise RolloutError(
+            f"The weights yield {extra[0]}, which metadata() does not announce. Both must list the same parameters."
+        )
 
 
 def unpack(chunk: list[ParameterSpec], buffer: Tensor) -> list[tuple[str, Tensor]]:
@@ -181,11 +183,15 @@ def checksum(buffer: Tensor) -> int:
 
 def host_store(address: str, world_size: int, timeout_s: float) -> TCPStore:
     """Start the rendezvous on a free port (`.port`); the trainer does, and keeps it as long as its group."""
-    return TCPStore(address, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    return TCPStore(
+        address, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+    )
 
 
 def join_store(address: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
-    return TCPStore(address, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    return TCPStore(
+        address, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+    )
 
 
 def open_group(store: TCPStore, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
@@ -212,7 +218,9 @@ def send_weights(group: ProcessGroupGloo, source: WeightSource) -> int:
     return sum(chunk_num_bytes(chunk) for chunk in chunks)
 
 
-def receive_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], load: Callable[[list[tuple[str, Tensor]]], None]) -> None:
+def receive_weights(
+    group: ProcessGroupGloo, specs: list[ParameterSpec], load: Callable[[list[tuple[str, Tensor]]], None]
+) -> None:
     """Receive what `send_weights` sends and hand each chunk to `load`, which may keep the tensors: no buffer is used twice.
 
     Raises RolloutError when the bytes of a chunk are not those that were sent; its weights have been loaded by then.
@@ -226,7 +234,9 @@ def receive_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], load: C
     start_broadcast(group, sent_checksums).wait()
     for index, (sent, received) in enumerate(zip(sent_checksums.tolist(), checksums, strict=True)):
         if sent != received:
-            raise RolloutError(f"Chunk {index} of {len(chunks)} arrived with checksum {received}, but {sent} was sent. Publish the weights again.")
+            raise RolloutError(
+                f"Chunk {index} of {len(chunks)} arrived with checksum {received}, but {sent} was sent. Publish the weights again."
+            )
 
 
 def start_broadcast(group: ProcessGroupGloo, buffer: Tensor) -> Work:
@@ -255,10 +265,16 @@ def _padded_bytes(spec: ParameterSpec) -> int:
 def _is_sendable(tensor: Tensor) -> bool:
     """Whether a parameter's own memory can be its chunk: on CPU, in order, and aligned like a chunk."""
     start, end = tensor.storage_offset() * tensor.itemsize, (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not (start % _ALIGNMENT_BYTES or end % _ALIGNMENT_BYTES)
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not (start % _ALIGNMENT_BYTES or end % _ALIGNMENT_BYTES)
+    )
 
 
-def _receive_in_order(group: ProcessGroupGloo, chunks: list[list[ParameterSpec]]) -> Iterator[tuple[list[ParameterSpec], Tensor]]:
+def _receive_in_order(
+    group: ProcessGroupGloo, chunks: list[list[ParameterSpec]]
+) -> Iterator[tuple[list[ParameterSpec], Tensor]]:
     """Each chunk and its buffer when it has arrived; further ones arrive while the caller works on it."""
     arriving: deque[tuple[list[ParameterSpec], Tensor, Work]] = deque()
 

@@ -26,7 +26,13 @@ from rm_robust.cluster.environment import free_port
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.weights.broadcast import ModuleWeights, WeightSource, host_store, open_group, send_weights
 from rm_robust.rloo.weights.probe import Probe
-from rm_robust.rloo.weights.shared_memory import SharedMemory, memory_namespace, move_parameters, num_shared_bytes, share_weights
+from rm_robust.rloo.weights.shared_memory import (
+    SharedMemory,
+    memory_namespace,
+    move_parameters,
+    num_shared_bytes,
+    share_weights,
+)
 
 logger = logging.getLogger(__name__)
 _CONNECTION_ERRORS = (RayError, RuntimeError, RolloutError)
@@ -52,7 +58,9 @@ def register_gloo_backend() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     with contextlib.suppress(ValueError):  # already registered: vLLM may load its plugins more than once in a process
-        WeightTransferEngineFactory.register_engine("gloo", "rm_robust.rloo.weights.vllm_transfer", "GlooWeightTransferEngine")
+        WeightTransferEngineFactory.register_engine(
+            "gloo", "rm_robust.rloo.weights.vllm_transfer", "GlooWeightTransferEngine"
+        )
 
 
 class WeightPublisher:
@@ -90,7 +98,11 @@ class WeightPublisher:
         try:
             return self._publish_once(version)
         except _CONNECTION_ERRORS as error:
-            logger.warning("Publishing policy version %d failed, trying once more over new connections: %s", version, _reason(error))
+            logger.warning(
+                "Publishing policy version %d failed, trying once more over new connections: %s",
+                version,
+                _reason(error),
+            )
         try:
             return self._publish_once(version)
         except _CONNECTION_ERRORS as error:
@@ -116,8 +128,16 @@ class WeightPublisher:
         except BaseException:
             self.close()  # an engine that still waits for the rest of this update gets an error at once
             raise
-        report = SyncReport(version, sent.num_bytes, loaded_s - start_s, time.perf_counter() - start_s, self._client.num_engines)
-        logger.debug("Policy version %d: %d bytes to %d engines in %.3f s", version, report.num_bytes, report.num_engines, report.seconds)
+        report = SyncReport(
+            version, sent.num_bytes, loaded_s - start_s, time.perf_counter() - start_s, self._client.num_engines
+        )
+        logger.debug(
+            "Policy version %d: %d bytes to %d engines in %.3f s",
+            version,
+            report.num_bytes,
+            report.num_engines,
+            report.seconds,
+        )
         return report
 
     def _confirm(self, version: int, receiving: list[ObjectRef[Any]]) -> float:
@@ -168,7 +188,9 @@ class EngineClient:
     def begin_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> list[ObjectRef[Any]]:
         """Give each engine its own ranks: vLLM's own Ray client sends one `rank_offset` to all, and several engines then wait for each other."""
         return [
-            engine.init_weight_transfer_engine.remote({**init_info, "rank_offset": 1 + index * self._tensor_parallel_size})
+            engine.init_weight_transfer_engine.remote(
+                {**init_info, "rank_offset": 1 + index * self._tensor_parallel_size}
+            )
             for index, engine in enumerate(self._engines)
         ]
 
@@ -196,7 +218,9 @@ class EngineClient:
         """Raises RolloutError unless every engine answers with `version`, and what an engine raises when its probe is not the trainer's."""
         versions = self.wait([engine.confirm_version.remote(version, trainer_logprobs) for engine in self._engines])
         if versions != [version] * self.num_engines:
-            raise RolloutError(f"Engines confirmed policy versions {versions}, expected {version} from all {self.num_engines}.")
+            raise RolloutError(
+                f"Engines confirmed policy versions {versions}, expected {version} from all {self.num_engines}."
+            )
 
 
 @dataclass(frozen=True)
@@ -231,7 +255,12 @@ class GlooSender:
         self._memory: SharedMemory | None = None
         address = ray.util.get_node_ip_address()
         store = host_store(address, client.world_size, client.timeout_s)
-        init_info = {"master_address": address, "master_port": store.port, "world_size": client.world_size, "timeout_s": client.timeout_s}
+        init_info = {
+            "master_address": address,
+            "master_port": store.port,
+            "world_size": client.world_size,
+            "timeout_s": client.timeout_s,
+        }
         joining = client.begin_init_weight_transfer_engine(init_info)
         self._group = open_group(store, 0, client.world_size, client.timeout_s)
         client.wait(joining)
@@ -256,7 +285,9 @@ class GlooSender:
                 return Sent(share_weights(self._group, self._source, self._memory.buffer), receiving)
             return Sent(send_weights(self._group, self._source), receiving)
         except RuntimeError as error:
-            logger.warning("sending weights failed:\n%s", traceback.format_exc())  # as text: a log record that is kept would hold the frames too
+            logger.warning(
+                "sending weights failed:\n%s", traceback.format_exc()
+            )  # as text: a log record that is kept would hold the frames too
             reason = str(error)
         # Outside of the handler: an error that is raised in it holds gloo's, whose frames hold the group. The group would outlive `close`, and an engine
         # that is yet to come to this update would wait for it until the timeout.
@@ -278,7 +309,9 @@ class NcclSender:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         address = ray.util.get_node_ip_address()
-        info = NCCLTrainerInitInfo(master_address=address, master_port=free_port(""), world_size=client.world_size, rank=0)
+        info = NCCLTrainerInitInfo(
+            master_address=address, master_port=free_port(""), world_size=client.world_size, rank=0
+        )
         self._source = source
         vllm_source: Any = source  # vLLM's dense NCCL sender calls nothing but the two methods of our protocol
         self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=vllm_source)

@@ -77,11 +77,15 @@ def open_memory(address: MemoryAddress, num_bytes: int) -> Tensor:
     try:
         descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
-        raise RolloutError(f"The trainer's memory {address.path} cannot be opened ({error.strerror}). Publish the weights again.") from error
+        raise RolloutError(
+            f"The trainer's memory {address.path} cannot be opened ({error.strerror}). Publish the weights again."
+        ) from error
     try:
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino, status.st_size) != (address.device, address.inode, num_bytes):
-            raise RolloutError(f"{address.path} is not the {num_bytes} bytes that the trainer announced: it has closed them. Publish the weights again.")
+            raise RolloutError(
+                f"{address.path} is not the {num_bytes} bytes that the trainer announced: it has closed them. Publish the weights again."
+            )
         return _map(descriptor, num_bytes)
     finally:
         os.close(descriptor)
@@ -103,7 +107,9 @@ def _chunks_in(memory: Tensor, specs: list[ParameterSpec]) -> list[tuple[list[Pa
 
 def move_parameters(source: ModuleWeights, memory: Tensor) -> None:
     """From now on the trainer updates its parameters where engines read them. They keep the memory alive, also when it is closed."""
-    source.move({name: place for chunk, part in _chunks_in(memory, source.metadata()) for name, place in unpack(chunk, part)})
+    source.move(
+        {name: place for chunk, part in _chunks_in(memory, source.metadata()) for name, place in unpack(chunk, part)}
+    )
 
 
 def share_weights(group: ProcessGroupGloo, source: WeightSource, memory: Tensor) -> int:
@@ -119,7 +125,12 @@ def share_weights(group: ProcessGroupGloo, source: WeightSource, memory: Tensor)
     return memory.numel()
 
 
-def load_shared_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], memory: Tensor, load: Callable[[list[tuple[str, Tensor]]], None]) -> None:
+def load_shared_weights(
+    group: ProcessGroupGloo,
+    specs: list[ParameterSpec],
+    memory: Tensor,
+    load: Callable[[list[tuple[str, Tensor]]], None],
+) -> None:
     """Hand each chunk that `share_weights` announces to `load`, which may keep the tensors until the update is over, and must not change them.
 
     Raises RolloutError, before it loads a chunk, when its bytes are not those that were announced.
@@ -127,9 +138,13 @@ def load_shared_weights(group: ProcessGroupGloo, specs: list[ParameterSpec], mem
     chunks = _chunks_in(memory, specs)
     checksums = [torch.empty(1, dtype=torch.int64) for _ in chunks]
     announcements = [start_broadcast(group, checksum_1) for checksum_1 in checksums]
-    for index, ((chunk, part), announcement, announced) in enumerate(zip(chunks, announcements, checksums, strict=True)):
+    for index, ((chunk, part), announcement, announced) in enumerate(
+        zip(chunks, announcements, checksums, strict=True)
+    ):
         announcement.wait()
         found = checksum(part)
         if found != announced.item():
-            raise RolloutError(f"Shared chunk {index} of {len(chunks)} has checksum {found}, but {announced.item()} was announced. Publish the weights again.")
+            raise RolloutError(
+                f"Shared chunk {index} of {len(chunks)} has checksum {found}, but {announced.item()} was announced. Publish the weights again."
+            )
         load(unpack(chunk, part))

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
@@ -71,7 +75,11 @@ class DirectLoader:
         self._packing: list[Future[None]] = []
         embeddings: list[Any] = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
         heads = _output_heads(model)
-        self._tied_heads = {e: [head for head in heads if head is not e and head.weight is e.weight] for e in embeddings if e in self._num_sources}
+        self._tied_heads = {
+            e: [head for head in heads if head is not e and head.weight is e.weight]
+            for e in embeddings
+            if e in self._num_sources
+        }
         for embedding in embeddings:
             if embedding not in heads:
                 embedding.cpu_linear = torch.nn.functional.linear  # vLLM packed it as if it were an output head
@@ -94,14 +102,18 @@ class DirectLoader:
                 self._pieces.setdefault(place.layer, {}).setdefault(place.parameter_name, []).append((place, tensor))
             self._num_waiting[place.layer] -= 1
             if not self._num_waiting[place.layer]:
-                self._packing.append(self._threads.submit(self._put_to_use, place.layer, self._pieces.pop(place.layer, {})))
+                self._packing.append(
+                    self._threads.submit(self._put_to_use, place.layer, self._pieces.pop(place.layer, {}))
+                )
 
     def finish(self) -> None:
         for packing in self._packing:
             packing.result()
         late = sum(num_waiting > 0 for num_waiting in self._num_waiting.values())
         if late:
-            raise RolloutError(f"{late} layers of the engine's model did not get all of their weights. Publish them again.")
+            raise RolloutError(
+                f"{late} layers of the engine's model did not get all of their weights. Publish them again."
+            )
 
     @torch.no_grad()  # a thread begins without
     def _put_to_use(self, layer: Any, pieces_of: dict[str, list[tuple[_Place, Tensor]]]) -> None:
@@ -183,7 +195,9 @@ def _find_places(model: Any, specs: list[ParameterSpec]) -> dict[str, _Place] | 
         def record(_: Tensor, loaded_weight: Tensor, *arguments: Any, **keywords: Any) -> None:
             nonlocal is_direct
             quant_method = getattr(layer, "quant_method", None)
-            is_plain = quant_method is None or isinstance(quant_method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+            is_plain = quant_method is None or isinstance(
+                quant_method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod
+            )
             is_direct = is_direct and is_plain and name_of.get(id(loaded_weight)) not in (None, *places)
             if is_direct:
                 places[name_of[id(loaded_weight)]] = _Place(layer, parameter_name, arguments, keywords)
@@ -213,7 +227,9 @@ def _parameters(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 def _template_of(layer: nn.Module, parameter_name: str) -> Tensor:
     """Shape, dtype and loader of a parameter as the model was built: packing has removed some live ones."""
     template = get_layerwise_info(layer).restore_metadata[0].get(parameter_name)
-    return getattr(layer, parameter_name) if template is None else template  # biases are never removed and have no template
+    return (
+        getattr(layer, parameter_name) if template is None else template
+    )  # biases are never removed and have no template
 
 
 def _load_piece(parameter: Tensor, place: _Place, tensor: Tensor) -> None:
@@ -231,8 +247,17 @@ def _side_by_side(pieces: list[tuple[_Place, Tensor]], template: Tensor) -> Tens
     ordered = sorted(pieces, key=lambda piece: _position(piece[0]))
     storage, next_pointer = ordered[0][1].untyped_storage().data_ptr(), ordered[0][1].data_ptr()
     for position, (place, tensor) in enumerate(ordered):
-        is_next = tensor.untyped_storage().data_ptr() == storage and tensor.data_ptr() == next_pointer and tensor.is_contiguous()
-        if not is_next or _position(place) != position or tensor.dtype != template.dtype or tensor.shape[1:] != template.shape[1:]:
+        is_next = (
+            tensor.untyped_storage().data_ptr() == storage
+            and tensor.data_ptr() == next_pointer
+            and tensor.is_contiguous()
+        )
+        if (
+            not is_next
+            or _position(place) != position
+            or tensor.dtype != template.dtype
+            or tensor.shape[1:] != template.shape[1:]
+        ):
             return None
         next_pointer += tensor.nbytes
     if sum(tensor.numel() for _, tensor in ordered) != template.numel():
@@ -254,9 +279,15 @@ def _position(place: _Place) -> int:
 def _output_heads(model: Any) -> list[Any]:
     """Layers that compute logits: ParallelLMHead, and embeddings that stand in the model a second time, as its head."""
     times = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    return [m for m in model.modules() if isinstance(m, ParallelLMHead) or (isinstance(m, VocabParallelEmbedding) and times[m] > 1)]
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, ParallelLMHead) or (isinstance(m, VocabParallelEmbedding) and times[m] > 1)
+    ]
 
 
 def _require_none_missing(names: list[str]) -> None:
     if names:
-        raise RolloutError(f"The trainer sent no weights for all or part of {len(names)} parameters of the engine's model, the first is {names[0]}.")
+        raise RolloutError(
+            f"The trainer sent no weights for all or part of {len(names)} parameters of the engine's model, the first is {names[0]}."
+        )

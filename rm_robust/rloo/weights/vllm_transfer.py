@@ -46,7 +46,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
 
-    def __init__(self, config: "WeightTransferConfig", vllm_config: "VllmConfig", device: torch.device, model: torch.nn.Module) -> None:
+    def __init__(
+        self, config: "WeightTransferConfig", vllm_config: "VllmConfig", device: torch.device, model: torch.nn.Module
+    ) -> None:
         super().__init__(config, vllm_config, device, model)
         self._group: ProcessGroupGloo | None = None
         self._loaders: dict[tuple[ParameterSpec, ...], WeightLoader] = {}
@@ -69,7 +71,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         group = self._require_group()
         specs = [
             ParameterSpec(name, getattr(torch, dtype_name), tuple(shape))
-            for name, dtype_name, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+            for name, dtype_name, shape in zip(
+                update_info.names, update_info.dtype_names, update_info.shapes, strict=True
+            )
         ]
         if tuple(specs) not in self._loaders:
             self._loaders = {tuple(specs): new_loader(self.model, self.model_config, specs)}
@@ -78,7 +82,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if update_info.shared_memory is None:
             receive_weights(group, specs, loader.load)
         else:
-            load_shared_weights(group, specs, self._shared_memory(MemoryAddress(*update_info.shared_memory), num_shared_bytes(specs)), loader.load)
+            load_shared_weights(
+                group,
+                specs,
+                self._shared_memory(MemoryAddress(*update_info.shared_memory), num_shared_bytes(specs)),
+                loader.load,
+            )
         self._loader = loader
 
     def finish_weight_update(self) -> None:

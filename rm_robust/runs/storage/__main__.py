@@ -14,7 +14,9 @@ from rm_robust.runs.storage.transfer import fetch_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rm_robust.runs.storage", description="Copy a committed folder of a run out of an object store.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rm_robust.runs.storage", description="Copy a committed folder of a run out of an object store."
+    )
     parser.add_argument("uri", help="s3://bucket/runs/mine/checkpoints/reward_model")
     parser.add_argument("folder", type=Path, help="a new folder")
     options = parser.parse_args(arguments)

@@ -37,7 +37,11 @@ def storage_errors(target: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not isinstance(error, OSError) and not any(sign in str(error) for sign in _STORAGE_SIGNS):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{str(error).splitlines()[0].rstrip('.')} ({_free_bytes(target)})"
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else f"{str(error).splitlines()[0].rstrip('.')} ({_free_bytes(target)})"
+        )
         raise StorageError(
             f"{shown(target)} could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage, and run the same "
             "command again."

@@ -44,4 +44,6 @@ def refuse_password(uri: str) -> None:
 
 
 def unreachable(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} cannot be reached: {error}. Check the address, the network and the credentials of this machine.")
+    return DataError(
+        f"{path} cannot be reached: {error}. Check the address, the network and the credentials of this machine."
+    )

@@ -94,7 +94,9 @@ def read_commit(folder: Path) -> Commit | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{uri_of(folder)}/{COMMIT} is not what this program commits ({error!r}). Restore it, or delete the folder.") from error
+        raise CheckpointError(
+            f"{uri_of(folder)}/{COMMIT} is not what this program commits ({error!r}). Restore it, or delete the folder."
+        ) from error
 
 
 def committed_in(root: Path) -> list[str]:
@@ -119,7 +121,9 @@ def files_below(path: Path) -> dict[str, pafs.FileInfo]:
     files = {entry.path.removeprefix(f"{inner}/"): entry for entry in entries if entry.type == pafs.FileType.File}
     for key in files:
         if not stays_below(key):
-            raise CheckpointError(f"{uri_of(path)} holds the object {key!r}, which could be a file outside of it on a node. Delete it, and see who wrote it.")
+            raise CheckpointError(
+                f"{uri_of(path)} holds the object {key!r}, which could be a file outside of it on a node. Delete it, and see who wrote it."
+            )
     return files
 
 

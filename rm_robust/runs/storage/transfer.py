@@ -127,7 +127,9 @@ def _download_generation(folder: Path, commit: Commit) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         download(filesystem, f"{inner}/{commit.generation}/{key}", path)
         if (path.stat().st_size, sha256(path)) != (stored.num_bytes, stored.sha256):
-            raise CheckpointError(f"{uri_of(folder)}/{commit.generation}/{key} has other bytes than were committed. Restore the object, or commit again.")
+            raise CheckpointError(
+                f"{uri_of(folder)}/{commit.generation}/{key} has other bytes than were committed. Restore the object, or commit again."
+            )
     return partial
 
 
@@ -204,7 +206,12 @@ def delete_uncommitted(run_dir: Path) -> None:
         filesystem, inner = place(run_dir)
         files = files_below(run_dir)
         folders = committed_folders(run_dir, files)
-        left = {key[: key.index(part)] + part for key in files for part in key.split("/") if part.startswith((GENERATION, UNCOMMITTED))}
+        left = {
+            key[: key.index(part)] + part
+            for key in files
+            for part in key.split("/")
+            if part.startswith((GENERATION, UNCOMMITTED))
+        }
         for key in sorted(left):
             if not is_in_a_folder(run_dir / key, folders):
                 filesystem.delete_dir(f"{inner}/{key}")

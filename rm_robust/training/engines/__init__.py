@@ -8,12 +8,16 @@ from rm_robust.training.engines.ddp import DdpEngine
 from rm_robust.training.engines.engine import TrainEngine
 
 
-def create_engine(module: nn.Module, *, strategy: StrategyConfig, optimizer: OptimizerConfig, device: torch.device) -> TrainEngine:
+def create_engine(
+    module: nn.Module, *, strategy: StrategyConfig, optimizer: OptimizerConfig, device: torch.device
+) -> TrainEngine:
     """The engine that the config names. torch.distributed must be initialised when there is more than one rank."""
     if strategy.kind == "deepspeed":
         from rm_robust.training.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, zero_stage=strategy.zero_stage, cpu_offload=strategy.cpu_offload, optimizer=optimizer, device=device)
+        return DeepSpeedEngine(
+            module, zero_stage=strategy.zero_stage, cpu_offload=strategy.cpu_offload, optimizer=optimizer, device=device
+        )
     if strategy.kind == "fsdp2":
         from rm_robust.training.engines.fsdp import FsdpEngine
 

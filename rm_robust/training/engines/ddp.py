@@ -37,11 +37,15 @@ class DdpEngine:
         (global_sum_term * self.world_size).backward()  # DistributedDataParallel averages over ranks; the sum is wanted
 
     def step(self, learning_rate: float) -> float:
-        return float(clip_and_update(self.module, self.optimizer, learning_rate, max_gradient_norm=self.max_gradient_norm))
+        return float(
+            clip_and_update(self.module, self.optimizer, learning_rate, max_gradient_norm=self.max_gradient_norm)
+        )
 
     def save(self, folder: Path) -> None:
         if self.rank == 0:
-            torch.save({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "engine.pt")
+            torch.save(
+                {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "engine.pt"
+            )
 
     def load(self, folder: Path) -> None:
         state = torch.load(io.BytesIO((folder / "engine.pt").read_bytes()), map_location="cpu", weights_only=True)

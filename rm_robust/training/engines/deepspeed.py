@@ -39,7 +39,9 @@ def deepspeed_config(*, zero_stage: int, max_gradient_norm: float, cpu_offload: 
 class DeepSpeedEngine:
     """Sharded optimiser state (stage 1), gradients (2) and parameters (3)."""
 
-    def __init__(self, module: nn.Module, *, zero_stage: int, cpu_offload: bool, optimizer: OptimizerConfig, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, *, zero_stage: int, cpu_offload: bool, optimizer: OptimizerConfig, device: torch.device
+    ) -> None:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -50,7 +52,9 @@ class DeepSpeedEngine:
             model=self.module,
             optimizer=new_optimizer(self.module, optimizer),
             dist_init_required=False,
-            config=deepspeed_config(zero_stage=zero_stage, max_gradient_norm=optimizer.max_gradient_norm, cpu_offload=cpu_offload),
+            config=deepspeed_config(
+                zero_stage=zero_stage, max_gradient_norm=optimizer.max_gradient_norm, cpu_offload=cpu_offload
+            ),
         )
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()

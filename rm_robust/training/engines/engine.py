@@ -66,7 +66,9 @@ def new_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
 
 
-def clip_and_update(module: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, *, max_gradient_norm: float) -> Tensor:
+def clip_and_update(
+    module: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, *, max_gradient_norm: float
+) -> Tensor:
     """One update at `learning_rate`, gradients clipped before and cleared after; returns their norm before clipping. RuntimeError when it is not finite."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), max_gradient_norm, error_if_nonfinite=True)
     for group in optimizer.param_groups:

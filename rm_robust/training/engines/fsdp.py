@@ -8,7 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,7 +26,9 @@ from rm_robust.training.engines.engine import clip_and_update, new_optimizer
 class FsdpEngine:
     """Weights meet a layer at a time in forward and backward, gradients after each micro-batch."""
 
-    def __init__(self, module: nn.Module, *, optimizer: OptimizerConfig, device: torch.device, cpu_offload: bool) -> None:
+    def __init__(
+        self, module: nn.Module, *, optimizer: OptimizerConfig, device: torch.device, cpu_offload: bool
+    ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.max_gradient_norm = optimizer.max_gradient_norm
         mesh = init_device_mesh(device.type, (self.world_size,))
@@ -42,7 +49,9 @@ class FsdpEngine:
         (global_sum_term * self.world_size).backward()  # FSDP averages over ranks; the sum is wanted
 
     def step(self, learning_rate: float) -> float:
-        return float(whole(clip_and_update(self.module, self.optimizer, learning_rate, max_gradient_norm=self.max_gradient_norm)))
+        return float(
+            whole(clip_and_update(self.module, self.optimizer, learning_rate, max_gradient_norm=self.max_gradient_norm))
+        )
 
     def save(self, folder: Path) -> None:
         module_state, optimizer_state = get_state_dict(self.module, self.optimizer)
@@ -57,13 +66,17 @@ class FsdpEngine:
         return whole(parameter.detach())
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        state: dict[str, Any] = get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: dict[str, Any] = get_model_state_dict(
+            self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         return state
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
     """The layers that transformers says must stay whole (`_no_split_modules`)."""
-    whole_names = {name for part in module.modules() if isinstance(part, PreTrainedModel) for name in part._no_split_modules or ()}
+    whole_names = {
+        name for part in module.modules() if isinstance(part, PreTrainedModel) for name in part._no_split_modules or ()
+    }
     layers = [part for part in module.modules() if type(part).__name__ in whole_names]
     assert layers, f"no decoder layer found in {type(module).__name__}: {sorted(whole_names)}"
     return layers

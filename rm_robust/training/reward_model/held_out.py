@@ -11,12 +11,24 @@ from rm_robust.models.packing import lay_out, micro_batches
 from rm_robust.models.reward_model import PackedRewardModel
 from rm_robust.training.engines.engine import TrainEngine, largest_over_ranks
 from rm_robust.training.loop import rank_share
-from rm_robust.training.reward_model.metrics import correlation, effective_rank, kendall_tau_b, ordered_alike, skewness, squared_errors
+from rm_robust.training.reward_model.metrics import (
+    correlation,
+    effective_rank,
+    kendall_tau_b,
+    ordered_alike,
+    skewness,
+    squared_errors,
+)
 from rm_robust.training.reward_model.step import StepSettings, gather_rows
 
 
 def held_out_metrics(
-    engine: TrainEngine, packed: PackedRewardModel, rows: list[TokenisedGroup], settings: StepSettings, *, device: torch.device
+    engine: TrainEngine,
+    packed: PackedRewardModel,
+    rows: list[TokenisedGroup],
+    settings: StepSettings,
+    *,
+    device: torch.device,
 ) -> dict[str, float]:
     """Figures of the prompts' completions (score units; norms before the decoder's final norm unless named final):
 
@@ -35,20 +47,29 @@ def held_out_metrics(
     columns = [torch.zeros(0, 4, device=device)]
     hidden: list[Tensor] = [torch.zeros(0, device=device)]
     for number in range(largest_over_ranks(len(bins), device)):
-        members = [own[i] for i in bins[number]] if number < len(bins) else rows[:1]  # an idle rank takes part in the forward pass
+        members = (
+            [own[i] for i in bins[number]] if number < len(bins) else rows[:1]
+        )  # an idle rank takes part in the forward pass
         batch = lay_out([row.tokens for row in members], packed.layout, pad_id=settings.pad_id).to(device)
         with torch.no_grad():
             scored = engine.forward(batch)
         if number >= len(bins):
             continue
-        scores = [own_scores.tolist() for own_scores in scored.scores_N.split([len(row.gold_scores) for row in members])]
+        scores = [
+            own_scores.tolist() for own_scores in scored.scores_N.split([len(row.gold_scores) for row in members])
+        ]
         for row, own_scores in zip(members, scores, strict=True):
             is_right += map(float, ordered_alike(own_scores, row.gold_scores))
             errors += squared_errors(own_scores, row.gold_scores)
             if len(set(row.gold_scores)) > 1:
                 taus.append(kendall_tau_b(own_scores, row.gold_scores))
-        lengths_N = torch.tensor([float(len(ids)) for row in members for ids in row.tokens.completion_ids], device=device)
-        norms = [states_NH.float().norm(dim=1) for states_NH in (scored.hidden_before_final_norm_NH, scored.hidden_after_final_norm_NH)]
+        lengths_N = torch.tensor(
+            [float(len(ids)) for row in members for ids in row.tokens.completion_ids], device=device
+        )
+        norms = [
+            states_NH.float().norm(dim=1)
+            for states_NH in (scored.hidden_before_final_norm_NH, scored.hidden_after_final_norm_NH)
+        ]
         columns.append(torch.stack([scored.scores_N.float(), lengths_N, *norms], dim=1))
         hidden.append(scored.hidden_after_final_norm_NH.flatten())
     means = {name: _mean(values, device) for name, values in (("accuracy", is_right), ("brier", errors))}

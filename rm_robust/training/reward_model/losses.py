@@ -73,7 +73,11 @@ def bt_norm_losses(chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, epsilo
 
 def bt_dr_losses(chosen_scores_B: Tensor, rejected_scores_B: Tensor) -> Tensor:
     """Bradley-Terry plus -log sigma(chosen) - log sigma(-rejected) (nats). Paper Eq. 31, after Eurus (Yuan et al. 2024)."""
-    return bradley_terry_losses(chosen_scores_B, rejected_scores_B) - F.logsigmoid(chosen_scores_B) - F.logsigmoid(-rejected_scores_B)
+    return (
+        bradley_terry_losses(chosen_scores_B, rejected_scores_B)
+        - F.logsigmoid(chosen_scores_B)
+        - F.logsigmoid(-rejected_scores_B)
+    )
 
 
 def batch_sum_to_zero_penalty(chosen_scores_B: Tensor, rejected_scores_B: Tensor) -> Tensor:
@@ -86,7 +90,9 @@ def centering_penalty(chosen_scores_B: Tensor, rejected_scores_B: Tensor) -> Ten
     return (chosen_scores_B + rejected_scores_B).square().mean()
 
 
-def objective_value(scores_B2: Tensor, settings: ObjectiveSettings, *, margins_B: Tensor | None = None, weights_B: Tensor | None = None) -> ObjectiveValue:
+def objective_value(
+    scores_B2: Tensor, settings: ObjectiveSettings, *, margins_B: Tensor | None = None, weights_B: Tensor | None = None
+) -> ObjectiveValue:
     """The objective over a whole optimiser-step batch and its gradient with respect to every score.
 
     `scores_B2`: (chosen, rejected) of all pairs of all ranks and micro-batches; working from them makes loss and gradient the same for any
@@ -120,7 +126,9 @@ def _pair_losses(settings: ObjectiveSettings) -> Callable[[Tensor, Tensor, Tenso
             return hinge_losses
         case Objective.BT_NORM:
             epsilon, temperature = settings.norm_epsilon, settings.norm_temperature
-            return lambda chosen_B, rejected_B, _: bt_norm_losses(chosen_B, rejected_B, epsilon=epsilon, temperature=temperature)
+            return lambda chosen_B, rejected_B, _: bt_norm_losses(
+                chosen_B, rejected_B, epsilon=epsilon, temperature=temperature
+            )
         case Objective.BT_DR:
             return lambda chosen_B, rejected_B, _: bt_dr_losses(chosen_B, rejected_B)
         case Objective.BRADLEY_TERRY | Objective.CENTERING | Objective.BATCH_SUM_TO_ZERO:
@@ -136,4 +144,6 @@ def _penalty(chosen_B: Tensor, rejected_B: Tensor, settings: ObjectiveSettings) 
     pairs_in_scope = len(chosen_B) if settings.bsr_scope is BsrScope.STEP else settings.bsr_micro_pairs
     coefficient = settings.bsr_coefficient * (pairs_in_scope if settings.bsr_scale is BsrScale.PAIRS else 1)
     blocks = zip(chosen_B.split(pairs_in_scope), rejected_B.split(pairs_in_scope), strict=True)
-    return coefficient, coefficient * torch.stack([batch_sum_to_zero_penalty(chosen, rejected) for chosen, rejected in blocks]).mean()
+    return coefficient, coefficient * torch.stack(
+        [batch_sum_to_zero_penalty(chosen, rejected) for chosen, rejected in blocks]
+    ).mean()

@@ -50,7 +50,9 @@ def mean_kendall_tau(scores: list[list[float]], gold_scores: list[list[float]]) 
             constant_scores += len(set(own)) == 1
             taus.append(kendall_tau_b(own, gold))
     if not taus:
-        raise ValueError(f"Kendall's tau needs at least one prompt whose gold scores differ, got {undefined} with constant gold.")
+        raise ValueError(
+            f"Kendall's tau needs at least one prompt whose gold scores differ, got {undefined} with constant gold."
+        )
     assert all(math.isfinite(tau) for tau in taus)
     return ScenarioResult("kendall_tau_b", sum(taus) / len(taus), len(taus) + undefined, undefined, constant_scores)
 

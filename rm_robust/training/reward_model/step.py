@@ -53,14 +53,21 @@ class _PairColumns:
 
 
 def reward_model_step(
-    engine: TrainEngine, pairs: list[PreferencePair], settings: StepSettings, *, model: PackedRewardModel, device: torch.device
+    engine: TrainEngine,
+    pairs: list[PreferencePair],
+    settings: StepSettings,
+    *,
+    model: PackedRewardModel,
+    device: torch.device,
 ) -> dict[str, float]:
     """Gradient of the objective over all ranks' pairs, left in the engine; returns the step's metrics (same on every rank).
 
     Raises ScoringError, on every rank, when any score is not finite.
     """
     bins = micro_batches([pair.tokens for pair in pairs], model.layout, settings.max_tokens_per_micro_batch)
-    batches = [lay_out([pairs[i].tokens for i in members], model.layout, pad_id=settings.pad_id).to(device) for members in bins]
+    batches = [
+        lay_out([pairs[i].tokens for i in members], model.layout, pad_id=settings.pad_id).to(device) for members in bins
+    ]
     num_rounds = largest_over_ranks(len(batches), device)
     if num_rounds == 1:
         with engine.micro_batch(is_last=True):
@@ -82,7 +89,12 @@ def reward_model_step(
 
 
 def _forward_and_backward_each(
-    engine: TrainEngine, rounds: list[PackedBatch], bins: list[list[int]], pairs: list[PreferencePair], settings: StepSettings, device: torch.device
+    engine: TrainEngine,
+    rounds: list[PackedBatch],
+    bins: list[list[int]],
+    pairs: list[PreferencePair],
+    settings: StepSettings,
+    device: torch.device,
 ) -> list[ScoredBatch]:
     """One pass over this rank's micro-batches: each pair's term is its own loss times its share of all ranks' weight."""
     all_weights_B, _ = gather_rows(torch.tensor([pair.weight for pair in pairs], device=device))
@@ -95,7 +107,9 @@ def _forward_and_backward_each(
                 members = [pairs[i] for i in bins[number]]
                 weights_b = torch.tensor([pair.weight for pair in members], device=device)
                 margins_b = torch.tensor([pair.margin for pair in members], device=device)
-                value = objective_value(scored.scores_N.view(-1, 2), settings.objective, margins_B=margins_b, weights_B=weights_b)
+                value = objective_value(
+                    scored.scores_N.view(-1, 2), settings.objective, margins_B=margins_b, weights_B=weights_b
+                )
                 gradient_N = value.gradient_B2.flatten() * (weights_b.sum() / all_weights_B.sum())
                 scored_rounds.append(scored.detached())
             engine.backward((scored.scores_N * gradient_N).sum())
@@ -111,19 +125,33 @@ def _backward_each(engine: TrainEngine, rounds: list[PackedBatch], gradients: li
 
 
 def _objective(
-    scored: list[ScoredBatch], bins: list[list[int]], pairs: list[PreferencePair], settings: StepSettings, device: torch.device
+    scored: list[ScoredBatch],
+    bins: list[list[int]],
+    pairs: list[PreferencePair],
+    settings: StepSettings,
+    device: torch.device,
 ) -> tuple[_PairColumns, ObjectiveValue, list[Tensor]]:
     """All ranks' columns, the objective, and its gradient by each score of each of this rank's micro-batches."""
     order_b = torch.tensor([i for members in bins for i in members], device=device)
     columns, start = _gather_columns(scored, order_b, pairs, device)
     if not torch.isfinite(columns.scores_B2).all():
-        raise ScoringError(f"The reward model gave non-finite scores {columns.scores_B2.tolist()[:4]} in training; lower the learning rate.")
-    value = objective_value(columns.scores_B2, settings.objective, margins_B=columns.margins_B, weights_B=columns.weights_B)
+        raise ScoringError(
+            f"The reward model gave non-finite scores {columns.scores_B2.tolist()[:4]} in training; lower the learning rate."
+        )
+    value = objective_value(
+        columns.scores_B2, settings.objective, margins_B=columns.margins_B, weights_B=columns.weights_B
+    )
     own_gradient_b2 = value.gradient_B2[start : start + len(pairs)][order_b]
-    return columns, value, [gradient_b2.flatten() for gradient_b2 in own_gradient_b2.split([len(members) for members in bins])]
+    return (
+        columns,
+        value,
+        [gradient_b2.flatten() for gradient_b2 in own_gradient_b2.split([len(members) for members in bins])],
+    )
 
 
-def _gather_columns(scored: list[ScoredBatch], order_b: Tensor, pairs: list[PreferencePair], device: torch.device) -> tuple[_PairColumns, int]:
+def _gather_columns(
+    scored: list[ScoredBatch], order_b: Tensor, pairs: list[PreferencePair], device: torch.device
+) -> tuple[_PairColumns, int]:
     """Pairs of rank 0 in their order, then of rank 1, …; and where this rank's begin. One collective call."""
     place_b = torch.argsort(order_b)  # micro-batches hold the pairs in another order
     before_NH, after_NH = (
@@ -152,7 +180,9 @@ def _gather_columns(scored: list[ScoredBatch], order_b: Tensor, pairs: list[Pref
     widths = [part.shape[1] for part in parts]
     gathered, start = gather_rows(torch.cat(parts, dim=1).flatten())
     columns = gathered.view(-1, sum(widths)).split(widths, dim=1)
-    return _PairColumns(**{name: column.squeeze(1) for name, column in zip(names, columns, strict=True)}), start // sum(widths)
+    return _PairColumns(**{name: column.squeeze(1) for name, column in zip(names, columns, strict=True)}), start // sum(
+        widths
+    )
 
 
 def _metrics(columns: _PairColumns, value: ObjectiveValue) -> dict[str, float]:

@@ -26,7 +26,13 @@ from rm_robust.training.reward_model.losses import ObjectiveSettings
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 from rm_robust.training.state import load_best, load_state, save_state
 
-LOGGED = ("reward_model/loss", "reward_model/accuracy", "reward_model/batch_mean_score", "reward_model/penalty", "reward_model/in_domain_accuracy")
+LOGGED = (
+    "reward_model/loss",
+    "reward_model/accuracy",
+    "reward_model/batch_mean_score",
+    "reward_model/penalty",
+    "reward_model/in_domain_accuracy",
+)
 
 
 def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
@@ -36,7 +42,10 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     base_dir = settings.base_path or layout.sft_model_dir(config)
     chat = ChatFormat.load(base_dir)
     pairs = training_pairs(read_token_groups(layout.preference_tokens / "scenario=train"), settings)
-    held_out = {name: read_token_groups(layout.preference_tokens / f"scenario={name}")[: settings.num_evaluation_pairs] for name in settings.evaluation_sets}
+    held_out = {
+        name: read_token_groups(layout.preference_tokens / f"scenario={name}")[: settings.num_evaluation_pairs]
+        for name in settings.evaluation_sets
+    }
     torch.manual_seed(config.seed)
     model = new_reward_model(base_dir, pad_id=chat.pad_id, seed=config.seed)
     if settings.lora:
@@ -63,7 +72,11 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
             found |= {f"reward_model/{name}_{key}": value for key, value in own.items()}
         return found
 
-    best = BestStep(f"reward_model/{settings.best_metric}", settings.early_stopping_evaluations) if settings.best_metric else None
+    best = (
+        BestStep(f"reward_model/{settings.best_metric}", settings.early_stopping_evaluations)
+        if settings.best_metric
+        else None
+    )
     workers = settings.workers
     num_done = run_loop(
         engine,
@@ -81,7 +94,11 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
         train_step=train_step,
         evaluate=evaluate,
         commit=lambda step: save_state(
-            engine, layout.reward_model_state, step, num_kept=settings.num_kept_checkpoints, best_step=None if best is None else best.step
+            engine,
+            layout.reward_model_state,
+            step,
+            num_kept=settings.num_kept_checkpoints,
+            best_step=None if best is None else best.step,
         ),
         best=best,
         is_reclaimed=is_reclaimed,
@@ -97,8 +114,15 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     weights = engine.full_state_dict()
     if engine.rank == 0:
         state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        training: dict[str, str | int | float] = {"objective": str(settings.objective), "num_steps": num_done, "seed": config.seed, **calibration}
-        commit_reward_model(layout.reward_model_checkpoint, model, state, chat, base_dir=base_dir, lora=settings.lora, training=training)
+        training: dict[str, str | int | float] = {
+            "objective": str(settings.objective),
+            "num_steps": num_done,
+            "seed": config.seed,
+            **calibration,
+        }
+        commit_reward_model(
+            layout.reward_model_checkpoint, model, state, chat, base_dir=base_dir, lora=settings.lora, training=training
+        )
     return {"num_steps": num_done}
 
 
@@ -125,4 +149,9 @@ def training_pairs(rows: list[TokenisedGroup], config: RewardModelConfig) -> lis
             f'objective = "margin" takes each pair\'s own margin, and {len(without)} of {len(rows)} training pairs have none (first: {without[0]}). '
             "Give the column `margin`, or one margin for all with reward_model.margin."
         )
-    return [PreferencePair(row.tokens, margin=(row.margin or 0.0) if reads_column else (config.margin or 0.0), weight=row.weight) for row in rows]
+    return [
+        PreferencePair(
+            row.tokens, margin=(row.margin or 0.0) if reads_column else (config.margin or 0.0), weight=row.weight
+        )
+        for row in rows
+    ]

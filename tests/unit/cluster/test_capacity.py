@@ -12,7 +12,15 @@ from ray.autoscaler._private.kuberay import node_provider
 from ray.autoscaler._private.local.config import prepare_local
 
 from rm_robust.cluster import capacity as cluster_capacity
-from rm_robust.cluster.capacity import NodeType, Request, check_capacity, kubernetes_config, node_types_of, requests_of, shortages_of
+from rm_robust.cluster.capacity import (
+    NodeType,
+    Request,
+    check_capacity,
+    kubernetes_config,
+    node_types_of,
+    requests_of,
+    shortages_of,
+)
 from rm_robust.config.loading import load_config
 from rm_robust.errors import ClusterError
 
@@ -22,7 +30,9 @@ GPU_NODE = {"CPU": 48.0, "GPU": 4.0, "trainer": 4.0}
 
 def test_each_stage_asks_for_what_its_section_says() -> None:
     requests = requests_of(load_config(CONFIGS / "full_rlhf.toml", []))
-    assert [str(request) for request in requests["reward_model"]] == ["8 x {CPU: 8, GPU: 1, trainer: 1} (reward_model.workers.num_workers)"]
+    assert [str(request) for request in requests["reward_model"]] == [
+        "8 x {CPU: 8, GPU: 1, trainer: 1} (reward_model.workers.num_workers)"
+    ]
     assert [str(request) for request in requests["preferences"]] == ["1 x {CPU: 1, data: 1} (data.task_resources)"]
     assert [(request.setting, request.count) for request in requests["rloo"]] == [
         ("rloo.trainers.num_workers", 4), ("rloo.num_engines", 4), ("serve.proxy_replica.num_replicas", 2), ("serve.gold_replica.num_replicas", 2),
@@ -36,7 +46,9 @@ def test_a_request_fits_when_the_nodes_that_may_come_hold_it() -> None:
     assert shortages_of("sft", eight, [NodeType("trainer", GPU_NODE, 2)]) == []
     assert shortages_of("sft", eight, [NodeType("trainer", GPU_NODE, math.inf)]) == []
     (line,) = shortages_of("sft", eight, [NodeType("trainer", GPU_NODE, 1), NodeType("data", {"CPU": 16.0}, 5)])
-    assert line == ("sft asks for 8 x {CPU: 8, GPU: 1, trainer: 1} (workers), the cluster's maximum is 4 of them: lower workers, or add nodes")
+    assert line == (
+        "sft asks for 8 x {CPU: 8, GPU: 1, trainer: 1} (workers), the cluster's maximum is 4 of them: lower workers, or add nodes"
+    )
 
 
 def test_one_process_never_spans_two_nodes() -> None:
@@ -45,10 +57,16 @@ def test_one_process_never_spans_two_nodes() -> None:
 
 
 def test_what_a_stage_asks_for_is_there_at_once() -> None:
-    requests = [Request("trainers", 1, {"CPU": 1.0}), Request("engines", 1, {"CPU": 0.5}), Request("replicas", 2, {"CPU": 0.25})]
+    requests = [
+        Request("trainers", 1, {"CPU": 1.0}),
+        Request("engines", 1, {"CPU": 0.5}),
+        Request("replicas", 2, {"CPU": 0.25}),
+    ]
     assert shortages_of("rloo", requests, [NodeType("laptop", {"CPU": 2.0}, 1)]) == []
     (line,) = shortages_of("rloo", requests, [NodeType("laptop", {"CPU": 1.0}, 1)])
-    assert line.startswith("rloo asks for 2 CPU at once, the cluster's maximum is 1: 1 x {CPU: 1} (trainers), 1 x {CPU: 0.5} (engines)")
+    assert line.startswith(
+        "rloo asks for 2 CPU at once, the cluster's maximum is 1: 1 x {CPU: 1} (trainers), 1 x {CPU: 0.5} (engines)"
+    )
 
 
 def test_fractions_add_up_without_rounding_errors() -> None:
@@ -72,12 +90,20 @@ def test_the_message_names_every_stage_the_values_and_what_there_is(cluster: Any
     with pytest.raises(ClusterError) as failure:
         check_capacity(config, ["reward_model", "rloo"], beside=[Request("the driver", 1, {"CPU": 1.0})])
     message = str(failure.value)
-    assert "reward_model asks for 8 x {CPU: 8, GPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them" in message
-    assert "rloo asks for 1 x {CPU: 3, GPU: 1, rollout: 1} (rloo.num_engines), the cluster's maximum is 0 of them" in message
+    assert (
+        "reward_model asks for 8 x {CPU: 8, GPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them"
+        in message
+    )
+    assert (
+        "rloo asks for 1 x {CPU: 3, GPU: 1, rollout: 1} (rloo.num_engines), the cluster's maximum is 0 of them"
+        in message
+    )
     assert message.endswith("At most it has 1 x {CPU: 48, GPU: 4, trainer: 4}.")
 
 
-def test_a_cluster_that_is_large_enough_passes_and_one_that_keeps_its_limits_to_itself_is_not_refused(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_is_large_enough_passes_and_one_that_keeps_its_limits_to_itself_is_not_refused(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     smoke = load_config(CONFIGS / "smoke.toml", [])
     cluster(NodeType("laptop", {"CPU": 2.0}, 1))
     check_capacity(smoke, ["sft", "preferences", "reward_model", "evaluation", "rloo"])
@@ -95,7 +121,10 @@ def test_the_kinds_of_cluster_yaml_are_found_and_its_head_offers_nothing() -> No
 
 
 def test_machines_that_state_their_own_resources_count_once_all_are_there() -> None:
-    settings = {"cluster_name": "own", "provider": {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}}
+    settings = {
+        "cluster_name": "own",
+        "provider": {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]},
+    }
     config, _ = prepare_local(settings)
     nodes = [NodeType("head", {}, 1), NodeType("a", GPU_NODE, 1), NodeType("b", {"CPU": 16.0}, 1)]
     assert node_types_of(config, nodes[:2]) is None
@@ -128,7 +157,9 @@ def test_the_limits_of_kuberays_autoscaler_are_those_of_the_raycluster(pod: Path
     assert node_types is not None
     assert {node.name for node in node_types} == {"data", "trainer", "rollout", "serving"}
     full = load_config(CONFIGS / "full_rlhf.toml", [])
-    assert [line for stage, wanted in requests_of(full).items() for line in shortages_of(stage, wanted, node_types)] == []
+    assert [
+        line for stage, wanted in requests_of(full).items() for line in shortages_of(stage, wanted, node_types)
+    ] == []
     too_many = load_config(CONFIGS / "full_rlhf.toml", ["rloo.num_engines=99"])
     (line,) = shortages_of("rloo", requests_of(too_many)["rloo"], node_types)
     assert "lower rloo.num_engines" in line

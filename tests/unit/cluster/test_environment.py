@@ -20,14 +20,19 @@ ADDRESSES = {
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {name: [SimpleNamespace(family=socket.AF_INET, address=address) for address in own] for name, own in ADDRESSES.items()}
+    found = {
+        name: [SimpleNamespace(family=socket.AF_INET, address=address) for address in own]
+        for name, own in ADDRESSES.items()
+    }
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
     monkeypatch.setenv(INTERFACE_VARIABLE, "before")  # so that the test's end takes away what it sets
     monkeypatch.delenv(INTERFACE_VARIABLE)
 
 
 @pytest.mark.parametrize(("address", "name"), [("10.0.0.7", "enp3s0"), ("10.0.0.77", "enp4s0"), ("127.0.0.1", "lo")])
-def test_gloo_is_told_the_interface_that_has_rays_address(monkeypatch: pytest.MonkeyPatch, address: str, name: str) -> None:
+def test_gloo_is_told_the_interface_that_has_rays_address(
+    monkeypatch: pytest.MonkeyPatch, address: str, name: str
+) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
     listen_where_ray_does()
     assert os.environ[INTERFACE_VARIABLE] == name
@@ -40,7 +45,9 @@ def test_an_interface_that_somebody_has_set_stays(monkeypatch: pytest.MonkeyPatc
     assert os.environ[INTERFACE_VARIABLE] == "docker0"
 
 
-def test_an_address_that_no_interface_has_is_said_and_nothing_is_set(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_address_that_no_interface_has_is_said_and_nothing_is_set(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "203.0.113.9")
     listen_where_ray_does()
     assert INTERFACE_VARIABLE not in os.environ

@@ -10,7 +10,14 @@ from datetime import UTC, datetime
 import pytest
 
 from rm_robust.cluster import log_lines
-from rm_robust.cluster.log_lines import FORMAT_VARIABLE, JsonLines, TextLines, environment_of, lines_are_of, start_logging
+from rm_robust.cluster.log_lines import (
+    FORMAT_VARIABLE,
+    JsonLines,
+    TextLines,
+    environment_of,
+    lines_are_of,
+    start_logging,
+)
 from rm_robust.errors import ConfigError
 
 SCRIPT = """
@@ -32,7 +39,9 @@ logger.info("the end")
 
 
 def stderr_of(script: str, **environment: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -53,7 +62,9 @@ def test_as_json_every_line_is_one_object_with_run_stage_and_worker() -> None:
 
 def test_for_people_they_stand_in_brackets_and_a_child_process_may_be_told_by_its_environment() -> None:
     script = "import logging; from rm_robust.cluster.log_lines import start_logging; start_logging(); logging.getLogger('x').info('up')"
-    assert stderr_of(script, **environment_of("mine", "rloo", "trainer 0")).endswith(" INFO [mine rloo trainer 0] x: up\n")
+    assert stderr_of(script, **environment_of("mine", "rloo", "trainer 0")).endswith(
+        " INFO [mine rloo trainer 0] x: up\n"
+    )
     assert stderr_of(script).endswith(" INFO x: up\n")
 
 
@@ -69,5 +80,7 @@ def test_what_it_says_follows_the_process_from_stage_to_stage(monkeypatch: pytes
 
 def test_a_format_that_there_is_not_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORMAT_VARIABLE, "yaml")
-    with pytest.raises(ConfigError, match="RM_ROBUST_LOG_FORMAT = 'yaml' is no format of log lines; set it to text or json"):
+    with pytest.raises(
+        ConfigError, match="RM_ROBUST_LOG_FORMAT = 'yaml' is no format of log lines; set it to text or json"
+    ):
         start_logging()

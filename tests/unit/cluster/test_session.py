@@ -11,12 +11,16 @@ import pytest
 from rm_robust.cluster.environment import WORKER_ENVIRONMENT, worker_environment
 from rm_robust.cluster.session import DRIVER_VARIABLE, make_own_token, shut_down, workers_of
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
+)
 
 
 def worker_of(driver: str) -> subprocess.Popen[str]:
     """A process that does not end by itself."""
-    worker = subprocess.Popen([sys.executable, "-c", STUBBORN], env=os.environ | {DRIVER_VARIABLE: driver}, stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN], env=os.environ | {DRIVER_VARIABLE: driver}, stdout=subprocess.PIPE, text=True
+    )
     assert worker.stdout is not None
     assert worker.stdout.readline() == "up\n"
     return worker
@@ -43,7 +47,9 @@ def test_workers_that_hang_are_killed_and_those_of_another_driver_are_not(
     assert f"killing process {own.pid}" in caplog.text
 
 
-def test_workers_that_end_by_themselves_are_only_waited_for(workers: list[subprocess.Popen[str]], caplog: pytest.LogCaptureFixture) -> None:
+def test_workers_that_end_by_themselves_are_only_waited_for(
+    workers: list[subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
+) -> None:
     own, _ = workers
     own.kill()
     own.wait(10)
@@ -66,7 +72,9 @@ def test_workers_are_told_what_their_job_has_not_told_them(monkeypatch: pytest.M
     assert worker_environment() == {**WORKER_ENVIRONMENT, "RM_ROBUST_LOG_FORMAT": "json"}
     of_job = {"RM_ROBUST_LOG_FORMAT": "json", "TOKENIZERS_PARALLELISM": "true"}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it(of_job))
-    assert worker_environment() == {name: value for name, value in WORKER_ENVIRONMENT.items() if name != "TOKENIZERS_PARALLELISM"}
+    assert worker_environment() == {
+        name: value for name, value in WORKER_ENVIRONMENT.items() if name != "TOKENIZERS_PARALLELISM"
+    }
 
 
 def test_a_local_ray_has_a_token_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

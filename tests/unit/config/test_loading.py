@@ -10,7 +10,14 @@ from pipelines.driver import parse_run
 from rm_robust.config.loading import load_config
 from rm_robust.errors import ConfigError
 from rm_robust.runs import directory as config_loading
-from rm_robust.runs.directory import RESOLVED_NAME, RUN_ROOT_VARIABLE, choose_run_dir, claim_run_dir, in_ray_job, require_shared
+from rm_robust.runs.directory import (
+    RESOLVED_NAME,
+    RUN_ROOT_VARIABLE,
+    choose_run_dir,
+    claim_run_dir,
+    in_ray_job,
+    require_shared,
+)
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -62,10 +69,15 @@ def test_the_last_of_two_overrides_wins(config_path: Path) -> None:
         ("rloo.num_steps=many", ["rloo.num_steps", "'many'", "valid integer"]),
         ("rloo.num_steps=0", ["rloo.num_steps", "0", "greater than or equal to 1"]),
         ("rloo.num_steps.deep=1", ["rloo.num_steps.deep=1", "num_steps is a value, not a section"]),
-        ("rloo.num_completions_per_prompt=1", ["rloo.num_completions_per_prompt", "= 1", "Set rloo.num_completions_per_prompt >= 2"]),
+        (
+            "rloo.num_completions_per_prompt=1",
+            ["rloo.num_completions_per_prompt", "= 1", "Set rloo.num_completions_per_prompt >= 2"],
+        ),
     ],
 )
-def test_a_wrong_override_is_refused_with_its_path_and_value(config_path: Path, override: str, parts: list[str]) -> None:
+def test_a_wrong_override_is_refused_with_its_path_and_value(
+    config_path: Path, override: str, parts: list[str]
+) -> None:
     message = refusal(config_path, override)
     assert all(part in message for part in parts), message
 
@@ -93,7 +105,9 @@ def test_a_run_goes_to_runs_below_the_working_directory(monkeypatch: pytest.Monk
     assert choose_run_dir("mine", None) == tmp_path / "root" / "mine"
 
 
-def test_inside_a_ray_job_a_relative_run_directory_is_refused_and_home_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_inside_a_ray_job_a_relative_run_directory_is_refused_and_home_is_the_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv(JOB_VARIABLE, "{}")
     monkeypatch.setenv("HOME", "/home/someone")
     assert in_ray_job()
@@ -125,7 +139,9 @@ def test_a_command_line_leaves_the_run_directory_to_whoever_writes_it(config_pat
     assert (resolved["rloo"]["num_steps"], resolved["rloo"]["trainers"]["num_workers"]) == (7, 1)
     assert [path.name for path in run_dir.iterdir()] == [RESOLVED_NAME]
     parse_run("", config_path, ["--run-dir", str(run_dir), "--set", "rloo.num_steps=8"])
-    assert json.loads((run_dir / RESOLVED_NAME).read_text()) == resolved, "a job that is refused later must not put its config in the place of another's"
+    assert json.loads((run_dir / RESOLVED_NAME).read_text()) == resolved, (
+        "a job that is refused later must not put its config in the place of another's"
+    )
     (run_dir / "world").mkdir()
     with pytest.raises(ConfigError, match=r"rloo.num_steps: 7 there, 8 now"):
         parse_run("", config_path, ["--run-dir", str(run_dir), "--set", "rloo.num_steps=8"])
@@ -138,13 +154,20 @@ def test_a_changed_config_is_refused_with_every_change_and_both_values(config_pa
     with pytest.raises(ConfigError) as refused:
         claim_run_dir(run_dir, load_config(config_path, ["rloo.num_steps=8", "model.path=there", 'data.sft=["a"]']))
     message = str(refused.value)
-    for line in ("rloo.num_steps: 7 there, 8 now", "model.path: None there, 'there' now", "data.sft: [] there, ['a'] now", "its own --run-dir"):
+    for line in (
+        "rloo.num_steps: 7 there, 8 now",
+        "model.path: None there, 'there' now",
+        "data.sft: [] there, ['a'] now",
+        "its own --run-dir",
+    ):
         assert line in message
     assert message.count(" there, ") == 3
     claim_run_dir(run_dir, load_config(config_path, []))
 
 
-def test_a_setting_that_an_earlier_version_did_not_have_is_a_change_only_beyond_its_default(config_path: Path, tmp_path: Path) -> None:
+def test_a_setting_that_an_earlier_version_did_not_have_is_a_change_only_beyond_its_default(
+    config_path: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     claim_run_dir(run_dir, load_config(config_path, []))
     (run_dir / "stages").mkdir()
@@ -160,7 +183,9 @@ def test_a_setting_that_an_earlier_version_did_not_have_is_a_change_only_beyond_
         claim_run_dir(run_dir, load_config(config_path, []))
 
 
-def test_a_run_that_was_refused_before_it_began_leaves_its_directory_to_the_mended_config(config_path: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_refused_before_it_began_leaves_its_directory_to_the_mended_config(
+    config_path: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / ".writer.lock").touch()
@@ -180,9 +205,14 @@ def test_an_unusable_run_directory_is_refused_by_path(config_path: Path, tmp_pat
         claim_run_dir(tmp_path, config)
 
 
-def test_a_run_directory_that_a_node_does_not_see_is_refused_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_directory_that_a_node_does_not_see_is_refused_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(config_loading, "SEEN_WITHIN_S", 0.0)
-    with pytest.raises(ConfigError, match=f"does not see {tmp_path}/absent/config.*{RUN_ROOT_VARIABLE} or --run-dir to a shared file system"):
+    with pytest.raises(
+        ConfigError,
+        match=f"does not see {tmp_path}/absent/config.*{RUN_ROOT_VARIABLE} or --run-dir to a shared file system",
+    ):
         require_shared(tmp_path / "absent" / "config.json")
 
 

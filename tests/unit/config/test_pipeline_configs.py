@@ -28,20 +28,31 @@ def test_every_config_is_valid_and_named_after_its_file(path: Path) -> None:
 
 def jobs_before(config: Path) -> list[list[str]]:
     """The commands in a config's comments, as a shell splits them."""
-    commented = "".join(line.removeprefix("#") for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
+    commented = "".join(
+        line.removeprefix("#") for line in config.read_text().splitlines(keepends=True) if line.startswith("#")
+    )
     commands = re.findall(r"^ {8}(\S(?:.*\\\n)*.*)$", commented, re.MULTILINE)
     return [shlex.split(command.replace("\\\n", " ")) for command in commands]
 
 
 def test_the_jobs_before_full_rlhf_make_what_it_reads_where_it_reads_it() -> None:
     config, (prompts, gold, backbone) = load_config(FULL_RLHF, []), jobs_before(FULL_RLHF)
-    assert [command[:5] for command in (prompts, gold, backbone)] == [["ray", "job", "submit", "--working-dir", "."]] * 3
+    assert [command[:5] for command in (prompts, gold, backbone)] == [
+        ["ray", "job", "submit", "--working-dir", "."]
+    ] * 3
     entrypoints = [command[command.index("--") + 1 :] for command in (prompts, gold, backbone)]
     assert entrypoints[0][:2] == ["python", "-c"]
-    assert f".to_json('{config.data.rloo_prompts[0]}')" in "".join(ast.unparse(ast.parse(entrypoints[0][2])).split("\n"))
+    assert f".to_json('{config.data.rloo_prompts[0]}')" in "".join(
+        ast.unparse(ast.parse(entrypoints[0][2])).split("\n")
+    )
     assert entrypoints[1][:2] == ["sh", "-c"]
     assert entrypoints[1][2].endswith(f" {config.serve.gold}")
-    assert entrypoints[2][:4] == ["python", "pipelines/train_sft.py", "--config", str(FULL_RLHF.relative_to(REPOSITORY))]
+    assert entrypoints[2][:4] == [
+        "python",
+        "pipelines/train_sft.py",
+        "--config",
+        str(FULL_RLHF.relative_to(REPOSITORY)),
+    ]
     own = load_config(FULL_RLHF, entrypoints[2][5::2])
     assert config.reward_model.base_path == f"/shared/rm_robust/runs/{own.name}/checkpoints/sft"
     assert (own.name, own.model.path) == ("ultrachat_3b", "Qwen/Qwen2.5-3B")
@@ -52,7 +63,9 @@ def resources(num_cpus: float, num_gpus: float, custom: Resources) -> Resources:
 
 
 def worker_bundles(workers: WorkersConfig) -> list[Resources]:
-    return [resources(workers.num_cpus_per_worker, workers.num_gpus_per_worker, workers.resources_per_worker)] * workers.num_workers
+    return [
+        resources(workers.num_cpus_per_worker, workers.num_gpus_per_worker, workers.resources_per_worker)
+    ] * workers.num_workers
 
 
 def replica_bundles(replica: ReplicaConfig) -> list[Resources]:
@@ -68,16 +81,25 @@ def bundles_by_stage(config: PipelineConfig) -> dict[str, list[Resources]]:
         "preferences": [resources(1, 0, config.data.task_resources)],
         "reward_model": worker_bundles(config.reward_model.workers),
         "evaluation": [resources(evaluation.num_cpus, evaluation.num_gpus, evaluation.resources)],
-        "rloo": [*worker_bundles(rloo.trainers), *engines, *replica_bundles(serve.proxy_replica), *replica_bundles(serve.gold_replica)],
+        "rloo": [
+            *worker_bundles(rloo.trainers),
+            *engines,
+            *replica_bundles(serve.proxy_replica),
+            *replica_bundles(serve.gold_replica),
+        ],
     }
 
 
 def unplaced_bundles(bundles: list[Resources], cluster: dict[str, Any]) -> list[Resources]:
     """The bundles left over when each goes to the first node with room, on a cluster grown to its `max_workers` of every kind."""
-    nodes = [dict(kind["resources"]) for kind in cluster["available_node_types"].values() for _ in range(kind["max_workers"])]
+    nodes = [
+        dict(kind["resources"]) for kind in cluster["available_node_types"].values() for _ in range(kind["max_workers"])
+    ]
     unplaced = []
     for bundle in bundles:
-        home = next((node for node in nodes if all(node.get(name, 0) >= amount for name, amount in bundle.items())), None)
+        home = next(
+            (node for node in nodes if all(node.get(name, 0) >= amount for name, amount in bundle.items())), None
+        )
         if home is None:
             unplaced.append(bundle)
             continue
@@ -117,11 +139,15 @@ def test_every_gpu_of_full_rlhf_is_asked_for_on_a_kind_of_node() -> None:
     """Without a custom resource a process lands on whatever kind of node has a GPU free, and takes the place of another stage's."""
     for stage, bundles in bundles_by_stage(load_config(FULL_RLHF, [])).items():
         for bundle in bundles:
-            assert bundle["GPU"] == sum(amount for name, amount in bundle.items() if name not in ("CPU", "GPU", "data")), (stage, bundle)
+            assert bundle["GPU"] == sum(
+                amount for name, amount in bundle.items() if name not in ("CPU", "GPU", "data")
+            ), (stage, bundle)
 
 
 def custom_resources_asked_for(paths: list[Path]) -> set[str]:
-    bundles = [bundle for path in paths for stage in bundles_by_stage(load_config(path, [])).values() for bundle in stage]
+    bundles = [
+        bundle for path in paths for stage in bundles_by_stage(load_config(path, [])).values() for bundle in stage
+    ]
     return {name for bundle in bundles for name in bundle} - {"CPU", "GPU"}
 
 

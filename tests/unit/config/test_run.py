@@ -22,7 +22,12 @@ def sections(model: type[BaseModel] = PipelineConfig) -> list[type[Section]]:
     found: list[type[Section]] = [model] if issubclass(model, Section) else []
     for field in model.model_fields.values():
         kinds = [field.annotation, *get_args(field.annotation)]
-        found += [section for kind in kinds if isinstance(kind, type) and issubclass(kind, Section) for section in sections(kind)]
+        found += [
+            section
+            for kind in kinds
+            if isinstance(kind, type) and issubclass(kind, Section)
+            for section in sections(kind)
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -64,13 +69,22 @@ def test_a_partly_given_section_keeps_the_defaults_of_the_section_around_it() ->
     ("values", "expected"),
     [
         ({"reward_model": {"objective": "hinge"}}, 'objective = "hinge" needs reward_model.margin > 0'),
-        ({"reward_model": {"objective": "bt", "bsr_coefficient": 0.1}}, 'reward_model.bsr_coefficient = 0.1 is not read by objective = "bt"'),
+        (
+            {"reward_model": {"objective": "bt", "bsr_coefficient": 0.1}},
+            'reward_model.bsr_coefficient = 0.1 is not read by objective = "bt"',
+        ),
         ({"reward_model": {"objective": "bsr", "margin": 0.1}}, "reward_model.margin = 0.1 is not read"),
         ({"reward_model": {"bsr_scope": "micro"}}, "needs reward_model.bsr_micro_pairs"),
         ({"reward_model": {"bsr_micro_pairs": 4}}, 'read only with bsr_scope = "micro"'),
         ({"reward_model": {"preset": "released_code", "bsr_micro_pairs": 5}}, "must be a multiple"),
-        ({"reward_model": {"preset": "released_code", "bsr_micro_pairs": 4, "bsr_scale": "none"}}, 'bsr_scale = "none"'),
-        ({"reward_model": {"preset": "released_code", "bsr_micro_pairs": 4, "bsr_scope": "step"}}, 'bsr_scope = "step"'),
+        (
+            {"reward_model": {"preset": "released_code", "bsr_micro_pairs": 4, "bsr_scale": "none"}},
+            'bsr_scale = "none"',
+        ),
+        (
+            {"reward_model": {"preset": "released_code", "bsr_micro_pairs": 4, "bsr_scope": "step"}},
+            'bsr_scope = "step"',
+        ),
         ({"reward_model": {"strategy": {"cpu_offload": True}}}, "needs something sharded"),
     ],
 )
@@ -98,7 +112,9 @@ def test_every_section_is_frozen_and_refuses_unknown_keys() -> None:
         parse().rloo.__setattr__("num_steps", 3)
 
 
-@pytest.mark.parametrize("path", [("typo",), ("sft", "typo"), ("sft", "optimizer", "typo"), ("serve", "gold_replica", "typo")])
+@pytest.mark.parametrize(
+    "path", [("typo",), ("sft", "typo"), ("sft", "optimizer", "typo"), ("serve", "gold_replica", "typo")]
+)
 def test_an_unknown_key_is_refused_at_any_depth(path: tuple[str, ...]) -> None:
     values: Any = 1
     for name in reversed(path):
@@ -139,16 +155,25 @@ def test_a_value_out_of_its_bounds_is_refused_by_its_path(values: dict[str, Any]
     [
         ({"sft": {"batch_size": 1}}, "sft.batch_size = 1 leaves some of sft.workers.num_workers = 2"),
         ({"reward_model": {"batch_size": 3, "workers": {"num_workers": 4}}}, "reward_model.batch_size = 3 leaves some"),
-        ({"rloo": {"num_prompts_per_step": 3, "trainers": {"num_workers": 2}}}, "must be a multiple of num_minibatches_per_epoch * trainers.num_workers = 2"),
+        (
+            {"rloo": {"num_prompts_per_step": 3, "trainers": {"num_workers": 2}}},
+            "must be a multiple of num_minibatches_per_epoch * trainers.num_workers = 2",
+        ),
         ({"rloo": {"weight_transfer_backend": "nccl"}}, "needs GPUs on both sides"),
         ({"rloo": {"reward_sources": [{"name": "rule"}]}}, "set either url or function"),
         ({"rloo": {"reward_sources": [{"name": "gold", "url": "http://127.0.0.1:1"}]}}, "may not be called 'gold'"),
         ({"model": {"hidden_size": 100, "num_heads": 5}}, "must be a multiple of 32 per head"),
-        ({"model": {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 3}}, "must be a multiple of model.num_kv_heads = 3"),
+        (
+            {"model": {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 3}},
+            "must be a multiple of model.num_kv_heads = 3",
+        ),
         ({"data": {"max_prompt_tokens": 200}}, "exceeds model.max_position_embeddings = 256"),
         ({"rloo": {"max_new_tokens": 200}}, "RLOO could sample completions that the scorers refuse"),
         ({"sft": {"enabled": False}}, "sft.enabled = false needs model.path"),
-        ({"data": {"source": "responses", "responses": ["a.jsonl"]}}, 'data.source = "responses" needs data.unseen_models'),
+        (
+            {"data": {"source": "responses", "responses": ["a.jsonl"]}},
+            'data.source = "responses" needs data.unseen_models',
+        ),
         ({"data": {"source": "scenarios"}}, "needs data.train and data.in_domain"),
     ],
 )
@@ -156,7 +181,13 @@ def test_an_impossible_combination_is_refused_with_both_values(values: dict[str,
     assert message in problem_of(**values)
 
 
-FILES = {"source": "scenarios", "train": ["t.jsonl"], "in_domain": ["i.jsonl"], "sft": ["s.jsonl"], "rloo_prompts": ["p.jsonl"]}
+FILES = {
+    "source": "scenarios",
+    "train": ["t.jsonl"],
+    "in_domain": ["i.jsonl"],
+    "sft": ["s.jsonl"],
+    "rloo_prompts": ["p.jsonl"],
+}
 
 
 def test_own_data_needs_its_own_judge_demonstrations_and_prompts() -> None:
@@ -168,7 +199,11 @@ def test_own_data_needs_its_own_judge_demonstrations_and_prompts() -> None:
 def test_training_sources_are_paths_or_tables_with_a_weight() -> None:
     toml = 'train = ["a.jsonl", { path = "s3://bucket/b", weight = 2.0 }, { path = "c.jsonl" }]'
     config = parse(data={**FILES, **tomllib.loads(toml)}, serve={"gold": "judge"})
-    assert [(entry.path, entry.weight) for entry in config.data.train] == [("a.jsonl", 1.0), ("s3://bucket/b", 2.0), ("c.jsonl", 1.0)]
+    assert [(entry.path, entry.weight) for entry in config.data.train] == [
+        ("a.jsonl", 1.0),
+        ("s3://bucket/b", 2.0),
+        ("c.jsonl", 1.0),
+    ]
     assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
 
 
@@ -198,7 +233,9 @@ def test_toml_floats_in_scientific_notation_are_numbers() -> None:
 
 
 def test_a_bt_twin_differs_in_the_objective_and_what_the_other_objective_reads() -> None:
-    settings = RewardModelConfig(preset="released_code", bsr_micro_pairs=8, bsr_coefficient=0.5, batch_size=32, num_epochs=2.0, bt_twin=True)
+    settings = RewardModelConfig(
+        preset="released_code", bsr_micro_pairs=8, bsr_coefficient=0.5, batch_size=32, num_epochs=2.0, bt_twin=True
+    )
     twin = settings.as_bt_twin()
     assert (twin.objective, twin.batch_size, twin.num_epochs, twin.bt_twin) == (Objective.BRADLEY_TERRY, 32, 2.0, False)
     assert twin == RewardModelConfig(objective=Objective.BRADLEY_TERRY, batch_size=32, num_epochs=2.0)

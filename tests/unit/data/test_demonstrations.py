@@ -13,7 +13,9 @@ from rm_robust.data.chat import ChatFormat
 from rm_robust.data.demonstrations import make_tokenizer, save_base_model
 from tests.support.tiny_models import TEXT, tiny_tokenizer
 
-CONFIG = ModelConfig(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, num_kv_heads=1, max_position_embeddings=64)
+CONFIG = ModelConfig(
+    hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, num_kv_heads=1, max_position_embeddings=64
+)
 TOKENIZER = tiny_tokenizer()
 
 

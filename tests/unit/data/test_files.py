@@ -33,11 +33,15 @@ def test_lines_end_at_newlines_only_and_other_encodings_are_marked(tmp_path: Pat
 @pytest.mark.parametrize("num_bytes", [1, 2, 7, 30, 52, 10_000])
 @pytest.mark.parametrize("end", ["", "\n"])
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_reading_a_file_in_pieces_gives_every_line_once_in_order(tmp_path: Path, num_bytes: int, end: str, scheme: str) -> None:
+def test_reading_a_file_in_pieces_gives_every_line_once_in_order(
+    tmp_path: Path, num_bytes: int, end: str, scheme: str
+) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(LINES) + end, encoding="utf-8")
     starts = range(0, file.stat().st_size, num_bytes)
-    assert [text for start in starts for text in lines_from(f"{scheme}{file}", str(file), start=start, num_bytes=num_bytes)] == LINES
+    assert [
+        text for start in starts for text in lines_from(f"{scheme}{file}", str(file), start=start, num_bytes=num_bytes)
+    ] == LINES
 
 
 def write_folder(folder: Path) -> None:
@@ -54,7 +58,10 @@ def test_a_path_and_its_uri_name_the_same_files_with_their_sizes_and_contents(tm
     assert [file.path for file in files] == [str(tmp_path / name) for name in ("a.parquet", "b.jsonl", "deep/c.jsonl")]
     assert [file.num_bytes for file in files] == [Path(file.path).stat().st_size for file in files]
     assert read_parquet_rows(files[0]) == [{"file": "a.parquet"}]
-    assert [json.loads(line) for file in files[1:] for line in read_lines(file)] == [{"file": "b.jsonl"}, {"file": "deep/c.jsonl"}]
+    assert [json.loads(line) for file in files[1:] for line in read_lines(file)] == [
+        {"file": "b.jsonl"},
+        {"file": "deep/c.jsonl"},
+    ]
     assert [file.path for file in list_files(f"{scheme}{tmp_path}/b.jsonl")] == [str(tmp_path / "b.jsonl")]
 
 
@@ -77,26 +84,47 @@ def test_a_bucket_is_listed_and_read_over_its_protocol(tmp_path: Path, monkeypat
     write_folder(tmp_path)
     text = "\n".join(LINES).encode()
     with s3_server() as server:
-        server.put("rows", {"mine/a.parquet": (tmp_path / "a.parquet").read_bytes(), "mine/deep/b.jsonl": text, "other/c.jsonl": b"{}"})
+        server.put(
+            "rows",
+            {
+                "mine/a.parquet": (tmp_path / "a.parquet").read_bytes(),
+                "mine/deep/b.jsonl": text,
+                "other/c.jsonl": b"{}",
+            },
+        )
         options = server.options
         parquet, jsonl = list_files(f"s3://rows/mine?{options}")
-        assert (parquet.path, jsonl.path, jsonl.num_bytes) == ("rows/mine/a.parquet", "rows/mine/deep/b.jsonl", len(text))
+        assert (parquet.path, jsonl.path, jsonl.num_bytes) == (
+            "rows/mine/a.parquet",
+            "rows/mine/deep/b.jsonl",
+            len(text),
+        )
         assert read_parquet_rows(parquet) == [{"file": "a.parquet"}]
         assert list(read_lines(jsonl)) == LINES
-        assert [line for start in range(0, len(text), 7) for line in lines_from(jsonl.root, jsonl.path, start=start, num_bytes=7)] == LINES
+        assert [
+            line
+            for start in range(0, len(text), 7)
+            for line in lines_from(jsonl.root, jsonl.path, start=start, num_bytes=7)
+        ] == LINES
         assert list_files(f"s3://rows/mine/deep/b.jsonl?{options}")[0].num_bytes == len(text)
         with pytest.raises(DataError, match=r"no file or folder at s3://rows/nothing\?"):
             list_files(f"s3://rows/nothing?{options}")
-        with pytest.raises(DataError, match=r"s3://absent/mine\?.* cannot be reached|no file or folder at s3://absent/mine\?"):
+        with pytest.raises(
+            DataError, match=r"s3://absent/mine\?.* cannot be reached|no file or folder at s3://absent/mine\?"
+        ):
             list_files(f"s3://absent/mine?{options}")
 
 
-def test_a_relative_path_is_found_from_the_working_directory_and_a_tilde_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_found_from_the_working_directory_and_a_tilde_from_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "b.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     filesystem_of.cache_clear()
-    assert [file.path for path in ("b.jsonl", "./b.jsonl", "~/b.jsonl") for file in list_files(path)] == [str(tmp_path / "b.jsonl")] * 3
+    assert [file.path for path in ("b.jsonl", "./b.jsonl", "~/b.jsonl") for file in list_files(path)] == [
+        str(tmp_path / "b.jsonl")
+    ] * 3
 
 
 @pytest.mark.parametrize(
@@ -106,7 +134,10 @@ def test_a_relative_path_is_found_from_the_working_directory_and_a_tilde_from_ho
         ("file:///nowhere/rows.jsonl", "There is no file or folder at file:///nowhere/rows.jsonl."),
         ("mock:///nowhere/rows.jsonl", "There is no file or folder at mock:///nowhere/rows.jsonl."),
         ("ftp://host/rows.jsonl", "ftp://host/rows.jsonl is no usable URI: "),
-        ("s3://bucket/rows.jsonl?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1&patience=1", "is no usable URI: "),
+        (
+            "s3://bucket/rows.jsonl?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1&patience=1",
+            "is no usable URI: ",
+        ),
         ("s3://bucket/rows.jsonl?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1", "cannot be reached: "),
     ],
 )
@@ -129,10 +160,15 @@ def test_files_of_another_format_and_folders_without_rows_are_refused(tmp_path: 
     for name in ("rows.csv", "folder"):
         with pytest.raises(DataError) as refused:
             list_files(f"{scheme}{tmp_path}/{name}")
-        assert str(refused.value) == f"{scheme}{tmp_path}/{name} must be a .jsonl or .parquet file, or a folder with such files."
+        assert (
+            str(refused.value)
+            == f"{scheme}{tmp_path}/{name} must be a .jsonl or .parquet file, or a folder with such files."
+        )
 
 
-@pytest.mark.parametrize(("split", "is_offline", "reason"), [(":tset", False, 'Unknown split "tset"'), ("", True, "the Hub")])
+@pytest.mark.parametrize(
+    ("split", "is_offline", "reason"), [(":tset", False, 'Unknown split "tset"'), ("", True, "the Hub")]
+)
 def test_a_hub_data_set_that_cannot_be_loaded_is_refused_by_name_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, is_offline: bool, reason: str
 ) -> None:

@@ -27,13 +27,17 @@ def test_jsonl_and_parquet_rows_give_the_same_responses(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     responses = read_named_responses([jsonl])
     assert responses == read_named_responses([str(tmp_path / "b.parquet")])
-    assert responses[0] == NamedResponse(responses[0].prompt_id, [{"role": "user", "content": "Name a colour."}], "m1", "red", 1.0)
+    assert responses[0] == NamedResponse(
+        responses[0].prompt_id, [{"role": "user", "content": "Name a colour."}], "m1", "red", 1.0
+    )
     assert responses[1].completion == "line\u2028end"
 
 
 def test_responses_to_one_prompt_share_an_id_whether_it_is_text_or_messages(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Name a colour."}]
-    path = write(tmp_path / "a.jsonl", [ROW, {**ROW, "prompt": messages}, {**ROW, "prompt": "Another."}, {**ROW, "prompt_id": 0}])
+    path = write(
+        tmp_path / "a.jsonl", [ROW, {**ROW, "prompt": messages}, {**ROW, "prompt": "Another."}, {**ROW, "prompt_id": 0}]
+    )
     ids = [response.prompt_id for response in read_named_responses([path])]
     assert ids[0] == ids[1] != ids[2]
     assert ids[3] == "0"
@@ -58,7 +62,9 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
         ({**ROW, "completion": "\ud800"}, "completion is not valid Unicode"),
     ],
 )
-def test_a_row_that_cannot_be_read_stops_the_reading_at_its_file_and_line(tmp_path: Path, row: Any, reason: str) -> None:
+def test_a_row_that_cannot_be_read_stops_the_reading_at_its_file_and_line(
+    tmp_path: Path, row: Any, reason: str
+) -> None:
     path = write(tmp_path / "a.jsonl", [ROW, row])
     with pytest.raises(DataError, match=f"{path}, line 2.*{reason}"):
         read_named_responses([path])

@@ -37,7 +37,11 @@ PIPELINE = Path(rm_robust.data.pipeline.__file__).read_text()
 
 
 def check_steps(text: str) -> None:
-    calls = [(node.func, {keyword.arg for keyword in node.keywords}) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    calls = [
+        (node.func, {keyword.arg for keyword in node.keywords})
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+    ]
     steps = [(function, given) for function, given in calls if isinstance(function, ast.Attribute)]
     assert {f.attr for f, _ in steps if ast.unparse(f.value) == "ray.data"} == {"read_parquet", *NO_TASKS_OF_THEIR_OWN}
     asking = [(f.attr, given) for f, given in steps if f.attr in ASKS_WITH]
@@ -49,7 +53,10 @@ def test_every_step_of_ray_data_asks_for_the_task_resources() -> None:
     check_steps(PIPELINE)
 
 
-@pytest.mark.parametrize(("old", "new"), [(", resources=resources)", ")"), (', ray_remote_args={"resources": resources})', ")"), ("from_items", "range")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(", resources=resources)", ")"), (', ray_remote_args={"resources": resources})', ")"), ("from_items", "range")],
+)
 def test_a_step_that_asks_for_nothing_is_found(old: str, new: str) -> None:
     assert old in PIPELINE
     with pytest.raises(AssertionError):

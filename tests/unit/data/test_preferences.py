@@ -9,7 +9,13 @@ import pytest
 from rm_robust.config.data import Overlong
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.pipeline import Source
-from rm_robust.data.preferences import check_preference_sources, preference_sources, reward_model_base_dir, rloo_prompt_source, token_limits
+from rm_robust.data.preferences import (
+    check_preference_sources,
+    preference_sources,
+    reward_model_base_dir,
+    rloo_prompt_source,
+    token_limits,
+)
 from rm_robust.data.rows import RowKind
 from rm_robust.errors import DataError
 from rm_robust.runs.layout import RunLayout
@@ -18,7 +24,10 @@ from rm_robust.runs.layout import RunLayout
 def config_of(**data: Any) -> PipelineConfig:
     values: dict[str, Any] = {"name": "test", "data": data}
     if data.get("source", "embedded") != "embedded":
-        values |= {"serve": {"gold": "judge"}, "data": {"sft": ["sft.jsonl"], "rloo_prompts": ["prompts.jsonl"], **data}}
+        values |= {
+            "serve": {"gold": "judge"},
+            "data": {"sft": ["sft.jsonl"], "rloo_prompts": ["prompts.jsonl"], **data},
+        }
     return PipelineConfig.model_validate(values)
 
 
@@ -28,7 +37,13 @@ LAYOUT = RunLayout(Path("/runs/test"))
 def test_scenarios_that_the_run_builds_are_ranked_rows_of_its_own() -> None:
     for config in (config_of(), config_of(source="responses", responses=["r.jsonl"], unseen_models=["m"])):
         sources = preference_sources(config, LAYOUT)
-        assert [source.scenario for source in sources] == ["train", "in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint"]
+        assert [source.scenario for source in sources] == [
+            "train",
+            "in_domain",
+            "prompt_disjoint",
+            "response_disjoint",
+            "mutual_disjoint",
+        ]
         assert sources[1] == Source("in_domain", ("/runs/test/preferences/scenarios/in_domain.jsonl",), RowKind.RANKED)
 
 
@@ -45,7 +60,9 @@ def test_ready_made_scenarios_are_the_users_files_and_only_those_that_there_are(
 
 def test_prompts_for_rloo_come_from_the_world_or_from_the_user() -> None:
     own = {"source": "scenarios", "train": ["t"], "in_domain": ["i"]}
-    assert rloo_prompt_source(config_of(), LAYOUT) == Source("rloo_prompts", ("/runs/test/world/rloo_prompts.jsonl",), RowKind.PROMPT)
+    assert rloo_prompt_source(config_of(), LAYOUT) == Source(
+        "rloo_prompts", ("/runs/test/world/rloo_prompts.jsonl",), RowKind.PROMPT
+    )
     assert rloo_prompt_source(config_of(**own), LAYOUT) == Source("rloo_prompts", ("prompts.jsonl",), RowKind.PROMPT)
     assert rloo_prompt_source(config_of(**own, rloo_prompts=[]), LAYOUT) is None
 
@@ -57,7 +74,11 @@ def test_the_reward_model_grows_from_the_sft_model_unless_told_otherwise() -> No
 
 
 def test_limits_are_the_configs() -> None:
-    limits = token_limits(config_of(max_prompt_tokens=50, max_completion_tokens=40, max_dropped_fraction=0.5, overlong="truncate_prompt_left"))
+    limits = token_limits(
+        config_of(
+            max_prompt_tokens=50, max_completion_tokens=40, max_dropped_fraction=0.5, overlong="truncate_prompt_left"
+        )
+    )
     assert (limits.max_prompt_tokens, limits.max_completion_tokens, limits.max_dropped_fraction) == (50, 40, 0.5)
     assert limits.overlong is Overlong.TRUNCATE_PROMPT_LEFT
     assert token_limits(config_of()).overlong is Overlong.DROP
@@ -65,7 +86,9 @@ def test_limits_are_the_configs() -> None:
 
 @pytest.mark.parametrize("missing", ["train", "in_domain", "mutual_disjoint", "sft", "rloo_prompts"])
 def test_any_missing_file_of_the_user_is_refused_by_path(tmp_path: Path, missing: str) -> None:
-    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "in_domain", "mutual_disjoint", "sft", "rloo_prompts")}
+    files = {
+        name: tmp_path / f"{name}.jsonl" for name in ("train", "in_domain", "mutual_disjoint", "sft", "rloo_prompts")
+    }
     config = config_of(source="scenarios", **{name: [str(path)] for name, path in files.items()})
     for path in files.values():
         path.write_text(json.dumps({"prompt": "x"}) + "\n")
@@ -77,5 +100,7 @@ def test_any_missing_file_of_the_user_is_refused_by_path(tmp_path: Path, missing
 
 def test_missing_responses_are_refused_by_path_and_the_embedded_world_needs_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no file or folder at {tmp_path}/r.jsonl"):
-        check_preference_sources(config_of(source="responses", responses=[str(tmp_path / "r.jsonl")], unseen_models=["m"]), tmp_path)
+        check_preference_sources(
+            config_of(source="responses", responses=[str(tmp_path / "r.jsonl")], unseen_models=["m"]), tmp_path
+        )
     check_preference_sources(config_of(), tmp_path)

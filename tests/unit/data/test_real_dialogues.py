@@ -28,11 +28,18 @@ def token_group(prompt: str, completions: list[str]) -> TokenGroup:
 
 def groups_of(data_dir: Path, num_completions: int) -> list[TokenGroup]:
     if num_completions == 2:
-        texts = [("\n".join(message["content"] for message in pair.prompt), [pair.chosen, pair.rejected]) for pair in hh_rlhf_dialogues(data_dir)[:200]]
+        texts = [
+            ("\n".join(message["content"] for message in pair.prompt), [pair.chosen, pair.rejected])
+            for pair in hh_rlhf_dialogues(data_dir)[:200]
+        ]
     else:
         rows = pq.read_table(data_dir / "rmb_bon.parquet", columns=["messages", "best", "losers"]).to_pylist()
         lists = [("\n".join(m["content"] for m in row["messages"]), [row["best"], *row["losers"]]) for row in rows]
-        texts = [(prompt, completions[:4]) for prompt, completions in lists if len(completions) >= 4 and sum(map(len, [prompt, *completions[:4]])) < 3000]
+        texts = [
+            (prompt, completions[:4])
+            for prompt, completions in lists
+            if len(completions) >= 4 and sum(map(len, [prompt, *completions[:4]])) < 3000
+        ]
     groups = [token_group(*text) for text in texts[:60]]
     fitting = [g for g in groups if g.prompt_ids and len(g.prompt_ids) + max(map(len, g.completion_ids)) <= MAX_TOKENS]
     assert len(fitting) >= 6
@@ -60,11 +67,19 @@ def test_scores_and_gradients_on_real_dialogues_are_those_of_one_at_a_time(
 ) -> None:
     groups = groups_of(data_dir, num_completions)
     plain, packed = copy.deepcopy(model), copy.deepcopy(model)
-    expected = torch.cat([plain(input_ids=torch.tensor([g.prompt_ids + ids])).logits[0] for g in groups for ids in g.completion_ids])
+    expected = torch.cat(
+        [plain(input_ids=torch.tensor([g.prompt_ids + ids])).logits[0] for g in groups for ids in g.completion_ids]
+    )
     assert expected.std() > 0.05
     scores = PackedRewardModel(packed, layout)(lay_out(groups, layout, pad_id=0)).scores_N
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
     expected_gradients = gradients(plain, expected, num_completions)
     largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
     for name, gradient in gradients(packed, scores, num_completions).items():
-        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5 * max(largest, 1), rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient,
+            expected_gradients[name],
+            atol=1e-5 * max(largest, 1),
+            rtol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )

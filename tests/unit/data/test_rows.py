@@ -27,8 +27,19 @@ def turn(text: str) -> dict[str, str]:
         {"prompt": PROMPT, "chosen": "red", "rejected": "seven"},
         {"prompt": PROMPT, "chosen": [turn("red")], "rejected": [turn("seven")]},
         {"chosen": [USER, turn("red")], "rejected": [USER, turn("seven")]},
-        {"prompt": None, "chosen": [USER, turn("red")], "rejected": [USER, turn("seven")], "margin": None, "chosen_model": None},
-        {"prompt": "Name a colour.", "chosen": [USER, turn("red")], "rejected": [USER, turn("seven")], "score_chosen": 8.0},
+        {
+            "prompt": None,
+            "chosen": [USER, turn("red")],
+            "rejected": [USER, turn("seven")],
+            "margin": None,
+            "chosen_model": None,
+        },
+        {
+            "prompt": "Name a colour.",
+            "chosen": [USER, turn("red")],
+            "rejected": [USER, turn("seven")],
+            "score_chosen": 8.0,
+        },
         {"chosen": [{**USER, "name": None}, turn("red")], "rejected": [USER, turn("seven")]},
     ],
 )
@@ -36,24 +47,50 @@ def test_every_usual_form_of_a_pair_means_the_same_group(row: dict[str, Any]) ->
     group = parse_row(row, RowKind.PAIR)
     assert (group.prompt, group.completions, group.gold_scores) == (PROMPT, ["red", "seven"], [1.0, 0.0])
     assert (group.models, group.margin) == (["", ""], None)
-    assert group.group_id == parse_row({"prompt": "Name a colour.", "chosen": "red", "rejected": "seven"}, RowKind.PAIR).group_id
+    assert (
+        group.group_id
+        == parse_row({"prompt": "Name a colour.", "chosen": "red", "rejected": "seven"}, RowKind.PAIR).group_id
+    )
 
 
 def test_a_pair_keeps_its_margin_models_and_id() -> None:
-    row = {"prompt": "x", "chosen": "a", "rejected": "b", "margin": 2, "chosen_model": "m1", "rejected_model": "m2", "pair_id": 7}
+    row = {
+        "prompt": "x",
+        "chosen": "a",
+        "rejected": "b",
+        "margin": 2,
+        "chosen_model": "m1",
+        "rejected_model": "m2",
+        "pair_id": 7,
+    }
     group = parse_row(row, RowKind.PAIR)
     assert (group.margin, group.models, group.group_id) == (2.0, ["m1", "m2"], "7")
 
 
 def test_swapping_chosen_and_rejected_is_another_pair() -> None:
-    ids = {parse_row({"prompt": "x", "chosen": a, "rejected": b}, RowKind.PAIR).group_id for a, b in (("p", "q"), ("q", "p"))}
+    ids = {
+        parse_row({"prompt": "x", "chosen": a, "rejected": b}, RowKind.PAIR).group_id
+        for a, b in (("p", "q"), ("q", "p"))
+    }
     assert len(ids) == 2
 
 
 def test_ranked_rows_keep_the_order_of_completions_scores_and_models() -> None:
-    row = {"prompt": "Name a colour.", "completions": ["b", "a"], "gold_scores": [0, 1.5], "models": ["m2", "m1"], "prompt_id": "p"}
+    row = {
+        "prompt": "Name a colour.",
+        "completions": ["b", "a"],
+        "gold_scores": [0, 1.5],
+        "models": ["m2", "m1"],
+        "prompt_id": "p",
+    }
     group = parse_row(row, RowKind.RANKED)
-    assert (group.group_id, group.prompt, group.completions, group.gold_scores, group.models) == ("p", PROMPT, ["b", "a"], [0.0, 1.5], ["m2", "m1"])
+    assert (group.group_id, group.prompt, group.completions, group.gold_scores, group.models) == (
+        "p",
+        PROMPT,
+        ["b", "a"],
+        [0.0, 1.5],
+        ["m2", "m1"],
+    )
 
 
 def test_the_lowest_rank_is_the_best_score() -> None:
@@ -99,24 +136,68 @@ def test_a_prompt_row_has_no_completion() -> None:
     [
         (RowKind.PAIR, {"prompt": "x", "chosen": "a"}, "column 'rejected' is missing or null"),
         (RowKind.PAIR, {"prompt": "x", "chosen": "a", "rejected": 3}, "rejected is a int"),
-        (RowKind.PAIR, {"prompt": "x", "chosen": [turn("a"), turn("b")], "rejected": [turn("a"), turn("c")]}, "must end with a user message"),
-        (RowKind.PAIR, {"chosen": [USER, turn("a")], "rejected": [{**USER, "content": "?"}, turn("b")]}, "differ before their last turn"),
+        (
+            RowKind.PAIR,
+            {"prompt": "x", "chosen": [turn("a"), turn("b")], "rejected": [turn("a"), turn("c")]},
+            "must end with a user message",
+        ),
+        (
+            RowKind.PAIR,
+            {"chosen": [USER, turn("a")], "rejected": [{**USER, "content": "?"}, turn("b")]},
+            "differ before their last turn",
+        ),
         (RowKind.PAIR, {"chosen": "a", "rejected": "b"}, "chosen is text and there is no prompt"),
         (RowKind.PAIR, {"chosen": [turn("a")], "rejected": [turn("b")]}, "chosen must be a list of messages"),
         (RowKind.PAIR, {"prompt": "x", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is nan"),
         (RowKind.PAIR, {"prompt": "", "chosen": "a", "rejected": "b"}, "last user message of a prompt is empty"),
-        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1.0]}, "2 completions with 1 gold scores"),
+        (
+            RowKind.RANKED,
+            {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1.0]},
+            "2 completions with 1 gold scores",
+        ),
         (RowKind.RANKED, {"prompt": "x", "completions": ["a"], "gold_scores": [1.0]}, "at least two of each"),
-        (RowKind.RANKED, {"prompt": "x", "completions": "ab", "gold_scores": [1.0, 2.0]}, "'completions' is a str; it must be a list"),
-        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, 2], "ranks": [2, 1]}, "'gold_scores' and 'ranks' both order"),
-        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "ranks": [1, "2"]}, "rank 1 is '2'; it must be a finite number"),
-        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "ranks": [1]}, "2 completions with 1 gold scores or ranks"),
+        (
+            RowKind.RANKED,
+            {"prompt": "x", "completions": "ab", "gold_scores": [1.0, 2.0]},
+            "'completions' is a str; it must be a list",
+        ),
+        (
+            RowKind.RANKED,
+            {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, 2], "ranks": [2, 1]},
+            "'gold_scores' and 'ranks' both order",
+        ),
+        (
+            RowKind.RANKED,
+            {"prompt": "x", "completions": ["a", "b"], "ranks": [1, "2"]},
+            "rank 1 is '2'; it must be a finite number",
+        ),
+        (
+            RowKind.RANKED,
+            {"prompt": "x", "completions": ["a", "b"], "ranks": [1]},
+            "2 completions with 1 gold scores or ranks",
+        ),
         (RowKind.TRAINING_PAIRS, {"prompt": "x", "completions": ["a", "b"]}, "column 'chosen' is missing"),
-        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": 3}, "'gold_scores' is a int; it must be a list"),
+        (
+            RowKind.RANKED,
+            {"prompt": "x", "completions": ["a", "b"], "gold_scores": 3},
+            "'gold_scores' is a int; it must be a list",
+        ),
         (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, None]}, "gold score 1 is None"),
-        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, 2], "models": "ab"}, "'models' is a str"),
-        (RowKind.RANKED, {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, 2], "models": ["m"]}, "2 completions with 1 model names"),
-        (RowKind.RANKED, {"instruction": "x", "response_one_text": "a", "all_scores": [1, 2]}, "0 completions with 2 gold scores"),
+        (
+            RowKind.RANKED,
+            {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, 2], "models": "ab"},
+            "'models' is a str",
+        ),
+        (
+            RowKind.RANKED,
+            {"prompt": "x", "completions": ["a", "b"], "gold_scores": [1, 2], "models": ["m"]},
+            "2 completions with 1 model names",
+        ),
+        (
+            RowKind.RANKED,
+            {"instruction": "x", "response_one_text": "a", "all_scores": [1, 2]},
+            "0 completions with 2 gold scores",
+        ),
         (RowKind.DEMONSTRATION, {"messages": [turn("a")]}, "messages must be a list of messages"),
         (RowKind.DEMONSTRATION, {"messages": [USER]}, "ends with the assistant's"),
         (RowKind.DEMONSTRATION, {"prompt": "x"}, "column 'completion' is missing"),
@@ -130,10 +211,30 @@ def test_a_row_that_cannot_be_read_gives_its_reason(kind: RowKind, row: dict[str
     assert reason in str(refused.value)
 
 
-NAMES = ["prompt", "ranks", "chosen", "rejected", "margin", "completions", "gold_scores", "models", "instruction", "all_scores"]
+NAMES = [
+    "prompt",
+    "ranks",
+    "chosen",
+    "rejected",
+    "margin",
+    "completions",
+    "gold_scores",
+    "models",
+    "instruction",
+    "all_scores",
+]
 COLUMNS = [*NAMES, "response_1_text", "response_x_text", "messages", "completion", "role", "content"]
 values: st.SearchStrategy[Any] = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.just("user"), st.just("assistant"), st.just(10**400)),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=3),
+        st.just("user"),
+        st.just("assistant"),
+        st.just(10**400),
+    ),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(COLUMNS), inner, max_size=3),
     max_leaves=6,
 )
@@ -156,7 +257,9 @@ def test_finite_numbers_are_ints_and_floats_but_no_bools_and_nothing_beyond_a_do
 
 def test_kinds_are_told_by_columns() -> None:
     assert kind_of({"chosen", "rejected", "prompt"}) is RowKind.PAIR
-    assert kind_of({"chosen_ids", "rejected_ids"}) is kind_of({"input_ids_chosen", "input_ids_rejected"}) is RowKind.PAIR
+    assert (
+        kind_of({"chosen_ids", "rejected_ids"}) is kind_of({"input_ids_chosen", "input_ids_rejected"}) is RowKind.PAIR
+    )
     assert kind_of({"prompt", "completions", "gold_scores"}) is RowKind.RANKED
     assert kind_of({"prompt", "completions", "ranks"}) is RowKind.RANKED
     assert kind_of({"instruction", "response_1_text", "all_scores"}) is RowKind.RANKED

@@ -15,21 +15,35 @@ VALIDATION = {"p08", "p09", "p10", "p11"}
 NAMES = ["train", "in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint"]
 
 
-def response(prompt_id: str, model: str, *, completion: str | None = None, gold_score: float | None = None) -> NamedResponse:
+def response(
+    prompt_id: str, model: str, *, completion: str | None = None, gold_score: float | None = None
+) -> NamedResponse:
     number = int(prompt_id[1:]) * 10 + int(model[1:])
     prompt = [{"role": "user", "content": f"prompt {prompt_id}"}]
-    return NamedResponse(prompt_id, prompt, model, completion or f"{model} on {prompt_id}", float(number) if gold_score is None else gold_score)
+    return NamedResponse(
+        prompt_id,
+        prompt,
+        model,
+        completion or f"{model} on {prompt_id}",
+        float(number) if gold_score is None else gold_score,
+    )
 
 
 def responses() -> list[NamedResponse]:
-    return [response(f"p{p:02}", model) for p in range(NUM_PROMPTS) for model in [*TRAINING_MODELS, *sorted(UNSEEN_MODELS)]]
+    return [
+        response(f"p{p:02}", model) for p in range(NUM_PROMPTS) for model in [*TRAINING_MODELS, *sorted(UNSEEN_MODELS)]
+    ]
 
 
 def build(rows: list[NamedResponse] | None = None, *, seed: int = 0) -> Scenarios:
-    return build_scenarios(rows or responses(), unseen_models=UNSEEN_MODELS, validation_prompt_ids=VALIDATION, seed=seed)
+    return build_scenarios(
+        rows or responses(), unseen_models=UNSEEN_MODELS, validation_prompt_ids=VALIDATION, seed=seed
+    )
 
 
-def change(rows: list[NamedResponse], prompt_id: str, to: Callable[[NamedResponse], NamedResponse | None]) -> list[NamedResponse]:
+def change(
+    rows: list[NamedResponse], prompt_id: str, to: Callable[[NamedResponse], NamedResponse | None]
+) -> list[NamedResponse]:
     """`rows` with every response to `prompt_id` replaced, or left out."""
     changed = [to(row) if row.prompt_id == prompt_id else row for row in rows]
     return [row for row in changed if row is not None]
@@ -114,7 +128,9 @@ def test_a_training_prompt_that_is_a_validation_prompt_too_cannot_leak() -> None
 
 def test_identical_training_responses_take_the_prompt_out_of_every_set() -> None:
     for prompt_id in ("p00", "p08"):
-        rows = change(responses(), prompt_id, lambda row: replace(row, completion="same") if row.model in ("t1", "t2") else row)
+        rows = change(
+            responses(), prompt_id, lambda row: replace(row, completion="same") if row.model in ("t1", "t2") else row
+        )
         scenarios = build(rows)
         assert scenarios.dropped == {"prompts with identical training-model responses": 1}
         assert all(prompt_id not in prompts(scenarios, name) for name in NAMES)
@@ -127,21 +143,31 @@ def test_too_few_training_responses_take_the_prompt_out_of_every_set() -> None:
 
 
 def test_a_tied_training_pair_takes_the_prompt_out_of_every_set() -> None:
-    scenarios = build(change(responses(), "p00", lambda row: replace(row, gold_score=1.0) if row.model in TRAINING_MODELS else row))
+    scenarios = build(
+        change(responses(), "p00", lambda row: replace(row, gold_score=1.0) if row.model in TRAINING_MODELS else row)
+    )
     assert scenarios.dropped == {"prompts with tied gold scores in the training pair": 1}
     assert all("p00" not in prompts(scenarios, name) for name in NAMES)
 
 
 def test_a_tied_in_domain_pair_is_dropped_alone_and_counted() -> None:
     (held_out,) = [group for group in build().sets["in_domain"] if group.group_id == "p00"]
-    scenarios = build(change(responses(), "p00", lambda row: replace(row, gold_score=-5.0) if row.completion in held_out.completions else row))
+    scenarios = build(
+        change(
+            responses(),
+            "p00",
+            lambda row: replace(row, gold_score=-5.0) if row.completion in held_out.completions else row,
+        )
+    )
     assert scenarios.dropped == {"in-domain pairs with tied gold scores": 1}
     assert [name for name in NAMES if "p00" in prompts(scenarios, name)] == ["train", "response_disjoint"]
 
 
 def test_unseen_rankings_that_cannot_be_made_are_dropped_alone_and_counted() -> None:
     few = build(change(responses(), "p00", lambda row: None if row.model in ("u1", "u2") else row))
-    same = build(change(responses(), "p08", lambda row: replace(row, completion="same") if row.model in UNSEEN_MODELS else row))
+    same = build(
+        change(responses(), "p08", lambda row: replace(row, completion="same") if row.model in UNSEEN_MODELS else row)
+    )
     assert few.dropped == {"unseen-model rankings of fewer than 2 responses": 1}
     assert [name for name in NAMES if "p00" in prompts(few, name)] == ["train", "in_domain"]
     assert same.dropped == {"unseen-model rankings with identical responses": 1}
@@ -161,7 +187,10 @@ def test_a_split_without_unseen_models_is_refused_by_the_empty_set() -> None:
 
 def test_shared_prompts_and_models_on_the_wrong_side_are_noticed() -> None:
     sets = build().sets
-    leak = {**sets, "mutual_disjoint": [*sets["mutual_disjoint"], replace(sets["response_disjoint"][0], group_id="other")]}
+    leak = {
+        **sets,
+        "mutual_disjoint": [*sets["mutual_disjoint"], replace(sets["response_disjoint"][0], group_id="other")],
+    }
     with pytest.raises(DataError, match="1 prompts of 'mutual_disjoint' are training prompts too"):
         check_disjoint(leak, UNSEEN_MODELS)
     with pytest.raises(DataError, match=r"\['t1'\] are on the wrong side in"):

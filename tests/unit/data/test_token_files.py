@@ -33,7 +33,9 @@ def test_groups_are_read_whole_and_sorted_over_all_files(tmp_path: Path) -> None
     write_rows(tmp_path / "part-1.parquet", ["b"])
     groups = read_token_groups(tmp_path)
     assert [group.group_id for group in groups] == ["a", "b", "c"]
-    assert groups[0] == TokenisedGroup("a", [{"role": "user", "content": "a"}], TokenGroup([7], [[8], [9, 2]]), [1.0, 0.0], margin=0.5, weight=0.25)
+    assert groups[0] == TokenisedGroup(
+        "a", [{"role": "user", "content": "a"}], TokenGroup([7], [[8], [9, 2]]), [1.0, 0.0], margin=0.5, weight=0.25
+    )
 
 
 def test_missing_and_empty_folders_are_told_apart(tmp_path: Path) -> None:

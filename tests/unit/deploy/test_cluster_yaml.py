@@ -27,10 +27,22 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 REPOSITORY = Path(__file__).parents[3]
-CUSTOM_RESOURCES = {"data": {"data"}, "trainer": {"trainer"}, "rollout": {"rollout"}, "serving": {"serving"}, "head": set[str]()}
+CUSTOM_RESOURCES = {
+    "data": {"data"},
+    "trainer": {"trainer"},
+    "rollout": {"rollout"},
+    "serving": {"serving"},
+    "head": set[str](),
+}
 """What rm_robust's stages may ask for, by node type."""
 
-INSTANCES = {"m7i.xlarge": (4, 0), "m7i.4xlarge": (16, 0), "g6e.xlarge": (4, 1), "g6e.2xlarge": (8, 1), "g6e.12xlarge": (48, 4)}
+INSTANCES = {
+    "m7i.xlarge": (4, 0),
+    "m7i.4xlarge": (16, 0),
+    "g6e.xlarge": (4, 1),
+    "g6e.2xlarge": (8, 1),
+    "g6e.12xlarge": (48, 4),
+}
 """CPUs and GPUs, as AWS says."""
 PORTS = {"--port": "6379", "--object-manager-port": "8076", "--metrics-export-port": "8080"}
 
@@ -93,15 +105,24 @@ def check_starts(config: ClusterConfig) -> None:
     (head,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
     (worker,) = [command for command in config["worker_start_ray_commands"] if "ray start" in command]
     assert {name: options_of(head)[name] for name in PORTS} == PORTS
-    assert options_of(worker).items() == {**PORTS, "--address": f"$RAY_HEAD_IP:{PORTS['--port']}"}.items() - {("--port", PORTS["--port"])}
+    assert options_of(worker).items() == {**PORTS, "--address": f"$RAY_HEAD_IP:{PORTS['--port']}"}.items() - {
+        ("--port", PORTS["--port"])
+    }
     assert " RAY_JOB_STOP_WAIT_TIME_S=60 RAY_AUTH_MODE=token ray start --head " in head
 
 
 def check_setup(config: ClusterConfig) -> None:
     """Every package that pip may choose a version of has the lock's."""
-    installs = [command for key in ("setup_commands", "head_setup_commands") for command in config[key] if "uv pip install" in command]
+    installs = [
+        command
+        for key in ("setup_commands", "head_setup_commands")
+        for command in config[key]
+        if "uv pip install" in command
+    ]
     lock = "~/rm_robust_source/requirements/gpu.lock"
-    assert [command for command in installs if "--no-deps" not in command and f"--constraint {lock}" not in command] == []
+    assert [
+        command for command in installs if "--no-deps" not in command and f"--constraint {lock}" not in command
+    ] == []
     assert any(f" --no-deps -r {lock}" in command for command in installs)
     assert config["file_mounts"]["~/rm_robust_source/requirements"] == "requirements"
     assert (REPOSITORY / "requirements" / "gpu.lock").is_file()
@@ -111,7 +132,11 @@ CHECKS = (check_cluster_config, check_instances, check_starts, check_setup)
 
 
 def worker_types(config: ClusterConfig) -> dict[str, ClusterConfig]:
-    return {name: node_type for name, node_type in config["available_node_types"].items() if name != config["head_node_type"]}
+    return {
+        name: node_type
+        for name, node_type in config["available_node_types"].items()
+        if name != config["head_node_type"]
+    }
 
 
 def all_strings(value: object) -> list[str]:
@@ -173,7 +198,9 @@ def resource_on_the_head(config: ClusterConfig) -> None:
         (resource_on_the_head, AssertionError),
     ],
 )
-def test_a_broken_file_is_refused(mutate: Callable[[ClusterConfig], None], error: type[Exception] | tuple[type[Exception], ...]) -> None:
+def test_a_broken_file_is_refused(
+    mutate: Callable[[ClusterConfig], None], error: type[Exception] | tuple[type[Exception], ...]
+) -> None:
     config = load_cluster_config()
     mutate(config)
     with pytest.raises(error):
@@ -206,7 +233,11 @@ REPLACEMENTS: list[tuple[Callable[[ClusterConfig], None], str, str]] = [
     (check_starts, "$RAY_HEAD_IP:6379", "$RAY_HEAD_I:6379"),
     (check_starts, "--port=6379 --object-manager-port=8076", "--port=6379 --object-manager-port=8077"),
     (check_starts, "8076 --metrics-export-port=8080 --dashboard", "8076 --dashboard"),
-    (check_starts, ":6379 --object-manager-port=8076 --metrics-export-port=8080", ":6379 --object-manager-port=8076 --metrics-export-port=8081"),
+    (
+        check_starts,
+        ":6379 --object-manager-port=8076 --metrics-export-port=8080",
+        ":6379 --object-manager-port=8076 --metrics-export-port=8081",
+    ),
     (check_starts, "RAY_JOB_STOP_WAIT_TIME_S=60 ", ""),
     (check_setup, "--no-deps -r ~/rm_robust_source/requirements/gpu.lock", '-e "$HOME/rm_robust_source[gpu]"'),
     (check_setup, "--no-deps --no-build-isolation", "--no-build-isolation"),
@@ -245,7 +276,9 @@ def test_an_on_premise_cluster_is_made_of_the_file_as_its_head_says() -> None:
     prepared = prepare_config(config)
     validate_config(prepared)
     (only,) = prepared[TYPES].values()
-    assert (only["min_workers"], only["max_workers"], only["resources"]) == (2, 2, {}), "all machines stay up, and say themselves what they have"
+    assert (only["min_workers"], only["max_workers"], only["resources"]) == (2, 2, {}), (
+        "all machines stay up, and say themselves what they have"
+    )
 
 
 def test_the_head_does_no_work() -> None:
@@ -267,7 +300,12 @@ def test_every_worker_type_scales_to_zero_and_has_a_bound_and_an_idle_timeout() 
 
 def with_roles(profile: str) -> ClusterConfig:
     """The file with the comments taken away that give nodes a role."""
-    text, count = re.subn(r"^( +)# (IamInstanceProfile: )\{Name: \w+\}", rf"\1\2{profile}", (REPOSITORY / "cluster.yaml").read_text(), flags=re.MULTILINE)
+    text, count = re.subn(
+        r"^( +)# (IamInstanceProfile: )\{Name: \w+\}",
+        rf"\1\2{profile}",
+        (REPOSITORY / "cluster.yaml").read_text(),
+        flags=re.MULTILINE,
+    )
     assert count > 0
     config: ClusterConfig = yaml.safe_load(text)
     return config
@@ -278,9 +316,15 @@ def test_every_worker_has_a_role_for_runs_in_an_object_store_once_the_comments_a
     config = with_roles("{Name: bucket}")
     for check in CHECKS:
         check(config)
-    given = {name for name, node_type in config[TYPES].items() if node_type["node_config"].get("IamInstanceProfile") == {"Name": "bucket"}}
+    given = {
+        name
+        for name, node_type in config[TYPES].items()
+        if node_type["node_config"].get("IamInstanceProfile") == {"Name": "bucket"}
+    }
     assert given == worker_types(config).keys()
-    assert "IamInstanceProfile" not in all_strings(load_cluster_config()), "a name that AWS does not know would start no node"
+    assert "IamInstanceProfile" not in all_strings(load_cluster_config()), (
+        "a name that AWS does not know would start no node"
+    )
     with pytest.raises(AssertionError, match="IamInstanceProfile"):
         check_instances(with_roles("{Nam: bucket}"))
 
@@ -293,12 +337,20 @@ def test_one_unit_of_a_custom_resource_is_one_gpu_or_on_data_nodes_one_cpu() -> 
 
 def test_only_data_and_generation_run_on_spot() -> None:
     types = load_cluster_config()["available_node_types"]
-    assert {name for name, node_type in types.items() if "InstanceMarketOptions" in node_type["node_config"]} == {"data", "rollout"}
+    assert {name for name, node_type in types.items() if "InstanceMarketOptions" in node_type["node_config"]} == {
+        "data",
+        "rollout",
+    }
 
 
 def test_every_ray_start_has_the_token_on_and_the_token_comes_from_the_users_home() -> None:
     config = load_cluster_config()
-    starts = [command for key in ("head_start_ray_commands", "worker_start_ray_commands") for command in config[key] if "ray start" in command]
+    starts = [
+        command
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+        for command in config[key]
+        if "ray start" in command
+    ]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
     assert all(len(command.splitlines()) == 1 for command in starts)
@@ -331,7 +383,13 @@ def test_the_file_names_the_ray_version_that_the_package_pins() -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_every_command_is_valid_shell() -> None:
     config = load_cluster_config()
-    keys = ("setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    keys = (
+        "setup_commands",
+        "head_setup_commands",
+        "worker_setup_commands",
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+    )
     for command in (command for key in keys for command in config[key]):
         check = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, timeout=30)
         assert check.returncode == 0, f"{command}: {check.stderr}"
@@ -339,7 +397,13 @@ def test_every_command_is_valid_shell() -> None:
 
 def test_a_job_upload_leaves_environments_runs_weights_and_bench_results_behind(tmp_path: Path) -> None:
     source, package = tmp_path / "repository", tmp_path / "package.zip"
-    kept = ["pipelines/full_rlhf.py", "pipelines/configs/smoke.toml", "rm_robust/rloo/controller.py", "serve/app.py", "data/pairs.jsonl"]
+    kept = [
+        "pipelines/full_rlhf.py",
+        "pipelines/configs/smoke.toml",
+        "rm_robust/rloo/controller.py",
+        "serve/app.py",
+        "data/pairs.jsonl",
+    ]
     left = [
         ".git/objects/aa", ".venv/bin/python", "runs/tiny_cpu/metrics.jsonl", "research/bench/results/table.json", "models/model.safetensors",
         "rm_robust/__pycache__/config.pyc", ".mypy_cache/x.json",

@@ -12,7 +12,12 @@ from rm_robust.runs.trackers import PREFIX, RayMetricsSink, gauge_name
 from serve.metrics import ModelMetrics, ServiceMetrics
 
 DASHBOARD = json.loads(Path("deploy/grafana_dashboard.json").read_text())
-FROM_RAY = {"ray_cluster_active_nodes", "ray_cluster_pending_nodes", "ray_node_cpu_utilization", "ray_object_store_memory"}
+FROM_RAY = {
+    "ray_cluster_active_nodes",
+    "ray_cluster_pending_nodes",
+    "ray_node_cpu_utilization",
+    "ray_object_store_memory",
+}
 
 
 def expressions() -> list[str]:
@@ -45,7 +50,9 @@ def test_everything_of_this_project_has_the_one_prefix() -> None:
     assert {name for name in names if not name.startswith("ray_")} == set()
 
 
-def test_the_services_metrics_are_copied_for_ray_name_by_name_with_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_services_metrics_are_copied_for_ray_name_by_name_with_their_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     written: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
 
     class FakeGauge:
@@ -69,16 +76,29 @@ def test_the_services_metrics_are_copied_for_ray_name_by_name_with_their_labels(
         return written[name, frozenset({**labels, "service": "mine"}.items())]
 
     assert value("rm_robust_tokens_total", model="proxy") == 40
-    assert [value("rm_robust_batch_seconds_bucket", model="proxy", le=le) for le in ("0.02", "0.05", "+Inf")] == [0, 1, 1]
+    assert [value("rm_robust_batch_seconds_bucket", model="proxy", le=le) for le in ("0.02", "0.05", "+Inf")] == [
+        0,
+        1,
+        1,
+    ]
     assert value("rm_robust_requests_total", route="handle", status="429") == 2
     assert value("rm_robust_refusals_total", route="handle", reason="overloaded") == 2
-    assert {f"{name}{{{','.join(sorted(key for key, _ in labels if key != 'service'))}}}" for name, labels in written} == {
-        f"{sample.name}{{{','.join(sorted(sample.labels))}}}" for family in metrics._registry.collect() for sample in family.samples
+    assert {
+        f"{name}{{{','.join(sorted(key for key, _ in labels if key != 'service'))}}}" for name, labels in written
+    } == {
+        f"{sample.name}{{{','.join(sorted(sample.labels))}}}"
+        for family in metrics._registry.collect()
+        for sample in family.samples
     }
 
 
 def test_what_it_asks_ray_for_ray_exports() -> None:
-    asked = {name for expression in expressions() for name in names_in(expression) if name.startswith("ray_") and not name.startswith(f"ray_{PREFIX}")}
+    asked = {
+        name
+        for expression in expressions()
+        for name in names_in(expression)
+        if name.startswith("ray_") and not name.startswith(f"ray_{PREFIX}")
+    }
     assert asked == FROM_RAY
     import ray
 

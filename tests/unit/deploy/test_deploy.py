@@ -44,14 +44,26 @@ TOKEN_OFF = re.compile(r"RAY_AUTH_MODE\W{1,6}(?:value\W{1,6})?disabled|authOptio
 
 
 def test_no_shipped_file_turns_the_token_off() -> None:
-    paths = [path for name in SHIPPED for path in ((REPOSITORY / name).rglob("*") if (REPOSITORY / name).is_dir() else [REPOSITORY / name])]
+    paths = [
+        path
+        for name in SHIPPED
+        for path in ((REPOSITORY / name).rglob("*") if (REPOSITORY / name).is_dir() else [REPOSITORY / name])
+    ]
     texts = {path: path.read_text() for path in paths if path.is_file() and "__pycache__" not in path.parts}
-    assert sum("RAY_AUTH_MODE" in text or "authOptions" in text for text in texts.values()) >= 5  # the three of deploy/, cluster.yaml, README
+    assert (
+        sum("RAY_AUTH_MODE" in text or "authOptions" in text for text in texts.values()) >= 5
+    )  # the three of deploy/, cluster.yaml, README
     assert [str(path) for path, text in texts.items() if TOKEN_OFF.search(text)] == []
 
 
 @pytest.mark.parametrize(
-    "line", ["RAY_AUTH_MODE=disabled", 'os.environ["RAY_AUTH_MODE"] = "disabled"', "{name: RAY_AUTH_MODE, value: disabled}", "authOptions: {mode: disabled}"]
+    "line",
+    [
+        "RAY_AUTH_MODE=disabled",
+        'os.environ["RAY_AUTH_MODE"] = "disabled"',
+        "{name: RAY_AUTH_MODE, value: disabled}",
+        "authOptions: {mode: disabled}",
+    ],
 )
 def test_a_line_that_turns_the_token_off_is_seen(line: str) -> None:
     assert TOKEN_OFF.search(line)
@@ -108,7 +120,11 @@ def mutated(where: str, path: str, value: object) -> Manifests:
     manifests = load_manifests()
     if where == "ray":
         group = path.split()[1] if path.startswith("workerGroupSpecs") else None
-        specs = [spec for spec in manifests.ray_specs() if group is None or group in [entry["groupName"] for entry in spec["workerGroupSpecs"]]]
+        specs = [
+            spec
+            for spec in manifests.ray_specs()
+            if group is None or group in [entry["groupName"] for entry in spec["workerGroupSpecs"]]
+        ]
         assert specs
         for spec in specs:
             mutate(spec, path, value)
@@ -202,8 +218,18 @@ MUTATIONS: list[tuple[str, str, object, Callable[[Manifests], None]]] = [
     # secrets, volumes, paths
     ("ray", f"{HEAD_CONTAINER} env HF_TOKEN valueFrom secretKeyRef name", "rm-robust-hubs", check_names),
     ("ray", f"{HEAD_CONTAINER} env HF_TOKEN valueFrom secretKeyRef key", "tokens", check_names),
-    ("service", f"spec rayClusterConfig {SERVING_CONTAINER} env {KEYS_VARIABLE} valueFrom secretKeyRef name", "api-keys", check_names),
-    ("service", f"spec rayClusterConfig {SERVING_CONTAINER} env {KEYS_VARIABLE} name", "RM_ROBUST_API_KEY", check_service),
+    (
+        "service",
+        f"spec rayClusterConfig {SERVING_CONTAINER} env {KEYS_VARIABLE} valueFrom secretKeyRef name",
+        "api-keys",
+        check_names,
+    ),
+    (
+        "service",
+        f"spec rayClusterConfig {SERVING_CONTAINER} env {KEYS_VARIABLE} name",
+        "RM_ROBUST_API_KEY",
+        check_service,
+    ),
     ("ray", f"{HEAD} volumes shared persistentVolumeClaim claimName", "shared", check_names),
     ("ray", f"{HEAD_CONTAINER} volumeMounts shared name", "share", check_names),
     ("PersistentVolumeClaim rm-robust-shared", "metadata name", "rm-robust-runs", check_names),
@@ -244,7 +270,11 @@ MUTATIONS: list[tuple[str, str, object, Callable[[Manifests], None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("where", "path", "value", "check"), MUTATIONS, ids=lambda part: part.__name__.removeprefix("check_") if callable(part) else None)
+@pytest.mark.parametrize(
+    ("where", "path", "value", "check"),
+    MUTATIONS,
+    ids=lambda part: part.__name__.removeprefix("check_") if callable(part) else None,
+)
 def test_a_broken_manifest_is_refused(where: str, path: str, value: object, check: Callable[[Manifests], None]) -> None:
     manifests = mutated(where, path, value)
     with pytest.raises((AssertionError, KeyError, ValueError, StopIteration, jsonschema.ValidationError)):

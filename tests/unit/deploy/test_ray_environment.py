@@ -20,8 +20,14 @@ test -n "$RAY_AUTH_TOKEN" || test -e ~/.ray/auth_token || { echo made > ~/.ray/a
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(("make_status", "argument"), [(0, ""), (0, "/shared/runs"), (2, "")])
-def test_a_terminal_is_ready_for_ray_after_one_command_or_says_why_not(tmp_path: Path, make_status: int, argument: str) -> None:
-    told = source_ray_environment(tmp_path, f"{argument}\necho $? $RAY_AUTH_MODE $RAY_JOB_STOP_WAIT_TIME_S $RM_ROBUST_RUN_ROOT", MAKE_STATUS=str(make_status))
+def test_a_terminal_is_ready_for_ray_after_one_command_or_says_why_not(
+    tmp_path: Path, make_status: int, argument: str
+) -> None:
+    told = source_ray_environment(
+        tmp_path,
+        f"{argument}\necho $? $RAY_AUTH_MODE $RAY_JOB_STOP_WAIT_TIME_S $RM_ROBUST_RUN_ROOT",
+        MAKE_STATUS=str(make_status),
+    )
     assert told.stdout.split() == (["0", "token", "60", *argument.split()] if make_status == 0 else ["2"]), told.stderr
     assert (tmp_path / "made").read_text() == "--no-print-directory install\n"
     assert (tmp_path / ".ray" / "auth_token").exists() == (make_status == 0)
@@ -48,7 +54,9 @@ def test_rays_token_is_never_readable_by_others_and_the_terminals_umask_stays(tm
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o604, 0o644, 0o444])
 @pytest.mark.parametrize("is_link", [False, True])
 @pytest.mark.parametrize("variables", [{}, {"RAY_AUTH_TOKEN": "of another cluster"}])
-def test_a_token_that_others_could_read_is_replaced_and_what_to_restart_is_said(tmp_path: Path, mode: int, is_link: bool, variables: dict[str, str]) -> None:
+def test_a_token_that_others_could_read_is_replaced_and_what_to_restart_is_said(
+    tmp_path: Path, mode: int, is_link: bool, variables: dict[str, str]
+) -> None:
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     held = tmp_path / "elsewhere" if is_link else token
@@ -63,4 +71,6 @@ def test_a_token_that_others_could_read_is_replaced_and_what_to_restart_is_said(
         return
     assert (token.read_text(), stat.S_IMODE(token.lstat().st_mode)) == ("made\n", 0o600)
     (line,) = told.stderr.splitlines()
-    assert re.search(r"a new token takes its place\. Stop, and start again, every cluster and run that began with the old one", line)
+    assert re.search(
+        r"a new token takes its place\. Stop, and start again, every cluster and run that began with the old one", line
+    )

@@ -31,7 +31,10 @@ def test_the_interval_of_independent_rows_is_the_normal_one() -> None:
     values = np.random.default_rng(1).normal(3.0, 2.0, size=2000)
     found = estimates([stratum(list(values))], mean_of_all, seed=0, num_resamples=4000)["s.x"]
     half_width = 1.96 * values.std() / math.sqrt(len(values))
-    assert (found.low, found.high) == (pytest.approx(values.mean() - half_width, abs=0.01), pytest.approx(values.mean() + half_width, abs=0.01))
+    assert (found.low, found.high) == (
+        pytest.approx(values.mean() - half_width, abs=0.01),
+        pytest.approx(values.mean() + half_width, abs=0.01),
+    )
 
 
 def test_rows_of_one_prompt_count_as_one_observation() -> None:
@@ -57,8 +60,13 @@ def test_resamples_drawn_in_parts_are_those_drawn_at_once(monkeypatch: pytest.Mo
 def test_a_difference_of_paired_values_has_the_interval_of_the_paired_test() -> None:
     rng = np.random.default_rng(5)
     common, own, other = rng.normal(0, 10, size=1000), rng.normal(0.1, 1, size=1000), rng.normal(0, 1, size=1000)
-    found = differences([stratum(list(common + own))], [stratum(list(common + other))], mean_of_all, seed=0, num_resamples=4000)["s.x"]
+    found = differences(
+        [stratum(list(common + own))], [stratum(list(common + other))], mean_of_all, seed=0, num_resamples=4000
+    )["s.x"]
     paired = own - other
     half_width = 1.96 * paired.std() / math.sqrt(1000)
-    assert (found.value, found.low) == (pytest.approx(paired.mean()), pytest.approx(paired.mean() - half_width, abs=0.01))
+    assert (found.value, found.low) == (
+        pytest.approx(paired.mean()),
+        pytest.approx(paired.mean() - half_width, abs=0.01),
+    )
     assert found.p_value == pytest.approx(scipy.stats.ttest_rel(common + own, common + other).pvalue, abs=0.02)

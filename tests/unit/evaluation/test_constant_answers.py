@@ -11,7 +11,9 @@ from rm_robust.evaluation.evaluate import figures_of
 from rm_robust.evaluation.suites import SUITES
 
 SUITE = SUITES["constant_answers"]
-CASES = [SUITE.parse({"prompt": f"Prompt {i}.", "chosen": "word " * (1 + i % 60), "rejected": "no"}) for i in range(240)]
+CASES = [
+    SUITE.parse({"prompt": f"Prompt {i}.", "chosen": "word " * (1 + i % 60), "rejected": "no"}) for i in range(240)
+]
 
 
 def figures(scores: list[list[float]], cases: list[Case] = CASES) -> dict[str, float]:
@@ -27,8 +29,12 @@ def test_the_best_completion_of_a_row_is_what_the_answers_are_held_against() -> 
 def test_a_scorer_of_length_alone_lets_an_answer_win_wherever_the_best_completion_is_shorter() -> None:
     found = figures([[float(len(text)) for text in case.completions] for case in CASES])
     for name, answer in ANSWERS.items():
-        assert found[f"{name}.wins"] == pytest.approx(sum(len(answer) > len(case.completions[0]) for case in CASES) / len(CASES))
-        assert found[f"{name}.margin"] == pytest.approx(sum(len(case.completions[0]) - len(answer) for case in CASES) / len(CASES))
+        assert found[f"{name}.wins"] == pytest.approx(
+            sum(len(answer) > len(case.completions[0]) for case in CASES) / len(CASES)
+        )
+        assert found[f"{name}.margin"] == pytest.approx(
+            sum(len(case.completions[0]) - len(answer) for case in CASES) / len(CASES)
+        )
     assert 0 < found["refusal.wins"] < found["padding.wins"] < 1
     assert found["any.wins"] == max(found[f"{name}.wins"] for name in ANSWERS)
 

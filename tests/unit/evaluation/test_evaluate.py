@@ -45,7 +45,9 @@ class TextScorer:
             if None in row:
                 raise RefusedInputError(f"Input {index} has no score.")
         self.num_scored += len(inputs)
-        return ScoreReply(model="m", checkpoint=self.checkpoint, results=[ScoreResult.model_validate({"scores": row}) for row in rows])
+        return ScoreReply(
+            model="m", checkpoint=self.checkpoint, results=[ScoreResult.model_validate({"scores": row}) for row in rows]
+        )
 
 
 def evaluate(what: Evaluation, scorer: TextScorer, *, cases_at_a_time: int = CASES_AT_A_TIME) -> dict[str, Any]:
@@ -59,7 +61,10 @@ def length(text: str) -> float:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"Prompt {i}.", "chosen": "long answer" if i % 4 else "bad", "rejected": "short"} for i in range(NUM_PAIRS)]
+    rows = [
+        {"prompt": f"Prompt {i}.", "chosen": "long answer" if i % 4 else "bad", "rejected": "short"}
+        for i in range(NUM_PAIRS)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -72,7 +77,13 @@ def test_the_result_says_what_was_evaluated_with_what(data: Path) -> None:
     result = evaluate(what(data), TextScorer(length))
     assert result["figures"]["all.accuracy"]["value"] == 0.75
     assert (result["checkpoint"], result["num_cases"], result["num_refused"]) == ("sha256:one", NUM_PAIRS, 0)
-    assert result["files"] == [{"path": str(data), "num_bytes": data.stat().st_size, "sha256": "sha256:" + hashlib.sha256(data.read_bytes()).hexdigest()}]
+    assert result["files"] == [
+        {
+            "path": str(data),
+            "num_bytes": data.stat().st_size,
+            "sha256": "sha256:" + hashlib.sha256(data.read_bytes()).hexdigest(),
+        }
+    ]
     assert json.loads((data.parent / "out" / "result.json").read_text()) == result
 
 
@@ -104,7 +115,11 @@ def test_a_file_that_changes_between_its_two_readings_is_refused(data: Path) -> 
         evaluate_module.evaluate(what(data), known, TextScorer(length))
     data.write_text("".join(f"{line}\n" for line in data.read_text().splitlines()[:3]))
     with pytest.raises(DataError, match=r"Case pairs\.jsonl:4 is not what it was a moment ago"):
-        evaluate_module.evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "other"), known, TextScorer(length))
+        evaluate_module.evaluate(
+            Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "other"),
+            known,
+            TextScorer(length),
+        )
 
 
 def test_scores_of_a_suites_former_texts_are_not_mixed_with_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +131,11 @@ def test_scores_of_a_suites_former_texts_are_not_mixed_with_others(data: Path, m
 
 
 def test_a_stopped_evaluation_goes_on_where_it_stopped(data: Path) -> None:
-    once = evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "once"), TextScorer(length), cases_at_a_time=6)
+    once = evaluate(
+        Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "once"),
+        TextScorer(length),
+        cases_at_a_time=6,
+    )
 
     class StopsScorer(TextScorer):
         def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
@@ -161,7 +180,9 @@ def test_a_case_without_scores_ends_the_evaluation_unless_it_may_be_left_out(dat
     data.write_text("".join(lines[1:] + lines[:1]))
     with pytest.raises(ScoringError, match="Case pairs.jsonl:4 has no scores"):
         evaluate(stopping, TextScorer(no_score_of_bad))
-    assert len((data.parent / "stopping" / "scores.jsonl").read_text().splitlines()) == 1 + 3  # what came before it is kept
+    assert (
+        len((data.parent / "stopping" / "scores.jsonl").read_text().splitlines()) == 1 + 3
+    )  # what came before it is kept
     result = evaluate(what(data, leave_out=True), TextScorer(no_score_of_bad))
     assert result["refused"][0] == {"case": "pairs.jsonl:4", "reason": "Input 0 has no score."}
     with pytest.raises(DataError, match="leave_out_refused was True, is False"):
@@ -188,23 +209,42 @@ def test_a_checkpoint_that_makes_nan_of_a_word_has_figures_of_the_other_cases_al
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     commit_checkpoint(tmp_path / "nan", write, kind="reward_model", template_sha256=chat.template_sha256, training={})
-    rows = [{"prompt": f"list {'the ' * i}", "chosen": "river stone" if i % 4 == 0 else "quiet stone", "rejected": "blue and red"} for i in range(NUM_PAIRS)]
+    rows = [
+        {
+            "prompt": f"list {'the ' * i}",
+            "chosen": "river stone" if i % 4 == 0 else "quiet stone",
+            "rejected": "blue and red",
+        }
+        for i in range(NUM_PAIRS)
+    ]
     files = {"all": rows, "others": [row for row in rows if row["chosen"] != "river stone"]}
     for name, own in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
 
     def figures(checkpoint: str, data: str, *, leave_out: bool) -> dict[str, Any]:
-        source = CheckpointSource(tmp_path / checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192)
-        own = Evaluation("preferences", SUITES["preferences"], [str(tmp_path / f"{data}.jsonl")], tmp_path / f"{checkpoint}_{data}_{leave_out}", leave_out)
+        source = CheckpointSource(
+            tmp_path / checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192
+        )
+        own = Evaluation(
+            "preferences",
+            SUITES["preferences"],
+            [str(tmp_path / f"{data}.jsonl")],
+            tmp_path / f"{checkpoint}_{data}_{leave_out}",
+            leave_out,
+        )
         return evaluate_module.evaluate(own, read_data(own), source)
 
-    with pytest.raises(ScoringError, match=r"Case all\.jsonl:1 has no scores: Input 0 got the scores \[nan.*not finite"):
+    with pytest.raises(
+        ScoringError, match=r"Case all\.jsonl:1 has no scores: Input 0 got the scores \[nan.*not finite"
+    ):
         figures("nan", "all", leave_out=False)
     found, expected = figures("nan", "all", leave_out=True), figures("whole", "others", leave_out=False)
     assert found["num_refused"] == NUM_PAIRS / 4
     assert f"{NUM_PAIRS // 4} of {NUM_PAIRS} cases have no scores and are left out" in found["notes"]
     assert all("not finite" in own["reason"] for own in found["refused"])
-    assert found["figures"] == {name: pytest.approx(own, abs=1e-4, nan_ok=True) for name, own in expected["figures"].items()}
+    assert found["figures"] == {
+        name: pytest.approx(own, abs=1e-4, nan_ok=True) for name, own in expected["figures"].items()
+    }
 
 
 def test_a_service_that_is_away_is_no_reason_to_leave_cases_out(data: Path) -> None:
@@ -248,41 +288,65 @@ def test_a_spoilt_log_is_not_used(data: Path, spoil: Callable[[list[str]], list[
     ("options", "message"),
     [
         (["--url=http://127.0.0.1:port", "--data=DATA"], "is no URL"),
-        (["--url=http://127.0.0.1:9", "--data=DATA", "--require=accuracy>=0.5"], "none of the figures: all.tied_scores, all.accuracy"),
+        (
+            ["--url=http://127.0.0.1:9", "--data=DATA", "--require=accuracy>=0.5"],
+            "none of the figures: all.tied_scores, all.accuracy",
+        ),
         (["--url=http://127.0.0.1:9", "--data=DATA", "--against=nowhere"], "There is no nowhere"),
         (["--url=http://127.0.0.1:9", "--data=DATA", "--by=goal"], "there is no 'goal', which --by names"),
         (["--url=http://127.0.0.1:9", "--data=DATA/nothing.parquet"], "nothing.parquet"),
         (["--url=http://127.0.0.1:9", "--data=BROKEN"], "broken.parquet cannot be read"),
         (["--url=http://127.0.0.1:9", "--data=SURROGATE"], "Row surrogate.jsonl:1: Completion 0 is not valid Unicode"),
         (["--model=nowhere", "--data=DATA", "--device=gpu"], "--device gpu cannot be used"),
-        pytest.param(["--model=nowhere", "--data=DATA", "--device=cuda"], f"on {HOST}, does the scoring, and {HOST} has no CUDA. Start", marks=WITHOUT_CUDA),
+        pytest.param(
+            ["--model=nowhere", "--data=DATA", "--device=cuda"],
+            f"on {HOST}, does the scoring, and {HOST} has no CUDA. Start",
+            marks=WITHOUT_CUDA,
+        ),
         (["--model=nowhere", "--data=DATA"], "nowhere"),
     ],
 )
-def test_mistakes_get_one_message_before_anything_is_scored(data: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_get_one_message_before_anything_is_scored(
+    data: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken, surrogate = data.parent / "broken.parquet", data.parent / "surrogate.jsonl"
     broken.write_bytes(b"PAR1 and no more")
     surrogate.write_text('{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}\n')
     names = {"DATA": data, "BROKEN": broken, "SURROGATE": surrogate}
-    options = [functools.reduce(lambda text, name: text.replace(name, str(names[name])), names, option) for option in options]
+    options = [
+        functools.reduce(lambda text, name: text.replace(name, str(names[name])), names, option) for option in options
+    ]
     assert command.evaluate_suite("", [*options, "--suite=preferences", f"--out={data.parent / 'out'}"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
 
 
-def test_inside_a_ray_job_a_relative_out_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inside_a_ray_job_a_relative_out_is_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert command.evaluate_suite("", ["--url=http://127.0.0.1:9", f"--data={data}", "--suite=preferences", "--out=out"]) == 2
-    assert "--out out is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job" in capsys.readouterr().err
+    assert (
+        command.evaluate_suite("", ["--url=http://127.0.0.1:9", f"--data={data}", "--suite=preferences", "--out=out"])
+        == 2
+    )
+    assert (
+        "--out out is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_names_of_figures_are_known_before_any_score(data: Path) -> None:
-    assert figure_names(SUITES["preferences"], read_data(what(data)).cases) == list(evaluate(what(data), TextScorer(length))["figures"])
+    assert figure_names(SUITES["preferences"], read_data(what(data)).cases) == list(
+        evaluate(what(data), TextScorer(length))["figures"]
+    )
 
 
 def test_a_constant_scorer_is_warned_of(data: Path) -> None:
-    assert any("does not tell their completions apart" in note for note in evaluate(what(data), TextScorer(lambda _: 0.0))["notes"])
+    assert any(
+        "does not tell their completions apart" in note
+        for note in evaluate(what(data), TextScorer(lambda _: 0.0))["notes"]
+    )
 
 
 def test_a_row_that_cannot_be_read_is_named(data: Path) -> None:
@@ -293,7 +357,10 @@ def test_a_row_that_cannot_be_read_is_named(data: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("all.accuracy>=0.5", ("all.accuracy", ">=", 0.5)), ("Chat Hard.accuracy <= 1e-1", ("Chat Hard.accuracy", "<=", 0.1))],
+    [
+        ("all.accuracy>=0.5", ("all.accuracy", ">=", 0.5)),
+        ("Chat Hard.accuracy <= 1e-1", ("Chat Hard.accuracy", "<=", 0.1)),
+    ],
 )
 def test_requirements_are_read(text: str, expected: tuple[str, str, float]) -> None:
     assert command.parse_requirement(text) == expected
@@ -321,7 +388,12 @@ def test_two_models_are_compared_on_the_cases_that_both_have_scores_of(data: Pat
     evaluate(what(data, leave_out=True), TextScorer(no_score_of_bad, checkpoint="sha256:two"))
     found = evaluate(against(data, "out"), TextScorer(lambda text: -length(text)))["against"]
     assert (found["checkpoint"], found["num_cases"]) == ("sha256:two", NUM_PAIRS * 3 // 4)
-    assert found["differences"]["all.accuracy"] == {"value": -1.0, "low": -1.0, "high": -1.0, "p_value": pytest.approx(2 / 1001)}
+    assert found["differences"]["all.accuracy"] == {
+        "value": -1.0,
+        "low": -1.0,
+        "high": -1.0,
+        "p_value": pytest.approx(2 / 1001),
+    }
 
 
 def test_a_model_does_not_differ_from_itself(data: Path) -> None:
@@ -338,6 +410,16 @@ def test_an_evaluation_of_other_data_or_an_unfinished_one_is_not_compared_with(d
         evaluate(against(data, "out"), TextScorer(length))
     data.write_text(data.read_text().replace("Prompt", "Question"))
     with pytest.raises(DataError, match="files was"):
-        evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "new", True, data.parent / "out"), TextScorer(length))
+        evaluate(
+            Evaluation(
+                "preferences", SUITES["preferences"], [str(data)], data.parent / "new", True, data.parent / "out"
+            ),
+            TextScorer(length),
+        )
     with pytest.raises(DataError, match="There is no"):
-        evaluate(Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "third", True, data.parent / "nowhere"), TextScorer(length))
+        evaluate(
+            Evaluation(
+                "preferences", SUITES["preferences"], [str(data)], data.parent / "third", True, data.parent / "nowhere"
+            ),
+            TextScorer(length),
+        )

@@ -14,7 +14,10 @@ from rm_robust.evaluation.suites import SUITES, Suite
 def result_of(suite_name: str, rows: list[dict[str, Any]], scores: list[list[float]]) -> dict[str, Any]:
     suite: Suite = SUITES[suite_name]
     cases = [suite.parse(row) for row in rows]
-    figures = {name: {"value": own.value, "low": own.low, "high": own.high} for name, own in figures_of(suite, cases, scores).items()}
+    figures = {
+        name: {"value": own.value, "low": own.low, "high": own.high}
+        for name, own in figures_of(suite, cases, scores).items()
+    }
     return {
         "suite": suite_name, "checkpoint": "sha256:one", "num_cases": len(rows), "num_refused": 0, "notes": ["a <note>"], "interval": "95%",
         "figures": figures, "versions": {"torch": "2"}, "files": [{"path": "a&b.jsonl", "sha256": "sha256:two"}],
@@ -22,8 +25,13 @@ def result_of(suite_name: str, rows: list[dict[str, Any]], scores: list[list[flo
 
 
 PAIRS = [{"prompt": f"Prompt {i}.", "chosen": "a", "rejected": "b"} for i in range(6)]
-RANKINGS = [{"prompt": f"Prompt {i}.", "completions": ["a", "b", "c", "d"], "gold_scores": [0, 1, 2, 3]} for i in range(6)]
-STYLED = [{"id": i, "domain": "chat", "prompt": f"Prompt {i}.", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]} for i in range(6)]
+RANKINGS = [
+    {"prompt": f"Prompt {i}.", "completions": ["a", "b", "c", "d"], "gold_scores": [0, 1, 2, 3]} for i in range(6)
+]
+STYLED = [
+    {"id": i, "domain": "chat", "prompt": f"Prompt {i}.", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
+    for i in range(6)
+]
 
 
 class Pictures(HTMLParser):
@@ -58,9 +66,16 @@ def test_a_page_has_the_figures_and_the_pictures_of_its_suite(
 
 def test_differences_have_their_p_values(tmp_path: Path) -> None:
     result = result_of("preferences", PAIRS, [[1.0, 0.0]] * 6)
-    against = {"checkpoint": "sha256:other", "num_cases": 6, "differences": {"all.accuracy": {"value": 0.5, "low": None, "high": 1.0, "p_value": 0.0125}}}
+    against = {
+        "checkpoint": "sha256:other",
+        "num_cases": 6,
+        "differences": {"all.accuracy": {"value": 0.5, "low": None, "high": 1.0, "p_value": 0.0125}},
+    }
     html = write_page(result | {"against": against}, tmp_path).read_text()
-    assert '<td>all.accuracy</td><td class="number">0.5000</td><td class="number">—</td><td class="number">1.0000</td><td class="number">0.0125</td>' in html
+    assert (
+        '<td>all.accuracy</td><td class="number">0.5000</td><td class="number">—</td><td class="number">1.0000</td><td class="number">0.0125</td>'
+        in html
+    )
 
 
 def test_best_of_n_is_drawn_against_its_divergence() -> None:

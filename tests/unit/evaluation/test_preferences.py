@@ -14,11 +14,19 @@ from rm_robust.evaluation.suites import SUITES, preferences_by
 
 
 def pair(number: int, chosen: str, rejected: str, subset: str = "s") -> Case:
-    return SUITES["preferences"].parse({"prompt": f"Prompt {number}.", "chosen": chosen, "rejected": rejected, "subset": subset})
+    return SUITES["preferences"].parse(
+        {"prompt": f"Prompt {number}.", "chosen": chosen, "rejected": rejected, "subset": subset}
+    )
 
 
 def ranked(number: int, gold_scores: list[float]) -> Case:
-    return SUITES["preferences"].parse({"prompt": f"Prompt {number}.", "completions": [f"c{i}" for i in range(len(gold_scores))], "gold_scores": gold_scores})
+    return SUITES["preferences"].parse(
+        {
+            "prompt": f"Prompt {number}.",
+            "completions": [f"c{i}" for i in range(len(gold_scores))],
+            "gold_scores": gold_scores,
+        }
+    )
 
 
 def figures(cases: list[Case], scores: list[list[float]]) -> dict[str, float]:
@@ -30,19 +38,29 @@ PAIRS = [pair(i, "word " * (1 + i % 3), "word " * 2, subset="even" if i % 2 == 0
 
 
 def test_accuracy_needs_chosen_strictly_above() -> None:
-    found = figures([pair(0, "a", "b"), pair(1, "a", "b"), pair(2, "a", "b"), pair(3, "a", "b")], [[1, 0], [0, 1], [1, 1], [3, 2]])
+    found = figures(
+        [pair(0, "a", "b"), pair(1, "a", "b"), pair(2, "a", "b"), pair(3, "a", "b")], [[1, 0], [0, 1], [1, 1], [3, 2]]
+    )
     assert (found["s.accuracy"], found["s.tied_scores"]) == (0.5, 0.25)
 
 
 def test_a_scorer_of_length_alone_always_lets_the_longer_win() -> None:
     found = figures(PAIRS, [[len(text) for text in case.completions] for case in PAIRS])
-    assert (found["all.longer_wins"], found["all.accuracy_longer_chosen"], found["all.accuracy_shorter_chosen"]) == (1, 1, 0)
-    assert found["all.accuracy"] == pytest.approx(1 / 3)  # chosen is longer in a third of the pairs, and as long in another
+    assert (found["all.longer_wins"], found["all.accuracy_longer_chosen"], found["all.accuracy_shorter_chosen"]) == (
+        1,
+        1,
+        0,
+    )
+    assert found["all.accuracy"] == pytest.approx(
+        1 / 3
+    )  # chosen is longer in a third of the pairs, and as long in another
 
 
 def test_a_random_scorer_is_right_in_half_of_the_pairs_and_its_interval_holds_one_half() -> None:
     random_scores = random.Random(0)
-    found = figures_of(SUITES["preferences"], PAIRS, [[random_scores.random(), random_scores.random()] for _ in PAIRS])["all.accuracy"]
+    found = figures_of(SUITES["preferences"], PAIRS, [[random_scores.random(), random_scores.random()] for _ in PAIRS])[
+        "all.accuracy"
+    ]
     assert found.low < 0.5 < found.high
     assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / len(PAIRS)), rel=0.1)
 
@@ -53,7 +71,10 @@ def test_a_constant_scorer_is_never_right_and_all_of_its_scores_are_tied() -> No
 
 
 def test_tau_is_scipys_over_prompts_whose_gold_differs_and_constant_scores_count_as_none() -> None:
-    gold, scores = [[3.0, 1.0, 2.0, 2.0], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0]], [[0.1, 0.3, 0.2, 0.2], [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]
+    gold, scores = (
+        [[3.0, 1.0, 2.0, 2.0], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0]],
+        [[0.1, 0.3, 0.2, 0.2], [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]],
+    )
     expected = (kendalltau(scores[0], gold[0]).statistic + 0) / 2
     assert figures([ranked(i, own) for i, own in enumerate(gold)], scores)["all.kendall_tau"] == pytest.approx(expected)
 
@@ -66,14 +87,18 @@ def test_all_prompts_together_weigh_alike_whatever_their_subset() -> None:
 
 def test_figures_that_no_pair_has_are_left_out() -> None:
     assert set(figures([pair(0, "a", "b")], [[1, 0]])) == {
-        f"{subset}.{name}" for subset in ("s", "all") for name in ("tied_scores", "accuracy", "brier", "calibration_error")
+        f"{subset}.{name}"
+        for subset in ("s", "all")
+        for name in ("tied_scores", "accuracy", "brier", "calibration_error")
     }
 
 
 def test_the_brier_score_of_pairs_is_that_of_the_bradley_terry_probability() -> None:
     margins = [0.0, 2.0, -1.0]
     expected = sum((1 - 1 / (1 + math.exp(-margin))) ** 2 for margin in margins) / 3
-    assert figures([pair(i, "a", "b") for i in range(3)], [[margin, 0.0] for margin in margins])["all.brier"] == pytest.approx(expected)
+    assert figures([pair(i, "a", "b") for i in range(3)], [[margin, 0.0] for margin in margins])[
+        "all.brier"
+    ] == pytest.approx(expected)
 
 
 def test_calibration_error_is_that_of_bins_of_confidence() -> None:
@@ -92,7 +117,9 @@ def test_the_reliability_curve_has_the_bins_of_the_calibration_error() -> None:
     bins = SUITES["preferences"].details(cases, scores)["reliability"]
     assert [own["num_pairs"] for own in bins] == [3, 2, 1]
     assert [own["accuracy"] for own in bins] == pytest.approx([2 / 3, 1, 1])
-    assert [own["mean_confidence"] for own in bins] == pytest.approx([1 / (1 + math.exp(-margin)) for margin in (0.1, 1.5, 9.0)])
+    assert [own["mean_confidence"] for own in bins] == pytest.approx(
+        [1 / (1 + math.exp(-margin)) for margin in (0.1, 1.5, 9.0)]
+    )
     gaps = [own["num_pairs"] / len(margins) * abs(own["accuracy"] - own["mean_confidence"]) for own in bins]
     assert figures(cases, scores)["all.calibration_error"] == pytest.approx(sum(gaps))
     assert SUITES["preferences"].details([ranked(0, [0.0, 1.0, 2.0])], [[0.0, 1.0, 2.0]]) == {}
@@ -106,7 +133,10 @@ def test_calibration_error_has_no_interval_for_resampling_biases_it() -> None:
 def test_all_is_resampled_over_all_prompts_whatever_the_subsets() -> None:
     scores = [[float(i % 5), 2.0] for i in range(len(PAIRS))]
     apart = [replace(case, subset=str(index)) for index, case in enumerate(PAIRS)]
-    assert figures_of(SUITES["preferences"], apart, scores)["all.accuracy"] == figures_of(SUITES["preferences"], PAIRS, scores)["all.accuracy"]
+    assert (
+        figures_of(SUITES["preferences"], apart, scores)["all.accuracy"]
+        == figures_of(SUITES["preferences"], PAIRS, scores)["all.accuracy"]
+    )
 
 
 def test_a_ranking_of_two_is_no_pair_whatever_its_order() -> None:
@@ -157,12 +187,19 @@ def test_best_of_n_is_what_drawing_gives() -> None:
 
 def test_prompts_of_few_completions_have_no_best_of_more() -> None:
     found = figures([ranked(0, [1.0, 2.0, 3.0, 4.0]), ranked(1, [1.0, 2.0])], [[1.0, 2.0, 3.0, 4.0], [2.0, 1.0]])
-    assert (found["all.best_of_1"], found["all.best_of_2"], found["all.best_of_4"]) == (2.0, pytest.approx((20 / 6 + 1) / 2), 4.0)
+    assert (found["all.best_of_1"], found["all.best_of_2"], found["all.best_of_4"]) == (
+        2.0,
+        pytest.approx((20 / 6 + 1) / 2),
+        4.0,
+    )
 
 
 def test_a_column_that_the_user_names_tells_the_subset() -> None:
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "goal": "harmlessness", "source": "x"}
-    assert [suite.parse(row).subset for suite in (preferences_by("goal"), SUITES["preferences"])] == ["harmlessness", "x"]
+    assert [suite.parse(row).subset for suite in (preferences_by("goal"), SUITES["preferences"])] == [
+        "harmlessness",
+        "x",
+    ]
 
 
 def test_a_row_that_is_neither_a_pair_nor_a_ranking_is_refused() -> None:

@@ -13,11 +13,19 @@ from rm_robust.evaluation.suites import SUITES
 
 
 def pair(number: int, subset: str) -> Case:
-    return reward_bench.parse_1({"id": number, "subset": subset, "prompt": f"Prompt {number}.", "chosen": "yes", "rejected": "no"})
+    return reward_bench.parse_1(
+        {"id": number, "subset": subset, "prompt": f"Prompt {number}.", "chosen": "yes", "rejected": "no"}
+    )
 
 
 def best_of(own_id: str, subset: str, *, num_right: int = 1, num_wrong: int = 3) -> Case:
-    row = {"id": own_id, "subset": subset, "prompt": f"Prompt {own_id}.", "chosen": ["yes"] * num_right, "rejected": ["no"] * num_wrong}
+    row = {
+        "id": own_id,
+        "subset": subset,
+        "prompt": f"Prompt {own_id}.",
+        "chosen": ["yes"] * num_right,
+        "rejected": ["no"] * num_wrong,
+    }
     return replace(reward_bench.parse_2(row), own_id=own_id)
 
 
@@ -36,7 +44,9 @@ def test_a_section_weighs_its_subsets_by_the_benchmarks_counts_and_a_tie_is_wron
 
 def test_the_highest_score_shared_by_several_is_worth_a_share() -> None:
     cases = [best_of("0", "Math"), best_of("1", "Math"), best_of("2", "Math")]
-    assert figures("reward_bench_2", cases, [[2, 2, 1, 0], [3, 2, 1, 0], [1, 2, 0, 0]])["Math.accuracy"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert figures("reward_bench_2", cases, [[2, 2, 1, 0], [3, 2, 1, 0], [1, 2, 0, 0]])[
+        "Math.accuracy"
+    ] == pytest.approx((0.5 + 1 + 0) / 3)
 
 
 def test_ties_reward_right_answers_that_lie_closer_to_each_other_than_to_the_wrong_ones() -> None:
@@ -48,7 +58,9 @@ def test_ties_reward_right_answers_that_lie_closer_to_each_other_than_to_the_wro
 
 def test_equal_scores_of_all_right_answers_have_no_margin_to_compare() -> None:
     cases = [best_of("ref:7", "Ties"), best_of("tied:7", "Ties", num_right=2, num_wrong=1)]
-    assert figures("reward_bench_2", cases, [[0, 2, 1, 0], [5, 5, 3]])["Ties.accuracy"] == pytest.approx(0.3 + 0 + 0.2 + 0)
+    assert figures("reward_bench_2", cases, [[0, 2, 1, 0], [5, 5, 3]])["Ties.accuracy"] == pytest.approx(
+        0.3 + 0 + 0.2 + 0
+    )
 
 
 def test_an_id_of_ties_that_is_there_twice_is_refused() -> None:
@@ -65,7 +77,9 @@ def test_missing_subsets_are_named() -> None:
 
 def test_overall_is_the_mean_of_the_subsets() -> None:
     cases = [best_of("0", "Math"), best_of("1", "Focus"), best_of("2", "Focus")]
-    assert figures("reward_bench_2", cases, [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]])["overall.accuracy"] == pytest.approx((1 + 0.5) / 2)
+    assert figures("reward_bench_2", cases, [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]])[
+        "overall.accuracy"
+    ] == pytest.approx((1 + 0.5) / 2)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,11 @@ def scores_of(checkpoint_dir: Path) -> list[float]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
 
 
 def save_one_score(folder: Path, *, template: str, **config: object) -> Path:
@@ -47,21 +51,31 @@ def save_one_score(folder: Path, *, template: str, **config: object) -> Path:
 
 
 def test_an_adopted_armorm_scores_as_its_published_code(tmp_path: Path) -> None:
-    source, target = save_tiny_armorm(tmp_path / "source", weights=tiny_armorm_weights(), num_files=2), tmp_path / "target"
+    source, target = (
+        save_tiny_armorm(tmp_path / "source", weights=tiny_armorm_weights(), num_files=2),
+        tmp_path / "target",
+    )
     before = contents(source)
     manifest = adopt(source, target)
     assert contents(target) == contents(source) == before
     assert verify_checkpoint(target, "reward_model") == manifest
     assert (manifest.training, manifest.template_sha256) == ({"adopted_from": str(source)}, llama().template_sha256)
     chat = llama()
-    assert scores_of(target) == pytest.approx([published_score(chat.prompt_ids(PROMPT) + chat.completion_ids(text)) for text in COMPLETIONS], abs=1e-5)
+    assert scores_of(target) == pytest.approx(
+        [published_score(chat.prompt_ids(PROMPT) + chat.completion_ids(text)) for text in COMPLETIONS], abs=1e-5
+    )
 
 
 def test_an_adopted_model_with_one_score_scores_as_transformers(tmp_path: Path) -> None:
     adopt(save_one_score(tmp_path / "source", template=LLAMA_TEMPLATE), tmp_path / "target")
     chat = llama()
     with torch.inference_mode():
-        expected = [tiny_reward_model()(input_ids=torch.tensor([chat.prompt_ids(PROMPT) + chat.completion_ids(text)])).logits.item() for text in COMPLETIONS]
+        expected = [
+            tiny_reward_model()(
+                input_ids=torch.tensor([chat.prompt_ids(PROMPT) + chat.completion_ids(text)])
+            ).logits.item()
+            for text in COMPLETIONS
+        ]
     assert scores_of(tmp_path / "target") == pytest.approx(expected, abs=1e-4)
 
 
@@ -80,12 +94,17 @@ def test_a_folder_of_the_hubs_cache_is_adopted_without_its_links_and_hidden_file
 def test_the_command_prints_the_identity_that_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = save_tiny_armorm(tmp_path / "source"), tmp_path / "target"
     assert main([str(source), str(target)]) == 0
-    assert RewardScorer.load(target, device="cpu", dtype="float32", max_length_tokens=64).checkpoint_id in capsys.readouterr().out
+    assert (
+        RewardScorer.load(target, device="cpu", dtype="float32", max_length_tokens=64).checkpoint_id
+        in capsys.readouterr().out
+    )
     assert main([str(source), str(target)]) == 1
     assert f"error: {target} exists already" in capsys.readouterr().err
 
 
-def test_inside_a_ray_job_a_relative_target_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inside_a_ray_job_a_relative_target_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert main([str(save_tiny_armorm(tmp_path / "source")), "target"]) == 1
@@ -112,22 +131,31 @@ def test_what_is_no_model_directory_or_is_adopted_already_is_refused(tmp_path: P
 
 def test_a_template_that_goes_on_after_the_end_of_turn_is_refused(tmp_path: Path) -> None:
     """transformers reads such a model's score at the newline after the end of turn."""
-    message = refusal(save_one_score(tmp_path / "source", template=LLAMA_TEMPLATE.replace("'<|eot_id|>' }}", "'<|eot_id|>\\n' }}")))
+    message = refusal(
+        save_one_score(tmp_path / "source", template=LLAMA_TEMPLATE.replace("'<|eot_id|>' }}", "'<|eot_id|>\\n' }}"))
+    )
     assert "writes '\\n' after the last '<|eot_id|>'. Other programs read the score at the end of that" in message
 
 
 def test_a_pad_token_that_conversations_hold_is_refused(tmp_path: Path) -> None:
     message = refusal(save_tiny_armorm(tmp_path / "source", config={"pad_token_id": llama().end_of_turn_id}))
-    assert f"has pad_token_id = {llama().end_of_turn_id}, '<|eot_id|>', which the chat template writes into every conversation" in message
+    assert (
+        f"has pad_token_id = {llama().end_of_turn_id}, '<|eot_id|>', which the chat template writes into every conversation"
+        in message
+    )
 
 
 def test_a_tokenizer_without_a_template_or_with_code_is_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    assert "has no chat template" in refusal(save_tiny_armorm(tmp_path / "a" / "source", tokenizer=tokenizer), ChatTemplateError)
+    assert "has no chat template" in refusal(
+        save_tiny_armorm(tmp_path / "a" / "source", tokenizer=tokenizer), ChatTemplateError
+    )
     source = save_tiny_armorm(tmp_path / "b" / "source")
     config = json.loads((source / "tokenizer_config.json").read_text())
-    (source / "tokenizer_config.json").write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": [None, "tokenization_x.X"]}}))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoTokenizer": [None, "tokenization_x.X"]}})
+    )
     assert "brings its own code, which is never run here" in refusal(source)
 
 
@@ -135,10 +163,15 @@ def test_a_model_that_does_not_load_is_refused_before_anything_is_written(tmp_pa
     weights = tiny_armorm_weights()
     del weights["reward_transform_matrix"]
     assert "1 missing: reward_transform_matrix" in refusal(save_tiny_armorm(tmp_path / "a" / "source", weights=weights))
-    assert "num_labels=2" in refusal(save_one_score(tmp_path / "b" / "source", template=LLAMA_TEMPLATE, id2label={"0": "a", "1": "b"}))
+    assert "num_labels=2" in refusal(
+        save_one_score(tmp_path / "b" / "source", template=LLAMA_TEMPLATE, id2label={"0": "a", "1": "b"})
+    )
 
 
-@pytest.mark.parametrize("elsewhere", ["../other/model.safetensors", "{tmp_path}/other/model.safetensors", ".hidden/model.safetensors", "weights.data"])
+@pytest.mark.parametrize(
+    "elsewhere",
+    ["../other/model.safetensors", "{tmp_path}/other/model.safetensors", ".hidden/model.safetensors", "weights.data"],
+)
 @pytest.mark.parametrize("kind", ["one score", "ArmoRM"])
 def test_an_index_that_names_weights_elsewhere_is_refused(tmp_path: Path, kind: str, elsewhere: str) -> None:
     source, elsewhere = tmp_path / "source", elsewhere.format(tmp_path=tmp_path)
@@ -150,7 +183,9 @@ def test_an_index_that_names_weights_elsewhere_is_refused(tmp_path: Path, kind: 
     names = list(load_file(own))
     (source / elsewhere).parent.mkdir(exist_ok=True)
     own.rename(source / elsewhere)
-    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, elsewhere)}))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, elsewhere)})
+    )
     assert f"index.json names weights that are no safetensors files of this directory: {elsewhere}." in refusal(source)
 
 

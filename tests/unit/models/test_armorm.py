@@ -34,13 +34,18 @@ def text(rng: Random) -> str:
 def conversation(rng: Random) -> list[Message]:
     """One to three user turns, with a system turn half the time."""
     system: list[Message] = [{"role": "system", "content": text(rng)}] if rng.random() < 0.5 else []
-    turns: list[Message] = [{"role": role, "content": text(rng)} for _ in range(rng.randint(0, 2)) for role in ("user", "assistant")]
+    turns: list[Message] = [
+        {"role": role, "content": text(rng)} for _ in range(rng.randint(0, 2)) for role in ("user", "assistant")
+    ]
     return [*system, *turns, {"role": "user", "content": text(rng)}]
 
 
 def groups(num_groups: int = 7) -> list[TokenGroup]:
     rng = Random(1)
-    return [TokenGroup(llama().prompt_ids(conversation(rng)), [llama().completion_ids(text(rng)) for _ in range(1 + i % 4)]) for i in range(num_groups)]
+    return [
+        TokenGroup(llama().prompt_ids(conversation(rng)), [llama().completion_ids(text(rng)) for _ in range(1 + i % 4)])
+        for i in range(num_groups)
+    ]
 
 
 @functools.cache
@@ -51,7 +56,9 @@ def weights() -> dict[str, Tensor]:
 @functools.cache
 def published_decoder() -> LlamaModel:
     decoder = LlamaModel(LlamaConfig.from_dict({**CONFIG, "attn_implementation": "eager"}))
-    decoder.load_state_dict({name.removeprefix("model."): weight for name, weight in weights().items() if name.startswith("model.")})
+    decoder.load_state_dict(
+        {name.removeprefix("model."): weight for name, weight in weights().items() if name.startswith("model.")}
+    )
     decoder.double().eval()
     return decoder
 
@@ -63,12 +70,17 @@ def published_score(ids: list[int], gate_at: Callable[[list[int]], int] | None =
     hidden_TH = published_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
     last = (torch.eq(torch.tensor(ids), CONFIG["pad_token_id"]).int().argmax().item() - 1) % len(ids)  # type: ignore[call-overload]
     rewards = w["regression_layer.weight"] @ hidden_TH[last]
-    pattern = llama().tokenizer.encode("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", add_special_tokens=False)
+    pattern = llama().tokenizer.encode(
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", add_special_tokens=False
+    )
     found = next(j for j in range(len(ids) - len(pattern), -1, -1) if ids[j : j + len(pattern)] == pattern)
     x = hidden_TH[gate_at(ids) if gate_at else found]
     for i in range(3):
         x = F.relu(w[f"gating.layers.{i}.weight"] @ x + w[f"gating.layers.{i}.bias"])
-    gate = F.softmax((w["gating.layers.3.weight"] @ x + w["gating.layers.3.bias"]) / 10, dim=0) * w["gating.logit_scale"][0]
+    gate = (
+        F.softmax((w["gating.layers.3.weight"] @ x + w["gating.layers.3.bias"]) / 10, dim=0)
+        * w["gating.logit_scale"][0]
+    )
     return float(((rewards @ w["reward_transform_matrix"]) * gate).sum())
 
 
@@ -96,7 +108,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_scores_in_every_layout_are_those_of_the_published_code_one_conversation_at_a_time(folder: Path, layout: Layout) -> None:
+def test_scores_in_every_layout_are_those_of_the_published_code_one_conversation_at_a_time(
+    folder: Path, layout: Layout
+) -> None:
     model, expected = packed(folder, layout), published_scores(groups())
     assert max(expected) - min(expected) > 0.5
     assert scores(model, groups()) == pytest.approx(expected, abs=1e-5)
@@ -106,7 +120,10 @@ def test_scores_in_every_layout_are_those_of_the_published_code_one_conversation
 
 def test_the_gate_and_where_it_is_read_matter(folder: Path) -> None:
     """Control: a gate read at the prompt's last token, or at the first end of turn of several, gives other scores."""
-    turns: list[Message] = [{"role": role, "content": content} for role, content in (("user", "red"), ("assistant", "blue"), ("user", "seven apples"))]
+    turns: list[Message] = [
+        {"role": role, "content": content}
+        for role, content in (("user", "red"), ("assistant", "blue"), ("user", "seven apples"))
+    ]
     group = TokenGroup(llama().prompt_ids(turns), [llama().completion_ids("green river")])
     (score,) = scores(packed(folder, Layout.SEGMENTS), [group])
     whole, prompt_length = group.prompt_ids + group.completion_ids[0], len(group.prompt_ids)
@@ -124,9 +141,13 @@ def test_hidden_states_are_those_of_the_last_token(folder: Path) -> None:
     (group,) = groups(1)
     with torch.inference_mode():
         scored = packed(folder, Layout.SEGMENTS)(lay_out([group], Layout.SEGMENTS, pad_id=llama().pad_id))
-        hidden_TH = published_decoder()(input_ids=torch.tensor([group.prompt_ids + group.completion_ids[0]])).last_hidden_state[0]
+        hidden_TH = published_decoder()(
+            input_ids=torch.tensor([group.prompt_ids + group.completion_ids[0]])
+        ).last_hidden_state[0]
     assert torch.allclose(scored.hidden_after_final_norm_NH[0].double(), hidden_TH[-1], atol=1e-4)
-    normed_H = F.rms_norm(scored.hidden_before_final_norm_NH[0], (64,), weights()["model.norm.weight"], CONFIG["rms_norm_eps"])  # type: ignore[arg-type]
+    normed_H = F.rms_norm(
+        scored.hidden_before_final_norm_NH[0], (64,), weights()["model.norm.weight"], CONFIG["rms_norm_eps"]
+    )  # type: ignore[arg-type]
     assert torch.allclose(normed_H.double(), hidden_TH[-1], atol=1e-4)
 
 
@@ -162,19 +183,26 @@ def without(name: str) -> dict[str, Tensor]:
     return {other: weight for other, weight in weights().items() if other != name}
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "regression_layer.weight", "gating.layers.3.bias", "gating.logit_scale"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.mlp.up_proj.weight", "regression_layer.weight", "gating.layers.3.bias", "gating.logit_scale"],
+)
 def test_a_missing_weight_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
     assert f"Weights 1 missing: {name}." in refusal(save_tiny_armorm(tmp_path / "model", weights=without(name)))
 
 
 @pytest.mark.parametrize("name", ["gating.layers.4.weight", "score.weight", "model.layers.2.mlp.up_proj.weight"])
 def test_an_unexpected_weight_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
-    assert f"Weights 1 unexpected: {name}." in refusal(save_tiny_armorm(tmp_path / "model", weights={**weights(), name: torch.zeros(2, 2)}))
+    assert f"Weights 1 unexpected: {name}." in refusal(
+        save_tiny_armorm(tmp_path / "model", weights={**weights(), name: torch.zeros(2, 2)})
+    )
 
 
 def test_a_weight_of_another_shape_is_refused_by_its_name_and_shapes(tmp_path: Path) -> None:
     """19 objectives with 5 quantiles each, as in QRM, which has the same architecture's name."""
-    quantiles = save_tiny_armorm(tmp_path / "quantiles", weights={**weights(), "regression_layer.weight": torch.zeros(95, 64)})
+    quantiles = save_tiny_armorm(
+        tmp_path / "quantiles", weights={**weights(), "regression_layer.weight": torch.zeros(95, 64)}
+    )
     assert "1 of another shape: regression_layer.weight [95, 64] instead of [19, 64]" in refusal(quantiles)
     wide = refusal(save_tiny_armorm(tmp_path / "wide", config={"gating_hidden_dim": 1024}))
     assert "gating.layers.0.weight [32, 64] instead of [1024, 64]" in wide
@@ -192,9 +220,14 @@ def test_a_file_that_is_missing_or_cut_off_is_refused(tmp_path: Path) -> None:
     assert "model.safetensors is not a whole safetensors file" in refusal(cut)
 
 
-@pytest.mark.parametrize(("key", "value"), [("gating_temperature", 0), ("gating_temperature", "10"), ("gating_n_hidden", 2.5), ("num_objectives", -19)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("gating_temperature", 0), ("gating_temperature", "10"), ("gating_n_hidden", 2.5), ("num_objectives", -19)],
+)
 def test_a_setting_of_the_gate_that_is_no_positive_number_is_refused(tmp_path: Path, key: str, value: object) -> None:
-    assert f"config.json has {key} = {value!r}; it must be a positive number" in refusal(save_tiny_armorm(tmp_path / "model", config={key: value}))
+    assert f"config.json has {key} = {value!r}; it must be a positive number" in refusal(
+        save_tiny_armorm(tmp_path / "model", config={key: value})
+    )
 
 
 def with_template(template: str) -> ChatFormat:
@@ -206,8 +239,12 @@ def with_template(template: str) -> ChatFormat:
 @pytest.mark.parametrize(
     "template",
     [
-        LLAMA_TEMPLATE.replace("assistant<|end_header_id|>\\n\\n", "assistant<|end_header_id|>\\n").replace("<|end_header_id|>\\n\\n", "<|end_header_id|>\\n"),
-        LLAMA_TEMPLATE.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}"),  # always writes the header
+        LLAMA_TEMPLATE.replace("assistant<|end_header_id|>\\n\\n", "assistant<|end_header_id|>\\n").replace(
+            "<|end_header_id|>\\n\\n", "<|end_header_id|>\\n"
+        ),
+        LLAMA_TEMPLATE.replace("{% if add_generation_prompt %}", "").removesuffix(
+            "{% endif %}"
+        ),  # always writes the header
     ],
 )
 def test_another_template_is_refused(tmp_path: Path, template: str) -> None:
@@ -217,14 +254,23 @@ def test_another_template_is_refused(tmp_path: Path, template: str) -> None:
 
 
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
-    assert "ends a prompt in '<|im_end|>\\n<|im_start|>assistant\\n'" in refusal(save_tiny_armorm(tmp_path / "model", tokenizer=tiny_tokenizer()))
+    assert "ends a prompt in '<|im_end|>\\n<|im_start|>assistant\\n'" in refusal(
+        save_tiny_armorm(tmp_path / "model", tokenizer=tiny_tokenizer())
+    )
 
 
-@pytest.mark.parametrize("architectures", [["LlamaForRewardModelWithGating31"], ["InternLM2ForRewardModel"], ["LlamaForCausalLM"], [], None])
+@pytest.mark.parametrize(
+    "architectures", [["LlamaForRewardModelWithGating31"], ["InternLM2ForRewardModel"], ["LlamaForCausalLM"], [], None]
+)
 def test_a_head_that_is_not_known_is_refused_by_its_name(tmp_path: Path, architectures: list[str] | None) -> None:
     message = refusal(save_tiny_armorm(tmp_path / "model", config={"architectures": architectures}))
-    assert f"has the architecture {architectures[0] if architectures else '[]'}, whose head is not known here" in message
-    assert "Known are …ForSequenceClassification with one score (num_labels=1) and LlamaForRewardModelWithGating" in message
+    assert (
+        f"has the architecture {architectures[0] if architectures else '[]'}, whose head is not known here" in message
+    )
+    assert (
+        "Known are …ForSequenceClassification with one score (num_labels=1) and LlamaForRewardModelWithGating"
+        in message
+    )
 
 
 def save_one_score(folder: Path) -> Path:
@@ -239,18 +285,25 @@ def test_code_of_its_own_is_refused_in_a_model_that_has_one_score(tmp_path: Path
     assert "brings its own code (modeling_x.py), which is never run here" in refusal(folder)
     mapped = save_one_score(tmp_path / "mapped")
     config = json.loads((mapped / "config.json").read_text())
-    (mapped / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "other/repository--modeling.X"}}))
+    (mapped / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModel": "other/repository--modeling.X"}})
+    )
     assert "brings its own code" in refusal(mapped)
 
 
 def test_a_weight_that_the_one_score_model_would_leave_unused_is_refused_by_its_name(tmp_path: Path) -> None:
     model = tiny_reward_model()
-    model.save_pretrained(tmp_path, state_dict={**model.state_dict(), "score.bias": torch.zeros(1), "value_head.weight": torch.zeros(1, 64)})
+    model.save_pretrained(
+        tmp_path,
+        state_dict={**model.state_dict(), "score.bias": torch.zeros(1), "value_head.weight": torch.zeros(1, 64)},
+    )
     tiny_tokenizer().save_pretrained(tmp_path)
     assert "does not use: ['score.bias', 'value_head.weight']" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "original/consolidated.00.pth", "value_head.pt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "training_args.bin", "original/consolidated.00.pth", "value_head.pt"]
+)
 def test_pickled_files_are_refused_by_their_names(tmp_path: Path, name: str) -> None:
     for folder in (save_tiny_armorm(tmp_path / "armorm"), save_one_score(tmp_path / "one_score")):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -264,5 +317,8 @@ def test_a_model_with_one_score_still_loads_as_before(tmp_path: Path) -> None:
     group = random_group(Random(0), num_completions=2)
     with torch.inference_mode():
         found_N = loaded(lay_out([group], loaded.layout, pad_id=0)).scores_N
-        expected = [tiny_reward_model()(input_ids=torch.tensor([group.prompt_ids + ids])).logits.item() for ids in group.completion_ids]
+        expected = [
+            tiny_reward_model()(input_ids=torch.tensor([group.prompt_ids + ids])).logits.item()
+            for ids in group.completion_ids
+        ]
     assert found_N.tolist() == pytest.approx(expected, abs=1e-4)

@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from rm_robust.errors import CheckpointError, StorageError
-from rm_robust.models.checkpoint import MANIFEST_NAME, commit_checkpoint, content_sha256, read_manifest, verify_checkpoint
+from rm_robust.models.checkpoint import (
+    MANIFEST_NAME,
+    commit_checkpoint,
+    content_sha256,
+    read_manifest,
+    verify_checkpoint,
+)
 from rm_robust.runs.storage.commits import commit_directory
 from tests.support.full_storage import files_of_at_most
 
@@ -175,10 +181,15 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     ],
     ids=["text", "torch", "safetensors"],
 )
-def test_storage_that_is_full_in_the_middle_of_a_commit_leaves_the_older_one_and_says_so(tmp_path: Path, write: Callable[[Path], object]) -> None:
+def test_storage_that_is_full_in_the_middle_of_a_commit_leaves_the_older_one_and_says_so(
+    tmp_path: Path, write: Callable[[Path], object]
+) -> None:
     target = tmp_path / "checkpoint"
     commit_directory(target, lambda folder: (folder / "text").write_text("older"))
-    with files_of_at_most(50_000), pytest.raises(StorageError, match=rf"{target} could not be written: .*What was committed before is as it was"):
+    with (
+        files_of_at_most(50_000),
+        pytest.raises(StorageError, match=rf"{target} could not be written: .*What was committed before is as it was"),
+    ):
         commit_directory(target, lambda folder: void(write(folder)))
     assert (target / "text").read_text() == "older"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"], "what was half written takes no room"

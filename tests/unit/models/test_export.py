@@ -21,9 +21,13 @@ def test_the_saved_template_ends_where_the_score_is_read_and_prompts_keep_their_
     ours, theirs = CHATML.tokenizer.apply_chat_template, ending_at_the_score(CHATML).tokenizer.apply_chat_template
     assert ours(CONVERSATION, tokenize=False) == theirs(CONVERSATION, tokenize=False) + "\n"
     for turns, is_prompt in (([CONVERSATION[0]], True), ([*CONVERSATION, CONVERSATION[0]], True)):
-        assert ours(turns, tokenize=False, add_generation_prompt=is_prompt) == theirs(turns, tokenize=False, add_generation_prompt=is_prompt)
+        assert ours(turns, tokenize=False, add_generation_prompt=is_prompt) == theirs(
+            turns, tokenize=False, add_generation_prompt=is_prompt
+        )
     scored = ending_at_the_score(CHATML)
-    assert scored.prompt_ids("red?") + scored.completion_ids("blue\n") == CHATML.prompt_ids("red?") + CHATML.completion_ids("blue\n")
+    assert scored.prompt_ids("red?") + scored.completion_ids("blue\n") == CHATML.prompt_ids(
+        "red?"
+    ) + CHATML.completion_ids("blue\n")
     assert scored.completion_ids("x")[-1] == CHATML.end_of_turn_id
 
 
@@ -44,14 +48,22 @@ def test_both_versions_of_transformers_find_their_keys(with_lora: bool, tmp_path
     assert not isinstance(tokenizer.get("extra_special_tokens"), list)
     prompt, chosen, _ = texts(0)
     base, saved = ChatFormat.load(tmp_path / "base"), ChatFormat.load(checkpoint)
-    assert saved.prompt_ids(prompt) + saved.completion_ids(chosen) == base.prompt_ids(prompt) + base.completion_ids(chosen)
-    assert AutoTokenizer.from_pretrained(checkpoint).apply_chat_template(CONVERSATION, tokenize=False).endswith("<|im_end|>")
+    assert saved.prompt_ids(prompt) + saved.completion_ids(chosen) == base.prompt_ids(prompt) + base.completion_ids(
+        chosen
+    )
+    assert (
+        AutoTokenizer.from_pretrained(checkpoint)
+        .apply_chat_template(CONVERSATION, tokenize=False)
+        .endswith("<|im_end|>")
+    )
 
 
 def test_rope_scaling_is_written_where_there_is_some(tmp_path: Path) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "rope_parameters": rope}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]})
+    )
     write_for_transformers_4(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["rope_theta"] == 1e6

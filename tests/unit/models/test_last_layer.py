@@ -21,7 +21,14 @@ from rm_robust.data.records import TokenGroup
 from rm_robust.models.packing import SEGMENT_MODEL_TYPES, Layout, lay_out
 from rm_robust.models.reward_model import PackedRewardModel, ScoredBatch
 
-SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 90, "initializer_range": 0.3}
+SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 90,
+    "initializer_range": 0.3,
+}
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel], dict[str, object]]] = {
     "qwen2": (Qwen2Config, Qwen2ForSequenceClassification, {}),
     "qwen3": (Qwen3Config, Qwen3ForSequenceClassification, {"head_dim": 16}),
@@ -64,7 +71,9 @@ def scored_with_gradients(model: PreTrainedModel, layout: Layout) -> tuple[Score
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_hidden_states_and_gradients_are_those_of_padded_rows_through_the_whole_layer(family: str, num_layers: int) -> None:
+def test_scores_hidden_states_and_gradients_are_those_of_padded_rows_through_the_whole_layer(
+    family: str, num_layers: int
+) -> None:
     model = random_model(family, num_layers=num_layers)
     expected, expected_gradients = scored_with_gradients(copy.deepcopy(model), Layout.PADDED)
     found, gradients = scored_with_gradients(model, Layout.SEGMENTS)

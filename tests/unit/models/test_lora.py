@@ -43,7 +43,13 @@ def trained() -> tuple[PreTrainedModel, dict[str, Tensor]]:
     packed = PackedRewardModel(model, Layout.SEGMENTS)
     engine = DdpEngine(packed, optimizer=OptimizerConfig(), device=CPU)
     for _ in range(5):
-        reward_model_step(engine, PAIRS, StepSettings(ObjectiveSettings(Objective.BRADLEY_TERRY), 10_000, pad_id=0), model=packed, device=CPU)
+        reward_model_step(
+            engine,
+            PAIRS,
+            StepSettings(ObjectiveSettings(Objective.BRADLEY_TERRY), 10_000, pad_id=0),
+            model=packed,
+            device=CPU,
+        )
         engine.step(1e-2)
     return model, {name.removeprefix("model."): tensor for name, tensor in engine.full_state_dict().items()}
 
@@ -55,7 +61,10 @@ def test_only_adapters_and_the_head_are_trained(trained: tuple[PreTrainedModel, 
     assert learned
     assert all(".lora_" in name or name == "score.modules_to_save.default.weight" for name in learned)
     for name, parameter in model.named_parameters():
-        if name not in learned and (plain := name.replace(".base_layer", "").replace(".original_module", "")) in untouched:
+        if (
+            name not in learned
+            and (plain := name.replace(".base_layer", "").replace(".original_module", "")) in untouched
+        ):
             assert torch.equal(parameter, untouched[plain]), name
     assert not torch.equal(score_head(model).weight, untouched["score.weight"])
     assert not torch.allclose(scores_of(model), scores_of(tiny_reward_model()), atol=1e-2)
@@ -68,7 +77,9 @@ def test_adapters_have_no_dropout(trained: tuple[PreTrainedModel, dict[str, Tens
     assert not [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
 
 
-def test_the_merged_checkpoint_scores_as_the_adapted_model_did(trained: tuple[PreTrainedModel, dict[str, Tensor]], tmp_path: Path) -> None:
+def test_the_merged_checkpoint_scores_as_the_adapted_model_did(
+    trained: tuple[PreTrainedModel, dict[str, Tensor]], tmp_path: Path
+) -> None:
     model, state = trained
     save_merged(add_adapters(tiny_reward_model(), LORA), state, tmp_path)
     merged = load_reward_model(tmp_path, dtype=torch.float32)
@@ -77,7 +88,9 @@ def test_the_merged_checkpoint_scores_as_the_adapted_model_did(trained: tuple[Pr
     assert torch.equal(score_head(merged).weight, score_head(model).weight)
 
 
-def test_the_saved_adapter_alone_brings_its_head(trained: tuple[PreTrainedModel, dict[str, Tensor]], tmp_path: Path) -> None:
+def test_the_saved_adapter_alone_brings_its_head(
+    trained: tuple[PreTrainedModel, dict[str, Tensor]], tmp_path: Path
+) -> None:
     model, state = trained
     save_merged(add_adapters(tiny_reward_model(), LORA), state, tmp_path / "merged")
     tiny_reward_model().save_pretrained(tmp_path / "base")
@@ -87,7 +100,9 @@ def test_the_saved_adapter_alone_brings_its_head(trained: tuple[PreTrainedModel,
     torch.testing.assert_close(scores_of(reloaded), scores_of(model), atol=1e-5, rtol=0)
 
 
-def test_a_state_without_its_head_is_not_saved(trained: tuple[PreTrainedModel, dict[str, Tensor]], tmp_path: Path) -> None:
+def test_a_state_without_its_head_is_not_saved(
+    trained: tuple[PreTrainedModel, dict[str, Tensor]], tmp_path: Path
+) -> None:
     """What PEFT's own loading does not mind: adapters without the head that was trained with them."""
     _, state = copy.deepcopy(trained)
     del state["score.modules_to_save.default.weight"]

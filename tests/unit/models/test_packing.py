@@ -25,7 +25,15 @@ from transformers import (
 from rm_robust.config.shared import ComputeConfig
 from rm_robust.data.records import TokenGroup
 from rm_robust.errors import CheckpointError
-from rm_robust.models.packing import SEGMENT_MODEL_TYPES, Layout, choose_layout, fill_bins, group_length, lay_out, micro_batches
+from rm_robust.models.packing import (
+    SEGMENT_MODEL_TYPES,
+    Layout,
+    choose_layout,
+    fill_bins,
+    group_length,
+    lay_out,
+    micro_batches,
+)
 from rm_robust.models.policy import PackedPolicy
 from rm_robust.models.reward_model import PackedRewardModel
 from tests.support.tiny_models import TRAINED_ON_CPU, random_group, tiny_reward_model
@@ -44,7 +52,12 @@ SIZES = {
     "initializer_range": 0.1,
     "pad_token_id": PAD,
 }
-FAMILIES: dict[str, type[PretrainedConfig]] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
+FAMILIES: dict[str, type[PretrainedConfig]] = {
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+}
 
 
 def config_of(family: str) -> PretrainedConfig:
@@ -76,7 +89,9 @@ def gradients_of(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 def assert_close_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual[name], gradient, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_every_family_that_segments_are_for_is_checked_here() -> None:
@@ -105,16 +120,24 @@ REWARD_MODEL = tiny_reward_model()
 LAID_OUT = {layout: copy.deepcopy(REWARD_MODEL) for layout in Layout}
 
 
-@given(seed=st.integers(0, 10**6), counts=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4), max_tokens=st.integers(1, 200))
+@given(
+    seed=st.integers(0, 10**6),
+    counts=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4),
+    max_tokens=st.integers(1, 200),
+)
 @settings(max_examples=20)
-def test_scores_do_not_depend_on_the_layout_the_bin_size_or_on_what_is_packed_beside_them(seed: int, counts: list[int], max_tokens: int) -> None:
+def test_scores_do_not_depend_on_the_layout_the_bin_size_or_on_what_is_packed_beside_them(
+    seed: int, counts: list[int], max_tokens: int
+) -> None:
     groups = random_groups(seed, counts)
     with torch.inference_mode():
         expected = single_scores(REWARD_MODEL, groups).split(counts)
         for layout, model in LAID_OUT.items():
             for members in micro_batches(groups, layout, max_tokens):
                 expected_part = torch.cat([expected[i] for i in members])
-                torch.testing.assert_close(packed_scores(model, [groups[i] for i in members], layout), expected_part, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    packed_scores(model, [groups[i] for i in members], layout), expected_part, atol=1e-5, rtol=1e-5
+                )
 
 
 def test_a_completion_neither_sees_nor_moves_its_siblings() -> None:
@@ -154,13 +177,17 @@ def test_token_logprobs_and_entropies_are_those_of_a_plain_forward(num_completio
         assert_close_gradients(gradients_of(model, (logprobs_M * weights_M).sum()), expected_gradients)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only, and this machine has none")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only, and this machine has none"
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_flex_trains_as_padded_rows_do_on_cuda(precision: str) -> None:
     groups, cuda = random_groups(0, [1, 2, 4, 2, 1]), torch.device("cuda")
     found = {}
     for layout in (Layout.FLEX, Layout.PADDED):
-        packed = PackedRewardModel(copy.deepcopy(REWARD_MODEL), layout, ComputeConfig.model_validate({"precision": precision})).to(cuda)
+        packed = PackedRewardModel(
+            copy.deepcopy(REWARD_MODEL), layout, ComputeConfig.model_validate({"precision": precision})
+        ).to(cuda)
         scores = packed(lay_out(groups, layout, pad_id=PAD).to(cuda)).scores_N
         gradients = gradients_of(packed.model, scores.square().sum())
         found[layout] = scores.detach(), torch.cat([gradient.flatten() for gradient in gradients.values()])
@@ -187,7 +214,10 @@ def test_a_pair_is_laid_out_as_worked_out_by_hand() -> None:
 def test_padding_with_a_token_that_occurs_in_the_text_changes_nothing() -> None:
     groups = [TokenGroup([5, 6], [[7, 7], [7]])]
     model = PackedRewardModel(copy.deepcopy(REWARD_MODEL), Layout.PADDED)
-    torch.testing.assert_close(model(lay_out(groups, Layout.PADDED, pad_id=7)).scores_N, model(lay_out(groups, Layout.PADDED, pad_id=PAD)).scores_N)
+    torch.testing.assert_close(
+        model(lay_out(groups, Layout.PADDED, pad_id=7)).scores_N,
+        model(lay_out(groups, Layout.PADDED, pad_id=PAD)).scores_N,
+    )
 
 
 def test_segments_are_chosen_only_for_full_attention_decoders_on_cpu() -> None:
@@ -195,7 +225,10 @@ def test_segments_are_chosen_only_for_full_attention_decoders_on_cpu() -> None:
         assert choose_layout(config_of(family), CPU) is Layout.SEGMENTS
         assert choose_layout(config_of(family), torch.device("cuda")) is Layout.FLEX
     assert choose_layout(MistralConfig(**SIZES, sliding_window=8), CPU) is Layout.PADDED
-    assert choose_layout(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1), CPU) is Layout.PADDED
+    assert (
+        choose_layout(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1), CPU)
+        is Layout.PADDED
+    )
     assert choose_layout(PretrainedConfig(), CPU) is Layout.PADDED
 
 
@@ -214,11 +247,18 @@ def test_a_packed_model_saves_as_a_plain_transformers_model(tmp_path: Path) -> N
     model.model.save_pretrained(tmp_path)
     assert "segments" not in (tmp_path / "config.json").read_text()
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen2ForSequenceClassification"]
-    torch.testing.assert_close(single_scores(AutoModelForSequenceClassification.from_pretrained(tmp_path), groups), scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        single_scores(AutoModelForSequenceClassification.from_pretrained(tmp_path), groups),
+        scores,
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=40), max_tokens=st.integers(1, 80))
-def test_bins_hold_every_index_once_and_exceed_the_budget_only_with_a_single_longer_item(lengths: list[int], max_tokens: int) -> None:
+def test_bins_hold_every_index_once_and_exceed_the_budget_only_with_a_single_longer_item(
+    lengths: list[int], max_tokens: int
+) -> None:
     bins = fill_bins(lengths, max_tokens)
     assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
     assert all(members for members in bins)
@@ -231,14 +271,21 @@ def test_no_two_bins_would_fit_into_one(lengths: list[int], max_tokens: int) -> 
     assert len(loads) == 1 or loads[0] + loads[1] > max_tokens
 
 
-@given(seed=st.integers(0, 10**6), counts=st.lists(st.sampled_from([1, 2, 4]), max_size=12), max_tokens=st.integers(1, 200))
-def test_padded_batches_hold_every_group_once_within_the_budget_and_sorted_by_length(seed: int, counts: list[int], max_tokens: int) -> None:
+@given(
+    seed=st.integers(0, 10**6), counts=st.lists(st.sampled_from([1, 2, 4]), max_size=12), max_tokens=st.integers(1, 200)
+)
+def test_padded_batches_hold_every_group_once_within_the_budget_and_sorted_by_length(
+    seed: int, counts: list[int], max_tokens: int
+) -> None:
     groups = random_groups(seed, counts)
     widths = [len(group.prompt_ids) + max(map(len, group.completion_ids)) for group in groups]
     batches = micro_batches(groups, Layout.PADDED, max_tokens)
     assert sorted(i for members in batches for i in members) == list(range(len(groups)))
     for members in batches:
-        assert len(members) == 1 or lay_out([groups[i] for i in members], Layout.PADDED, pad_id=PAD).num_tokens <= max_tokens
+        assert (
+            len(members) == 1
+            or lay_out([groups[i] for i in members], Layout.PADDED, pad_id=PAD).num_tokens <= max_tokens
+        )
     for longer, shorter in itertools.pairwise(batches):
         assert min(widths[i] for i in longer) >= max(widths[i] for i in shorter)
 

@@ -21,7 +21,9 @@ from tests.support.tiny_models import save_tiny_language_model, save_tiny_qwen2,
 def test_a_committed_policy_loads_with_the_trained_weights(tmp_path: Path, tie_word_embeddings: bool) -> None:
     base = save_tiny_qwen2(tmp_path / "base", tie_word_embeddings=tie_word_embeddings)
     model = load_policy(base, dtype=torch.float32)
-    engine = DdpEngine(PackedPolicy(model, Layout.SEGMENTS, temperature=1.0), optimizer=OptimizerConfig(), device=torch.device("cpu"))
+    engine = DdpEngine(
+        PackedPolicy(model, Layout.SEGMENTS, temperature=1.0), optimizer=OptimizerConfig(), device=torch.device("cpu")
+    )
     with torch.no_grad():
         model.get_output_embeddings().weight.add_(1)
     chat = ChatFormat(tiny_tokenizer(), source="tiny")

@@ -52,7 +52,9 @@ def test_training_goes_on_from_a_trained_reward_model_with_its_own_head(tmp_path
 def test_a_base_without_all_backbone_weights_or_with_several_scores_is_refused(base_dir: Path, tmp_path: Path) -> None:
     model = Qwen2ForSequenceClassification.from_pretrained(base_dir, num_labels=1)
     lost = "model.layers.1.mlp.up_proj.weight"
-    model.save_pretrained(tmp_path / "part", state_dict={name: weight for name, weight in model.state_dict().items() if name != lost})
+    model.save_pretrained(
+        tmp_path / "part", state_dict={name: weight for name, weight in model.state_dict().items() if name != lost}
+    )
     with pytest.raises(CheckpointError, match=f"lacks trained weights for .*{lost}"):
         new_reward_model(tmp_path / "part", pad_id=0, seed=0)
     Qwen2ForSequenceClassification.from_pretrained(base_dir, num_labels=2).save_pretrained(tmp_path / "two")
@@ -111,7 +113,9 @@ def test_a_bfloat16_backbone_still_gives_float32_scores_that_no_rounding_ties() 
 
 
 def test_scores_carry_a_gradient_and_norms_do_not() -> None:
-    scored = PackedRewardModel(tiny_reward_model(), Layout.SEGMENTS)(lay_out([random_group(Random(0), num_completions=2)], Layout.SEGMENTS, pad_id=0))
+    scored = PackedRewardModel(tiny_reward_model(), Layout.SEGMENTS)(
+        lay_out([random_group(Random(0), num_completions=2)], Layout.SEGMENTS, pad_id=0)
+    )
     assert scored.scores_N.requires_grad
     assert not scored.hidden_before_final_norm_NH.requires_grad
     assert not scored.hidden_after_final_norm_NH.requires_grad

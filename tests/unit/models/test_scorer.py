@@ -33,10 +33,15 @@ def load(checkpoint_dir: Path, *, max_length_tokens: int = 64) -> RewardScorer:
     return RewardScorer.load(checkpoint_dir, device="cpu", dtype="float32", max_length_tokens=max_length_tokens)
 
 
-def test_scores_are_those_of_plain_transformers_alone_and_in_any_batch(checkpoint_dir: Path, scorer: RewardScorer) -> None:
+def test_scores_are_those_of_plain_transformers_alone_and_in_any_batch(
+    checkpoint_dir: Path, scorer: RewardScorer
+) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint_dir).double()
     with torch.inference_mode():
-        expected = [[model(input_ids=torch.tensor([g.prompt_ids + ids])).logits.item() for ids in g.completion_ids] for g in GROUPS]
+        expected = [
+            [model(input_ids=torch.tensor([g.prompt_ids + ids])).logits.item() for ids in g.completion_ids]
+            for g in GROUPS
+        ]
     alone = [scorer.score_groups([group])[0] for group in GROUPS]
     shuffled = Random(1).sample(range(len(GROUPS)), len(GROUPS))
     together = dict(zip(shuffled, scorer.score_groups([GROUPS[i] for i in shuffled]), strict=True))
@@ -48,7 +53,9 @@ def test_scores_are_those_of_plain_transformers_alone_and_in_any_batch(checkpoin
 def test_the_token_budget_of_a_batch_does_not_change_scores_norms_or_order(scorer: RewardScorer) -> None:
     whole = scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=10_000)
     for budget in (1, 30):
-        for part, expected in zip(scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=budget), whole, strict=True):
+        for part, expected in zip(
+            scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=budget), whole, strict=True
+        ):
             assert part.scores == pytest.approx(expected.scores, abs=1e-4)
             assert part.norms_before_final_norm == pytest.approx(expected.norms_before_final_norm, rel=1e-4)
             assert part.norms_after_final_norm == pytest.approx(expected.norms_after_final_norm, rel=1e-4)
@@ -69,7 +76,9 @@ def test_the_scorer_names_its_checkpoint(checkpoint_dir: Path, scorer: RewardSco
     assert scorer.model_name == "tiny"
 
 
-def copy_with(source: Path, target: Path, *, template_sha256: str | None = None, kind: str = "reward_model", poison: bool = False) -> Path:
+def copy_with(
+    source: Path, target: Path, *, template_sha256: str | None = None, kind: str = "reward_model", poison: bool = False
+) -> Path:
     manifest = json.loads((source / MANIFEST_NAME).read_text())
 
     def write(folder: Path) -> None:
@@ -81,7 +90,9 @@ def copy_with(source: Path, target: Path, *, template_sha256: str | None = None,
             state["score.weight"][0, 0] = torch.inf
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
-    commit_checkpoint(target, write, kind=kind, template_sha256=template_sha256 or manifest["template_sha256"], training={})  # type: ignore[arg-type]
+    commit_checkpoint(
+        target, write, kind=kind, template_sha256=template_sha256 or manifest["template_sha256"], training={}
+    )  # type: ignore[arg-type]
     return target
 
 
@@ -96,7 +107,9 @@ def test_a_policy_is_refused_as_a_scorer(checkpoint_dir: Path, tmp_path: Path) -
 
 
 def test_a_longer_limit_than_the_model_has_positions_is_refused(checkpoint_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"max_length_tokens={NUM_POSITIONS + 1} exceeds the {NUM_POSITIONS} positions"):
+    with pytest.raises(
+        CheckpointError, match=f"max_length_tokens={NUM_POSITIONS + 1} exceeds the {NUM_POSITIONS} positions"
+    ):
         load(checkpoint_dir, max_length_tokens=NUM_POSITIONS + 1)
 
 

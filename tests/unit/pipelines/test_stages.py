@@ -50,11 +50,16 @@ def test_two_runs_of_one_name_have_a_service_each(tmp_path: Path) -> None:
 
 def in_task(error: Exception) -> Exception:
     """As `ray.get` of a task that raised it: of Ray's class and of its own."""
-    raised: Exception = RayTaskError("driver", "Traceback (most recent call last):\n  File drive.py", error).as_instanceof_cause()
+    raised: Exception = RayTaskError(
+        "driver", "Traceback (most recent call last):\n  File drive.py", error
+    ).as_instanceof_cause()
     return raised
 
 
-GROUP = WorkerGroupError("[Rank 1]\nTraceback …", {0: RuntimeError("Connection closed by peer"), 1: StorageError("the state could not be written: full")})
+GROUP = WorkerGroupError(
+    "[Rank 1]\nTraceback …",
+    {0: RuntimeError("Connection closed by peer"), 1: StorageError("the state could not be written: full")},
+)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +70,16 @@ GROUP = WorkerGroupError("[Rank 1]\nTraceback …", {0: RuntimeError("Connection
         (in_task(in_task(DataError("there is no file"))), 2, "error: there is no file\n"),
         (GROUP, 2, "error: the state could not be written: full\n"),
         (in_task(GROUP), 2, "error: the state could not be written: full\n"),
-        (WorkerGroupError("rank 0 died", {0: RuntimeError("x")}), 1, "error: Training failed due to worker errors:\nrank 0 died\nThe same command"),
-        (NodeDiedError("Task failed due to the node dying."), 1, "error: Task failed due to the node dying.\nThe same command again resumes"),
+        (
+            WorkerGroupError("rank 0 died", {0: RuntimeError("x")}),
+            1,
+            "error: Training failed due to worker errors:\nrank 0 died\nThe same command",
+        ),
+        (
+            NodeDiedError("Task failed due to the node dying."),
+            1,
+            "error: Task failed due to the node dying.\nThe same command again resumes",
+        ),
     ],
 )
 def test_a_failure_that_is_no_defect_is_said_in_one_line_wherever_it_was_raised(

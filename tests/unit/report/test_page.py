@@ -18,10 +18,34 @@ from rm_robust.report.record import gold_gain, read_run
 
 SCRIPT = "<script>alert('x')</script> & done"
 EVALUATION = {
-    "in_domain": {"metric": "accuracy", "value": 0.8412, "num_prompts": 3000, "num_undefined": 0, "num_constant_scores": 2},
-    "prompt_disjoint": {"metric": "kendall_tau_b", "value": 0.6157, "num_prompts": 400, "num_undefined": 7, "num_constant_scores": 1},
-    "response_disjoint": {"metric": "kendall_tau_b", "value": 0.5115, "num_prompts": 2993, "num_undefined": 11, "num_constant_scores": 3},
-    "mutual_disjoint": {"metric": "kendall_tau_b", "value": -0.0506, "num_prompts": 399, "num_undefined": 5, "num_constant_scores": 4},
+    "in_domain": {
+        "metric": "accuracy",
+        "value": 0.8412,
+        "num_prompts": 3000,
+        "num_undefined": 0,
+        "num_constant_scores": 2,
+    },
+    "prompt_disjoint": {
+        "metric": "kendall_tau_b",
+        "value": 0.6157,
+        "num_prompts": 400,
+        "num_undefined": 7,
+        "num_constant_scores": 1,
+    },
+    "response_disjoint": {
+        "metric": "kendall_tau_b",
+        "value": 0.5115,
+        "num_prompts": 2993,
+        "num_undefined": 11,
+        "num_constant_scores": 3,
+    },
+    "mutual_disjoint": {
+        "metric": "kendall_tau_b",
+        "value": -0.0506,
+        "num_prompts": 399,
+        "num_undefined": 5,
+        "num_constant_scores": 4,
+    },
 }
 RESPONSE_MODELS = {
     "training": {"terse-expert": 0.82, "plain": 0.55, "listy": 0.41, "flatterer": 0.15, "babbler": -0.2},
@@ -44,7 +68,12 @@ def add_sft(run_dir: Path) -> None:
     rng = np.random.default_rng(1)
     rows: list[dict[str, object]] = []
     for step in range(1, 188):
-        row = {"stage": "sft", "step": step, "time": step, "sft/loss": 0.9 + 5 * math.exp(-step / 25) + 0.06 * rng.normal()}
+        row = {
+            "stage": "sft",
+            "step": step,
+            "time": step,
+            "sft/loss": 0.9 + 5 * math.exp(-step / 25) + 0.06 * rng.normal(),
+        }
         rows.append(row | ({"sft/eval_loss": 1.0 + 5 * math.exp(-step / 25)} if step % 25 == 0 else {}))
     write_lines(run_dir / "metrics.jsonl", rows)
 
@@ -80,9 +109,22 @@ def add_rloo(run_dir: Path, *, num_steps: int = 60) -> None:
             "time/update_s": 0.9, "time/weight_sync_s": 0.12, "time/step_s": 2.9,
         })  # fmt: skip
         if step >= 20:
-            rows[-1] |= {"rloo/monitor/proxy_rise": 0.3, "rloo/monitor/proxy_rise_se": 0.05, "rloo/monitor/gold_rise": 0.2, "rloo/overoptimised": 0.0}
+            rows[-1] |= {
+                "rloo/monitor/proxy_rise": 0.3,
+                "rloo/monitor/proxy_rise_se": 0.05,
+                "rloo/monitor/gold_rise": 0.2,
+                "rloo/overoptimised": 0.0,
+            }
         if step % 20 == 0:
-            names = ("gold_mean", "sft_gold_mean", "win_rate", "win_rate_se", "length_controlled_win_rate", "completion_tokens_mean", "kl_mean")
+            names = (
+                "gold_mean",
+                "sft_gold_mean",
+                "win_rate",
+                "win_rate_se",
+                "length_controlled_win_rate",
+                "completion_tokens_mean",
+                "kl_mean",
+            )
             rows[-1] |= {f"rloo/eval/{name}": progress for name in (*names, "sft_completion_tokens_mean")}
     write_lines(run_dir / "metrics.jsonl", rows)
     samples = [
@@ -112,7 +154,10 @@ def add_evaluation(run_dir: Path) -> None:
 def add_stages(run_dir: Path) -> None:
     seconds = {"world": 6.1, "sft": 81.0, "preferences": 22.4, "reward_model": 74.0, "evaluation": 31.5, "rloo": 171.2}
     for index, (stage, stage_seconds) in enumerate(seconds.items()):
-        write_json(run_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": stage_seconds, "finished_at": 1000.0 + index, "rows": 3})
+        write_json(
+            run_dir / "stages" / f"{stage}.json",
+            {"stage": stage, "seconds": stage_seconds, "finished_at": 1000.0 + index, "rows": 3},
+        )
 
 
 def add_twin(run_dir: Path) -> None:
@@ -121,16 +166,26 @@ def add_twin(run_dir: Path) -> None:
     twin_dir.mkdir()
     add_reward_model(twin_dir)
     add_evaluation(twin_dir)
-    write_json(twin_dir / "evaluation.json", {name: row | {"value": float(row["value"]) - 0.1} for name, row in EVALUATION.items()})
+    write_json(
+        twin_dir / "evaluation.json",
+        {name: row | {"value": float(row["value"]) - 0.1} for name, row in EVALUATION.items()},
+    )
     for stage, seconds in {"preferences": 22.4, "reward_model": 70.5, "evaluation": 30.0}.items():
-        write_json(twin_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": seconds, "finished_at": 2000.0 + seconds})
+        write_json(
+            twin_dir / "stages" / f"{stage}.json", {"stage": stage, "seconds": seconds, "finished_at": 2000.0 + seconds}
+        )
 
 
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny_cpu"
     run_dir.mkdir()
-    config = {"name": "tiny_cpu", "seed": 7, "reward_model": {"objective": "bsr"}, "data": {"train": ["https://example.org/<pairs>"]}}
+    config = {
+        "name": "tiny_cpu",
+        "seed": 7,
+        "reward_model": {"objective": "bsr"},
+        "data": {"train": ["https://example.org/<pairs>"]},
+    }
     write_json(run_dir / "config.resolved.json", config)
     add_sft(run_dir)
     add_reward_model(run_dir)
@@ -218,7 +273,16 @@ def test_a_run_without_a_twin_has_no_column_for_one(tmp_path: Path) -> None:
 
 def test_a_twins_own_stages_are_counted_and_those_that_it_shares_are_not(full_run: Path) -> None:
     seconds = read_run(full_run).all_stage_seconds
-    assert list(seconds) == ["world", "sft", "preferences", "reward_model", "evaluation", "reward_model, BT twin", "evaluation, BT twin", "rloo"]
+    assert list(seconds) == [
+        "world",
+        "sft",
+        "preferences",
+        "reward_model",
+        "evaluation",
+        "reward_model, BT twin",
+        "evaluation, BT twin",
+        "rloo",
+    ]
     assert sum(seconds.values()) == pytest.approx(6.1 + 81.0 + 22.4 + 74.0 + 31.5 + 70.5 + 30.0 + 171.2)
 
 
@@ -236,7 +300,14 @@ def test_a_completion_with_markup_is_shown_as_text(full_run: Path) -> None:
 
 
 def test_a_completion_with_unicode_line_separators_is_one_sample(tmp_path: Path) -> None:
-    sample = {"step": 1, "prompt": "p", "completion": "a\u2028b\x85c", "proxy_score": 0.5, "gold_score": 0.25, "num_tokens": 9}
+    sample = {
+        "step": 1,
+        "prompt": "p",
+        "completion": "a\u2028b\x85c",
+        "proxy_score": 0.5,
+        "gold_score": 0.25,
+        "num_tokens": 9,
+    }
     path = tmp_path / "rloo" / "samples.jsonl"
     path.parent.mkdir()
     path.write_text((json.dumps(sample, ensure_ascii=False) + "\n") * 2)
@@ -247,13 +318,28 @@ def test_the_summary_gives_the_tenths_and_the_gain_worked_out_by_hand(tmp_path: 
     """20 steps, so two a tenth: gold 1, 3 (std 1 each) ... 5, 7. Pooled variance = 1 + var(1, 3) = 2; gain = (6 - 2) / sqrt(2)."""
     gold = [1.0, 3.0, *[0.0] * 16, 5.0, 7.0]
     rows: list[dict[str, object]] = [
-        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": value, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i} for i, value in enumerate(gold)
+        {
+            "stage": "rloo",
+            "step": i + 1,
+            "rloo/gold_score_mean": value,
+            "rloo/gold_score_std": 1.0,
+            "rloo/proxy_score_mean": i,
+        }
+        for i, value in enumerate(gold)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     write_json(tmp_path / "config.resolved.json", {"name": "by_hand", "seed": 11, "reward_model": {"objective": "bt"}})
     write_report(tmp_path)
     text = page_of(tmp_path).text
-    for expected in ("by_hand", "bt", "seed 11", "2.000 → 6.000", "0.500 → 18.500", f"{4 / math.sqrt(2):+.2f} SD", "rose with it"):
+    for expected in (
+        "by_hand",
+        "bt",
+        "seed 11",
+        "2.000 → 6.000",
+        "0.500 → 18.500",
+        f"{4 / math.sqrt(2):+.2f} SD",
+        "rose with it",
+    ):
         assert expected in text
     gain = gold_gain(read_run(tmp_path).metrics["rloo"])
     assert gain == pytest.approx(4 / math.sqrt(2))
@@ -263,7 +349,8 @@ def test_the_gain_divides_by_the_deviation_of_all_completions_of_the_first_tenth
     rng = np.random.default_rng(0)
     scores_SN = rng.normal(size=(40, 64)) + np.linspace(0, 2, 40)[:, None]
     rows: list[dict[str, object]] = [
-        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": row.mean(), "rloo/gold_score_std": row.std()} for i, row in enumerate(scores_SN)
+        {"stage": "rloo", "step": i + 1, "rloo/gold_score_mean": row.mean(), "rloo/gold_score_std": row.std()}
+        for i, row in enumerate(scores_SN)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     expected = (scores_SN[-4:].mean() - scores_SN[:4].mean()) / scores_SN[:4].std()
@@ -272,7 +359,8 @@ def test_the_gain_divides_by_the_deviation_of_all_completions_of_the_first_tenth
 
 def test_a_proxy_that_rises_while_gold_falls_is_called_over_optimisation(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
-        {"stage": "rloo", "step": i, "rloo/gold_score_mean": -i, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i} for i in range(1, 41)
+        {"stage": "rloo", "step": i, "rloo/gold_score_mean": -i, "rloo/gold_score_std": 1.0, "rloo/proxy_score_mean": i}
+        for i in range(1, 41)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     write_report(tmp_path)
@@ -300,7 +388,17 @@ def test_an_empty_run_directory_gives_a_report_without_pictures(tmp_path: Path) 
     assert "SFT has not run" in page.text
 
 
-@pytest.mark.parametrize("key", ["rloo/proxy_score_mean", "rloo/gold_score_mean", "rloo/kl_mean", "rloo/entropy_mean", "time/step_s", "time/generate_s"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "rloo/proxy_score_mean",
+        "rloo/gold_score_mean",
+        "rloo/kl_mean",
+        "rloo/entropy_mean",
+        "time/step_s",
+        "time/generate_s",
+    ],
+)
 def test_any_single_rloo_metric_and_any_single_step_is_enough(tmp_path: Path, key: str) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"stage": "rloo", "step": 1, key: 0.5}])
     write_report(tmp_path)

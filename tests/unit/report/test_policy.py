@@ -19,14 +19,25 @@ EVALUATION = {
 
 
 def judged(proxy_rise: float, gold_rise: float, *, is_over: bool) -> Row:
-    return {"rloo/monitor/proxy_rise": proxy_rise, "rloo/monitor/gold_rise": gold_rise, "rloo/overoptimised": float(is_over)}
+    return {
+        "rloo/monitor/proxy_rise": proxy_rise,
+        "rloo/monitor/gold_rise": gold_rise,
+        "rloo/overoptimised": float(is_over),
+    }
 
 
 def run_with(run_dir: Path, additions: dict[int, Row], *, num_steps: int = 12, gold_every_steps: int = 1) -> Path:
     """A run whose steps have proxy scores and KL, gold scores at every n-th, and `additions` by step."""
     rows = []
     for step in range(1, num_steps + 1):
-        row: Row = {"stage": "rloo", "step": step, "time": 0.0, "rloo/proxy_score_mean": 0.1 * step, "rloo/proxy_score_std": 1.0, "rloo/kl_mean": 0.2 * step}
+        row: Row = {
+            "stage": "rloo",
+            "step": step,
+            "time": 0.0,
+            "rloo/proxy_score_mean": 0.1 * step,
+            "rloo/proxy_score_std": 1.0,
+            "rloo/kl_mean": 0.2 * step,
+        }
         if (step - 1) % gold_every_steps == 0:
             row |= {"rloo/gold_score_mean": 0.5 - 0.01 * step, "rloo/gold_score_std": 0.3}
         rows.append(row | additions.get(step, {}))
@@ -49,28 +60,52 @@ def test_a_run_that_was_over_optimised_opens_with_a_warning_that_has_the_numbers
     section = text[text.index("<h2>Proxy and gold score</h2>") :]
     warning = section[section.index("<p") : section.index("</p>")]
     assert warning.startswith('<p class="warning"')
-    for expected in ("at 2 of the 4 steps", "first is step 9", "last step 11", "0.41 standard deviations", "up to step 9", "changed by -0.12"):
+    for expected in (
+        "at 2 of the 4 steps",
+        "first is step 9",
+        "last step 11",
+        "0.41 standard deviations",
+        "up to step 9",
+        "changed by -0.12",
+    ):
         assert expected in warning
     assert "over-optimised at 2 of 4 judged steps, from step 9" in text
 
 
 def test_a_run_that_was_not_over_optimised_says_so_with_its_largest_proxy_rise(tmp_path: Path) -> None:
-    text = report_of(run_with(tmp_path, {8: judged(0.2, 0.1, is_over=False), 9: judged(0.52, 0.31, is_over=False), 10: judged(0.4, 0.6, is_over=False)}))
+    text = report_of(
+        run_with(
+            tmp_path,
+            {
+                8: judged(0.2, 0.1, is_over=False),
+                9: judged(0.52, 0.31, is_over=False),
+                10: judged(0.4, 0.6, is_over=False),
+            },
+        )
+    )
     assert 'class="warning"' not in text
     assert "did not fire at any of the 3 steps that it judged" in text
-    assert "was 0.52 standard deviations of the first step&#x27;s scores, up to step 9; the gold score changed by +0.31" in text
+    assert (
+        "was 0.52 standard deviations of the first step&#x27;s scores, up to step 9; the gold score changed by +0.31"
+        in text
+    )
 
 
 def test_a_run_too_short_for_the_monitor_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.resolved.json").write_text(json.dumps({"rloo": {"monitor": {"window_steps": 20}}}))
-    assert "judged no step: its window of 20 steps with a gold score was never full" in report_of(run_with(tmp_path, {}))
+    assert "judged no step: its window of 20 steps with a gold score was never full" in report_of(
+        run_with(tmp_path, {})
+    )
 
 
 def test_the_evaluations_are_a_table_row_each(tmp_path: Path) -> None:
     evaluation = {f"rloo/eval/{name}": value for name, value in EVALUATION.items()}
     text = report_of(run_with(tmp_path, {4: evaluation | {"rloo/eval/win_rate": 0.5}, 8: evaluation}))
     assert [name for name, _, _ in EVALUATION_COLUMNS] == list(EVALUATION)
-    for cells in (("4", "0.810", "0.620", "0.500"), ("8", "0.810", "0.620", "0.655", "0.021", "0.587", "31.2", "24.5", "3.46")):
+    for cells in (
+        ("4", "0.810", "0.620", "0.500"),
+        ("8", "0.810", "0.620", "0.655", "0.021", "0.587", "31.2", "24.5", "3.46"),
+    ):
         assert "".join(f'<td class="number">{cell}</td>' for cell in cells) in text
 
 
@@ -86,13 +121,20 @@ def test_gold_scores_of_every_nth_step_alone_are_drawn_and_summed_up(tmp_path: P
     num_scored = -(-12 // gold_every_steps)
     assert f"tenth of {num_scored} scored RLOO steps" in text
     assert text.count("<img") == 2
-    assert summary["rloo"]["gold_score"]["last_step"] == pytest.approx(0.5 - 0.01 * (1 + gold_every_steps * (num_scored - 1)))
+    assert summary["rloo"]["gold_score"]["last_step"] == pytest.approx(
+        0.5 - 0.01 * (1 + gold_every_steps * (num_scored - 1))
+    )
     assert summary["rloo"]["num_steps"] == 12
 
 
 def test_the_summary_has_the_over_optimised_steps_and_the_last_evaluation(tmp_path: Path) -> None:
     evaluation = {f"rloo/eval/{name}": value for name, value in EVALUATION.items()}
-    additions = {4: evaluation | {"rloo/eval/gold_mean": 0.1}, 9: judged(0.4, -0.1, is_over=True), 10: judged(0.3, 0.2, is_over=False), 12: evaluation}
+    additions = {
+        4: evaluation | {"rloo/eval/gold_mean": 0.1},
+        9: judged(0.4, -0.1, is_over=True),
+        10: judged(0.3, 0.2, is_over=False),
+        12: evaluation,
+    }
     summary = write_summary(run_with(tmp_path, additions))
     assert summary["rloo"]["overoptimised_steps"] == [9]
     assert summary["rloo"]["last_evaluation"] == {"step": 12, **EVALUATION}
@@ -110,7 +152,11 @@ def test_a_summary_without_monitor_or_evaluation_has_neither(tmp_path: Path) -> 
 
 
 def test_what_was_logged_is_read_back(tmp_path: Path) -> None:
-    additions = {3: judged(0.4, -0.1, is_over=True), 4: {"rloo/eval/gold_mean": 0.2}, 5: judged(0.3, 0.2, is_over=False)}
+    additions = {
+        3: judged(0.4, -0.1, is_over=True),
+        4: {"rloo/eval/gold_mean": 0.2},
+        5: judged(0.3, 0.2, is_over=False),
+    }
     lines = read_run(run_with(tmp_path, additions)).metrics["rloo"]
     assert judged_steps(lines) == [JudgedStep(3, 0.4, -0.1, True), JudgedStep(5, 0.3, 0.2, False)]
     assert policy_evaluations(lines) == [{"step": 4, "gold_mean": 0.2}]

@@ -45,7 +45,16 @@ def folder(tmp_path: Path) -> Path:
                 elif (model, number) == ("short", 0):
                     completion = None
                 prompt_id = f"{chunk}-{number}"
-                responses.append(Response(prompt_id, [{"role": "user", "content": f"Prompt {prompt_id}?"}], model, completion, 3, is_truncated=False))
+                responses.append(
+                    Response(
+                        prompt_id,
+                        [{"role": "user", "content": f"Prompt {prompt_id}?"}],
+                        model,
+                        completion,
+                        3,
+                        is_truncated=False,
+                    )
+                )
             path = chunk_path(tmp_path, model, chunk)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(lines_of(responses))
@@ -85,4 +94,7 @@ def test_a_chunk_without_any_response_is_labelled_too(folder: Path) -> None:
     for model in MODELS:
         chunk_path(folder, model, 0).write_text("")
     assert label(MODELS, NUM_CHUNKS, folder, LengthScorer()) == "sha256:one"
-    assert json.loads((folder / "labelled" / "chunk_00000.report.json").read_text()) == {"checkpoint": "", "num_left_out": {}}
+    assert json.loads((folder / "labelled" / "chunk_00000.report.json").read_text()) == {
+        "checkpoint": "",
+        "num_left_out": {},
+    }

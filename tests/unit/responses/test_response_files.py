@@ -8,7 +8,15 @@ import pytest
 
 from rm_robust.errors import DataError
 from rm_robust.responses.config import ResponsesConfig
-from rm_robust.responses.response_files import EXISTING, Response, chunk_path, chunks_of, read_material, read_responses, write_existing
+from rm_robust.responses.response_files import (
+    EXISTING,
+    Response,
+    chunk_path,
+    chunks_of,
+    read_material,
+    read_responses,
+    write_existing,
+)
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -30,17 +38,34 @@ def test_prompts_come_once_in_the_order_of_their_files(tmp_path: Path) -> None:
 
 
 def test_existing_responses_bring_their_prompts_in_their_own_shape_and_in_ultrafeedbacks(tmp_path: Path) -> None:
-    own = write(tmp_path / "own.jsonl", [{"prompt": "One?", "model": "a", "completion": "1\u2028"}, {"prompt": "One?", "model": "b", "completion": "uno"}])
-    completions = [{"model": "c", "response": "2", "overall_score": 7.0}, {"model": "d", "response": "due", "overall_score": 2.0}]
-    ultrafeedback = write(tmp_path / "uf.jsonl", [{"source": "x", "instruction": "Two?", "models": ["c", "d"], "completions": completions}])
+    own = write(
+        tmp_path / "own.jsonl",
+        [
+            {"prompt": "One?", "model": "a", "completion": "1\u2028"},
+            {"prompt": "One?", "model": "b", "completion": "uno"},
+        ],
+    )
+    completions = [
+        {"model": "c", "response": "2", "overall_score": 7.0},
+        {"model": "d", "response": "due", "overall_score": 2.0},
+    ]
+    ultrafeedback = write(
+        tmp_path / "uf.jsonl",
+        [{"source": "x", "instruction": "Two?", "models": ["c", "d"], "completions": completions}],
+    )
     prompts = write(tmp_path / "more.jsonl", [{"prompt": "One?"}, {"prompt": "Three?"}])
     material = read_material(config(existing=[own, ultrafeedback], prompts=[prompts]))
     assert [prompt.messages[0]["content"] for prompt in material.prompts] == ["One?", "Two?", "Three?"]
     chunks = chunks_of(material.prompts, 2)
     write_existing(material, chunks, tmp_path)
     written = [read_responses(chunk_path(tmp_path, EXISTING, number)) for number in range(len(chunks))]
-    assert [[(own.model, own.completion) for own in part] for part in written] == [[("a", "1\u2028"), ("b", "uno"), ("c", "2"), ("d", "due")], []]
-    assert all(isinstance(own, Response) and own.prompt_id in {prompt.prompt_id for prompt in chunks[0]} for own in written[0])
+    assert [[(own.model, own.completion) for own in part] for part in written] == [
+        [("a", "1\u2028"), ("b", "uno"), ("c", "2"), ("d", "due")],
+        [],
+    ]
+    assert all(
+        isinstance(own, Response) and own.prompt_id in {prompt.prompt_id for prompt in chunks[0]} for own in written[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +74,13 @@ def test_existing_responses_bring_their_prompts_in_their_own_shape_and_in_ultraf
         ([{"prompt": "One?", "model": "a"}], "row 1: a response needs the names of its model and its text"),
         ([{"instruction": "One?", "completions": ["text"]}], "row 1: a response needs the names"),
         ([{"completions": []}], "row 1: column 'prompt' is missing"),
-        ([{"prompt": "One?", "prompt_id": "x", "completions": []}, {"prompt": "Two?", "prompt_id": "x", "completions": []}], "row 2: prompt_id 'x' is that of"),
+        (
+            [
+                {"prompt": "One?", "prompt_id": "x", "completions": []},
+                {"prompt": "Two?", "prompt_id": "x", "completions": []},
+            ],
+            "row 2: prompt_id 'x' is that of",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named(rows: list[Any], reason: str, tmp_path: Path) -> None:

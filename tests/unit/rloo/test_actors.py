@@ -18,10 +18,16 @@ from rm_robust.rloo.actors import TrainersLostError, _new_engine, _new_trainer, 
     ("raised", "error", "message"),
     [
         (GetTimeoutError("Get timed out"), ClusterError, "not all up after 1800 s.*rloo.trainers and rloo.engine_"),
-        (ActorDiedError(), TrainersLostError, "ended while it started: The actor died unexpectedly before finishing this task.$"),
+        (
+            ActorDiedError(),
+            TrainersLostError,
+            "ended while it started: The actor died unexpectedly before finishing this task.$",
+        ),
     ],
 )
-def test_an_actor_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, raised: Exception, error: type[Exception], message: str) -> None:
+def test_an_actor_that_does_not_start_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, error: type[Exception], message: str
+) -> None:
     def get(calls: Any, *, timeout: float) -> NoReturn:
         raise raised
 
@@ -45,9 +51,13 @@ class Remote:
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1])
-def test_the_lines_of_engines_and_trainers_say_whose_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_gpus: int) -> None:
+def test_the_lines_of_engines_and_trainers_say_whose_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_gpus: int
+) -> None:
     monkeypatch.setattr(ray, "remote", Remote)
-    config = PipelineConfig.model_validate({"name": "mine", "rloo": {"engine_num_gpus": num_gpus, "engine_num_threads": 3}})
+    config = PipelineConfig.model_validate(
+        {"name": "mine", "rloo": {"engine_num_gpus": num_gpus, "engine_num_threads": 3}}
+    )
     on_cpu = {} if num_gpus else cpu_environment(3)
     assert _new_engine(config, tmp_path, 1).environment == environment_of("mine", "rloo", "engine 1") | on_cpu
     assert _new_trainer(config, tmp_path, 2).environment == environment_of("mine", "rloo", "trainer 2")

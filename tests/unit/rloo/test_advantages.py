@@ -6,9 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_robust.config.rloo import RlooConfig
-from rm_robust.rloo.advantages import advantages_of, leave_one_out_advantages, next_kl_coefficient, sequence_kl, sum_by_completion, token_kl
+from rm_robust.rloo.advantages import (
+    advantages_of,
+    leave_one_out_advantages,
+    next_kl_coefficient,
+    sequence_kl,
+    sum_by_completion,
+    token_kl,
+)
 
-rewards = st.integers(2, 6).flatmap(lambda k: st.lists(st.lists(st.floats(-50, 50, width=32), min_size=k, max_size=k), min_size=1, max_size=5))
+rewards = st.integers(2, 6).flatmap(
+    lambda k: st.lists(st.lists(st.floats(-50, 50, width=32), min_size=k, max_size=k), min_size=1, max_size=5)
+)
 
 
 def naive(rewards_PK: list[list[float]]) -> list[list[float]]:
@@ -21,7 +30,9 @@ def naive(rewards_PK: list[list[float]]) -> list[list[float]]:
 
 @given(rewards)
 def test_an_advantage_is_the_reward_minus_the_mean_of_the_others(rewards_PK: list[list[float]]) -> None:
-    torch.testing.assert_close(leave_one_out_advantages(torch.tensor(rewards_PK)), torch.tensor(naive(rewards_PK)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        leave_one_out_advantages(torch.tensor(rewards_PK)), torch.tensor(naive(rewards_PK)), atol=1e-4, rtol=1e-4
+    )
 
 
 @given(rewards)
@@ -37,7 +48,9 @@ def test_a_prompt_does_not_move_the_advantages_of_another_nor_does_a_shift_its_o
     rewards_PK = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
     expected = leave_one_out_advantages(rewards_PK)
     torch.testing.assert_close(leave_one_out_advantages(rewards_PK + torch.tensor([[7.0], [-3.0]])), expected)
-    torch.testing.assert_close(leave_one_out_advantages(torch.cat([rewards_PK[:1], rewards_PK[1:] * 9]))[0], expected[0])
+    torch.testing.assert_close(
+        leave_one_out_advantages(torch.cat([rewards_PK[:1], rewards_PK[1:] * 9]))[0], expected[0]
+    )
 
 
 def test_one_completion_has_no_baseline() -> None:
@@ -56,13 +69,20 @@ TRUNCATED_PK = torch.tensor([[False, True, False]])
         ("penalty", True, [[1.0, 0.0, 3.0]], [[-0.5, -2.0, 2.5]]),  # 2 - 0.1 * 10; 5 - 0.1 * 20 - 3; 3
         ("keep", True, [[1.0, 3.0, 3.0]], [[-2.0, 1.0, 1.0]]),
         ("mask", True, [[1.0, 3.0, 3.0]], [[-2.0, 0.0, 1.0]]),  # in the others' baseline, without a gradient of its own
-        ("penalty", False, [[1.0, 0.0, 3.0]], [[-1.5, -2.5, 1.0]]),  # of the scores 2, 2, 3: -0.5, -0.5, 1; then - 1, - 2, - 0
+        (
+            "penalty",
+            False,
+            [[1.0, 0.0, 3.0]],
+            [[-1.5, -2.5, 1.0]],
+        ),  # of the scores 2, 2, 3: -0.5, -0.5, 1; then - 1, - 2, - 0
     ],
 )
 def test_a_reward_is_the_score_less_the_kl_cost_less_the_penalty_for_being_cut(
     truncated: str, in_baseline: bool, rewards_PK: list[list[float]], advantages_PK: list[list[float]]
 ) -> None:
-    settings = RlooConfig.model_validate({"truncated_completions": truncated, "truncated_penalty": 3.0, "kl_in_baseline": in_baseline})
+    settings = RlooConfig.model_validate(
+        {"truncated_completions": truncated, "truncated_penalty": 3.0, "kl_in_baseline": in_baseline}
+    )
     found = advantages_of(SCORES_PK, KL_PK, TRUNCATED_PK, settings, kl_coefficient=0.1)
     torch.testing.assert_close(found.rewards_PK, torch.tensor(rewards_PK))
     torch.testing.assert_close(found.advantages_PK, torch.tensor(advantages_PK))
@@ -70,7 +90,9 @@ def test_a_reward_is_the_score_less_the_kl_cost_less_the_penalty_for_being_cut(
 
 def test_a_completion_without_a_score_is_in_no_baseline_and_has_no_advantage() -> None:
     scores_PK = torch.tensor([[1.0, torch.nan, 4.0], [torch.nan, 7.0, torch.nan], [0.0, 3.0, 6.0]])
-    found = advantages_of(scores_PK, torch.zeros(3, 3), torch.zeros(3, 3, dtype=torch.bool), RlooConfig(), kl_coefficient=0.1)
+    found = advantages_of(
+        scores_PK, torch.zeros(3, 3), torch.zeros(3, 3, dtype=torch.bool), RlooConfig(), kl_coefficient=0.1
+    )
     torch.testing.assert_close(found.advantages_PK, torch.tensor([[-3.0, 0.0, 3.0], [0.0, 0.0, 0.0], [-4.5, 0.0, 4.5]]))
     assert found.num_without_baseline == 1
 
@@ -83,9 +105,13 @@ def test_the_kl_coefficient_follows_the_kl_by_a_bounded_share(kl_mean: float, ex
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_kl_estimators_have_the_kl_as_their_mean_or_nearly(estimator: str) -> None:
     """Over the policy's own distribution; k2 is biased, by the third order of the difference."""
-    policy, reference = (torch.tensor(logits, dtype=torch.float64).log_softmax(0) for logits in ([0.2, -0.1, 0.0], [0.0, 0.1, -0.1]))
+    policy, reference = (
+        torch.tensor(logits, dtype=torch.float64).log_softmax(0) for logits in ([0.2, -0.1, 0.0], [0.0, 0.1, -0.1])
+    )
     kl = (policy.exp() * (policy - reference)).sum()
-    assert (policy.exp() * token_kl(policy, reference, estimator)).sum().item() == pytest.approx(kl.item(), rel=0.1 if estimator == "k2" else 1e-9)
+    assert (policy.exp() * token_kl(policy, reference, estimator)).sum().item() == pytest.approx(
+        kl.item(), rel=0.1 if estimator == "k2" else 1e-9
+    )
 
 
 def test_token_values_are_summed_within_their_completion_and_no_token_is_zero() -> None:
@@ -94,7 +120,11 @@ def test_token_values_are_summed_within_their_completion_and_no_token_is_zero() 
 
 
 def test_sequence_kl_is_the_sum_of_log_ratios_and_zero_between_equal_policies() -> None:
-    policy_M, reference_M, owner_M = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -2.5, -0.25]), torch.tensor([0, 0, 1])
+    policy_M, reference_M, owner_M = (
+        torch.tensor([-1.0, -2.0, -0.5]),
+        torch.tensor([-1.5, -2.5, -0.25]),
+        torch.tensor([0, 0, 1]),
+    )
     assert sequence_kl(policy_M, reference_M, owner_M, 2, estimator="k1").tolist() == [1.0, -0.25]
     assert sequence_kl(policy_M, policy_M, owner_M, 2, estimator="k1").tolist() == [0.0, 0.0]
 

@@ -23,9 +23,14 @@ def test_samples_for_which_there_is_no_room_are_one_error_that_names_the_file(tm
     controller.settings, controller.layout, controller.version = config.rloo, layout, 1
     controller.chat = ChatFormat.load(str(config.model.path))
     prompts = read_token_groups(layout.rloo_prompts / "scenario=rloo_prompts")
-    completion = Completion(token_ids=[controller.chat.end_of_turn_id], sampler_logprobs=[0.0], is_truncated=False, policy_version=0)
+    completion = Completion(
+        token_ids=[controller.chat.end_of_turn_id], sampler_logprobs=[0.0], is_truncated=False, policy_version=0
+    )
     completions = [PromptCompletions("p0", [1], [completion])]
     scores = StepScores({"proxy": [[0.5]]}, None, torch.tensor([[0.5]]), {}, {}, 0)
     controller.keep_samples(prompts, completions, scores)
-    with pytest.raises(StorageError, match=f"^{layout.rloo_samples} could not be written: File too large.*Make room"), files_of_at_most(10):
+    with (
+        pytest.raises(StorageError, match=f"^{layout.rloo_samples} could not be written: File too large.*Make room"),
+        files_of_at_most(10),
+    ):
         controller.keep_samples(prompts, completions, scores)

@@ -9,12 +9,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rm_robust.errors import RolloutError
-from rm_robust.rloo.evaluation import RIDGE, JudgedCompletions, PolicyComparison, compare_policies, length_controlled_win_rate
+from rm_robust.rloo.evaluation import (
+    RIDGE,
+    JudgedCompletions,
+    PolicyComparison,
+    compare_policies,
+    length_controlled_win_rate,
+)
 
 Floats = NDArray[np.float64]
 
 
-def sampled(seed: int, *, quality: float, per_token: float, more_tokens: float, num_prompts: int = 300) -> PolicyComparison:
+def sampled(
+    seed: int, *, quality: float, per_token: float, more_tokens: float, num_prompts: int = 300
+) -> PolicyComparison:
     """Gold = noise + per_token * length + `quality` for the policy, which writes about `more_tokens` more; 4 completions a prompt."""
     rng = np.random.default_rng(seed)
     sides = []
@@ -35,7 +43,11 @@ def test_means_win_rate_and_error_by_hand() -> None:
     assert found.win_rate == pytest.approx(7 / 12)
     squares = (3 / 4 - 7 / 12) ** 2 + (7 / 12) ** 2 + (1 - 7 / 12) ** 2
     assert found.win_rate_se == pytest.approx(math.sqrt(squares / 2) / math.sqrt(3))
-    assert (found.completion_tokens_mean, found.sft_completion_tokens_mean, found.num_prompts) == (pytest.approx(65 / 3), 20, 3)
+    assert (found.completion_tokens_mean, found.sft_completion_tokens_mean, found.num_prompts) == (
+        pytest.approx(65 / 3),
+        20,
+        3,
+    )
 
 
 def test_metrics_are_named_after_the_fields() -> None:
@@ -48,7 +60,9 @@ def test_metrics_are_named_after_the_fields() -> None:
 
 
 def test_all_ties_are_one_half() -> None:
-    found = compare_policies(JudgedCompletions([[1.0, 1.0]] * 5, [[9, 30]] * 5), JudgedCompletions([[1.0, 1.0]] * 5, [[5, 7]] * 5))
+    found = compare_policies(
+        JudgedCompletions([[1.0, 1.0]] * 5, [[9, 30]] * 5), JudgedCompletions([[1.0, 1.0]] * 5, [[5, 7]] * 5)
+    )
     assert (found.win_rate, found.win_rate_se) == (0.5, 0.0)
     assert found.length_controlled_win_rate == pytest.approx(0.5, abs=1e-9)
 
@@ -91,7 +105,10 @@ def newton(preferences_M: Floats, differences_M: Floats, weights_M: Floats) -> f
 
     def loss(a: float, b: float) -> float:
         p_M = 1 / (1 + np.exp(-(a + b * x_M)))
-        return float(-(weights_M * (preferences_M * np.log(p_M) + (1 - preferences_M) * np.log(1 - p_M))).sum() + RIDGE / 2 * (a * a + b * b))
+        return float(
+            -(weights_M * (preferences_M * np.log(p_M) + (1 - preferences_M) * np.log(1 - p_M))).sum()
+            + RIDGE / 2 * (a * a + b * b)
+        )
 
     a = b = 0.0
     for _ in range(100):
@@ -108,17 +125,27 @@ def newton(preferences_M: Floats, differences_M: Floats, weights_M: Floats) -> f
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-60, 60), st.sampled_from([0.25, 1.0])), min_size=3, max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-60, 60), st.sampled_from([0.25, 1.0])),
+        min_size=3,
+        max_size=40,
+    )
+)
 def test_the_fit_is_that_of_another_optimiser_also_on_separable_data(rows: list[tuple[float, int, float]]) -> None:
     preferences_M, differences_M, weights_M = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
     if np.ptp(differences_M) == 0:
         differences_M[0] += 1
-    assert length_controlled_win_rate(preferences_M, differences_M, weights_M) == pytest.approx(newton(preferences_M, differences_M, weights_M), abs=1e-5)
+    assert length_controlled_win_rate(preferences_M, differences_M, weights_M) == pytest.approx(
+        newton(preferences_M, differences_M, weights_M), abs=1e-5
+    )
 
 
 def test_swapping_the_policies_turns_every_rate_round() -> None:
     rng = np.random.default_rng(5)
-    sides = [JudgedCompletions(rng.normal(size=(40, 3)).tolist(), rng.integers(5, 50, (40, 3)).tolist()) for _ in range(2)]
+    sides = [
+        JudgedCompletions(rng.normal(size=(40, 3)).tolist(), rng.integers(5, 50, (40, 3)).tolist()) for _ in range(2)
+    ]
     there, back = compare_policies(sides[0], sides[1]), compare_policies(sides[1], sides[0])
     assert there.win_rate + back.win_rate == pytest.approx(1)
     assert there.length_controlled_win_rate + back.length_controlled_win_rate == pytest.approx(1, abs=1e-6)
@@ -128,7 +155,9 @@ def test_swapping_the_policies_turns_every_rate_round() -> None:
 def test_a_constant_length_difference_gives_length_half_of_the_log_odds() -> None:
     """80 of 100 wins, always 5 longer: log-odds ln 4, half of it gives odds 2."""
     preferences_M = np.repeat([1.0, 0.0], [800, 200])
-    assert length_controlled_win_rate(preferences_M, np.full(1000, 5.0), np.ones(1000)) == pytest.approx(2 / 3, abs=1e-3)
+    assert length_controlled_win_rate(preferences_M, np.full(1000, 5.0), np.ones(1000)) == pytest.approx(
+        2 / 3, abs=1e-3
+    )
     assert length_controlled_win_rate(preferences_M, np.zeros(1000), np.ones(1000)) == pytest.approx(0.8, abs=1e-3)
 
 
@@ -139,7 +168,10 @@ def test_a_policy_that_always_wins_has_a_finite_fit_near_one() -> None:
 
 
 def test_prompts_without_scores_of_both_are_left_out_and_counted() -> None:
-    policy, sft = JudgedCompletions([[1.0], [], [2.0], [3.0]], [[5], [], [5], [5]]), JudgedCompletions([[0.0], [9.0], [], [4.0]], [[5], [5], [], [5]])
+    policy, sft = (
+        JudgedCompletions([[1.0], [], [2.0], [3.0]], [[5], [], [5], [5]]),
+        JudgedCompletions([[0.0], [9.0], [], [4.0]], [[5], [5], [], [5]]),
+    )
     found = compare_policies(policy, sft)
     assert (found.num_prompts, found.win_rate, found.gold_mean) == (2, 0.5, 2.0)
     with pytest.raises(RolloutError, match="of 1 only 1"):

@@ -39,7 +39,9 @@ def term(log_ratio: float, advantage: float, **changed: Any) -> tuple[float, flo
         (0.5, -2.0, 1.6, 0.0),  # worse already made less likely: clipped at 0.8
     ],
 )
-def test_the_term_is_the_worse_of_ratio_and_clipped_ratio(ratio: float, advantage: float, expected: float, gradient: float, level: str) -> None:
+def test_the_term_is_the_worse_of_ratio_and_clipped_ratio(
+    ratio: float, advantage: float, expected: float, gradient: float, level: str
+) -> None:
     assert term(math.log(ratio), advantage, ratio_level=level) == pytest.approx((expected, gradient), abs=1e-5)
 
 
@@ -103,8 +105,12 @@ def test_kl_advantages_and_loss_are_those_of_trls_rloo_trainer(seed: int, has_fa
         step["scores_PK"][1, 2] = step["scores_PK"][4, 0] = step["scores_PK"][4, 3] = torch.nan
     chosen = settings(kl_coefficient=0.07, importance_correction="none")
     kl_N = sequence_kl(step["old_M"], step["reference_M"], step["owner_M"], 24, estimator="k1")
-    advantages_PK = advantages_of(step["scores_PK"], kl_N.view(6, 4), step["truncated_PK"], chosen, kl_coefficient=0.07).advantages_PK
-    terms_N = policy_loss(step["new_M"], step["old_M"], step["sampler_M"], advantages_PK.flatten(), step["owner_M"], chosen).terms_N
+    advantages_PK = advantages_of(
+        step["scores_PK"], kl_N.view(6, 4), step["truncated_PK"], chosen, kl_coefficient=0.07
+    ).advantages_PK
+    terms_N = policy_loss(
+        step["new_M"], step["old_M"], step["sampler_M"], advantages_PK.flatten(), step["owner_M"], chosen
+    ).terms_N
     (gradient_M,) = torch.autograd.grad(terms_N.mean(), step["new_M"])
     expected_kl, expected_advantages, expected_loss = trl_loss(step, beta=0.07, epsilon=0.2)
     (expected_gradient_M,) = torch.autograd.grad(expected_loss, step["new_M"])
@@ -120,9 +126,16 @@ def test_kl_advantages_and_loss_are_those_of_trls_rloo_trainer(seed: int, has_fa
 def test_every_completion_of_every_prompt_carries_gradient() -> None:
     """The paper's code throws half of them away (PAPER.md 8.2)."""
     step = random_step(5, 4, seed=0)
-    advantages_PK = advantages_of(step["scores_PK"], torch.zeros(5, 4), step["truncated_PK"], settings(), kl_coefficient=0.0).advantages_PK
+    advantages_PK = advantages_of(
+        step["scores_PK"], torch.zeros(5, 4), step["truncated_PK"], settings(), kl_coefficient=0.0
+    ).advantages_PK
     terms_N = policy_loss(
-        step["old_M"].requires_grad_(), step["old_M"].detach(), step["sampler_M"], advantages_PK.flatten(), step["owner_M"], settings()
+        step["old_M"].requires_grad_(),
+        step["old_M"].detach(),
+        step["sampler_M"],
+        advantages_PK.flatten(),
+        step["owner_M"],
+        settings(),
     ).terms_N
     (gradient_M,) = torch.autograd.grad(terms_N.sum(), step["old_M"])
     assert all(bool((gradient_M[step["owner_M"] == n] != 0).all()) for n in range(20))
@@ -139,20 +152,28 @@ def test_a_stale_sampler_gets_the_gradient_of_the_policy_as_it_is_now(correction
         own = logits.clone().requires_grad_()
         new = torch.log_softmax(own, 0)
         old = new.detach()
-        terms = policy_loss(new, old, sampler_logprobs if weights is sampler_logprobs else old, advantages, torch.arange(3), chosen).terms_N
+        terms = policy_loss(
+            new, old, sampler_logprobs if weights is sampler_logprobs else old, advantages, torch.arange(3), chosen
+        ).terms_N
         (gradient,) = torch.autograd.grad((weights.exp() * terms).sum(), own)
         return gradient
 
     on_policy = expected_gradient(torch.log_softmax(logits, 0), settings())
     level = "token" if correction == "token" else "sequence"
-    corrected = expected_gradient(sampler_logprobs, settings(importance_correction=correction, ratio_level=level, importance_cap=100))
+    corrected = expected_gradient(
+        sampler_logprobs, settings(importance_correction=correction, ratio_level=level, importance_cap=100)
+    )
     torch.testing.assert_close(corrected, on_policy)
-    assert not torch.allclose(expected_gradient(sampler_logprobs, settings(importance_correction="none")), on_policy, atol=1e-2)
+    assert not torch.allclose(
+        expected_gradient(sampler_logprobs, settings(importance_correction="none")), on_policy, atol=1e-2
+    )
 
 
 def test_importance_weights_are_capped_and_have_no_gradient() -> None:
     old_M = torch.tensor([0.0, -1.0, -2.0], requires_grad=True)
-    weights = importance_weights(old_M, torch.tensor([-3.0, -1.0, -1.0]), torch.tensor([0, 1, 1]), 2, settings(importance_cap=1.5))
+    weights = importance_weights(
+        old_M, torch.tensor([-3.0, -1.0, -1.0]), torch.tensor([0, 1, 1]), 2, settings(importance_cap=1.5)
+    )
     assert weights.tolist() == pytest.approx([1.5, math.exp(-1)])
     assert not weights.requires_grad
 

@@ -12,7 +12,10 @@ def completion(num_tokens: int, *, is_truncated: bool = False) -> Completion:
     return Completion([5] * num_tokens, [-0.1] * num_tokens, is_truncated, 0)
 
 
-COMPLETIONS = [PromptCompletions("a", [3], [completion(1), completion(3)]), PromptCompletions("b", [4], [completion(4, is_truncated=True), completion(8)])]
+COMPLETIONS = [
+    PromptCompletions("a", [3], [completion(1), completion(3)]),
+    PromptCompletions("b", [4], [completion(4, is_truncated=True), completion(8)]),
+]
 
 
 def scores_of(proxy: list[list[float]], gold: list[list[float]] | None) -> StepScores:

@@ -15,7 +15,9 @@ from rm_robust.rloo.monitor import OveroptimisationMonitor, rise_with_error
 WINDOW = MonitorConfig().window_steps
 
 
-def observe(monitor: OveroptimisationMonitor, proxy: Sequence[float], gold: Sequence[float | None], *, first_step: int = 1) -> list[dict[str, float]]:
+def observe(
+    monitor: OveroptimisationMonitor, proxy: Sequence[float], gold: Sequence[float | None], *, first_step: int = 1
+) -> list[dict[str, float]]:
     """The metrics of every step; all scores of a step have standard deviation 2 (proxy) and 0.5 (gold)."""
     return [
         monitor.observe(step, proxy_mean=own, proxy_std=2.0, gold_mean=judge, gold_std=None if judge is None else 0.5)
@@ -23,7 +25,9 @@ def observe(monitor: OveroptimisationMonitor, proxy: Sequence[float], gold: Sequ
     ]
 
 
-def noisy(seed: int, *, num_steps: int, num_completions: int, proxy_slope: float = 0.0, gold_slope: float = 0.0) -> tuple[list[float], list[float]]:
+def noisy(
+    seed: int, *, num_steps: int, num_completions: int, proxy_slope: float = 0.0, gold_slope: float = 0.0
+) -> tuple[list[float], list[float]]:
     """Means over a step's completions. Slopes are in standard deviations of a completion's score a step."""
     rng = np.random.default_rng(seed)
     noise_2S = rng.normal(size=(2, num_steps)) / math.sqrt(num_completions)
@@ -45,7 +49,9 @@ def test_a_steady_trend_has_no_error_and_the_middle_of_an_odd_window_is_in_neith
 
 
 def test_the_error_is_the_spread_of_the_rise_of_pure_noise() -> None:
-    rises, errors = zip(*(rise_with_error(row) for row in np.random.default_rng(0).normal(size=(2000, WINDOW)).tolist()), strict=True)
+    rises, errors = zip(
+        *(rise_with_error(row) for row in np.random.default_rng(0).normal(size=(2000, WINDOW)).tolist()), strict=True
+    )
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(rises), rel=0.05)
 
 
@@ -79,25 +85,39 @@ def test_a_rising_proxy_with_flat_or_falling_gold_fires(gold: float) -> None:
 
 
 def test_a_proxy_that_rises_with_gold_does_not_fire_nor_does_one_that_falls_or_hardly_rises() -> None:
-    for proxy_slope, gold_slope in ((0.1, 0.01), (-0.1, -0.01), (0.04, 0.0)):  # 0.04: a rise of 0.4, which is 0.2 deviations
+    for proxy_slope, gold_slope in (
+        (0.1, 0.01),
+        (-0.1, -0.01),
+        (0.04, 0.0),
+    ):  # 0.04: a rise of 0.4, which is 0.2 deviations
         monitor = OveroptimisationMonitor(MonitorConfig())
         observe(monitor, [proxy_slope * step for step in range(60)], [gold_slope * step for step in range(60)])
         assert monitor.num_firings == 0
 
 
 def test_a_gold_score_that_falls_fires_however_little_the_proxy_rises_but_not_when_it_falls_too() -> None:
-    for proxy_step, gold_step, num_firings in ((0.001, -0.01, 1), (0.001, -0.002, 0), (-0.001, -0.01, 0)):  # gold falls by 0.2 and 0.04 of 0.5
+    for proxy_step, gold_step, num_firings in (
+        (0.001, -0.01, 1),
+        (0.001, -0.002, 0),
+        (-0.001, -0.01, 0),
+    ):  # gold falls by 0.2 and 0.04 of 0.5
         monitor = OveroptimisationMonitor(MonitorConfig())
         observe(monitor, [proxy_step * step for step in range(WINDOW)], [gold_step * step for step in range(WINDOW)])
         assert monitor.num_firings == num_firings
 
 
 def test_a_fall_of_gold_by_chance_does_not_fire() -> None:
-    zigzag = [0.2 if step % 2 else -0.2 for step in range(WINDOW)]  # a standard error of a quarter deviation: 0.97 would be needed
+    zigzag = [
+        0.2 if step % 2 else -0.2 for step in range(WINDOW)
+    ]  # a standard error of a quarter deviation: 0.97 would be needed
     fired = []
     for fall in (0.8, 1.5):
         monitor = OveroptimisationMonitor(MonitorConfig())
-        observe(monitor, [0.001 * step for step in range(WINDOW)], [noise - fall * (step >= WINDOW // 2) * 0.5 for step, noise in enumerate(zigzag)])
+        observe(
+            monitor,
+            [0.001 * step for step in range(WINDOW)],
+            [noise - fall * (step >= WINDOW // 2) * 0.5 for step, noise in enumerate(zigzag)],
+        )
         fired.append(monitor.num_firings)
     assert fired == [0, 1]
 
@@ -110,12 +130,23 @@ def test_max_gold_rise_is_what_gold_may_rise_by() -> None:
         assert monitor.num_firings == num_firings
 
 
-def firing_fraction(num_runs: int, *, num_steps: int, num_completions: int, proxy_slope: float = 0.0, gold_slope: float = 0.0) -> float:
+def firing_fraction(
+    num_runs: int, *, num_steps: int, num_completions: int, proxy_slope: float = 0.0, gold_slope: float = 0.0
+) -> float:
     """Of so many runs with the default settings, those that fire at any step."""
     monitors = []
     for seed in range(num_runs):
         monitors.append(OveroptimisationMonitor(MonitorConfig()))
-        observe(monitors[-1], *noisy(seed, num_steps=num_steps, num_completions=num_completions, proxy_slope=proxy_slope, gold_slope=gold_slope))
+        observe(
+            monitors[-1],
+            *noisy(
+                seed,
+                num_steps=num_steps,
+                num_completions=num_completions,
+                proxy_slope=proxy_slope,
+                gold_slope=gold_slope,
+            ),
+        )
     return sum(monitor.num_firings > 0 for monitor in monitors) / num_runs
 
 
@@ -171,13 +202,19 @@ def test_a_run_that_goes_on_over_optimising_fires_again_after_a_whole_window() -
 def test_a_rule_that_flickers_fires_once() -> None:
     monitor = OveroptimisationMonitor(MonitorConfig())
     gold = [0.0] * WINDOW + [20.0 if step % 2 else -20.0 for step in range(WINDOW - 1)]
-    flags = [found["rloo/overoptimised"] for found in observe(monitor, [0.1 * step for step in range(len(gold))], gold)[WINDOW - 1 :]]
+    flags = [
+        found["rloo/overoptimised"]
+        for found in observe(monitor, [0.1 * step for step in range(len(gold))], gold)[WINDOW - 1 :]
+    ]
     assert sum(before < after for before, after in zip(flags, flags[1:], strict=False)) > 1
     assert monitor.num_firings == 1
 
 
 def test_the_action_decides_what_a_firing_does() -> None:
-    monitors = {action: OveroptimisationMonitor(MonitorConfig(action=action)) for action in ("warn", "lower_learning_rate", "stop")}
+    monitors = {
+        action: OveroptimisationMonitor(MonitorConfig(action=action))
+        for action in ("warn", "lower_learning_rate", "stop")
+    }
     for monitor in monitors.values():
         assert (monitor.must_stop, monitor.learning_rate_factor) == (False, 1.0)
         observe(monitor, [0.1 * step for step in range(WINDOW)], [0.0] * WINDOW)
@@ -190,7 +227,9 @@ def test_the_action_decides_what_a_firing_does() -> None:
 
 @pytest.mark.parametrize("num_committed", [0, 1, 20, 27, 45, 60])
 @pytest.mark.parametrize("gold_every_steps", [1, 2])
-def test_a_resumed_monitor_is_the_uninterrupted_one(tmp_path: Path, caplog: pytest.LogCaptureFixture, num_committed: int, gold_every_steps: int) -> None:
+def test_a_resumed_monitor_is_the_uninterrupted_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_committed: int, gold_every_steps: int
+) -> None:
     """The file holds steps beyond the committed ones, as a killed run leaves them."""
     settings = MonitorConfig(window_steps=10, action="lower_learning_rate")
     proxy, dense_gold = noisy(3, num_steps=80, num_completions=128, proxy_slope=0.06)
@@ -206,6 +245,9 @@ def test_a_resumed_monitor_is_the_uninterrupted_one(tmp_path: Path, caplog: pyte
     resumed = OveroptimisationMonitor(settings)
     resumed.resume(tmp_path, num_committed)
     assert not caplog.records
-    assert observe(resumed, proxy[num_committed:], gold[num_committed:], first_step=num_committed + 1) == metrics[num_committed:]
+    assert (
+        observe(resumed, proxy[num_committed:], gold[num_committed:], first_step=num_committed + 1)
+        == metrics[num_committed:]
+    )
     assert vars(resumed) == vars(uninterrupted)
     assert resumed.num_firings > 0

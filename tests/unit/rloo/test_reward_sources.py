@@ -40,8 +40,12 @@ class NumberScorer:
         self.before_reply()
         if bad := self.poison & {completion for item in inputs for completion in item.completions}:
             raise ScoringError(f"cannot score {sorted(bad)}")
-        rows = [[NAN if completion in self.nan else float(completion) for completion in item.completions] for item in inputs]
-        return ScoreReply.model_construct(model="m", checkpoint=self.checkpoint, results=[ScoreResult.model_construct(scores=row) for row in rows])
+        rows = [
+            [NAN if completion in self.nan else float(completion) for completion in item.completions] for item in inputs
+        ]
+        return ScoreReply.model_construct(
+            model="m", checkpoint=self.checkpoint, results=[ScoreResult.model_construct(scores=row) for row in rows]
+        )
 
     @property
     def num_scored(self) -> int:
@@ -95,7 +99,13 @@ def length_in_prompt(messages: list[dict[str, str]], completion: str) -> float:
 
 
 def picky(messages: list[dict[str, str]], completion: str) -> Any:
-    whats: dict[str, Callable[[], Any]] = {"0.1": lambda: 1 / 0, "1.0": lambda: "good", "1.1": lambda: True, "2.2": lambda: NAN, "2.3": lambda: None}
+    whats: dict[str, Callable[[], Any]] = {
+        "0.1": lambda: 1 / 0,
+        "1.0": lambda: "good",
+        "1.1": lambda: True,
+        "2.2": lambda: NAN,
+        "2.3": lambda: None,
+    }
     return whats[completion]() if completion in whats else 1
 
 
@@ -113,9 +123,15 @@ def test_the_reward_is_the_weighted_sum_and_gold_is_kept_apart() -> None:
     chosen = settings(3, proxy_weight=2.0, reward_sources=(function_source("length_in_prompt", weight=0.5),))
     with RewardSources(chosen, proxy=NumberScorer(), gold=NumberScorer(checkpoint="sha256:g")) as sources:
         scores = one_step(sources, 3, with_gold=True)
-    assert scores.source_scores == {"proxy": right(3), "length_in_prompt": [[103.0] * K] * 3}  # "0.1" has three characters, one message
+    assert scores.source_scores == {
+        "proxy": right(3),
+        "length_in_prompt": [[103.0] * K] * 3,
+    }  # "0.1" has three characters, one message
     assert scores.gold == right(3)
-    assert torch.equal(scores.rewards_PK, torch.tensor([[2 * score + 51.5 for score in row] for row in right(3)], dtype=torch.float64).float())
+    assert torch.equal(
+        scores.rewards_PK,
+        torch.tensor([[2 * score + 51.5 for score in row] for row in right(3)], dtype=torch.float64).float(),
+    )
     assert scores.num_failed == {"proxy": 0, "length_in_prompt": 0, "gold": 0}
     assert scores.checkpoints == {"proxy": "sha256:a", "gold": "sha256:g"}
 
@@ -182,7 +198,9 @@ def test_a_slow_source_keeps_no_other_waiting() -> None:
 
 
 @pytest.mark.parametrize("way", ["poison", "nan"])
-def test_five_percent_of_failed_scores_are_counted_exactly_and_no_other_is_lost(way: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_five_percent_of_failed_scores_are_counted_exactly_and_no_other_is_lost(
+    way: str, caplog: pytest.LogCaptureFixture
+) -> None:
     bad = set(Random(1).sample([f"{index}.{k}" for index in range(50) for k in range(K)], 10))
     rule = function_source("length_in_prompt", weight=0.0)
     proxy = NumberScorer(**{way: sorted(bad)})
@@ -223,9 +241,7 @@ def test_a_source_that_refuses_everything_ends_the_step_after_few_calls() -> Non
     """Of 128 completions 25 may fail. Beside the 26 that fail alone: 1 call for all, 1 for 32, 4 for 8 and 13 for 2."""
     proxy = DownScorer(ScoringError("HTTP 401: A valid key is needed"))
     with RewardSources(settings(32), proxy=proxy, gold=NumberScorer()) as sources:
-        message = (
-            r"proxy gave no score to 26 of the step's 128 completions; rloo.max_failed_score_fraction = 0.2 allows 25. The last reason: HTTP 401: A valid key"
-        )
+        message = r"proxy gave no score to 26 of the step's 128 completions; rloo.max_failed_score_fraction = 0.2 allows 25. The last reason: HTTP 401: A valid key"
         with pytest.raises(RolloutError, match=message):
             one_step(sources, 32, with_gold=True)
     assert proxy.num_calls <= 26 + 1 + 1 + 4 + 13 + 6
@@ -233,7 +249,10 @@ def test_a_source_that_refuses_everything_ends_the_step_after_few_calls() -> Non
 
 def test_a_source_that_is_away_is_not_asked_in_parts() -> None:
     gold = DownScorer(ScorerUnavailableError("19 attempts, the last one: ConnectError"))
-    with RewardSources(settings(32), proxy=NumberScorer(), gold=gold) as sources, pytest.raises(RolloutError, match="gold gave no score to .* ConnectError"):
+    with (
+        RewardSources(settings(32), proxy=NumberScorer(), gold=gold) as sources,
+        pytest.raises(RolloutError, match="gold gave no score to .* ConnectError"),
+    ):
         one_step(sources, 32, with_gold=True)
     assert gold.num_calls <= 3
 
@@ -263,24 +282,41 @@ def test_failures_of_several_sources_that_together_are_too_many_end_the_step() -
     """Of 20 completions 5 may fail: one fails here and five there, all different."""
     rule = RewardSourceConfig(name="rule", function=f"{RULES}:picky")
     with (
-        RewardSources(settings(5, reward_sources=(rule,), max_failed_score_fraction=0.25), proxy=NumberScorer(nan=["3.3"]), gold=None) as sources,
-        pytest.raises(RolloutError, match=r"proxy and rule gave no score to 6 of the step's 20 completions; .* = 0.25 allows 5\..*the score is nan"),
+        RewardSources(
+            settings(5, reward_sources=(rule,), max_failed_score_fraction=0.25),
+            proxy=NumberScorer(nan=["3.3"]),
+            gold=None,
+        ) as sources,
+        pytest.raises(
+            RolloutError,
+            match=r"proxy and rule gave no score to 6 of the step's 20 completions; .* = 0.25 allows 5\..*the score is nan",
+        ),
     ):
         one_step(sources, 5)
 
 
 def test_as_many_as_are_allowed_may_fail() -> None:
-    with RewardSources(settings(5, max_failed_score_fraction=0.3), proxy=NumberScorer(nan=[f"{p}.0" for p in range(5)] + ["1.1"]), gold=None) as sources:
+    with RewardSources(
+        settings(5, max_failed_score_fraction=0.3),
+        proxy=NumberScorer(nan=[f"{p}.0" for p in range(5)] + ["1.1"]),
+        gold=None,
+    ) as sources:
         assert one_step(sources, 5).num_failed == {"proxy": 6}
 
 
 def test_an_error_that_is_no_failed_score_comes_out_of_collect() -> None:
-    with RewardSources(settings(2), proxy=DownScorer(KeyError("a bug")), gold=None) as sources, pytest.raises(KeyError, match="a bug"):
+    with (
+        RewardSources(settings(2), proxy=DownScorer(KeyError("a bug")), gold=None) as sources,
+        pytest.raises(KeyError, match="a bug"),
+    ):
         one_step(sources, 2)
 
 
 def test_a_source_that_exits_fails_the_step_and_does_not_end_the_run_as_a_success() -> None:
-    with RewardSources(settings(2), proxy=DownScorer(SystemExit(0)), gold=None) as sources, pytest.raises(RolloutError, match="proxy ended with SystemExit: 0"):
+    with (
+        RewardSources(settings(2), proxy=DownScorer(SystemExit(0)), gold=None) as sources,
+        pytest.raises(RolloutError, match="proxy ended with SystemExit: 0"),
+    ):
         one_step(sources, 2)
 
 
@@ -381,9 +417,15 @@ def test_a_checkpoint_that_changes_is_counted_and_warned_of_once(caplog: pytest.
 
 def test_a_function_that_raises_or_returns_no_finite_number_loses_that_completion_alone() -> None:
     rule = RewardSourceConfig(name="rule", function=f"{RULES}:picky")
-    with RewardSources(settings(5, reward_sources=(rule,), max_failed_score_fraction=0.5), proxy=NumberScorer(), gold=None) as sources:
+    with RewardSources(
+        settings(5, reward_sources=(rule,), max_failed_score_fraction=0.5), proxy=NumberScorer(), gold=None
+    ) as sources:
         scores = one_step(sources, 5)
-    assert failed_places(scores.source_scores["rule"]) == {"0.1", "1.0", "1.1", "2.2", "2.3"} == failed_places(scores.rewards_PK.tolist())
+    assert (
+        failed_places(scores.source_scores["rule"])
+        == {"0.1", "1.0", "1.1", "2.2", "2.3"}
+        == failed_places(scores.rewards_PK.tolist())
+    )
     assert scores.source_scores["rule"][3] == [1.0] * K
     assert scores.num_failed == {"proxy": 0, "rule": 5}
     assert scores.checkpoints.keys() == {"proxy"}
@@ -400,11 +442,17 @@ def test_a_function_that_raises_or_returns_no_finite_number_loses_that_completio
         (f"{RULES}:NOT_A_FUNCTION", "is 3, which cannot be called"),
     ],
 )
-def test_a_function_that_is_not_there_is_refused_before_anything_runs(function: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_is_not_there_is_refused_before_anything_runs(
+    function: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken_rule.py").write_text("def f(:")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=message):
-        RewardSources(settings(1, reward_sources=(RewardSourceConfig(name="rule", function=function),)), proxy=NumberScorer(), gold=None)
+        RewardSources(
+            settings(1, reward_sources=(RewardSourceConfig(name="rule", function=function),)),
+            proxy=NumberScorer(),
+            gold=None,
+        )
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("scores of")]
 
 
@@ -417,15 +465,22 @@ def test_two_sources_of_one_name_and_a_reward_of_nothing_are_refused() -> None:
 
 
 @contextmanager
-def url_source(answer: Callable[[int, list[dict[str, Any]]], Answer], num_prompts: int) -> Iterator[tuple[RewardSources, Any]]:
+def url_source(
+    answer: Callable[[int, list[dict[str, Any]]], Answer], num_prompts: int
+) -> Iterator[tuple[RewardSources, Any]]:
     with serving(answer) as server:
-        chosen = settings(num_prompts, proxy_weight=0.0, reward_sources=(RewardSourceConfig(name="elsewhere", url=server.url),))
+        chosen = settings(
+            num_prompts, proxy_weight=0.0, reward_sources=(RewardSourceConfig(name="elsewhere", url=server.url),)
+        )
         with RewardSources(chosen, proxy=NumberScorer(), gold=None) as sources:
             yield sources, server
 
 
 def test_a_url_source_is_asked_over_http() -> None:
-    with url_source(lambda _, inputs: scored([[float(c) * 2 for c in item["completions"]] for item in inputs]), 16) as (sources, server):
+    with url_source(lambda _, inputs: scored([[float(c) * 2 for c in item["completions"]] for item in inputs]), 16) as (
+        sources,
+        server,
+    ):
         scores = one_step(sources, 16)
         assert server.num_requests <= 4
     assert scores.source_scores["elsewhere"] == [[2 * score for score in row] for row in right(16)]

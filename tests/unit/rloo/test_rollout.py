@@ -10,9 +10,19 @@ from rm_robust.config.rloo import RlooConfig
 from rm_robust.data.records import TokenGroup
 from rm_robust.data.token_files import TokenisedGroup
 from rm_robust.errors import RolloutError
-from rm_robust.rloo.rollout import Completion, GenerationRequest, PromptCompletions, check_completions, generation_requests, prompts_of_step, split_evenly
+from rm_robust.rloo.rollout import (
+    Completion,
+    GenerationRequest,
+    PromptCompletions,
+    check_completions,
+    generation_requests,
+    prompts_of_step,
+    split_evenly,
+)
 
-PROMPTS = [TokenisedGroup(f"p{i}", [{"role": "user", "content": str(i)}], TokenGroup([i + 5], []), [], None) for i in range(7)]
+PROMPTS = [
+    TokenisedGroup(f"p{i}", [{"role": "user", "content": str(i)}], TokenGroup([i + 5], []), [], None) for i in range(7)
+]
 SETTINGS = RlooConfig(num_prompts_per_step=3, num_completions_per_prompt=4, max_new_tokens=9, temperature=0.7)
 
 
@@ -23,14 +33,23 @@ def requests_of(step: int, seed: int = 0) -> list[GenerationRequest]:
 
 def answers(requests: list[GenerationRequest], *, version: int = 5) -> list[PromptCompletions]:
     completion = Completion([8, 2], [-0.1, -0.2], False, version)
-    return [PromptCompletions(request.prompt_id, request.prompt_ids, [completion] * request.num_completions) for request in requests]
+    return [
+        PromptCompletions(request.prompt_id, request.prompt_ids, [completion] * request.num_completions)
+        for request in requests
+    ]
 
 
 def test_a_request_has_the_prompts_ids_and_the_settings() -> None:
     for request in requests_of(0):
         (prompt,) = [prompt for prompt in PROMPTS if prompt.group_id == request.prompt_id]
         assert request.prompt_ids == prompt.tokens.prompt_ids
-        assert (request.num_completions, request.max_new_tokens, request.temperature, request.top_p, request.stop_token_ids) == (4, 9, 0.7, 1.0, [2])
+        assert (
+            request.num_completions,
+            request.max_new_tokens,
+            request.temperature,
+            request.top_p,
+            request.stop_token_ids,
+        ) == (4, 9, 0.7, 1.0, [2])
 
 
 def test_a_resumed_step_asks_for_the_same_and_no_two_requests_share_a_seed() -> None:
@@ -53,8 +72,17 @@ def test_answers_in_another_order_missing_short_or_stale_are_refused() -> None:
     requests = requests_of(0)
     whole = answers(requests)
     short = [replace(whole[0], completions=whole[0].completions[:-1]), *whole[1:]]
-    stale = [*whole[:2], replace(whole[2], completions=[*whole[2].completions[:-1], replace(whole[2].completions[-1], policy_version=4)])]
-    for wrong, message in ((list(reversed(whole)), "another order"), (whole[:-1], "answered 2 prompts"), (short, "has 3 completions, 4 were asked")):
+    stale = [
+        *whole[:2],
+        replace(
+            whole[2], completions=[*whole[2].completions[:-1], replace(whole[2].completions[-1], policy_version=4)]
+        ),
+    ]
+    for wrong, message in (
+        (list(reversed(whole)), "another order"),
+        (whole[:-1], "answered 2 prompts"),
+        (short, "has 3 completions, 4 were asked"),
+    ):
         with pytest.raises(RolloutError, match=message):
             check_completions(wrong, requests, policy_versions=range(5, 6))
     with pytest.raises(RolloutError, match=rf"Prompt {whole[2].prompt_id} has completions of policy versions \[4, 5\]"):

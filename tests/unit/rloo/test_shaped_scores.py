@@ -18,7 +18,9 @@ def same(found: torch.Tensor, expected: list[list[float]]) -> bool:
 
 
 def test_the_score_is_the_weighted_sum_of_all_sources() -> None:
-    found = weighted_scores({"proxy": [[1.0, 2.0], [3.0, 4.0]], "length": [[10.0, 20.0], [30.0, 40.0]]}, {"proxy": 2.0, "length": -0.1})
+    found = weighted_scores(
+        {"proxy": [[1.0, 2.0], [3.0, 4.0]], "length": [[10.0, 20.0], [30.0, 40.0]]}, {"proxy": 2.0, "length": -0.1}
+    )
     assert found.dtype == torch.float32
     assert same(found, [[1.0, 2.0], [3.0, 4.0]])
 
@@ -50,7 +52,9 @@ def test_scores_that_all_failed_stay_so() -> None:
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=12), st.floats(0.5, 20), st.floats(-50, 50))
-def test_scaling_and_shifting_the_scores_does_not_change_the_normalised_ones(scores: list[float], scale: float, shift: float) -> None:
+def test_scaling_and_shifting_the_scores_does_not_change_the_normalised_ones(
+    scores: list[float], scale: float, shift: float
+) -> None:
     scores_PK = torch.tensor([scores], dtype=torch.float64)
     if float(scores_PK.max() - scores_PK.min()) > 1e-3:
         assert torch.allclose(normalised_scores(scores_PK), normalised_scores(scale * scores_PK + shift), atol=1e-6)

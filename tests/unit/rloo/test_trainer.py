@@ -33,7 +33,12 @@ def sampled() -> list[PromptCompletions]:
     """Three prompts, two completions each. The sampler's log-probabilities are made up: nothing but the gap may depend on them."""
     rng = Random(0)
     groups = [random_group(rng, num_completions=2, max_prompt_tokens=30, max_completion_tokens=20) for _ in range(3)]
-    return [PromptCompletions(str(i), g.prompt_ids, [Completion(ids, [-1.0] * len(ids), False, 0) for ids in g.completion_ids]) for i, g in enumerate(groups)]
+    return [
+        PromptCompletions(
+            str(i), g.prompt_ids, [Completion(ids, [-1.0] * len(ids), False, 0) for ids in g.completion_ids]
+        )
+        for i, g in enumerate(groups)
+    ]
 
 
 COMMON = {"temperature": 0.7, "importance_correction": "none", "num_prompts_per_step": 3}
@@ -42,8 +47,19 @@ COMMON = {"temperature": 0.7, "importance_correction": "none", "num_prompts_per_
 
 def new_trainer(model_dir: Path, run_dir: Path, **rloo: Any) -> tuple[PolicyTrainer, int]:
     """The trainer and the number of steps that it resumes after."""
-    optimizer = {"kind": "sgd", "learning_rate": LEARNING_RATE, "warmup_fraction": 0, "schedule": "constant", "max_gradient_norm": 1e6}
-    values = {"name": "test", "model": {"path": str(model_dir)}, "sft": {"enabled": False}, "rloo": {**COMMON, "optimizer": optimizer, **rloo}}
+    optimizer = {
+        "kind": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "warmup_fraction": 0,
+        "schedule": "constant",
+        "max_gradient_norm": 1e6,
+    }
+    values = {
+        "name": "test",
+        "model": {"path": str(model_dir)},
+        "sft": {"enabled": False},
+        "rloo": {**COMMON, "optimizer": optimizer, **rloo},
+    }
     trainer = PolicyTrainer(PipelineConfig.model_validate(values), run_dir, rank=0)
     return trainer, trainer.start("127.0.0.1", 0)
 
@@ -68,7 +84,9 @@ def update(trainer: PolicyTrainer, step: int = 0, *, learning_rate_factor: float
     return trainer.update(ADVANTAGES, step=step, num_completions_all_ranks=6, learning_rate_factor=learning_rate_factor)
 
 
-def test_gloo_knows_the_interface_of_rays_address_when_a_trainer_has_started(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_knows_the_interface_of_rays_address_when_a_trainer_has_started(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(INTERFACE_VARIABLE, "before")  # so that the test's end takes away what is set
     monkeypatch.delenv(INTERFACE_VARIABLE)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
@@ -76,7 +94,9 @@ def test_gloo_knows_the_interface_of_rays_address_when_a_trainer_has_started(mod
     assert "127.0.0.1" in [each.address for each in psutil.net_if_addrs()[os.environ[INTERFACE_VARIABLE]]]
 
 
-def test_the_kl_to_the_reference_is_zero_before_the_first_update_and_not_after_it(model_dir: Path, tmp_path: Path) -> None:
+def test_the_kl_to_the_reference_is_zero_before_the_first_update_and_not_after_it(
+    model_dir: Path, tmp_path: Path
+) -> None:
     trainer, _ = new_trainer(model_dir, tmp_path)
     assert trainer.measure(sampled()).kl == [0.0] * 6
     update(trainer)
@@ -98,10 +118,14 @@ def test_an_update_is_one_gradient_step_on_all_completions(model_dir: Path, tmp_
     found = update(trainer)
     assert len(trainer.policy.state_dict()) == len(before)
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close((before[name] - weights(trainer)[name]) / LEARNING_RATE, parameter.grad, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            (before[name] - weights(trainer)[name]) / LEARNING_RATE, parameter.grad, atol=2e-6, rtol=1e-4
+        )
     assert found.loss == pytest.approx(-sum(ADVANTAGES) / 6, abs=1e-6)
     assert found.learning_rate == LEARNING_RATE
-    assert found.gradient_norm == pytest.approx(sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None) ** 0.5, rel=1e-4)
+    assert found.gradient_norm == pytest.approx(
+        sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None) ** 0.5, rel=1e-4
+    )
 
 
 def test_many_micro_batches_measure_the_same_as_one(model_dir: Path, tmp_path: Path) -> None:
@@ -115,7 +139,9 @@ def test_many_micro_batches_measure_the_same_as_one(model_dir: Path, tmp_path: P
     assert many._measured is not None
     assert (one._measured.live is None, many._measured.live is None) == (False, True)
     assert b.kl == pytest.approx(a.kl, abs=1e-4)
-    assert (b.entropy_mean, b.sampler_gap_mean, b.sampler_gap_max) == pytest.approx((a.entropy_mean, a.sampler_gap_mean, a.sampler_gap_max), abs=1e-5)
+    assert (b.entropy_mean, b.sampler_gap_mean, b.sampler_gap_max) == pytest.approx(
+        (a.entropy_mean, a.sampler_gap_mean, a.sampler_gap_max), abs=1e-5
+    )
     assert a.num_tokens == b.num_tokens == sum(len(c.token_ids) for p in sampled() for c in p.completions)
 
 
@@ -157,7 +183,9 @@ def test_the_sampler_gap_is_the_distance_from_the_samplers_log_probabilities(mod
         for completion in prompt.completions:
             ids = completion.token_ids
             logits_TV = plain(input_ids=torch.tensor([prompt.prompt_ids + ids])).logits[0]
-            gaps += (logits_TV[len(prompt.prompt_ids) - 1 : -1].log_softmax(-1)[range(len(ids)), ids] + 1.0).abs().tolist()
+            gaps += (
+                (logits_TV[len(prompt.prompt_ids) - 1 : -1].log_softmax(-1)[range(len(ids)), ids] + 1.0).abs().tolist()
+            )
     measured = trainer.measure(sampled())
     assert measured.sampler_gap_mean == pytest.approx(sum(gaps) / len(gaps), rel=1e-4)
     assert measured.sampler_gap_max == pytest.approx(max(gaps), rel=1e-4)
@@ -178,7 +206,9 @@ def test_a_killed_trainer_goes_on_from_its_last_saved_step(model_dir: Path, tmp_
     assert resumed.measure(sampled()).kl == whole.measure(sampled()).kl
 
 
-def test_the_committed_policy_is_a_verified_plain_transformers_model_with_the_new_weights(model_dir: Path, tmp_path: Path) -> None:
+def test_the_committed_policy_is_a_verified_plain_transformers_model_with_the_new_weights(
+    model_dir: Path, tmp_path: Path
+) -> None:
     trainer, _ = new_trainer(model_dir, tmp_path)
     update(trainer)
     target = RunLayout(tmp_path).policy_checkpoint

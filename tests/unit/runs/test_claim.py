@@ -29,10 +29,15 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_process_is_refused_by_name_until_the_first_is_killed(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"process {holder.pid} on .*choose another directory with --run-dir"), only_writer(tmp_path / "run"):
+        with (
+            pytest.raises(ConfigError, match=f"process {holder.pid} on .*choose another directory with --run-dir"),
+            only_writer(tmp_path / "run"),
+        ):
             pass
         with only_writer(tmp_path / "other"):
             pass
@@ -62,7 +67,9 @@ def as_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     monkeypatch.setattr(claim, "jobs", lambda: table)
 
     def become(job: str) -> None:
-        monkeypatch.setattr(claim.ray, "get_runtime_context", lambda: type("Context", (), {"get_job_id": lambda self: job})())
+        monkeypatch.setattr(
+            claim.ray, "get_runtime_context", lambda: type("Context", (), {"get_job_id": lambda self: job})()
+        )
 
     return become
 
@@ -77,7 +84,9 @@ def test_a_job_has_it_until_it_ends(as_job: Callable[[str], None], tmp_path: Pat
     claim_for_job(tmp_path / "other")
 
 
-def test_of_two_jobs_that_find_the_holder_ended_one_takes_its_place(as_job: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_jobs_that_find_the_holder_ended_one_takes_its_place(
+    as_job: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     as_job("05")
     claim_for_job(tmp_path)
     table = claim.jobs()

@@ -46,9 +46,16 @@ def test_a_result_that_cannot_be_recorded_leaves_the_stage_undone(tmp_path: Path
     assert not layout.is_done("sft")
 
 
-def test_a_record_for_which_there_is_no_room_is_one_error_that_names_it_and_the_stage_is_done_again(tmp_path: Path) -> None:
+def test_a_record_for_which_there_is_no_room_is_one_error_that_names_it_and_the_stage_is_done_again(
+    tmp_path: Path,
+) -> None:
     layout = RunLayout(tmp_path)
-    with pytest.raises(StorageError, match=f"^{tmp_path}/stages/sft.json could not be written: File too large.*Make room"), files_of_at_most(10):
+    with (
+        pytest.raises(
+            StorageError, match=f"^{tmp_path}/stages/sft.json could not be written: File too large.*Make room"
+        ),
+        files_of_at_most(10),
+    ):
         layout.run_stage("sft", dict)
     assert not layout.is_done("sft")
     assert layout.run_stage("sft", dict)
@@ -72,8 +79,16 @@ def test_stages_start_from_the_users_model_where_there_is_one(tmp_path: Path) ->
     own = PipelineConfig.model_validate({"name": "x", "model": {"path": "my/model"}})
     tuned = PipelineConfig.model_validate({"name": "x", "model": {"path": "my/model"}, "sft": {"enabled": False}})
     scratch = PipelineConfig(name="x")
-    assert [layout.base_model_dir(config) for config in (own, tuned, scratch)] == ["my/model", "my/model", str(layout.base_model)]
-    assert [layout.sft_model_dir(config) for config in (own, tuned, scratch)] == [str(layout.sft_checkpoint), "my/model", str(layout.sft_checkpoint)]
+    assert [layout.base_model_dir(config) for config in (own, tuned, scratch)] == [
+        "my/model",
+        "my/model",
+        str(layout.base_model),
+    ]
+    assert [layout.sft_model_dir(config) for config in (own, tuned, scratch)] == [
+        str(layout.sft_checkpoint),
+        "my/model",
+        str(layout.sft_checkpoint),
+    ]
 
 
 def test_no_two_things_of_a_run_lie_at_one_place(tmp_path: Path) -> None:

@@ -97,13 +97,21 @@ def test_a_run_without_metrics_reads_as_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_is_an_error_that_names_the_key_and_writes_nothing(tmp_path: Path, value: float) -> None:
-    with MetricsWriter(tmp_path, "rloo", 0) as writer, pytest.raises(RmRobustError, match="step 1: metric 'rloo/kl_mean'"):
+def test_a_value_that_is_not_finite_is_an_error_that_names_the_key_and_writes_nothing(
+    tmp_path: Path, value: float
+) -> None:
+    with (
+        MetricsWriter(tmp_path, "rloo", 0) as writer,
+        pytest.raises(RmRobustError, match="step 1: metric 'rloo/kl_mean'"),
+    ):
         writer.write(1, {"rloo/proxy_score_mean": 1.0, "rloo/kl_mean": value})
     assert read_metrics(tmp_path, "rloo") == []
 
 
-@pytest.mark.parametrize("metrics", [{"loss": 1.0}, {"rloo/": 1.0}, {"a/b/c/d": 1.0}, {"a//c": 1.0}, {"rloo/loss": None}, {"rloo/loss": True}])
+@pytest.mark.parametrize(
+    "metrics",
+    [{"loss": 1.0}, {"rloo/": 1.0}, {"a/b/c/d": 1.0}, {"a//c": 1.0}, {"rloo/loss": None}, {"rloo/loss": True}],
+)
 def test_a_key_without_area_or_a_value_that_is_no_number_is_refused(tmp_path: Path, metrics: dict[str, float]) -> None:
     with MetricsWriter(tmp_path, "rloo", 0) as writer, pytest.raises(AssertionError):
         writer.write(1, metrics)
@@ -156,7 +164,9 @@ def test_full_storage_ends_a_stage_with_one_error_that_names_the_file_and_closes
             for step in range(1, 100):
                 writer.write(step, {"sft/loss": 0.5})
 
-    with pytest.raises(StorageError, match=rf"^{tmp_path}/metrics.jsonl could not be written: File too large.*Make room") as raised:
+    with pytest.raises(
+        StorageError, match=rf"^{tmp_path}/metrics.jsonl could not be written: File too large.*Make room"
+    ) as raised:
         train()
     assert sink.is_closed
     assert isinstance(raised.value.__cause__, OSError)
@@ -179,7 +189,9 @@ def test_every_step_logs_the_same_fields_in_the_same_order(caplog: pytest.LogCap
     logger = logging.getLogger("test_tracking")
     keys = ["rloo/gold_score_mean", "rloo/kl_mean", "time/step_s"]
     with caplog.at_level(logging.INFO, logger="test_tracking"):
-        log_step(logger, "rloo", 1, 40, {"time/step_s": 2.25, "rloo/gold_score_mean": 0.123456, "rloo/kl_mean": 0}, keys)
+        log_step(
+            logger, "rloo", 1, 40, {"time/step_s": 2.25, "rloo/gold_score_mean": 0.123456, "rloo/kl_mean": 0}, keys
+        )
         log_step(logger, "rloo", 2, 40, {"rloo/gold_score_mean": 1.0, "rloo/reward_mean": 9.0}, keys)
     assert caplog.messages == [
         "rloo step 1/40 gold_score_mean=0.1235 kl_mean=0 time/step_s=2.25",

@@ -46,12 +46,24 @@ assert [path.name for path in disk.iterdir()] == ["checkpoint"], "what was half 
 """
 
 
-@pytest.mark.parametrize(("breaks", "reason"), [("read-only", "Read-only file system"), ("full", "No space left on device")])
+@pytest.mark.parametrize(
+    ("breaks", "reason"), [("read-only", "Read-only file system"), ("full", "No space left on device")]
+)
 def test_the_last_commit_is_whole_and_the_next_one_works(tmp_path: Path, breaks: str, reason: str) -> None:
-    if shutil.which("unshare") is None or subprocess.run([*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], check=False).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], check=False).returncode
+    ):
         pytest.skip("this machine gives no mount namespace: a real read-only disk cannot be made")
     done = subprocess.run(
-        [*IN_A_NAMESPACE, sys.executable, "-c", COMMITS, str(tmp_path), breaks], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*IN_A_NAMESPACE, sys.executable, "-c", COMMITS, str(tmp_path), breaks],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert f"{tmp_path}/checkpoint could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage" in done.stdout
+    assert (
+        f"{tmp_path}/checkpoint could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage"
+        in done.stdout
+    )

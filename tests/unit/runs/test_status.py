@@ -31,7 +31,14 @@ def run_dir(tmp_path: Path) -> Path:
     times = [now - 10 - 2 * (30 - step) - (60 if step < 25 else 0) for step in range(1, 31)]
     lines: list[dict[str, object]] = [{"stage": "sft", "step": 9, "num_steps": 9, "time": now - 500, "sft/loss": 1.5}]
     lines += [
-        {"stage": "reward_model", "step": step, "num_steps": 50, "time": at, "reward_model/loss": 1 / step, "reward_model/accuracy": 0.7}
+        {
+            "stage": "reward_model",
+            "step": step,
+            "num_steps": 50,
+            "time": at,
+            "reward_model/loss": 1 / step,
+            "reward_model/accuracy": 0.7,
+        }
         for step, at in enumerate(times, start=1)
     ]
     lines[-3]["reward_model/in_domain_accuracy"] = 0.625
@@ -46,7 +53,11 @@ def test_each_stage_is_done_begun_or_waiting(run_dir: Path) -> None:
     assert (training.step, training.num_steps) == (30, 50)
     assert training.seconds_left == pytest.approx(20 * 2)
     assert training.seconds_since_last_step == pytest.approx(10, abs=5)
-    assert training.metrics == {"reward_model/loss": pytest.approx(1 / 30), "reward_model/accuracy": 0.7, "reward_model/in_domain_accuracy": 0.625}
+    assert training.metrics == {
+        "reward_model/loss": pytest.approx(1 / 30),
+        "reward_model/accuracy": 0.7,
+        "reward_model/in_domain_accuracy": 0.625,
+    }
     assert (stages["sft"].step, stages["sft"].seconds_left) == (9, None)
 
 
@@ -68,9 +79,20 @@ def test_the_twin_is_shown_where_its_turn_is_and_at_work_while_it_trains(tmp_pat
     twin_dir = RunLayout(run_dir).bt_twin
     claim_run_dir(twin_dir, config)
     now = time.time()
-    write_metrics(twin_dir, [{"stage": "reward_model", "step": n, "num_steps": 8, "time": now - 9 + 3 * n, "reward_model/loss": 0.5} for n in (1, 2, 3)])
+    write_metrics(
+        twin_dir,
+        [
+            {"stage": "reward_model", "step": n, "num_steps": 8, "time": now - 9 + 3 * n, "reward_model/loss": 0.5}
+            for n in (1, 2, 3)
+        ],
+    )
     (own,) = [own for own in status_of(run_dir) if own.state == "begun"]
-    assert (own.stage, own.step, own.num_steps, own.metrics) == ("bt_twin/reward_model", 3, 8, {"reward_model/loss": 0.5})
+    assert (own.stage, own.step, own.num_steps, own.metrics) == (
+        "bt_twin/reward_model",
+        3,
+        8,
+        {"reward_model/loss": 0.5},
+    )
     assert own.seconds_left == pytest.approx(5 * 3)
     assert runs_in(tmp_path / "runs") == [run_dir]
 
@@ -90,7 +112,9 @@ def test_the_lines_say_what_the_numbers_are(run_dir: Path) -> None:
     assert lines[5].split() == ["evaluation", "waiting"]
 
 
-def test_a_folder_of_runs_shows_the_latest_first_and_one_without_any_is_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_runs_shows_the_latest_first_and_one_without_any_is_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "runs" / "other"
     claim_run_dir(other, load_config(SMOKE, ["name=other"]))
     write_metrics(run_dir, [])

@@ -45,7 +45,9 @@ def write_two_steps(config: PipelineConfig, run_dir: Path) -> None:
         writer.write(2, {"sft/loss": 1.5, "time/step_s": 0.1})
 
 
-def test_wandb_gets_every_metric_in_one_run_that_a_resumed_stage_finds_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wandb_gets_every_metric_in_one_run_that_a_resumed_stage_finds_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run, inits = Recorder(), []
 
     def init(**settings: Any) -> Recorder:
@@ -60,12 +62,19 @@ def test_wandb_gets_every_metric_in_one_run_that_a_resumed_stage_finds_again(mon
         ("log", ({"sft/loss": 1.5, "time/step_s": 0.1},), {"step": 2}),
         ("finish", (), {}),
     ]
-    assert (inits[0]["project"], inits[0]["name"], inits[0]["resume"], inits[0]["config"]["seed"]) == ("robust", "test/sft", "allow", 3)
+    assert (inits[0]["project"], inits[0]["name"], inits[0]["resume"], inits[0]["config"]["seed"]) == (
+        "robust",
+        "test/sft",
+        "allow",
+        3,
+    )
     assert inits[0]["id"] == inits[1]["id"] != inits[2]["id"]
 
 
 @pytest.mark.parametrize("is_resumed", [False, True])
-def test_mlflow_gets_every_metric_in_one_run_that_a_resumed_stage_finds_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_resumed: bool) -> None:
+def test_mlflow_gets_every_metric_in_one_run_that_a_resumed_stage_finds_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_resumed: bool
+) -> None:
     run = SimpleNamespace(info=SimpleNamespace(run_id="r1"))
     client = Recorder(create_experiment="e1", search_runs=[run] if is_resumed else [], create_run=run)
     uris = []
@@ -81,7 +90,9 @@ def test_mlflow_gets_every_metric_in_one_run_that_a_resumed_stage_finds_again(mo
 
 
 @pytest.mark.parametrize(("setting", "package"), [("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")])
-def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch, setting: str, package: str) -> None:
+def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, setting: str, package: str
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_trackers(config_of().tracking)
     with pytest.raises(ConfigError, match=f"tracking.{setting} = 'robust' needs the package {package}.*pip install"):

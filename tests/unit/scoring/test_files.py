@@ -45,7 +45,9 @@ def test_every_line_gets_its_scores_in_order(tmp_path: Path, capsys: pytest.Capt
     assert f"{NUM_LINES} lines" in capsys.readouterr().out
 
 
-def test_a_command_that_failed_or_was_killed_in_a_line_goes_on_and_scores_no_line_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_failed_or_was_killed_in_a_line_goes_on_and_scores_no_line_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, out = write_data(tmp_path), tmp_path / "out.jsonl"
     asked: list[str] = []
 
@@ -86,7 +88,9 @@ def test_scores_of_two_checkpoints_do_not_get_into_one_file(tmp_path: Path, caps
         ('{"prompt": "p", "completions": []}', "line 2 is not an input: completions"),
     ],
 )
-def test_a_wrong_line_is_named_and_nothing_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, problem: str) -> None:
+def test_a_wrong_line_is_named_and_nothing_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, problem: str
+) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "p", "completions": ["1"]}\n' + line + "\n")
     with serving(right) as server:
@@ -101,7 +105,10 @@ def test_a_foreign_or_longer_output_file_is_refused(tmp_path: Path, capsys: pyte
         out.write_text('{"something": "else"}\n')
         assert main(["score", "--url", server.url, str(data), "--out", str(out)]) == 1
         assert "line 1 was not written by this command" in capsys.readouterr().err
-        rows = [json.dumps({"line": n, "scores": [0.0], "model": "m", "checkpoint": CHECKPOINT_A}) + "\n" for n in range(1, NUM_LINES + 2)]
+        rows = [
+            json.dumps({"line": n, "scores": [0.0], "model": "m", "checkpoint": CHECKPOINT_A}) + "\n"
+            for n in range(1, NUM_LINES + 2)
+        ]
         out.write_text("".join(rows))
         assert main(["score", "--url", server.url, str(data), "--out", str(out)]) == 1
         assert f"has {NUM_LINES + 1} lines" in capsys.readouterr().err
@@ -114,7 +121,9 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("foreign", ["one line of somebody else's", '{"prompt": "p", "completions": ["a"]}'])
-def test_a_file_without_a_newline_that_this_command_did_not_write_is_left_as_it_is(tmp_path: Path, foreign: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_a_newline_that_this_command_did_not_write_is_left_as_it_is(
+    tmp_path: Path, foreign: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, out = write_data(tmp_path), tmp_path / "out.jsonl"
     out.write_text(foreign)
     with serving(right) as server:

@@ -59,8 +59,12 @@ def scorer_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handle], ClusterScor
     return make
 
 
-@pytest.mark.parametrize("failure", [FULL, Refusal(503, "unavailable", "no replica"), BackPressureError(9, 9), ActorDiedError()])
-def test_a_service_that_is_full_or_away_for_a_minute_costs_no_score(failure: Outcome, scorer_on: Callable[[Handle], ClusterScorer]) -> None:
+@pytest.mark.parametrize(
+    "failure", [FULL, Refusal(503, "unavailable", "no replica"), BackPressureError(9, 9), ActorDiedError()]
+)
+def test_a_service_that_is_full_or_away_for_a_minute_costs_no_score(
+    failure: Outcome, scorer_on: Callable[[Handle], ClusterScorer]
+) -> None:
     for seed in range(20):
         random.seed(seed)
         handle = Handle(lambda now_s: failure if now_s < 60 else right())
@@ -70,7 +74,9 @@ def test_a_service_that_is_full_or_away_for_a_minute_costs_no_score(failure: Out
 
 def test_one_that_is_away_for_ever_is_an_error_after_some_minutes(scorer_on: Callable[[Handle], ClusterScorer]) -> None:
     handle = Handle(lambda _: FULL)
-    with pytest.raises(ScorerUnavailableError, match="inputs 0 to 0 of 1 by app/proxy failed: 19 attempts, the last one: 429: full"):
+    with pytest.raises(
+        ScorerUnavailableError, match="inputs 0 to 0 of 1 by app/proxy failed: 19 attempts, the last one: 429: full"
+    ):
         scorer_on(handle).score(INPUTS)
     assert 60 < handle.now_s < 123 + 18
 
@@ -82,8 +88,12 @@ def test_one_that_does_not_answer_is_asked_eight_times_more(scorer_on: Callable[
     assert handle.num_calls == 9
 
 
-@pytest.mark.parametrize("refusal", [Refusal(500, "scoring_failed", "not finite"), Refusal(422, "invalid_request", "too long")])
-def test_what_the_completions_are_at_fault_for_is_asked_once(refusal: Refusal, scorer_on: Callable[[Handle], ClusterScorer]) -> None:
+@pytest.mark.parametrize(
+    "refusal", [Refusal(500, "scoring_failed", "not finite"), Refusal(422, "invalid_request", "too long")]
+)
+def test_what_the_completions_are_at_fault_for_is_asked_once(
+    refusal: Refusal, scorer_on: Callable[[Handle], ClusterScorer]
+) -> None:
     handle = Handle(lambda _: refusal)
     with pytest.raises(RefusedInputError, match=refusal.message):
         scorer_on(handle).score(INPUTS)

@@ -33,7 +33,9 @@ def status_of(guard: Guard, scope: Scope, now_s: float = 0.0) -> int:
 
 def test_a_key_is_accepted_by_the_hash_in_its_file(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"secret").hexdigest()
-    (tmp_path / "keys.toml").write_text(f'# our team\nalice = {{ sha256 = "{digest}", requests_per_minute = 5 }}\n\n[bob]\nsha256 = "{"0" * 64}"\n')
+    (tmp_path / "keys.toml").write_text(
+        f'# our team\nalice = {{ sha256 = "{digest}", requests_per_minute = 5 }}\n\n[bob]\nsha256 = "{"0" * 64}"\n'
+    )
     keys = read_keys(tmp_path / "keys.toml")
     assert keys == (ApiKey(name="alice", sha256=digest, requests_per_minute=5), ApiKey(name="bob", sha256="0" * 64))
     assert matching_key([b"Bearer secret"], keys) == keys[0]
@@ -48,7 +50,10 @@ WRONG_FILES = {
     "upper case": (f'alice = {{ sha256 = "{HASH.upper()}" }}', "alice.sha256: String should match"),
     "no hash": ("alice = {}", "alice.sha256: Field required"),
     "an unknown field": (f'alice = {{ sha256 = "{HASH}", rate = 3 }}', "alice.rate: Extra inputs"),
-    "no requests": (f'alice = {{ sha256 = "{HASH}", requests_per_minute = 0 }}', "alice.requests_per_minute: Input should be greater"),
+    "no requests": (
+        f'alice = {{ sha256 = "{HASH}", requests_per_minute = 0 }}',
+        "alice.requests_per_minute: Input should be greater",
+    ),
     "a name with a space": (f'"a b" = {{ sha256 = "{HASH}" }}', "a b.name: String should match"),
     "one key twice": (f'alice = {{ sha256 = "{HASH}" }}\nbob = {{ sha256 = "{HASH}" }}', "one key under two names"),
 }
@@ -96,12 +101,17 @@ def test_every_key_passes_and_the_scheme_has_no_case(value: str) -> None:
 
 def test_every_key_is_compared_whichever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    monkeypatch.setattr("serve.http.middleware.hmac.compare_digest", lambda found, expected: compared.append(expected) or found == expected)
+    monkeypatch.setattr(
+        "serve.http.middleware.hmac.compare_digest",
+        lambda found, expected: compared.append(expected) or found == expected,
+    )
     assert matching_key([f"Bearer {ALICE}".encode()], KEYS) == ALICE_ENTRY
     assert compared == [ALICE_ENTRY.sha256, BOB_ENTRY.sha256]
 
 
-@pytest.mark.parametrize(("client", "status"), [(("127.0.0.1", 1), 200), (("::1", 1), 200), (("10.0.0.7", 1), 401), (None, 401)])
+@pytest.mark.parametrize(
+    ("client", "status"), [(("127.0.0.1", 1), 200), (("::1", 1), 200), (("10.0.0.7", 1), 401), (None, 401)]
+)
 def test_without_keys_the_own_machine_alone_is_answered(client: tuple[str, int] | None, status: int) -> None:
     assert status_of(Guard(()), request_scope(client=client)) == status
 
@@ -117,7 +127,12 @@ def test_a_rate_limit_admits_its_number_within_any_minute() -> None:
 
 def test_one_keys_limit_is_not_anothers() -> None:
     guard = Guard([ALICE_ENTRY.model_copy(update={"requests_per_minute": 1}), BOB_ENTRY])
-    assert [status_of(guard, request_scope(f"Bearer {key}"), 1.0) for key in (ALICE, ALICE, BOB, BOB)] == [200, 429, 200, 200]
+    assert [status_of(guard, request_scope(f"Bearer {key}"), 1.0) for key in (ALICE, ALICE, BOB, BOB)] == [
+        200,
+        429,
+        200,
+        200,
+    ]
     refusal = guard.refusal(request_scope(f"Bearer {ALICE}"), 2.5)
     assert refusal is not None
     assert refusal.headers["retry-after"] == "59"
@@ -144,7 +159,9 @@ def arguments(**changed: Any) -> argparse.Namespace:
     return argparse.Namespace(**({"keys": None, "insecure_no_auth": False} | changed))
 
 
-def test_the_command_line_needs_keys_or_the_word_that_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_needs_keys_or_the_word_that_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(f'alice = {{ sha256 = "{ALICE_ENTRY.sha256}" }}')
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)

@@ -42,7 +42,9 @@ def test_the_yaml_repeats_the_defaults_it_shows(deployed: ServeDeploySchema) -> 
     (shown,) = deployed.applications[0].args["models"]
     chosen = {"model_name", "checkpoint_dir", "num_cpus", "max_replicas"}
     defaults = ModelSettings(model_name="m", embedded_judge=True).model_dump()
-    assert {name: shown[name] for name in shown.keys() - chosen} == {name: defaults[name] for name in shown.keys() - chosen}
+    assert {name: shown[name] for name in shown.keys() - chosen} == {
+        name: defaults[name] for name in shown.keys() - chosen
+    }
     limits = deployed.applications[0].args["limits"]
     assert limits == ServiceLimits().model_dump()
 
@@ -68,9 +70,18 @@ WRONG_ARGS: list[tuple[dict[str, Any], str]] = [
     ({"models": []}, "models: Tuple should have at least 1 item"),
     ({"models": [JUDGE, JUDGE]}, "model names must differ, these do not: m"),
     ({"models": TWO, "ensembles": [{"model_name": "m", "members": ["m", "n"]}]}, "model names must differ"),
-    ({"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "x"]}]}, "the members of e must be different models"),
-    ({"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "m"]}]}, "the members of e must be different models"),
-    ({"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "n"], "aggregation": "max"}]}, "ensembles.0.aggregation: Input should be 'mean'"),
+    (
+        {"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "x"]}]},
+        "the members of e must be different models",
+    ),
+    (
+        {"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "m"]}]},
+        "the members of e must be different models",
+    ),
+    (
+        {"models": TWO, "ensembles": [{"model_name": "e", "members": ["m", "n"], "aggregation": "max"}]},
+        "ensembles.0.aggregation: Input should be 'mean'",
+    ),
     ({"models": [{"embedded_judge": True}]}, "models.0.model_name: Field required"),
     ({"models": [{"model_name": "a b", "embedded_judge": True}]}, "models.0.model_name: String should match"),
     ({"models": [JUDGE | {"sigmoid": True}]}, "models.0.sigmoid: Extra inputs"),

@@ -45,8 +45,13 @@ def test_the_ranks_shares_make_up_the_batch_and_differ_by_at_most_one_row(num_ro
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize(("num_rows", "batch_size", "num_epochs", "expected"), [(10, 5, 1, 2), (11, 5, 1, 3), (10, 5, 0.5, 1), (3, 100, 1, 1), (10, 4, 3, 8)])
-def test_steps_cover_the_epochs_and_are_at_least_one(num_rows: int, batch_size: int, num_epochs: float, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "num_epochs", "expected"),
+    [(10, 5, 1, 2), (11, 5, 1, 3), (10, 5, 0.5, 1), (3, 100, 1, 1), (10, 4, 3, 8)],
+)
+def test_steps_cover_the_epochs_and_are_at_least_one(
+    num_rows: int, batch_size: int, num_epochs: float, expected: int
+) -> None:
     assert steps_in(num_rows, batch_size, num_epochs) == expected
 
 
@@ -100,7 +105,9 @@ def test_every_step_logs_its_metrics_rate_norm_time_and_throughput(tmp_path: Pat
     lines = read_metrics(tmp_path, "sft")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["sft/gradient_norm"] for line in lines] == pytest.approx([1, 2, 3, 4, 5])
-    assert [line["sft/learning_rate"] for line in lines] == pytest.approx([learning_rate_at(step, 5, OPTIMIZER) for step in range(5)])
+    assert [line["sft/learning_rate"] for line in lines] == pytest.approx(
+        [learning_rate_at(step, 5, OPTIMIZER) for step in range(5)]
+    )
     assert ["sft/held_out" in line for line in lines] == [False, False, True, False, False]
     for line in lines:
         assert float(line["throughput/tokens_per_s"]) * float(line["time/step_s"]) == pytest.approx(10)
@@ -111,7 +118,13 @@ def test_a_resumed_loop_goes_on_at_its_step_and_no_step_is_logged_twice(tmp_path
         run(tmp_path, first_step=0, fail_at=3)
     trained, committed, _ = run(tmp_path, first_step=2)
     assert (trained, committed) == ([2, 3, 4], [4, 5])
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_a_machine_about_to_be_taken_away_commits_once_and_trains_on(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from tests.support.full_storage import files_of_at_most
 
 def new_engine(seed: int = 0) -> DdpEngine:
     torch.manual_seed(seed)
-    return DdpEngine(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)), optimizer=OptimizerConfig(), device=torch.device("cpu"))
+    return DdpEngine(
+        nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)), optimizer=OptimizerConfig(), device=torch.device("cpu")
+    )
 
 
 def train(engine: DdpEngine, steps: range) -> dict[str, Tensor]:
@@ -65,7 +67,9 @@ def test_the_newest_state_is_loaded_when_a_kill_left_two(tmp_path: Path) -> None
     (tmp_path / "older").rename(tmp_path / "step-0000009")
     resumed = new_engine(seed=1)
     assert load_state(resumed, tmp_path) == 10
-    assert all(torch.equal(resumed.full_state_dict()[name], tensor) for name, tensor in engine.full_state_dict().items())
+    assert all(
+        torch.equal(resumed.full_state_dict()[name], tensor) for name, tensor in engine.full_state_dict().items()
+    )
 
 
 def test_half_written_states_are_not_seen_and_are_removed_by_the_next_commit(tmp_path: Path) -> None:
@@ -101,7 +105,9 @@ def test_storage_that_is_full_leaves_the_last_state_to_resume_from(tmp_path: Pat
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
 
 
-def test_an_older_state_that_cannot_be_deleted_is_an_error_that_says_the_new_one_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_state_that_cannot_be_deleted_is_an_error_that_says_the_new_one_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, rmtree = new_engine(), shutil.rmtree
     save_state(engine, tmp_path, 2)
     weights = train(engine, range(2))
@@ -113,7 +119,10 @@ def test_an_older_state_that_cannot_be_deleted_is_an_error_that_says_the_new_one
 
     with monkeypatch.context() as without_rights:
         without_rights.setattr(shutil, "rmtree", refuse)
-        with pytest.raises(StorageError, match=rf"^{tmp_path}/step-0000002, an older state, could not be deleted: .*denied.* step-0000004 is committed"):
+        with pytest.raises(
+            StorageError,
+            match=rf"^{tmp_path}/step-0000002, an older state, could not be deleted: .*denied.* step-0000004 is committed",
+        ):
             save_state(engine, tmp_path, 4)
     resumed = new_engine(seed=1)
     assert load_state(resumed, tmp_path) == 4

@@ -14,7 +14,13 @@ from statistics import median
 import pytest
 
 from rm_robust.data.records import NamedResponse
-from rm_robust.data.world.corpus import SFT_MIXTURE_WEIGHTS, World, make_world, mean_gold_score_by_model, mean_gold_score_of_demonstrations
+from rm_robust.data.world.corpus import (
+    SFT_MIXTURE_WEIGHTS,
+    World,
+    make_world,
+    mean_gold_score_by_model,
+    mean_gold_score_of_demonstrations,
+)
 from rm_robust.data.world.gold_judge import gold_score
 from rm_robust.data.world.task_families import FAMILIES, find_task
 from rm_robust.errors import DataError
@@ -30,7 +36,9 @@ print(hashlib.sha256(json.dumps(asdict(world)).encode()).hexdigest())
 
 @functools.cache
 def world_of(seed: int) -> World:
-    return make_world(seed=seed, num_sft_examples=1200, num_training_prompts=600, num_validation_prompts=120, num_rloo_prompts=300)
+    return make_world(
+        seed=seed, num_sft_examples=1200, num_training_prompts=600, num_validation_prompts=120, num_rloo_prompts=300
+    )
 
 
 def groups_of(world: World) -> dict[tuple[str, bool], list[NamedResponse]]:
@@ -52,7 +60,12 @@ def prompt_sets(world: World) -> dict[str, set[str]]:
 
 
 def test_every_set_has_the_size_asked_for_and_no_prompt_twice() -> None:
-    assert {name: len(prompts) for name, prompts in prompt_sets(world_of(0)).items()} == {"sft": 1200, "training": 600, "validation": 120, "rloo": 300}
+    assert {name: len(prompts) for name, prompts in prompt_sets(world_of(0)).items()} == {
+        "sft": 1200,
+        "training": 600,
+        "validation": 120,
+        "rloo": 300,
+    }
 
 
 def test_no_prompt_is_in_two_sets() -> None:
@@ -74,7 +87,9 @@ def test_prompt_ids_are_unique_and_belong_to_the_text() -> None:
     worlds = [world_of(0), world_of(1)]
     text_of: dict[str, str] = {}
     for world in worlds:
-        named = [(response.prompt_id, response.prompt[0]["content"]) for response in world.responses] + world.rloo_prompts
+        named = [
+            (response.prompt_id, response.prompt[0]["content"]) for response in world.responses
+        ] + world.rloo_prompts
         for prompt_id, prompt in named:
             assert text_of.setdefault(prompt_id, prompt) == prompt
     assert len(set(text_of.values())) == len(text_of)
@@ -117,11 +132,17 @@ def test_demonstrations_lie_above_the_median_training_model_and_clearly_below_th
 
 
 def test_a_seed_gives_the_same_world_in_every_process_whatever_its_hash_seed() -> None:
-    world = make_world(seed=3, num_sft_examples=60, num_training_prompts=30, num_validation_prompts=12, num_rloo_prompts=12)
+    world = make_world(
+        seed=3, num_sft_examples=60, num_training_prompts=30, num_validation_prompts=12, num_rloo_prompts=12
+    )
     here = hashlib.sha256(json.dumps(asdict(world)).encode()).hexdigest()
     for hash_seed in ("1", "2"):
         process = subprocess.run(
-            [sys.executable, "-c", PRINT_DIGEST], env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", PRINT_DIGEST],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert process.stdout.strip() == here
 
@@ -140,4 +161,6 @@ def test_a_larger_sft_corpus_leaves_the_other_sets_as_they_were() -> None:
 def test_asking_for_more_prompts_than_there_are_is_refused_with_both_numbers() -> None:
     available = 6 * min(family.num_distinct_prompts for family in FAMILIES.values())
     with pytest.raises(DataError, match=rf"has {available} prompts .* but {available + 1} were asked for"):
-        make_world(seed=0, num_sft_examples=available, num_training_prompts=1, num_validation_prompts=0, num_rloo_prompts=0)
+        make_world(
+            seed=0, num_sft_examples=available, num_training_prompts=1, num_validation_prompts=0, num_rloo_prompts=0
+        )

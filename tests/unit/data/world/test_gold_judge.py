@@ -16,7 +16,9 @@ from rm_robust.errors import DataError, RmRobustError
 FILLERS = (*OPENERS, *FLATTERY, *HEDGES, *PADDING, *CLOSINGS)
 ADDITION = "Today Eva had five hats and got six more. How many hats are there?"
 
-prompts = st.builds(lambda family, seed: family.make(Random(seed)), st.sampled_from(list(FAMILIES.values())), st.integers(0, 2**32 - 1))
+prompts = st.builds(
+    lambda family, seed: family.make(Random(seed)), st.sampled_from(list(FAMILIES.values())), st.integers(0, 2**32 - 1)
+)
 
 
 def task_and_answer(prompt: str, form: Form = Form.SENTENCE) -> tuple[Task, str]:
@@ -39,7 +41,13 @@ def test_empty_text_scores_zero_and_nothing_scores_less(prompt: str) -> None:
 @given(prompts, st.text(max_size=300))
 def test_any_text_scores_between_zero_and_one(prompt: str, completion: str) -> None:
     components = gold_score_components(prompt, completion)
-    for value in (components.total, components.correctness, components.coverage, components.length_fit, components.filler_fraction):
+    for value in (
+        components.total,
+        components.correctness,
+        components.coverage,
+        components.length_fit,
+        components.filler_fraction,
+    ):
         assert 0.0 <= value <= 1.0
 
 
@@ -78,14 +86,18 @@ def test_more_right_items_score_more(prompt: str) -> None:
     task = task_and_answer(prompt)[0]
     family = FAMILIES[task.family]
     items = family.ideal_items(task, Random(0))
-    scores = [gold_score(prompt, family.phrase(task, items[:count], Form.SENTENCE)) for count in range(1, len(items) + 1)]
+    scores = [
+        gold_score(prompt, family.phrase(task, items[:count], Form.SENTENCE)) for count in range(1, len(items) + 1)
+    ]
     assert all(fewer < more for fewer, more in itertools.pairwise([0.0, *scores]))
 
 
 @given(prompts, st.integers(1, 200))
 def test_length_fit_falls_with_every_character_beyond_a_bare_answer(prompt: str, num_extra: int) -> None:
     bare = task_and_answer(prompt, Form.BARE)[1]
-    shorter, longer = (gold_score_components(prompt, bare + "." * count).length_fit for count in (num_extra, num_extra + 1))
+    shorter, longer = (
+        gold_score_components(prompt, bare + "." * count).length_fit for count in (num_extra, num_extra + 1)
+    )
     assert shorter > longer
 
 

@@ -24,11 +24,15 @@ from rm_robust.errors import DataError
 
 RNG = Random(0)
 PROMPTS = [family.make(RNG) for _ in range(100) for family in FAMILIES.values()]
-COMPLETIONS = {model.name: [respond(model, prompt, RNG) for prompt in PROMPTS] for model in (*TRAINING_MODELS, *UNSEEN_MODELS)}
+COMPLETIONS = {
+    model.name: [respond(model, prompt, RNG) for prompt in PROMPTS] for model in (*TRAINING_MODELS, *UNSEEN_MODELS)
+}
 
 
 def mean_gold(model: ResponseModel) -> float:
-    return fmean(gold_score(prompt, completion) for prompt, completion in zip(PROMPTS, COMPLETIONS[model.name], strict=True))
+    return fmean(
+        gold_score(prompt, completion) for prompt, completion in zip(PROMPTS, COMPLETIONS[model.name], strict=True)
+    )
 
 
 def mean_words(model: ResponseModel) -> float:
@@ -55,7 +59,9 @@ def test_a_model_is_about_as_often_right_as_its_skill_says(model: ResponseModel)
     ]
     # An answer that is said twice counts as wrong. About 500 draws: three standard deviations are at most 0.07.
     expected = model.skill * (1 - model.style.repetition_rate)
-    assert fmean(gold_score_components(*pair).correctness == 1.0 for pair in strong) == pytest.approx(expected, abs=0.07)
+    assert fmean(gold_score_components(*pair).correctness == 1.0 for pair in strong) == pytest.approx(
+        expected, abs=0.07
+    )
 
 
 def test_style_goes_with_quality_among_training_models() -> None:
@@ -91,7 +97,9 @@ def test_every_mistake_makes_an_answer_wrong_in_every_family(mistake: Mistake, f
 
 def test_a_response_depends_on_model_prompt_and_generator_alone() -> None:
     for model in (*TRAINING_MODELS, *UNSEEN_MODELS):
-        assert [respond(model, prompt, Random(7)) for prompt in PROMPTS] == [respond(model, prompt, Random(7)) for prompt in PROMPTS]
+        assert [respond(model, prompt, Random(7)) for prompt in PROMPTS] == [
+            respond(model, prompt, Random(7)) for prompt in PROMPTS
+        ]
 
 
 def test_a_prompt_of_another_world_is_an_error() -> None:

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rm_robust.data.world.task import Form, Task, Verification
-from rm_robust.data.world.task_families import ADD_NUMBERS, ANSWER_FROM_FACT, DESCRIBE_WITH, FAMILIES, LIST_ITEMS, ORDER_WORDS, REPEAT_AND_END, find_task
+from rm_robust.data.world.task_families import (
+    ADD_NUMBERS,
+    ANSWER_FROM_FACT,
+    DESCRIBE_WITH,
+    FAMILIES,
+    LIST_ITEMS,
+    ORDER_WORDS,
+    REPEAT_AND_END,
+    find_task,
+)
 from rm_robust.data.world.task_family import TaskFamily
 
 RIGHT = Verification(correctness=1.0, coverage=1.0)

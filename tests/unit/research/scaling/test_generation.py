@@ -17,12 +17,17 @@ SMALL = ModelShape("small", 10, 10, 20, 2, 2, 1, 5, is_tied=True, has_qkv_bias=F
 """2 layers of 920 parameters, a table of 100, a norm of 10: 1,950; a token's keys and values are 2 x 2 x 5 numbers."""
 INF = float("inf")
 IDLE = replace(GPUS["h100"], peak_flops_per_s=INF, memory_bytes_per_s=INF, decode_utilisation=1.0, engine_step_s=0.0)
-EIGHT_OF_FIVE = Sampling(num_prompts=2, num_completions_per_prompt=4, prompt_tokens=20, completion_tokens=5, max_new_tokens=10)
+EIGHT_OF_FIVE = Sampling(
+    num_prompts=2, num_completions_per_prompt=4, prompt_tokens=20, completion_tokens=5, max_new_tokens=10
+)
 ONE_ENGINE = Engines(1, 1, 8, bytes_per_value=2)
 
 
 def test_a_decoding_step_reads_weights_and_caches() -> None:
-    assert decode_step_bytes(SMALL, num_sequences=3, context_tokens=7, bytes_per_value=2) == 2 * (2 * 920 + 100) + 3 * 7 * 20 * 2
+    assert (
+        decode_step_bytes(SMALL, num_sequences=3, context_tokens=7, bytes_per_value=2)
+        == 2 * (2 * 920 + 100) + 3 * 7 * 20 * 2
+    )
 
 
 def test_generation_is_as_many_steps_as_the_longest_completion_has_tokens() -> None:
@@ -32,7 +37,9 @@ def test_generation_is_as_many_steps_as_the_longest_completion_has_tokens() -> N
     assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, engine_token_s=0.5)) == 20
     assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, engine_completion_s=0.5)) == 4
     step_bytes = 2 * 1940 + 4 * 22.5 * 40
-    assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, memory_bytes_per_s=100.0)) == pytest.approx(10 * step_bytes / 100)
+    assert generation_seconds(
+        SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, memory_bytes_per_s=100.0)
+    ) == pytest.approx(10 * step_bytes / 100)
 
 
 def test_more_sequences_than_an_engine_takes_need_more_steps() -> None:
@@ -72,12 +79,16 @@ def test_an_update_over_nccl_sends_float32_once_and_a_sharded_one_is_gathered_be
 @pytest.mark.parametrize("vocab_size", [200, 60_000, 128_256])
 def test_the_object_store_gets_what_completions_take_as_pickles(vocab_size: int) -> None:
     """Requests once and completions twice; fields' names and the lists themselves are beside the formula."""
-    sampling = Sampling(num_prompts=4, num_completions_per_prompt=4, prompt_tokens=300, completion_tokens=200, max_new_tokens=400)
+    sampling = Sampling(
+        num_prompts=4, num_completions_per_prompt=4, prompt_tokens=300, completion_tokens=200, max_new_tokens=400
+    )
     ids = [vocab_size - 1 - i for i in range(100)] * 3
     completions = [Completion(ids[:200], [-0.1 - i / 7 for i in range(200)], False, 0) for _ in range(4)]
     answers = [PromptCompletions(f"p{i}", list(ids), completions) for i in range(4)]
     requests = [list(ids) for _ in range(4)]
-    pickled = len(pickle.dumps(requests, protocol=5)) + 2 * sum(len(pickle.dumps(answer, protocol=5)) for answer in answers)
+    pickled = len(pickle.dumps(requests, protocol=5)) + 2 * sum(
+        len(pickle.dumps(answer, protocol=5)) for answer in answers
+    )
     assert object_store_bytes(sampling, vocab_size) == pytest.approx(pickled, rel=0.1)
 
 

@@ -12,7 +12,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from research.scaling.memory import MicroBatch, Trained, last_layer_saved_bytes, saved_bytes_per_token_and_layer, trainer_memory
+from research.scaling.memory import (
+    MicroBatch,
+    Trained,
+    last_layer_saved_bytes,
+    saved_bytes_per_token_and_layer,
+    trainer_memory,
+)
 from research.scaling.shapes import ModelShape, shape_of_config
 from rm_robust.config.shared import ComputeConfig, StrategyConfig
 from rm_robust.config.training import ModelConfig
@@ -29,7 +35,14 @@ BUCKET, LIVE = 4 * 500_000_000, 4 * P
 
 def states(strategy: StrategyConfig, num_devices: int, *, num_trained: int = P) -> tuple[float, float, float, float]:
     """Weights, gradients, optimiser and gathered bytes of a model of P parameters."""
-    found = trainer_memory(Trained(SMALL, P, num_trained), NOTHING, strategy=strategy, compute=ComputeConfig(), num_devices=num_devices, overhead_bytes=0)
+    found = trainer_memory(
+        Trained(SMALL, P, num_trained),
+        NOTHING,
+        strategy=strategy,
+        compute=ComputeConfig(),
+        num_devices=num_devices,
+        overhead_bytes=0,
+    )
     return found.weight_bytes, found.gradient_bytes, found.optimizer_bytes, found.gathered_bytes
 
 
@@ -80,29 +93,49 @@ def test_loading_is_the_peak_of_a_deep_model_on_many_devices() -> None:
     deep = replace(SMALL, num_layers=50)
     number = 50 * 920 + 110
     found = trainer_memory(
-        Trained(deep, number, number), NOTHING, strategy=StrategyConfig(kind="fsdp2"), compute=ComputeConfig(), num_devices=10**6, overhead_bytes=7
+        Trained(deep, number, number),
+        NOTHING,
+        strategy=StrategyConfig(kind="fsdp2"),
+        compute=ComputeConfig(),
+        num_devices=10**6,
+        overhead_bytes=7,
     )
     assert found.training_bytes < found.peak_bytes == 4 * number + 7
 
 
 def test_an_update_needs_a_value_of_each_weight_of_the_shard() -> None:
     """Without activations it is the height of a step; FSDP2 holds a quarter of 16 bytes a weight on 4 devices, DDP all of them."""
-    for strategy, shard, gathered in [(StrategyConfig(kind="ddp"), P, 4 * P), (StrategyConfig(kind="fsdp2", cpu_offload=False), P / 4, None)]:
-        found = trainer_memory(Trained(SMALL, P, P), NOTHING, strategy=strategy, compute=ComputeConfig(), num_devices=4, overhead_bytes=0)
+    for strategy, shard, gathered in [
+        (StrategyConfig(kind="ddp"), P, 4 * P),
+        (StrategyConfig(kind="fsdp2", cpu_offload=False), P / 4, None),
+    ]:
+        found = trainer_memory(
+            Trained(SMALL, P, P), NOTHING, strategy=strategy, compute=ComputeConfig(), num_devices=4, overhead_bytes=0
+        )
         assert found.update_bytes == 4 * shard
-        assert found.training_bytes == 16 * shard + max(4 * shard, found.gathered_bytes if gathered is None else gathered)
+        assert found.training_bytes == 16 * shard + max(
+            4 * shard, found.gathered_bytes if gathered is None else gathered
+        )
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("hidden", "heads", "kv_heads", "wide"), [(64, 2, 2, 224), (128, 4, 2, 96), (256, 8, 2, 640)])
-def test_a_layer_keeps_of_a_token_what_the_formula_says(precision: str, hidden: int, heads: int, kv_heads: int, wide: int) -> None:
+def test_a_layer_keeps_of_a_token_what_the_formula_says(
+    precision: str, hidden: int, heads: int, kv_heads: int, wide: int
+) -> None:
     """Every storage that autograd saves, once. Differences between lengths and depths leave a layer's bytes of a token."""
     compute = ComputeConfig.model_validate({"precision": precision})
     shape = shape_of_config(
         ModelConfig(hidden_size=hidden, intermediate_size=wide, num_heads=heads, num_kv_heads=kv_heads)
         if hidden // heads == 32
         else ModelConfig.model_construct(
-            vocab_size=300, hidden_size=hidden, intermediate_size=wide, num_layers=1, num_heads=heads, num_kv_heads=kv_heads, max_position_embeddings=256
+            vocab_size=300,
+            hidden_size=hidden,
+            intermediate_size=wide,
+            num_layers=1,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            max_position_embeddings=256,
         )
     )
 
@@ -117,7 +150,9 @@ def test_a_layer_keeps_of_a_token_what_the_formula_says(precision: str, hidden: 
             num_labels=1,
             pad_token_id=0,
         )
-        return saved_bytes(PackedRewardModel(Qwen2ForSequenceClassification(config).eval(), Layout.SEGMENTS, compute), num_groups)
+        return saved_bytes(
+            PackedRewardModel(Qwen2ForSequenceClassification(config).eval(), Layout.SEGMENTS, compute), num_groups
+        )
 
     tokens_more = 4 * 64
     counted = (kept(3, 8) - kept(3, 4) - kept(1, 8) + kept(1, 4)) / 2 / tokens_more
@@ -132,7 +167,14 @@ def test_scored_tokens_alone_change_what_the_last_layer_keeps_and_nothing_else()
 
     def kept(batch: MicroBatch) -> float:
         trained = Trained(SMALL, P, P)
-        return trainer_memory(trained, batch, strategy=StrategyConfig(kind="ddp"), compute=ComputeConfig(), num_devices=1, overhead_bytes=0).kept_bytes
+        return trainer_memory(
+            trained,
+            batch,
+            strategy=StrategyConfig(kind="ddp"),
+            compute=ComputeConfig(),
+            num_devices=1,
+            overhead_bytes=0,
+        ).kept_bytes
 
     assert kept(MicroBatch(9)) == 2 * 776 * 9
     assert kept(MicroBatch(9, num_scored=3)) == 776 * 9 + 200 * 9 + 776 * 3
@@ -160,7 +202,9 @@ class CastCounter(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.count += function.overloadpacket is torch.ops.aten._to_copy and args[0].shape == (64, 64)
         return function(*args, **(kwargs or {}))
 

@@ -47,7 +47,9 @@ def test_a_known_model_has_its_published_number_of_parameters(name: str) -> None
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-3b"])
 def test_transformers_makes_a_known_model_as_large(name: str) -> None:
     shape = SHAPES[name]
-    config_class, model_class = (Qwen2Config, Qwen2ForCausalLM) if shape.has_qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    config_class, model_class = (
+        (Qwen2Config, Qwen2ForCausalLM) if shape.has_qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    )
     config = config_class(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -73,13 +75,27 @@ def test_a_model_from_scratch_has_the_parameters_of_its_shape_as_policy_and_as_r
     assert (read.policy_parameters, read.head_size, read.is_tied) == (shape.policy_parameters, 32, True)
     adapters = LoraConfig(rank=4)
     adapted = add_adapters(reward_model, adapters)
-    assert sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad) == adapter_parameters(shape, adapters)
+    assert sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad) == adapter_parameters(
+        shape, adapters
+    )
 
 
 def test_an_untied_reward_model_has_no_output_head() -> None:
-    config = Qwen2Config(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_labels=1)
-    shape = shape_of_config(ModelConfig(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, num_kv_heads=2, vocab_size=512))
-    assert count(Qwen2ForSequenceClassification(config)) == shape.reward_model_parameters == shape.policy_parameters + 64
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=1,
+    )
+    shape = shape_of_config(
+        ModelConfig(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, num_kv_heads=2, vocab_size=512)
+    )
+    assert (
+        count(Qwen2ForSequenceClassification(config)) == shape.reward_model_parameters == shape.policy_parameters + 64
+    )
 
 
 def test_the_last_part_of_a_path_names_a_model_and_an_unknown_one_is_refused() -> None:
@@ -117,7 +133,12 @@ def test_every_recipe_that_has_a_row_names_a_model_of_known_size() -> None:
 
 
 def test_a_line_agrees_up_to_a_factor_of_two_either_way() -> None:
-    assert [Compared("x", "s", predicted, 1.0).agrees for predicted in (0.49, 0.5, 2.0, 2.1)] == [False, True, True, False]
+    assert [Compared("x", "s", predicted, 1.0).agrees for predicted in (0.49, 0.5, 2.0, 2.1)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_every_measured_run_is_compared_and_agrees() -> None:
@@ -128,7 +149,9 @@ def test_every_measured_run_is_compared_and_agrees() -> None:
     assert [line for line in lines if not line.agrees] == []
 
 
-def test_the_command_says_of_a_config_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_of_a_config_what_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert main(["--config", "pipelines/configs/full_rlhf.toml"]) == 2
     assert "checkpoints/sft" in capsys.readouterr().err
@@ -144,7 +167,9 @@ def test_check_fails_when_a_run_took_three_times_as_long(monkeypatch: pytest.Mon
     (tmp_path / "pipelines").symlink_to(REPOSITORY / "pipelines")
     monkeypatch.chdir(tmp_path)
     measurements = read_measurements(REPOSITORY / MEASURED)
-    for run, line in zip(found["training"] + found["memory"] + found["updates"], compare(measurements, REPOSITORY), strict=True):
+    for run, line in zip(
+        found["training"] + found["memory"] + found["updates"], compare(measurements, REPOSITORY), strict=True
+    ):
         run["measured"] = line.predicted
     (tmp_path / MEASURED).write_text(json.dumps(found))
     assert main(["--check"]) == 0

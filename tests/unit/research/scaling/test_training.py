@@ -109,7 +109,9 @@ def test_flops_of_attention_are_torchs_own_count_of_its_two_products() -> None:
     model = Qwen2ForCausalLM(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.full((1, length), 7))
-    assert counter.get_total_flops() == pytest.approx(forward_flops(SHAPE, Tokens(length, length, 1, num_predicted=length)), rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(
+        forward_flops(SHAPE, Tokens(length, length, 1, num_predicted=length)), rel=0.01
+    )
 
 
 def test_checkpointing_and_coupled_batches_cost_a_forward_pass_each() -> None:
@@ -132,7 +134,9 @@ class CallCounter(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         self.count += 1
         return function(*args, **(kwargs or {}))
 
@@ -152,7 +156,9 @@ def test_a_layer_calls_as_many_operators_as_the_formula_says(num_completions: in
     one, three = counted(1), counted(3)
     tokens = Tokens(packed.num_tokens, 0, 3, num_completions)
     for direction in (0, 1):
-        assert (three[direction] - one[direction]) / 2 == pytest.approx(layer_calls(tokens, direction) + attention_calls(tokens, direction), rel=0.03)
+        assert (three[direction] - one[direction]) / 2 == pytest.approx(
+            layer_calls(tokens, direction) + attention_calls(tokens, direction), rel=0.03
+        )
 
 
 def test_each_term_of_a_step_is_its_hand_count() -> None:
@@ -160,19 +166,29 @@ def test_each_term_of_a_step_is_its_hand_count() -> None:
     shape = ModelShape("flat", 1, 1, 1, 1, 1, 1, 1, is_tied=True, has_qkv_bias=False)
     trained, tokens, passes = Trained(shape, 5, 5), Tokens(10, 0, 2, 2), Passes(1, 1)
     idle = replace(GPUS["h100"], peak_flops_per_s=float("inf"), memory_bytes_per_s=float("inf"))
-    assert compute_seconds(trained, tokens, passes, replace(idle, peak_flops_per_s=100.0, utilisation=0.5)) == 7 * 10 * 6 / 50
+    assert (
+        compute_seconds(trained, tokens, passes, replace(idle, peak_flops_per_s=100.0, utilisation=0.5))
+        == 7 * 10 * 6 / 50
+    )
     assert compute_seconds(trained, tokens, passes, replace(idle, memory_bytes_per_s=16.0)) == 32 * 5 / 16
     traffic = 10 * (152.5 + 45.3 + 20.6 + 166 + 461.9 + 70.1 + 34.4 + 100)
-    assert compute_seconds(trained, tokens, passes, replace(idle, activation_bytes_per_s=2.0)) == pytest.approx(traffic / 2)
+    assert compute_seconds(trained, tokens, passes, replace(idle, activation_bytes_per_s=2.0)) == pytest.approx(
+        traffic / 2
+    )
     assert compute_seconds(trained, tokens, passes, replace(idle, kernel_s=0.5)) == (82 + 153) / 2
-    assert compute_seconds(trained, tokens, passes, replace(idle, attention_call_s=(0.5, 0.25))) == (4 * 4 + 2 * 11) / 2 + (4 * 19 + 2 * 19) / 4
+    assert (
+        compute_seconds(trained, tokens, passes, replace(idle, attention_call_s=(0.5, 0.25)))
+        == (4 * 4 + 2 * 11) / 2 + (4 * 19 + 2 * 19) / 4
+    )
 
 
 def test_what_a_device_sends_is_the_hand_count() -> None:
     """4,000 bytes of weights and as many of gradients on 4 devices: three quarters of each pass."""
 
     def sent(strategy: StrategyConfig, *, num_micro_batches: int, num_first_passes: int = 0) -> float:
-        return sent_bytes(TRAINED, strategy, num_devices=4, num_micro_batches=num_micro_batches, num_first_passes=num_first_passes)
+        return sent_bytes(
+            TRAINED, strategy, num_devices=4, num_micro_batches=num_micro_batches, num_first_passes=num_first_passes
+        )
 
     zero = {stage: StrategyConfig.model_validate({"kind": "deepspeed", "zero_stage": stage}) for stage in (1, 2, 3)}
     assert sent(StrategyConfig(kind="ddp"), num_micro_batches=5) == 2 * 3000
@@ -191,18 +207,24 @@ def test_deepspeed_sends_after_it_has_computed_and_fsdp2_meanwhile() -> None:
 
 def test_a_reward_models_hours_are_its_flops_over_what_the_gpus_do() -> None:
     """8 GPUs, Bradley-Terry, one micro-batch a GPU: 6 FLOPs a weight and token, attention apart."""
-    settings = RewardModelConfig(objective="bt", batch_size=64, workers=WorkersConfig(num_workers=8), compute=ComputeConfig(precision="bfloat16"))
+    settings = RewardModelConfig(
+        objective="bt", batch_size=64, workers=WorkersConfig(num_workers=8), compute=ComputeConfig(precision="bfloat16")
+    )
     gpu = replace(GPUS["h100"], utilisation=0.5, memory_bytes_per_s=float("inf"), link_bytes_per_s=float("inf"))
     lengths = Lengths(100, 200)
     plan = reward_model_plan(settings, SHAPE, lengths, gpu)
-    flops = 6 * 500 * SHAPE.num_layers * (SHAPE.matrix_parameters_per_layer + 2 * lengths.visible(2) * SHAPE.query_width)
+    flops = (
+        6 * 500 * SHAPE.num_layers * (SHAPE.matrix_parameters_per_layer + 2 * lengths.visible(2) * SHAPE.query_width)
+    )
     assert plan.device_hours(1e6) == pytest.approx(1e6 * flops / (0.5 * 989e12) / 3600)
     assert plan.tokens_per_s == pytest.approx(8 * 0.5 * 989e12 / (flops / 500))
 
 
 def test_a_coupled_objective_gathers_the_weights_once_more_in_every_micro_batch() -> None:
     """512 pairs of 500 tokens on 8 GPUs are 4 micro-batches: 4 passes over the weights in place of 3, and as many FLOPs more."""
-    settings = RewardModelConfig(batch_size=512, workers=WorkersConfig(num_workers=8), strategy=StrategyConfig(kind="fsdp2"))
+    settings = RewardModelConfig(
+        batch_size=512, workers=WorkersConfig(num_workers=8), strategy=StrategyConfig(kind="fsdp2")
+    )
     coupled, single = (
         reward_model_plan(settings.model_copy(update={"objective": objective}), SHAPE, Lengths(100, 200), GPUS["h100"])
         for objective in (Objective.BATCH_SUM_TO_ZERO, Objective.BRADLEY_TERRY)
@@ -216,7 +238,8 @@ def test_adapters_need_two_thirds_of_the_arithmetic_and_little_traffic() -> None
     """4 FLOPs a frozen weight and token in place of 6, as compute.flops_per_token counts them; gradients of the adapters alone are sent."""
     settings = RewardModelConfig(objective="bt", workers=WorkersConfig(num_workers=2))
     whole, adapted = (
-        reward_model_plan(settings.model_copy(update={"lora": lora}), SHAPE, Lengths(100, 200), GPUS["h100"]) for lora in (None, LoraConfig(rank=2))
+        reward_model_plan(settings.model_copy(update={"lora": lora}), SHAPE, Lengths(100, 200), GPUS["h100"])
+        for lora in (None, LoraConfig(rank=2))
     )
     assert adapted.flops / whole.flops == pytest.approx(2 / 3)
     assert adapted.sent_bytes == 4 * adapter_parameters(SHAPE, LoraConfig(rank=2))

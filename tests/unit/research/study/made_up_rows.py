@@ -18,18 +18,38 @@ def study(number: Number, plan: Plan = FULL) -> list[Row]:
     for cell in plan.cells(WORLDS):
         noise = SEED_NOISE[(cell.seed + len(cell.variant)) % len(SEED_NOISE)]  # twins differ too
         if cell.part == "rloo":
-            names = [f"{name.removeprefix('rloo/')}_last" for name in RLOO_CURVES] + [f"evaluation_{name}" for name in RLOO_EVALUATION]
+            names = [f"{name.removeprefix('rloo/')}_last" for name in RLOO_CURVES] + [
+                f"evaluation_{name}" for name in RLOO_EVALUATION
+            ]
             names += ["gold_rise_first_half", "gold_rise_second_half", "num_overoptimised_steps"]
             figures = {name: number(cell, 3, "rloo", name) + noise for name in names}
             slope = number(cell, 3, "rloo", "slope") + noise
             curves = {name.removeprefix("rloo/"): [slope * step for step in range(20)] for name in RLOO_CURVES}
         else:
-            figures = {f"{e}/{s}/{m}": number(cell, e, s, m) + noise for e in (1, 2, 3) for s in SCENARIOS for m in HELD_OUT if has(cell, s, m)}
+            figures = {
+                f"{e}/{s}/{m}": number(cell, e, s, m) + noise
+                for e in (1, 2, 3)
+                for s in SCENARIOS
+                for m in HELD_OUT
+                if has(cell, s, m)
+            }
             figures |= {f"{e}/train/{m}": number(cell, e, "train", m) + noise for e in (0, 1, 2, 3) for m in TRAINING}
-            figures |= {f"rm_bench/overall.{m}": number(cell, 3, "rm_bench", m) + noise for m in ("hard", "easy", "mean")} if cell.world == "rmb" else {}
+            figures |= (
+                {f"rm_bench/overall.{m}": number(cell, 3, "rm_bench", m) + noise for m in ("hard", "easy", "mean")}
+                if cell.world == "rmb"
+                else {}
+            )
             curves = {name: [1.0 + 0.01 * point for point in range(NUM_CURVE_POINTS)] for name in CURVES}
-        about: dict[str, str | int | float] = {"base_seconds": 100.0, "rmb_pairs.parquet_sha256": "a", "rm_bench.parquet_sha256": "b"}
-        about |= {f"num_{name}{suffix}": 7 if suffix else 4000 for name in ("train", *SCENARIOS) for suffix in ("", "_dropped")}
+        about: dict[str, str | int | float] = {
+            "base_seconds": 100.0,
+            "rmb_pairs.parquet_sha256": "a",
+            "rm_bench.parquet_sha256": "b",
+        }
+        about |= {
+            f"num_{name}{suffix}": 7 if suffix else 4000
+            for name in ("train", *SCENARIOS)
+            for suffix in ("", "_dropped")
+        }
         key = key_of(cell, plan.config(cell, CONFIGS_DIR))
         rows.append(Row(key, cell.part, cell.world, cell.variant, cell.seed, 60.0, figures, curves, about))
     return rows

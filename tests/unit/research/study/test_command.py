@@ -26,7 +26,9 @@ def state_of(folder: Path) -> dict[Path, tuple[bytes, int]]:
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_complete_study_runs_nothing_and_changes_nothing(folder: Path, rows: dict[str, Row], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_study_runs_nothing_and_changes_nothing(
+    folder: Path, rows: dict[str, Row], capsys: pytest.CaptureFixture[str]
+) -> None:
     write_rows(folder / "study" / "results.jsonl", rows)
     assert main("", ["--quick"]) == 0
     before = state_of(folder)
@@ -37,9 +39,13 @@ def test_a_complete_study_runs_nothing_and_changes_nothing(folder: Path, rows: d
     assert not ray.is_initialized()
 
 
-def test_missing_rows_are_named_and_rows_of_other_settings_kept_but_not_shown(folder: Path, rows: dict[str, Row], capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_rows_are_named_and_rows_of_other_settings_kept_but_not_shown(
+    folder: Path, rows: dict[str, Row], capsys: pytest.CaptureFixture[str]
+) -> None:
     first, *others = rows.values()
-    outdated = Row("0" * 12, first.part, first.world, first.variant, first.seed, 1e6, first.figures, first.curves, first.about)
+    outdated = Row(
+        "0" * 12, first.part, first.world, first.variant, first.seed, 1e6, first.figures, first.curves, first.about
+    )
     write_rows(folder / "study" / "results.jsonl", {row.key: row for row in (outdated, *others)})
     assert main("", ["--quick", "--max-minutes", "0"]) == 0
     assert "9 rows, 1 missing" in capsys.readouterr().out
@@ -50,7 +56,11 @@ def test_missing_rows_are_named_and_rows_of_other_settings_kept_but_not_shown(fo
 
 
 def test_without_the_real_data_its_runs_are_refused_with_the_folder_that_was_given(
-    folder: Path, tmp_path: Path, rows: dict[str, Row], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    rows: dict[str, Row],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("research.study.__main__.connect_to_ray", lambda: None)
     write_rows(folder / "study" / "results.jsonl", {key: row for key, row in rows.items() if row.world == "embedded"})

@@ -19,8 +19,18 @@ def test_rows_of_a_world_in_which_the_paper_is_right_reproduce_every_claim() -> 
 
 
 def test_rows_that_do_not_depend_on_the_objective_reproduce_no_comparison() -> None:
-    found = findings(study(lambda cell, epoch, where, metric: as_the_paper_says(Cell(cell.part, cell.world, "bt", cell.seed), epoch, where, metric)))
-    compared = [finding for finding in found if finding.claim.what.startswith(("BSR", "BT minus", "DR minus")) and ", plus " not in finding.claim.what]
+    found = findings(
+        study(
+            lambda cell, epoch, where, metric: as_the_paper_says(
+                Cell(cell.part, cell.world, "bt", cell.seed), epoch, where, metric
+            )
+        )
+    )
+    compared = [
+        finding
+        for finding in found
+        if finding.claim.what.startswith(("BSR", "BT minus", "DR minus")) and ", plus " not in finding.claim.what
+    ]
     compared = [finding for finding in compared if not finding.claim.what.startswith("BSR:")]
     assert len(compared) > 20
     assert {finding.verdict for finding in compared} == {"not seen at this scale"}
@@ -48,9 +58,13 @@ def test_the_same_rows_make_the_same_files_and_leave_them_alone(tmp_path: Path) 
     rows = study(as_the_paper_says)
     assert write_document(path, rows, [])
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.rglob("*") if file.is_file()}
-    assert {file.name for file in before} == {"STUDY.md", "gold_by_kl.png"} | {f"{n}_{w}.png" for n in ("scenarios", "epochs", "dispersion") for w in WORLDS}
+    assert {file.name for file in before} == {"STUDY.md", "gold_by_kl.png"} | {
+        f"{n}_{w}.png" for n in ("scenarios", "epochs", "dispersion") for w in WORLDS
+    }
     assert not write_document(path, rows, [])
-    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert {
+        file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.rglob("*") if file.is_file()
+    } == before
     text = path.read_text()
     assert "Not complete" not in text
     for name in before:
@@ -62,7 +76,10 @@ def test_a_study_that_has_hardly_begun_says_what_is_missing(tmp_path: Path, num_
     rows = study(as_the_paper_says)
     write_document(tmp_path / "STUDY.md", rows[:num_rows], [row.cell for row in rows[num_rows:]])
     text = (tmp_path / "STUDY.md").read_text()
-    assert f"missing are {45 - num_rows} of reward_model on embedded, 45 of reward_model on rmb, 6 of rloo on embedded" in text
+    assert (
+        f"missing are {45 - num_rows} of reward_model on embedded, 45 of reward_model on rmb, 6 of rloo on embedded"
+        in text
+    )
 
 
 def test_an_accuracy_is_never_subtracted_from_a_tau() -> None:
@@ -71,7 +88,9 @@ def test_an_accuracy_is_never_subtracted_from_a_tau() -> None:
     def falling(cell: Cell, epoch: int, where: str, metric: str) -> float:
         return 0.9 - 0.01 * epoch * (2 if metric == "kendall_tau_b" else 1)
 
-    (found,) = [f for f in findings(study(falling)) if f.claim.title.startswith("BT over-optimises") and f.world == "embedded"]
+    (found,) = [
+        f for f in findings(study(falling)) if f.claim.title.startswith("BT over-optimises") and f.world == "embedded"
+    ]
     assert found.interval is not None
     assert found.interval.mean == pytest.approx(0, abs=1e-12)
     assert found.verdict == "not seen at this scale"
@@ -82,4 +101,7 @@ def test_a_second_half_in_which_both_policies_improve_alike_is_no_stagnation() -
         return {"gold_rise_first_half": 1.0, "gold_rise_second_half": 0.8}.get(metric, 0.5)
 
     found = {f.claim.title: f.verdict for f in findings(study(alike))}
-    assert found["In the second half a policy trained against BT stagnates, against BSR it does not"] == "not seen at this scale"
+    assert (
+        found["In the second half a policy trained against BT stagnates, against BSR it does not"]
+        == "not seen at this scale"
+    )

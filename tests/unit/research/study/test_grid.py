@@ -27,9 +27,18 @@ def test_every_cell_has_a_valid_config_and_a_key_of_its_own() -> None:
 def test_bsr_variants_have_the_effective_coefficients_of_their_names() -> None:
     for name in ("bsr_0.03", "bsr_0.1", "bsr_1"):
         settings = FULL.config(Cell("reward_model", "embedded", name, 0), CONFIGS_DIR).reward_model
-        assert (settings.objective, settings.bsr_scale, settings.bsr_coefficient) == (Objective.BATCH_SUM_TO_ZERO, BsrScale.NONE, float(name[4:]))
+        assert (settings.objective, settings.bsr_scale, settings.bsr_coefficient) == (
+            Objective.BATCH_SUM_TO_ZERO,
+            BsrScale.NONE,
+            float(name[4:]),
+        )
     micro = FULL.config(Cell("reward_model", "embedded", "bsr_micro", 0), CONFIGS_DIR).reward_model
-    assert (micro.bsr_scope, micro.bsr_scale, micro.bsr_micro_pairs, micro.bsr_coefficient) == (BsrScope.MICRO, BsrScale.PAIRS, 16, 1e-3)
+    assert (micro.bsr_scope, micro.bsr_scale, micro.bsr_micro_pairs, micro.bsr_coefficient) == (
+        BsrScope.MICRO,
+        BsrScale.PAIRS,
+        16,
+        1e-3,
+    )
 
 
 def test_a_reward_models_key_follows_its_training_and_not_rloo() -> None:
@@ -37,5 +46,9 @@ def test_a_reward_models_key_follows_its_training_and_not_rloo() -> None:
     assert key(reward_model, "rloo.num_steps=5") == key(reward_model) != key(reward_model, "reward_model.batch_size=32")
     assert key(policy, "rloo.num_steps=5") != key(policy) != key(policy, "reward_model.batch_size=32")
     assert key(reward_model) == key(
-        reward_model, "name=other", "reward_model.workers.num_workers=2", "data.task_resources={data=1}", 'tracking.wandb_project="other"'
+        reward_model,
+        "name=other",
+        "reward_model.workers.num_workers=2",
+        "data.task_resources={data=1}",
+        'tracking.wandb_project="other"',
     )

@@ -26,7 +26,11 @@ def pair(number: int, **changes: object) -> dict[str, Any]:
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     rows = [pair(number) for number in range(300)]
-    rows += [pair(600, prompt_split="unseen"), pair(606, n_unseen_models=1), pair(612, prompt_split="unseen", n_unseen_models=2)]
+    rows += [
+        pair(600, prompt_split="unseen"),
+        pair(606, n_unseen_models=1),
+        pair(612, prompt_split="unseen", n_unseen_models=2),
+    ]
     rows += [pair(618, messages=[{"role": "user", "content": "  "}])]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rmb_pairs.parquet")
     return tmp_path
@@ -41,7 +45,11 @@ def test_every_pair_is_in_one_scenario_or_counted(data_dir: Path, tmp_path: Path
     files = {name: lines_of(tmp_path / "out" / f"{name}.jsonl") for name in ("train", *SCENARIOS)}
     manifest = json.loads((tmp_path / "out" / "source.json").read_text())
     uids = [row["pair_uid"] for rows in files.values() for row in rows]
-    assert len(uids) == len(set(uids)) == 304 - manifest["empty_last_turn"] - manifest["shares_a_completion_with_in_domain"]
+    assert (
+        len(uids)
+        == len(set(uids))
+        == 304 - manifest["empty_last_turn"] - manifest["shares_a_completion_with_in_domain"]
+    )
     assert manifest["empty_last_turn"] == 1
     assert [[row["pair_uid"] for row in files[name]] for name in SCENARIOS[1:]] == [["u600"], ["u606"], ["u612"]]
     assert 15 < len(files["in_domain"]) < 70
@@ -59,7 +67,9 @@ def test_no_completion_of_an_in_domain_pair_is_trained_on(data_dir: Path, tmp_pa
 def test_the_same_data_gives_the_same_files_and_other_data_is_refused(data_dir: Path, tmp_path: Path) -> None:
     for name in ("out", "again"):
         write_rmb_files(data_dir, tmp_path / name)
-    assert all(path.read_bytes() == (tmp_path / "again" / path.name).read_bytes() for path in (tmp_path / "out").iterdir())
+    assert all(
+        path.read_bytes() == (tmp_path / "again" / path.name).read_bytes() for path in (tmp_path / "out").iterdir()
+    )
     pq.write_table(pa.Table.from_pylist([pair(0)]), data_dir / "rmb_pairs.parquet")
     with pytest.raises(DataError, match="was made from another"):
         write_rmb_files(data_dir, tmp_path / "out")

@@ -9,7 +9,17 @@ from rm_robust.errors import DataError
 
 
 def row(key: str, seed: int = 0) -> Row:
-    return Row(key, "reward_model", "embedded", "bt", seed, 61.5, {"3/in_domain/accuracy": 0.75}, {"accuracy": [0.5, 0.75]}, {"num_steps": 188})
+    return Row(
+        key,
+        "reward_model",
+        "embedded",
+        "bt",
+        seed,
+        61.5,
+        {"3/in_domain/accuracy": 0.75},
+        {"accuracy": [0.5, 0.75]},
+        {"num_steps": 188},
+    )
 
 
 def test_rows_are_read_back_as_they_were_written_and_in_the_order_of_their_cells(tmp_path: Path) -> None:

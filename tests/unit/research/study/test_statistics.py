@@ -10,7 +10,10 @@ from research.study.statistics import between_twins, over_seeds, t_interval
 
 
 def rows_of(variant: str, values: dict[int, float]) -> list[Row]:
-    return [Row(f"{variant}{seed}", "reward_model", "rmb", variant, seed, 1.0, {"x": value}, {}, {}) for seed, value in values.items()]
+    return [
+        Row(f"{variant}{seed}", "reward_model", "rmb", variant, seed, 1.0, {"x": value}, {}, {})
+        for seed, value in values.items()
+    ]
 
 
 def x_of(row: Row) -> float | None:

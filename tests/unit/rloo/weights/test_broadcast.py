@@ -68,7 +68,9 @@ def groups() -> tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo]:
     return open_pair()
 
 
-def transfer(groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], source: ListedWeights) -> tuple[int, dict[str, Tensor]]:
+def transfer(
+    groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], source: ListedWeights
+) -> tuple[int, dict[str, Tensor]]:
     received: dict[str, Tensor] = {}
     with ThreadPoolExecutor(1) as pool:
         receiving = pool.submit(receive_weights, groups[1], source.metadata(), lambda weights: received.update(weights))
@@ -96,8 +98,17 @@ def test_parameters_survive_packing_whatever_their_dtype_and_layout() -> None:
 
 
 def test_chunks_hold_whole_parameters_up_to_their_limit_and_a_larger_one_alone() -> None:
-    specs = [ParameterSpec(name, torch.float32, (length,)) for name, length in [("a", 4), ("b", 3), ("c", 1), ("big", 100), ("d", 8), ("e", 1)]]
-    assert [[spec.name for spec in chunk] for chunk in plan_chunks(specs, 32)] == [["a", "b"], ["c"], ["big"], ["d"], ["e"]]
+    specs = [
+        ParameterSpec(name, torch.float32, (length,))
+        for name, length in [("a", 4), ("b", 3), ("c", 1), ("big", 100), ("d", 8), ("e", 1)]
+    ]
+    assert [[spec.name for spec in chunk] for chunk in plan_chunks(specs, 32)] == [
+        ["a", "b"],
+        ["c"],
+        ["big"],
+        ["d"],
+        ["e"],
+    ]
 
 
 def test_a_checksum_is_the_sum_of_int64_words_and_sees_every_altered_byte() -> None:
@@ -117,14 +128,22 @@ def test_tied_parameters_are_published_once() -> None:
 
 def test_unnumbered_parameters_come_first_and_matrices_of_a_layer_before_its_vectors() -> None:
     layers = [torch.nn.ModuleDict({"q": torch.nn.Linear(2, 2), "k": torch.nn.Linear(2, 2)}) for _ in range(2)]
-    module = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers), "norm": torch.nn.LayerNorm(2), "head": torch.nn.Linear(2, 3, bias=False)})
+    module = torch.nn.ModuleDict(
+        {
+            "layers": torch.nn.ModuleList(layers),
+            "norm": torch.nn.LayerNorm(2),
+            "head": torch.nn.Linear(2, 3, bias=False),
+        }
+    )
     names = [spec.name for spec in ModuleWeights(module).metadata()]
     of_layers = [f"layers.{n}.{name}" for n in range(2) for name in ("q.weight", "k.weight", "q.bias", "k.bias")]
     assert names == ["head.weight", "norm.weight", "norm.bias", *of_layers]
 
 
 def test_embedding_and_head_are_published_before_the_numbered_layers() -> None:
-    module = torch.nn.ModuleDict({"embed": torch.nn.Linear(1, 1, bias=False), "layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
+    module = torch.nn.ModuleDict(
+        {"embed": torch.nn.Linear(1, 1, bias=False), "layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])}
+    )
     module["head"] = torch.nn.Linear(1, 1, bias=False)
     weights = ModuleWeights(module)
     assert [name for name, _ in weights] == ["embed.weight", "head.weight", "layers.0.weight", "layers.0.bias"]
@@ -192,7 +211,9 @@ def test_altered_bytes_are_an_error(groups: tuple[dist.ProcessGroupGloo, dist.Pr
         ([("a", torch.zeros(2))], "but yield nothing"),
     ],
 )
-def test_weights_that_differ_from_their_announcement_are_refused(yielded: list[tuple[str, Tensor]], message: str) -> None:
+def test_weights_that_differ_from_their_announcement_are_refused(
+    yielded: list[tuple[str, Tensor]], message: str
+) -> None:
     source = ListedWeights(yielded, announced=[("a", torch.zeros(2)), ("b", torch.zeros(3))])
     (chunk,) = plan_chunks(source.metadata(), CHUNK_BYTES)
     with pytest.raises(RolloutError, match=message):

@@ -14,7 +14,14 @@ from torch.distributed import ProcessGroupGloo
 
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.weights import shared_memory as weight_sharing
-from rm_robust.rloo.weights.broadcast import ModuleWeights, checksum, host_store, join_store, open_group, start_broadcast
+from rm_robust.rloo.weights.broadcast import (
+    ModuleWeights,
+    checksum,
+    host_store,
+    join_store,
+    open_group,
+    start_broadcast,
+)
 from rm_robust.rloo.weights.shared_memory import (
     SharedMemory,
     load_shared_weights,
@@ -59,7 +66,9 @@ def test_shared_parameters_are_the_trainers_update_after_update(
             loading = pool.submit(load_shared_weights, groups[1], weights.metadata(), engines_view, received.update)
             num_bytes = share_weights(groups[0], weights, memory.buffer)
             loading.result()
-        assert num_bytes == memory.buffer.numel() == 64 + 16 + 48 + 16  # 15, 3 float32 and 21, 7 bfloat16, each to a multiple of 8
+        assert (
+            num_bytes == memory.buffer.numel() == 64 + 16 + 48 + 16
+        )  # 15, 3 float32 and 21, 7 bfloat16, each to a multiple of 8
         assert all(torch.equal(received[name], parameter) for name, parameter in module.named_parameters())
     memory.close()
     assert all(torch.equal(received[name], parameter) for name, parameter in module.named_parameters())
@@ -70,7 +79,9 @@ def test_an_optimizer_updates_moved_parameters_where_engines_read_them() -> None
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
     weights = ModuleWeights(module)
     memory = torch.zeros(num_shared_bytes(weights.metadata()), dtype=torch.uint8)
-    loss = module(torch.ones(4)).square().sum()  # its graph is from before the move, as when an engine is replaced between measuring and the update
+    loss = (
+        module(torch.ones(4)).square().sum()
+    )  # its graph is from before the move, as when an engine is replaced between measuring and the update
     move_parameters(weights, memory)
     loss.backward()
     before = memory.clone()
@@ -98,9 +109,14 @@ def test_another_process_opens_the_memory_by_its_address_until_it_is_closed() ->
         "print(int(open_memory(MemoryAddress(sys.argv[1], *map(int, sys.argv[2:])), 1000).sum()))"
     )
     command = [sys.executable, "-c", code, path, str(device), str(inode)]
-    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout.splitlines() == [memory_namespace(), "7000"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout.splitlines() == [
+        memory_namespace(),
+        "7000",
+    ]
     memory.close()
-    with pytest.raises(RolloutError, match=f"{path} cannot be opened .No such file or directory.. Publish the weights again"):
+    with pytest.raises(
+        RolloutError, match=f"{path} cannot be opened .No such file or directory.. Publish the weights again"
+    ):
         open_memory(memory.address, 1000)
 
 

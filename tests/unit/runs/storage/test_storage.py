@@ -31,7 +31,16 @@ from rm_robust.runs.storage.commits import commit_directory, write_json_atomic
 from rm_robust.runs.storage.copies import CACHE_VARIABLE, copies_of_ones_own, local_path, uri_of
 from rm_robust.runs.storage.filesystems import filesystem_of
 from rm_robust.runs.storage.generations import COMMIT, committed_in
-from rm_robust.runs.storage.transfer import delete_uncommitted, forget_uncommitted, pull, pull_anew, pull_files, pull_folder, put_file, written_by_any_node
+from rm_robust.runs.storage.transfer import (
+    delete_uncommitted,
+    forget_uncommitted,
+    pull,
+    pull_anew,
+    pull_files,
+    pull_folder,
+    put_file,
+    written_by_any_node,
+)
 from rm_robust.training.state import committed_steps, load_state, save_state
 from tests.support.s3_server import S3Server, s3_server
 from tests.unit.training.test_state import new_engine, train
@@ -74,14 +83,18 @@ def write_two(text: str) -> Callable[[Path], None]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def whole(text: str) -> dict[str, str]:
     return {"b.bin": f"{text} b", "nested/a.bin": f"{text} a"}
 
 
-def test_a_copy_knows_its_uri_wherever_it_lies_and_other_paths_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_copy_knows_its_uri_wherever_it_lies_and_other_paths_are_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     assert uri_of(local_path("s3://runs/mine/") / "checkpoints" / "policy") == "s3://runs/mine/checkpoints/policy"
     assert uri_of(tmp_path / "runs") is None
@@ -94,15 +107,23 @@ def test_a_copy_knows_its_uri_wherever_it_lies_and_other_paths_are_none(monkeypa
     assert "secret" not in str(refused.value)
 
 
-def test_a_folder_committed_on_one_node_is_whole_on_another_and_only_its_newest_generation_stays(node: Callable[[str], Path], server: S3Server) -> None:
+def test_a_folder_committed_on_one_node_is_whole_on_another_and_only_its_newest_generation_stays(
+    node: Callable[[str], Path], server: S3Server
+) -> None:
     for text in ("one", "two"):
         commit_directory(node("first") / "world", write_two(text))
         assert contents(pull_folder(node("second") / "world")) == whole(text) == contents(node("first") / "world")
-    generation = json.loads(server.client().get_object(Bucket="runs", Key=f"deep/mine/world/{COMMIT}")["Body"].read())["generation"]
-    assert server.keys("runs") == sorted(f"deep/mine/world/{key}" for key in (COMMIT, f"{generation}/b.bin", f"{generation}/nested/a.bin"))
+    generation = json.loads(server.client().get_object(Bucket="runs", Key=f"deep/mine/world/{COMMIT}")["Body"].read())[
+        "generation"
+    ]
+    assert server.keys("runs") == sorted(
+        f"deep/mine/world/{key}" for key in (COMMIT, f"{generation}/b.bin", f"{generation}/nested/a.bin")
+    )
 
 
-def test_what_is_written_beside_a_folder_before_its_commit_is_not_put_by_itself(node: Callable[[str], Path], server: S3Server) -> None:
+def test_what_is_written_beside_a_folder_before_its_commit_is_not_put_by_itself(
+    node: Callable[[str], Path], server: S3Server
+) -> None:
     """A checkpoint's JSON files are written by write_json_atomic, which puts the files of a run."""
     commit_directory(node("first") / "policy", lambda folder: write_json_atomic(folder / "config.json", {"a": 1}))
     keys = server.keys("runs")
@@ -110,7 +131,9 @@ def test_what_is_written_beside_a_folder_before_its_commit_is_not_put_by_itself(
     assert all(key.startswith("deep/mine/policy/") for key in keys), keys
 
 
-def test_a_pull_of_the_run_brings_files_and_folders_but_no_training_state_unless_that_is_named(node: Callable[[str], Path]) -> None:
+def test_a_pull_of_the_run_brings_files_and_folders_but_no_training_state_unless_that_is_named(
+    node: Callable[[str], Path],
+) -> None:
     run_dir = node("first")
     commit_directory(run_dir / "sft" / "base", write_two("base"))
     commit_directory(run_dir / "sft" / "state" / "step-0000004", write_two("state"))
@@ -121,7 +144,9 @@ def test_a_pull_of_the_run_brings_files_and_folders_but_no_training_state_unless
     assert json.loads((run_dir / "stages" / "sft.json").read_text()) == {"stage": "sft"}
     assert not (run_dir / "sft" / "state").exists()
     assert contents(pull_folder(run_dir / "sft" / "state" / "step-0000004")) == whole("state")
-    assert (pull_folder(node("third") / "sft" / "base" / "nested" / "a.bin")).read_text() == "base a"  # inside a committed folder
+    assert (
+        pull_folder(node("third") / "sft" / "base" / "nested" / "a.bin")
+    ).read_text() == "base a"  # inside a committed folder
     pull_folder(node("none") / "sft")
     assert not node("none").exists(), "a folder that is none brings nothing"
     assert set(contents(pull_files(node("fourth")))) == {"stages/sft.json"}
@@ -132,7 +157,9 @@ def test_a_second_pull_downloads_nothing(node: Callable[[str], Path], monkeypatc
     commit_directory(run_dir / "world", write_two("one"))
     write_json_atomic(run_dir / "summary.json", {})
     downloaded: list[str] = []
-    monkeypatch.setattr("rm_robust.runs.storage.transfer.download", lambda filesystem, inner, path: downloaded.append(inner))
+    monkeypatch.setattr(
+        "rm_robust.runs.storage.transfer.download", lambda filesystem, inner, path: downloaded.append(inner)
+    )
     pull(run_dir)
     assert downloaded == []
     (run_dir / "world").rename(run_dir / "gone")
@@ -141,7 +168,9 @@ def test_a_second_pull_downloads_nothing(node: Callable[[str], Path], monkeypatc
     assert len(downloaded) == 1
 
 
-def test_an_object_of_other_bytes_than_were_committed_is_refused_by_its_name(node: Callable[[str], Path], server: S3Server) -> None:
+def test_an_object_of_other_bytes_than_were_committed_is_refused_by_its_name(
+    node: Callable[[str], Path], server: S3Server
+) -> None:
     commit_directory(node("first") / "world", write_two("one"))
     (key,) = (key for key in server.keys("runs") if key.endswith("b.bin"))
     server.put("runs", {key: b"one B"})
@@ -175,7 +204,9 @@ def test_a_commit_that_names_a_file_outside_of_its_folder_is_refused_and_nothing
 
 
 @pytest.mark.parametrize("generation", ["generation-../../other", "..", "generation-1", "", None])
-def test_a_commit_of_a_generation_that_no_commit_makes_is_refused(node: Callable[[str], Path], server: S3Server, generation: str | None) -> None:
+def test_a_commit_of_a_generation_that_no_commit_makes_is_refused(
+    node: Callable[[str], Path], server: S3Server, generation: str | None
+) -> None:
     node("first")
     server.put("runs", {f"deep/mine/world/{COMMIT}": json.dumps({"generation": generation, "files": {}}).encode()})
     with pytest.raises(CheckpointError, match="is not what this program commits"):
@@ -194,9 +225,14 @@ def test_an_object_that_would_be_a_file_outside_of_the_run_is_refused_by_its_nam
     assert contents(tmp_path) == {}
 
 
-def test_what_other_nodes_write_for_a_commit_stays_in_its_folder(node: Callable[[str], Path], server: S3Server, tmp_path: Path) -> None:
+def test_what_other_nodes_write_for_a_commit_stays_in_its_folder(
+    node: Callable[[str], Path], server: S3Server, tmp_path: Path
+) -> None:
     run_dir = node("first")
-    with pytest.raises(CheckpointError, match=r"holds the object '\.\./outside'"), written_by_any_node(tmp_path / "staged", run_dir / "tokens") as (written, _):
+    with (
+        pytest.raises(CheckpointError, match=r"holds the object '\.\./outside'"),
+        written_by_any_node(tmp_path / "staged", run_dir / "tokens") as (written, _),
+    ):
         server.put("runs", {f"{written.removeprefix('runs/')}/../outside": b"x", "deep/mine/tokens/outside": b"x"})
     assert contents(tmp_path) == {}
 
@@ -232,7 +268,13 @@ commits.commit_directory(copies.local_path(RUN) / "world", write_two("two"))
 
 @pytest.mark.parametrize(
     ("where", "seen"),
-    [("b.bin", "one"), ("a.bin", "one"), ("before the commit", "one"), ("before the former one is deleted", "two"), ("before the copy is marked", "two")],
+    [
+        ("b.bin", "one"),
+        ("a.bin", "one"),
+        ("before the commit", "one"),
+        ("before the former one is deleted", "two"),
+        ("before the copy is marked", "two"),
+    ],
 )
 @pytest.mark.parametrize("is_first", [False, True])
 def test_a_commit_killed_at_any_point_leaves_one_whole_generation_or_none_and_the_next_clears_its_rest(
@@ -243,7 +285,9 @@ def test_a_commit_killed_at_any_point_leaves_one_whole_generation_or_none_and_th
     write_json_atomic(run_dir / "stages" / "sft.json", {})  # the run is there, whatever becomes of its world
     if not is_first:
         commit_directory(run_dir / "world", write_two("one"))
-    killed = subprocess.run([sys.executable, "-c", KILLED, where], env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, where], env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=120
+    )
     assert killed.returncode == -signal.SIGKILL
     for name in ("second", "first"):  # any other node, and the next process on the same one
         copy = node(name)
@@ -253,8 +297,16 @@ def test_a_commit_killed_at_any_point_leaves_one_whole_generation_or_none_and_th
         else:
             assert contents(copy / "world") == whole(seen)
     delete_uncommitted(run_dir)
-    left = {"b.bin": 0, "a.bin": 1, "before the commit": 2, "before the former one is deleted": 2, "before the copy is marked": 0}[where]
-    num_files = (1 if seen == "one" else 4) if is_first else 4 + left  # beside a committed generation it goes with the next commit
+    left = {
+        "b.bin": 0,
+        "a.bin": 1,
+        "before the commit": 2,
+        "before the former one is deleted": 2,
+        "before the copy is marked": 0,
+    }[where]
+    num_files = (
+        (1 if seen == "one" else 4) if is_first else 4 + left
+    )  # beside a committed generation it goes with the next commit
     assert len(server.keys("runs")) == num_files
     commit_directory(node("first") / "world", write_two("three"))
     assert contents(pull(node("third")) / "world") == whole("three")
@@ -284,7 +336,9 @@ def test_what_another_writer_has_taken_from_an_upload_is_not_committed(
 
     with monkeypatch.context() as between:
         between.setattr(transfer, "commit_generation", lambda *of: (between.undo(), interfere_and_commit(*of)))
-        with pytest.raises(StorageError, match=rf"{RUN}/world was not committed: b\.bin, of 2 files .* Another process writes this run"):
+        with pytest.raises(
+            StorageError, match=rf"{RUN}/world was not committed: b\.bin, of 2 files .* Another process writes this run"
+        ):
             commit_directory(run_dir / "world", write_two("two"))
     copy = pull(node("third")) / "world"
     if is_first:
@@ -321,7 +375,9 @@ def test_a_training_state_whose_upload_is_cut_off_leaves_the_last_one_and_traini
     assert committed_in(root) == ["step-0000006"]
 
 
-def test_a_role_that_may_not_delete_is_told_so_after_the_state_is_committed(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_role_that_may_not_delete_is_told_so_after_the_state_is_committed(
+    node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, engine = node("first") / "sft" / "state", new_engine()
     save_state(engine, root, 2)
 
@@ -329,7 +385,10 @@ def test_a_role_that_may_not_delete_is_told_so_after_the_state_is_committed(node
         raise OSError("When deleting object: AWS Error ACCESS_DENIED")
 
     monkeypatch.setattr("rm_robust.training.state.delete_folder", refuse)
-    with pytest.raises(StorageError, match=rf"^{RUN}/sft/state/step-0000002, .* ACCESS_DENIED\. step-0000004 is committed, and the same command"):
+    with pytest.raises(
+        StorageError,
+        match=rf"^{RUN}/sft/state/step-0000002, .* ACCESS_DENIED\. step-0000004 is committed, and the same command",
+    ):
         save_state(engine, root, 4)
     assert load_state(new_engine(seed=1), node("second") / "sft" / "state") == 4
 
@@ -345,7 +404,9 @@ def test_what_a_node_has_beyond_the_store_is_gone_at_the_start_of_a_run(node: Ca
     assert contents(run_dir / "world") == whole("one")
 
 
-def test_a_run_is_claimed_in_the_store_and_another_config_is_refused_on_every_node(node: Callable[[str], Path], server: S3Server) -> None:
+def test_a_run_is_claimed_in_the_store_and_another_config_is_refused_on_every_node(
+    node: Callable[[str], Path], server: S3Server
+) -> None:
     node("first")
     run_dir = choose_run_dir("mine", RUN)
     claim_run_dir(run_dir, PipelineConfig(name="mine"))
@@ -375,7 +436,9 @@ def test_metrics_are_in_the_store_up_to_every_committed_state(node: Callable[[st
     assert list((node("third") / "tensorboard" / "sft").iterdir())
 
 
-def test_who_only_looks_leaves_the_copies_of_a_run_alone(node: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_only_looks_leaves_the_copies_of_a_run_alone(
+    node: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = node("first")
     claim_run_dir(run_dir, PipelineConfig(name="mine"))
     with MetricsWriter(run_dir, "sft", 0, num_steps=3) as writer:
@@ -390,7 +453,9 @@ def test_who_only_looks_leaves_the_copies_of_a_run_alone(node: Callable[[str], P
     assert [line["step"] for line in read_metrics(pull(node("second")), "sft")] == [1, 2, 3]
 
 
-def test_a_store_that_goes_away_is_a_storage_error_and_hides_no_other(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_goes_away_is_a_storage_error_and_hides_no_other(
+    node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = node("first")
 
     def refuse(*_: object) -> None:
@@ -408,7 +473,9 @@ def test_a_store_that_goes_away_is_a_storage_error_and_hides_no_other(node: Call
         train()
 
 
-def test_a_folder_that_is_committed_anew_while_it_is_pulled_is_pulled_anew(node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_committed_anew_while_it_is_pulled_is_pulled_anew(
+    node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit_directory(node("first") / "world", write_two("one"))
     download, cache, begun = transfer.download, os.environ[CACHE_VARIABLE], []
 
@@ -464,9 +531,13 @@ def test_a_twin_begins_in_the_store_with_its_siblings_stages(node: Callable[[str
     assert RunLayout(twin).is_done("preferences")
 
 
-def test_a_checkpoint_is_verified_from_the_store_and_copied_out_of_it(node: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_is_verified_from_the_store_and_copied_out_of_it(
+    node: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = node("first") / "checkpoints" / "reward_model"
-    commit_checkpoint(target, write_two("weights"), kind="reward_model", template_sha256="sha256:t", training={"seed": 3})
+    commit_checkpoint(
+        target, write_two("weights"), kind="reward_model", template_sha256="sha256:t", training={"seed": 3}
+    )
     assert verify_checkpoint(node("second") / "checkpoints" / "reward_model", "reward_model").training == {"seed": 3}
     assert main([f"{RUN}/checkpoints/reward_model", str(tmp_path / "out")]) == 0
     assert verify_checkpoint(tmp_path / "out", "reward_model").training == {"seed": 3}

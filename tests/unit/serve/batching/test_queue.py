@@ -14,7 +14,19 @@ from serve.batching import queue as batch_queue
 from serve.batching.queue import BatchQueue
 from serve.metrics import ModelMetrics, ServiceMetrics
 from serve.settings import ModelSettings, ServiceLimits
-from serve.work import Batch, BatchScores, OtherGeneration, Outcome, Prepared, Refusal, Request, Scored, ServedModel, WorkItem, parts_of
+from serve.work import (
+    Batch,
+    BatchScores,
+    OtherGeneration,
+    Outcome,
+    Prepared,
+    Refusal,
+    Request,
+    Scored,
+    ServedModel,
+    WorkItem,
+    parts_of,
+)
 
 Answer = Callable[[Batch], Awaitable[object]]
 
@@ -37,7 +49,9 @@ class Words:
             assert isinstance(item.prompt, str)
             if item.prompt == "wrong":
                 return Refusal(422, "invalid_request", "wrong")
-            written = ScoreInput(prompt=item.prompt.upper(), completions=item.completions) if self.generation > 1 else item
+            written = (
+                ScoreInput(prompt=item.prompt.upper(), completions=item.completions) if self.generation > 1 else item
+            )
             num_words = sum(len(completion.split()) for completion in item.completions)
             items.append(WorkItem(index, written, hash(item.prompt), len(item.prompt.split()), num_words))
         return Prepared(items, [None] * len(items))
@@ -83,17 +97,31 @@ class Call:
         self._task.cancel()
 
 
-async def queue_on(answer: Answer, *, limits: ServiceLimits | None = None, load_preparer: Callable[[ServedModel], Words] = Words, **model: Any) -> BatchQueue:
+async def queue_on(
+    answer: Answer,
+    *,
+    limits: ServiceLimits | None = None,
+    load_preparer: Callable[[ServedModel], Words] = Words,
+    **model: Any,
+) -> BatchQueue:
     settings = ModelSettings(**({"model_name": "m", "embedded_judge": True, "max_batch_tokens": 10} | model))
     metrics = ModelMetrics(ServiceMetrics(), "m")
-    made = BatchQueue(settings, limits or ServiceLimits(), metrics, call=lambda batch: Call(answer(batch)), load_preparer=load_preparer)
+    made = BatchQueue(
+        settings,
+        limits or ServiceLimits(),
+        metrics,
+        call=lambda batch: Call(answer(batch)),
+        load_preparer=load_preparer,
+    )
     await made.adopt(served(1))
     return made
 
 
 def request(*inputs: tuple[str, int]) -> ScoreRequest:
     """Prompts and the number of words of their one completion."""
-    return ScoreRequest(inputs=[ScoreInput(prompt=prompt, completions=[" ".join(["w"] * num_words)]) for prompt, num_words in inputs])
+    return ScoreRequest(
+        inputs=[ScoreInput(prompt=prompt, completions=[" ".join(["w"] * num_words)]) for prompt, num_words in inputs]
+    )
 
 
 def expected(asked: ScoreRequest) -> list[list[float]]:
@@ -138,7 +166,9 @@ def test_an_equal_prompt_is_counted_once_in_a_batch() -> None:
         for share_prompts, sizes in ((True, [5, 1]), (False, [3, 3])):
             replica = Replica()
             queue = await queue_on(replica, share_prompts=share_prompts)
-            asked = request(*[("p q", 1)] * 4 + [("p q", 4), ("p q", 3)]) if share_prompts else request(*[("p q", 1)] * 6)
+            asked = (
+                request(*[("p q", 1)] * 4 + [("p q", 4), ("p q", 3)]) if share_prompts else request(*[("p q", 1)] * 6)
+            )
             assert scores_of(await queue.score(asked)) == expected(asked)
             assert replica.sizes == sizes
 
@@ -179,7 +209,10 @@ def test_whatever_is_asked_together_every_request_gets_its_own_scores(seed: int)
     async def test() -> None:
         rng = Random(seed)
         queue = await queue_on(Replica(), max_batch_tokens=rng.randint(1, 30), num_replicas=rng.randint(1, 3))
-        asked = [request(*[(f"p{rng.randint(0, 5)}", rng.randint(0, 9)) for _ in range(rng.randint(1, 12))]) for _ in range(30)]
+        asked = [
+            request(*[(f"p{rng.randint(0, 5)}", rng.randint(0, 9)) for _ in range(rng.randint(1, 12))])
+            for _ in range(30)
+        ]
         outcomes = await asyncio.gather(*(queue.score(one) for one in asked))
         assert [scores_of(outcome) for outcome in outcomes] == [expected(one) for one in asked]
 
@@ -203,7 +236,9 @@ def test_a_cancelled_request_leaves_the_queue() -> None:
         await turns()
         replica.gate.set()
         await asyncio.gather(first, fourth)
-        prompts = [content.prompt for batch in replica.batches for content in batch.contents if isinstance(content, ScoreInput)]
+        prompts = [
+            content.prompt for batch in replica.batches for content in batch.contents if isinstance(content, ScoreInput)
+        ]
         assert prompts == ["a", "d"]
 
     run(test)
@@ -315,10 +350,18 @@ def test_a_replica_that_fails_is_a_500_for_its_batch_alone() -> None:
 def test_an_item_without_a_score_refuses_its_own_request_by_its_field() -> None:
     async def test() -> None:
         async def no_score_for_b(batch: Batch) -> object:
-            return BatchScores("r", ["not finite" if isinstance(c, ScoreInput) and c.prompt == "b" else right_scores(c) for c in batch.contents])
+            return BatchScores(
+                "r",
+                [
+                    "not finite" if isinstance(c, ScoreInput) and c.prompt == "b" else right_scores(c)
+                    for c in batch.contents
+                ],
+            )
 
         queue = await queue_on(no_score_for_b)
-        good, bad = await asyncio.gather(queue.score(request(("a", 1))), queue.score(request(("a", 1), ("b", 1), ("c", 1))))
+        good, bad = await asyncio.gather(
+            queue.score(request(("a", 1))), queue.score(request(("a", 1), ("b", 1), ("c", 1)))
+        )
         assert scores_of(good) == [[1001.0]]
         assert isinstance(bad, Refusal)
         assert (bad.status, bad.message) == (500, "inputs[1].prompt: not finite")
@@ -342,7 +385,13 @@ def test_a_swap_in_the_middle_of_a_request_scores_all_of_it_with_the_new_checkpo
         assert len([batch for batch in replica.batches if batch.generation == 1]) > 2
         assert isinstance(outcome, Scored)
         assert outcome.served == served(2)
-        assert {str(c.prompt)[0] for batch in replica.batches if batch.generation == 2 for c in batch.contents if isinstance(c, ScoreInput)} == {"P"}
+        assert {
+            str(c.prompt)[0]
+            for batch in replica.batches
+            if batch.generation == 2
+            for c in batch.contents
+            if isinstance(c, ScoreInput)
+        } == {"P"}
         assert scores_of(outcome) == expected(asked)  # capitals are as long
 
     run(test)
@@ -416,7 +465,9 @@ def test_a_request_that_is_given_up_during_a_swap_no_longer_counts() -> None:
     run(test)
 
 
-def test_a_request_whose_batches_are_lost_again_and_again_is_given_up_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_whose_batches_are_lost_again_and_again_is_given_up_and_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(batch_queue, "AGAIN_AFTER_S", 0.001)
 
     async def test() -> None:

@@ -17,7 +17,9 @@ RED, BLUE = "<|user|>red<|end|>", "<|user|>blue<|end|>"
 
 def scored(*scores: float) -> Scored:
     """One conversation a score, each of 5 + 2 tokens."""
-    return Scored(SERVED, [ScoreResult(scores=[score], token_counts=TokenCounts(prompt=5, completions=[2])) for score in scores])
+    return Scored(
+        SERVED, [ScoreResult(scores=[score], token_counts=TokenCounts(prompt=5, completions=[2])) for score in scores]
+    )
 
 
 def parse(body: type[BaseModel], **fields: Any) -> Any:
@@ -31,7 +33,11 @@ def pair(prompt: str, completion: str) -> ScoreInput:
 def test_open_rlhf_gets_one_raw_score_a_query_under_its_three_names() -> None:
     body = parse(OpenRlhfBody, query=[RED, BLUE], prompts=["red", "blue"], labels=["", ""])
     assert body.parts() == [Part(RED, "query[0]", "query[0]"), Part(BLUE, "query[1]", "query[1]")]
-    assert body.reply(scored(3.5, -2.0)) == {"rewards": [3.5, -2.0], "scores": [3.5, -2.0], "extra_logs": {"dummy_scores": [3.5, -2.0]}}
+    assert body.reply(scored(3.5, -2.0)) == {
+        "rewards": [3.5, -2.0],
+        "scores": [3.5, -2.0],
+        "extra_logs": {"dummy_scores": [3.5, -2.0]},
+    }
 
 
 @pytest.mark.parametrize(
@@ -50,29 +56,47 @@ def test_vllms_four_forms_of_input_are_one_or_several_conversations(sent: object
 
 def test_vllms_messages_are_the_prompt_and_the_completion_last() -> None:
     turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "green"}]
-    assert parse(ClassifyBody, messages=turns).parts() == [Part(ScoreInput(prompt=turns[:1], completions=["green"]), "messages", "messages[1]")]
+    assert parse(ClassifyBody, messages=turns).parts() == [
+        Part(ScoreInput(prompt=turns[:1], completions=["green"]), "messages", "messages[1]")
+    ]
 
 
-@pytest.mark.parametrize(("use_activation", "expected"), [(None, [0.0, 2.0]), (False, [0.0, 2.0]), (True, [0.5, 1 / (1 + math.exp(-2))])])
-def test_vllms_scores_are_raw_unless_activation_is_asked_for(use_activation: bool | None, expected: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("use_activation", "expected"), [(None, [0.0, 2.0]), (False, [0.0, 2.0]), (True, [0.5, 1 / (1 + math.exp(-2))])]
+)
+def test_vllms_scores_are_raw_unless_activation_is_asked_for(
+    use_activation: bool | None, expected: list[float]
+) -> None:
     body = parse(ClassifyBody, input=[RED, BLUE], use_activation=use_activation)
     reply = body.reply(scored(0.0, 2.0))
     assert [entry["probs"][0] for entry in reply["data"]] == pytest.approx(expected)
     assert body.squashes is (use_activation is True)
     assert reply["id"].startswith("classify-")
     assert reply["data"][1] == {"index": 1, "label": "LABEL_0", "probs": [pytest.approx(expected[1])], "num_classes": 1}
-    assert (reply["object"], reply["model"], reply["usage"]["prompt_tokens"], reply["usage"]["total_tokens"]) == ("list", "m", 14, 14)
+    assert (reply["object"], reply["model"], reply["usage"]["prompt_tokens"], reply["usage"]["total_tokens"]) == (
+        "list",
+        "m",
+        14,
+        14,
+    )
 
 
 def test_vllms_pooling_has_the_score_as_its_vector() -> None:
-    assert parse(PoolingBody, input=RED, task="classify").reply(scored(-3.0))["data"] == [{"index": 0, "object": "pooling", "data": [-3.0]}]
+    assert parse(PoolingBody, input=RED, task="classify").reply(scored(-3.0))["data"] == [
+        {"index": 0, "object": "pooling", "data": [-3.0]}
+    ]
 
 
 def test_only_vllms_bodies_name_a_model() -> None:
     assert parse(ClassifyBody, model="gpt", input=RED).wanted_model == "gpt"
     assert parse(PoolingBody, input=RED).wanted_model is None
     assert parse(OpenRlhfBody, query=[RED]).wanted_model is None
-    assert ClassifyBody.error(Refusal(404, "model_not_found", "m"))["error"] == {"message": "m", "type": "model_not_found", "param": None, "code": 404}
+    assert ClassifyBody.error(Refusal(404, "model_not_found", "m"))["error"] == {
+        "message": "m",
+        "type": "model_not_found",
+        "param": None,
+        "code": 404,
+    }
 
 
 @pytest.mark.parametrize(
@@ -89,7 +113,9 @@ def test_only_vllms_bodies_name_a_model() -> None:
         ),
     ],
 )
-def test_teis_strings_pairs_and_batches_are_told_apart_as_there(sent: object, parts: list[Part], expected: list[Any]) -> None:
+def test_teis_strings_pairs_and_batches_are_told_apart_as_there(
+    sent: object, parts: list[Part], expected: list[Any]
+) -> None:
     body = parse(TeiPredictBody, inputs=sent, raw_scores=True)
     assert body.parts() == parts
     assert body.reply(scored(*[1.0, 2.0][: len(parts)])) == expected
@@ -106,16 +132,24 @@ def test_rerank_sorts_the_best_first_and_repeats_texts_only_when_asked() -> None
     ranked = Scored(SERVED, [ScoreResult(scores=[-1.0, 3.0, 0.0])])
     body = parse(TeiRerankBody, query="red", texts=["a", "b", "c"], raw_scores=True, return_text=True)
     assert body.parts() == [Part(ScoreInput(prompt="red", completions=["a", "b", "c"]), "query", "texts[{}]")]
-    assert body.reply(ranked) == [{"index": 1, "text": "b", "score": 3.0}, {"index": 2, "text": "c", "score": 0.0}, {"index": 0, "text": "a", "score": -1.0}]
+    assert body.reply(ranked) == [
+        {"index": 1, "text": "b", "score": 3.0},
+        {"index": 2, "text": "c", "score": 0.0},
+        {"index": 0, "text": "a", "score": -1.0},
+    ]
     assert parse(TeiRerankBody, query="red", texts=["a", "b", "c"]).reply(ranked)[1] == {"index": 2, "score": 0.5}
 
 
 def test_the_order_holds_where_sigmoids_are_all_one() -> None:
-    reply = parse(TeiRerankBody, query="red", texts=["a", "b"]).reply(Scored(SERVED, [ScoreResult(scores=[800.0, 900.0])]))
+    reply = parse(TeiRerankBody, query="red", texts=["a", "b"]).reply(
+        Scored(SERVED, [ScoreResult(scores=[800.0, 900.0])])
+    )
     assert reply == [{"index": 1, "score": 1.0}, {"index": 0, "score": 1.0}]
 
 
-@pytest.mark.parametrize(("score", "expected"), [(0.0, 0.5), (-1000.0, 0.0), (1000.0, 1.0), (math.log(3), 0.75), (-math.log(3), 0.25)])
+@pytest.mark.parametrize(
+    ("score", "expected"), [(0.0, 0.5), (-1000.0, 0.0), (1000.0, 1.0), (math.log(3), 0.75), (-math.log(3), 0.25)]
+)
 def test_the_sigmoid_overflows_nowhere(score: float, expected: float) -> None:
     assert sigmoid(score) == pytest.approx(expected)
 
@@ -127,7 +161,11 @@ WRONG_BODIES: list[tuple[type[BaseModel], dict[str, Any], str]] = [
     (OpenRlhfBody, {"query": [3]}, "query"),
     (OpenRlhfBody, {"query": [RED], "normalize": True}, "normalize"),
     (ClassifyBody, {}, "give either `input` or `messages`"),
-    (ClassifyBody, {"input": RED, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "give either"),
+    (
+        ClassifyBody,
+        {"input": RED, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "give either",
+    ),
     (ClassifyBody, {"input": ""}, "input"),
     (ClassifyBody, {"input": []}, "input"),
     (ClassifyBody, {"input": [RED, 3]}, "input"),

@@ -21,12 +21,23 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(checkpoint_dir: Path, *, max_batch_tokens: int) -> ServedModel:
     manifest = read_manifest(checkpoint_dir)
     folder = str(checkpoint_dir)
-    return ServedModel("tiny", manifest.content_sha256, manifest.template_sha256, 256, checkpoint_dir=folder, max_batch_tokens=max_batch_tokens)
+    return ServedModel(
+        "tiny",
+        manifest.content_sha256,
+        manifest.template_sha256,
+        256,
+        checkpoint_dir=folder,
+        max_batch_tokens=max_batch_tokens,
+    )
 
 
-def test_a_prompt_with_more_completions_than_a_batch_holds_is_several_items_in_their_order(checkpoint_dir: Path) -> None:
+def test_a_prompt_with_more_completions_than_a_batch_holds_is_several_items_in_their_order(
+    checkpoint_dir: Path,
+) -> None:
     texts = ["red " * (index % 7) for index in range(40)]
-    request = ScoreRequest(inputs=[ScoreInput(prompt="blue", completions=["one"]), ScoreInput(prompt="green stone", completions=texts)])
+    request = ScoreRequest(
+        inputs=[ScoreInput(prompt="blue", completions=["one"]), ScoreInput(prompt="green stone", completions=texts)]
+    )
     whole = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=10_000)).prepare(request)
     split = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=90)).prepare(request)
     assert isinstance(whole, Prepared)
@@ -45,7 +56,9 @@ def test_a_prompt_with_more_completions_than_a_batch_holds_is_several_items_in_t
 
 
 @pytest.mark.parametrize(("num_words", "least"), [(1, 24), (40, 150)])
-def test_a_large_request_is_parts_of_about_a_batch_each_that_repeat_a_long_prompt_rarely(checkpoint_dir: Path, num_words: int, least: int) -> None:
+def test_a_large_request_is_parts_of_about_a_batch_each_that_repeat_a_long_prompt_rarely(
+    checkpoint_dir: Path, num_words: int, least: int
+) -> None:
     request = ScoreRequest(inputs=[ScoreInput(prompt=" ".join(["red"] * num_words), completions=["blue"] * 200)])
     prepared = CheckpointPreparer(served(checkpoint_dir, max_batch_tokens=32)).prepare(request)
     assert isinstance(prepared, Prepared)
@@ -53,7 +66,9 @@ def test_a_large_request_is_parts_of_about_a_batch_each_that_repeat_a_long_promp
     most = max(32 - num_prompt, 4 * num_prompt)
     assert all(most - 4 < item.num_completion_tokens <= most for item in prepared.items[:-1])
     assert most >= least
-    assert sum(len(item.content.completion_ids) for item in prepared.items if isinstance(item.content, TokenGroup)) == 200
+    assert (
+        sum(len(item.content.completion_ids) for item in prepared.items if isinstance(item.content, TokenGroup)) == 200
+    )
 
 
 def test_a_completion_longer_than_a_batch_is_an_item_of_its_own(checkpoint_dir: Path) -> None:

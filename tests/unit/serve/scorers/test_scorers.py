@@ -42,12 +42,20 @@ def poisoned_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights["model.embed_tokens.weight"][token_id] = torch.nan
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
-    commit_checkpoint(source.parent / "poisoned", write, kind="reward_model", template_sha256=read_manifest(source).template_sha256, training={})
+    commit_checkpoint(
+        source.parent / "poisoned",
+        write,
+        kind="reward_model",
+        template_sha256=read_manifest(source).template_sha256,
+        training={},
+    )
     return source.parent / "poisoned"
 
 
 def scorer_on(checkpoint_dir: Path, **changed: Any) -> CheckpointScorer:
-    return CheckpointScorer(ModelSettings(model_name="m", checkpoint_dir=checkpoint_dir, **changed), checkpoint_dir, generation=1)
+    return CheckpointScorer(
+        ModelSettings(model_name="m", checkpoint_dir=checkpoint_dir, **changed), checkpoint_dir, generation=1
+    )
 
 
 def test_a_score_that_is_not_finite_fails_its_own_item_only(poisoned_dir: Path) -> None:
@@ -64,8 +72,13 @@ def test_an_item_scores_the_same_alone_and_inside_any_batch(poisoned_dir: Path, 
     rng = Random(0)
     words = [word for word in WORDS if word != POISON]
     chat = ChatFormat.load(poisoned_dir)
-    groups = [group(chat, *(" ".join(rng.choices(words, k=rng.randint(0, 80))) for _ in range(rng.randint(1, 5)))) for _ in range(20)]
-    groups += [TokenGroup(chat.prompt_ids(f"blue {index % 4}"), group_.completion_ids) for index, group_ in enumerate(groups)]
+    groups = [
+        group(chat, *(" ".join(rng.choices(words, k=rng.randint(0, 80))) for _ in range(rng.randint(1, 5))))
+        for _ in range(20)
+    ]
+    groups += [
+        TokenGroup(chat.prompt_ids(f"blue {index % 4}"), group_.completion_ids) for index, group_ in enumerate(groups)
+    ]
     scorer = scorer_on(poisoned_dir, share_prompts=share_prompts)
     alone = [scorer.score([one])[0] for one in groups]
     order = rng.sample(range(40), 40)
@@ -83,7 +96,13 @@ def test_equal_prompts_become_one_group_and_every_completion_keeps_its_place() -
 
 def test_a_policy_checkpoint_is_refused(poisoned_dir: Path) -> None:
     policy_dir = poisoned_dir.parent / "policy"
-    commit_checkpoint(policy_dir, lambda target: (target / "config.json").touch(), kind="policy", template_sha256="sha256:0", training={})
+    commit_checkpoint(
+        policy_dir,
+        lambda target: (target / "config.json").touch(),
+        kind="policy",
+        template_sha256="sha256:0",
+        training={},
+    )
     with pytest.raises(CheckpointError, match="is a policy checkpoint"):
         scorer_on(policy_dir)
 
@@ -96,12 +115,18 @@ def test_the_judges_identity_changes_with_its_code(tmp_path: Path) -> None:
     assert source_sha256(tmp_path) != before
 
 
-AGGREGATIONS = [(Aggregation.MEAN, 2.0), (Aggregation.MIN, -1.0), (Aggregation.UNCERTAINTY_WEIGHTED, 2.0 - 0.5 * 14 / 3)]
+AGGREGATIONS = [
+    (Aggregation.MEAN, 2.0),
+    (Aggregation.MIN, -1.0),
+    (Aggregation.UNCERTAINTY_WEIGHTED, 2.0 - 0.5 * 14 / 3),
+]
 
 
 @pytest.mark.parametrize(("aggregation", "expected"), AGGREGATIONS)
 def test_members_scores_become_one_as_the_aggregation_says(aggregation: Aggregation, expected: float) -> None:
-    ensemble = EnsembleSettings(model_name="e", members=("a", "b", "c"), aggregation=aggregation, uncertainty_weight=0.5)
+    ensemble = EnsembleSettings(
+        model_name="e", members=("a", "b", "c"), aggregation=aggregation, uncertainty_weight=0.5
+    )
     assert aggregate([-1.0, 4.0, 3.0], ensemble) == pytest.approx(expected)  # mean 2, squared deviations 9 + 4 + 1
 
 
@@ -124,7 +149,11 @@ def test_the_identity_of_an_ensemble_changes_with_any_member_and_with_how_they_a
     other = [members[0], ServedModel("b", "sha256:c", None, 256)]
     ids = [
         ensemble_of(*arguments).checkpoint
-        for arguments in ((mean, members), (mean, other), (mean.model_copy(update={"aggregation": Aggregation.MIN}), members))
+        for arguments in (
+            (mean, members),
+            (mean, other),
+            (mean.model_copy(update={"aggregation": Aggregation.MIN}), members),
+        )
     ]
     assert len(set(ids)) == 3
     assert ensemble_of(mean, members).max_length_tokens == 256

@@ -23,7 +23,9 @@ def rates(num_steps: int, **values: object) -> list[float]:
 
 def test_warm_up_rises_in_equal_parts_to_the_peak_and_linear_decay_falls_in_equal_parts_towards_zero() -> None:
     """Ten steps, 0.2 of them warm-up: 1/2, 1, then (8 - i) / 8 for i = 0 … 7; the eleventh step would have zero."""
-    assert rates(10, warmup_fraction=0.2, schedule="linear") == pytest.approx([0.05, 0.1, *(0.1 * (8 - i) / 8 for i in range(8))])
+    assert rates(10, warmup_fraction=0.2, schedule="linear") == pytest.approx(
+        [0.05, 0.1, *(0.1 * (8 - i) / 8 for i in range(8))]
+    )
 
 
 def test_constant_stays_at_the_peak_and_cosine_is_at_half_of_it_half_way() -> None:
@@ -32,8 +34,12 @@ def test_constant_stays_at_the_peak_and_cosine_is_at_half_of_it_half_way() -> No
     assert rates(8, warmup_fraction=0, schedule="cosine")[2] == pytest.approx(0.1 * 0.5 * (1 + math.sqrt(0.5)))
 
 
-@given(num_steps=st.integers(1, 200), warmup=st.floats(0, 0.9), schedule=st.sampled_from(["constant", "linear", "cosine"]))
-def test_no_step_is_at_zero_or_above_the_peak_and_the_peak_is_reached(num_steps: int, warmup: float, schedule: str) -> None:
+@given(
+    num_steps=st.integers(1, 200), warmup=st.floats(0, 0.9), schedule=st.sampled_from(["constant", "linear", "cosine"])
+)
+def test_no_step_is_at_zero_or_above_the_peak_and_the_peak_is_reached(
+    num_steps: int, warmup: float, schedule: str
+) -> None:
     values = rates(num_steps, warmup_fraction=warmup, schedule=schedule)
     assert all(0 < value <= 0.1 * (1 + 1e-12) for value in values)
     assert max(values) == pytest.approx(0.1)
@@ -46,7 +52,10 @@ def test_weight_decay_spares_vectors() -> None:
     module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     module[0].weight.requires_grad_(True)
     groups = new_optimizer(module, OptimizerConfig(weight_decay=0.1)).param_groups
-    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [(0.1, [2]), (0.0, [1, 1, 1])]
+    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [
+        (0.1, [2]),
+        (0.0, [1, 1, 1]),
+    ]
 
 
 def test_frozen_parameters_are_not_optimised() -> None:
@@ -63,7 +72,9 @@ def sgd_engine(*, max_gradient_norm: float) -> DdpEngine:
 
 
 @pytest.mark.parametrize(("max_gradient_norm", "expected"), [(100.0, [-0.3, -0.4]), (1.0, [-0.06, -0.08])])
-def test_a_step_takes_the_given_rate_clips_to_the_norm_and_reports_the_norm_before_clipping(max_gradient_norm: float, expected: list[float]) -> None:
+def test_a_step_takes_the_given_rate_clips_to_the_norm_and_reports_the_norm_before_clipping(
+    max_gradient_norm: float, expected: list[float]
+) -> None:
     """The gradient of 3 a + 4 b is (3, 4), of norm 5."""
     engine = sgd_engine(max_gradient_norm=max_gradient_norm)
     engine.backward(engine.forward(torch.tensor([3.0, 4.0])).sum())
@@ -91,7 +102,9 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_moves_nothing() -> None:
 
 
 def test_the_config_names_the_engine() -> None:
-    assert isinstance(create_engine(nn.Linear(1, 1), strategy=StrategyConfig(), optimizer=OptimizerConfig(), device=CPU), DdpEngine)
+    assert isinstance(
+        create_engine(nn.Linear(1, 1), strategy=StrategyConfig(), optimizer=OptimizerConfig(), device=CPU), DdpEngine
+    )
 
 
 def test_the_state_dict_of_one_rank_is_the_modules_own() -> None:

@@ -27,13 +27,19 @@ scores = st.floats(-20, 20, width=32)
 pairs = st.lists(st.tuples(scores, scores), min_size=1, max_size=8)
 
 
-def value_of(pairs: list[tuple[float, float]], objective: Objective, *, coefficient: float = 0.1, scale: BsrScale = BsrScale.NONE) -> ObjectiveValue:
-    return objective_value(torch.tensor(pairs), ObjectiveSettings(objective, coefficient, scale, centering_coefficient=coefficient))
+def value_of(
+    pairs: list[tuple[float, float]], objective: Objective, *, coefficient: float = 0.1, scale: BsrScale = BsrScale.NONE
+) -> ObjectiveValue:
+    return objective_value(
+        torch.tensor(pairs), ObjectiveSettings(objective, coefficient, scale, centering_coefficient=coefficient)
+    )
 
 
 def test_bradley_terry_is_minus_log_sigmoid_of_the_margin() -> None:
     """sigma(1) = 0.731059, sigma(-2) = 0.119203; -(ln 0.731059 + ln 0.119203) / 2 = (0.313262 + 2.126928) / 2."""
-    assert bradley_terry_losses(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 2.0])).mean().item() == pytest.approx(1.220095, abs=1e-6)
+    assert bradley_terry_losses(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 2.0])).mean().item() == pytest.approx(
+        1.220095, abs=1e-6
+    )
 
 
 def test_equal_scores_cost_ln_2() -> None:
@@ -65,7 +71,9 @@ def test_a_shift_of_all_scores_leaves_bradley_terry_alone(batch: list[tuple[floa
 
 
 @given(batch=pairs, shift=st.sampled_from([-3.0, -0.5, 1.0, 4.0]))
-def test_a_shift_of_all_scores_moves_bsr_by_the_change_of_the_squared_mean(batch: list[tuple[float, float]], shift: float) -> None:
+def test_a_shift_of_all_scores_moves_bsr_by_the_change_of_the_squared_mean(
+    batch: list[tuple[float, float]], shift: float
+) -> None:
     """c ((m + s)² - m²) = c s (2 m + s)."""
     moved = [(chosen + shift, rejected + shift) for chosen, rejected in batch]
     mean = sum(map(sum, batch)) / (2 * len(batch))
@@ -74,16 +82,22 @@ def test_a_shift_of_all_scores_moves_bsr_by_the_change_of_the_squared_mean(batch
 
 
 @given(batch=pairs, scale=st.sampled_from(BsrScale))
-def test_bsr_pulls_every_score_alike_by_coefficient_times_mean_over_pairs(batch: list[tuple[float, float]], scale: BsrScale) -> None:
+def test_bsr_pulls_every_score_alike_by_coefficient_times_mean_over_pairs(
+    batch: list[tuple[float, float]], scale: BsrScale
+) -> None:
     """d(c m²)/d(score) = 2 c m / 2B = c m / B: it never looks at a single score and never opposes a margin."""
     bsr, bt = value_of(batch, BSR, scale=scale), value_of(batch, BT)
     mean = sum(map(sum, batch)) / (2 * len(batch))
     expected = bsr.effective_coefficient * mean / len(batch)
-    torch.testing.assert_close(bsr.gradient_B2 - bt.gradient_B2, torch.full((len(batch), 2), expected), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        bsr.gradient_B2 - bt.gradient_B2, torch.full((len(batch), 2), expected), atol=1e-5, rtol=1e-4
+    )
 
 
 @given(batch=pairs)
-def test_descent_on_free_scores_keeps_the_mean_under_bradley_terry_and_shrinks_it_under_bsr(batch: list[tuple[float, float]]) -> None:
+def test_descent_on_free_scores_keeps_the_mean_under_bradley_terry_and_shrinks_it_under_bsr(
+    batch: list[tuple[float, float]],
+) -> None:
     """Bradley-Terry gradients of a pair sum to zero; with step size B / c every score moves by the mean, so one step brings it to zero."""
     scores_B2 = torch.tensor(batch)
     step_size = len(batch) / 0.1
@@ -101,18 +115,34 @@ def test_the_gradient_is_that_of_the_closed_form(batch: list[tuple[float, float]
 
 
 @given(batch=pairs)
-def test_on_one_pair_scaled_bsr_is_reward_centering_at_a_quarter_of_the_coefficient(batch: list[tuple[float, float]]) -> None:
+def test_on_one_pair_scaled_bsr_is_reward_centering_at_a_quarter_of_the_coefficient(
+    batch: list[tuple[float, float]],
+) -> None:
     """TRL's centering: coefficient * (chosen + rejected)². With one pair BSR is centering with a quarter of the coefficient."""
     chosen, rejected = batch[0]
-    assert value_of([(chosen, rejected)], BSR, scale=BsrScale.PAIRS).penalty == pytest.approx(0.1 / 4 * (chosen + rejected) ** 2, rel=1e-4, abs=1e-6)
+    assert value_of([(chosen, rejected)], BSR, scale=BsrScale.PAIRS).penalty == pytest.approx(
+        0.1 / 4 * (chosen + rejected) ** 2, rel=1e-4, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("objective", Objective)
 @pytest.mark.parametrize(
-    "pair", [(0.0, 0.0), (90.0, -90.0), (-90.0, 90.0), (1e4, 1e4), (-1e4, -1e4), (LARGEST, -LARGEST), (-LARGEST, LARGEST), (LARGEST, LARGEST)]
+    "pair",
+    [
+        (0.0, 0.0),
+        (90.0, -90.0),
+        (-90.0, 90.0),
+        (1e4, 1e4),
+        (-1e4, -1e4),
+        (LARGEST, -LARGEST),
+        (-LARGEST, LARGEST),
+        (LARGEST, LARGEST),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_are_finite_at_any_finite_score(objective: Objective, pair: tuple[float, float], dtype: torch.dtype) -> None:
+def test_loss_and_gradient_are_finite_at_any_finite_score(
+    objective: Objective, pair: tuple[float, float], dtype: torch.dtype
+) -> None:
     """The released code: BT-Norm is NaN at (0, 0), BT-DR infinite at -90 (PAPER.md, section 8.1, points 7 and 8)."""
     finite = torch.tensor([pair], dtype=dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     settings = ObjectiveSettings(objective, 1e-3, centering_coefficient=1e-3)
@@ -127,13 +157,17 @@ def test_the_released_codes_formulas_fail_where_ours_do_not() -> None:
     low = torch.tensor([-120.0])
     assert torch.log(torch.sigmoid(low)).isinf().all()
     assert (torch.zeros(1) / torch.zeros(1).square().sqrt()).isnan().all()
-    assert bt_norm_losses(torch.zeros(1), torch.zeros(1), epsilon=1e-6, temperature=1).item() == pytest.approx(math.log(2))
+    assert bt_norm_losses(torch.zeros(1), torch.zeros(1), epsilon=1e-6, temperature=1).item() == pytest.approx(
+        math.log(2)
+    )
     assert bt_dr_losses(low, torch.tensor([0.0])).item() == pytest.approx(240 + math.log(2))
 
 
 def test_a_margin_is_subtracted_from_the_difference() -> None:
     """sigma(3 - 2 - 0.5) = sigma(0.5) = 0.622459; -ln = 0.474077."""
-    assert margin_losses(torch.tensor([3.0]), torch.tensor([2.0]), torch.tensor([0.5])).item() == pytest.approx(0.474077, abs=1e-6)
+    assert margin_losses(torch.tensor([3.0]), torch.tensor([2.0]), torch.tensor([0.5])).item() == pytest.approx(
+        0.474077, abs=1e-6
+    )
 
 
 def test_hinge_is_zero_beyond_the_margin_and_linear_before_it() -> None:
@@ -146,7 +180,9 @@ def test_bt_norm_sees_the_direction_of_a_pair_and_not_its_length(pair: tuple[flo
     """LogitNorm; the floor of Bradley-Terry on it is -log sigma(sqrt 2) = 0.217621 (PAPER.md, section 8.1, point 7)."""
     chosen, rejected = torch.tensor([pair[0]], dtype=torch.double), torch.tensor([pair[1]], dtype=torch.double)
     own = bt_norm_losses(chosen, rejected, epsilon=1e-12, temperature=1).item()
-    assert bt_norm_losses(factor * chosen, factor * rejected, epsilon=1e-12, temperature=1).item() == pytest.approx(own, abs=1e-6)
+    assert bt_norm_losses(factor * chosen, factor * rejected, epsilon=1e-12, temperature=1).item() == pytest.approx(
+        own, abs=1e-6
+    )
     assert own >= 0.217620
     assert bt_norm_losses(chosen, -chosen, epsilon=1e-12, temperature=1).item() == pytest.approx(0.217621, abs=1e-5)
     half = bt_norm_losses(chosen, -chosen, epsilon=1e-12, temperature=2).item()
@@ -168,17 +204,22 @@ def test_micro_scope_with_pairs_is_the_released_codes_loss() -> None:
     """reward_trainer.py, l. 318-322, on two devices of two pairs: mean over devices of BT.mean() + (lambda * 2) * mean(cat(r_c, r_r))²."""
     batch_B2 = torch.tensor([[1.0, 2.0], [3.0, 6.0], [-1.0, -2.0], [0.5, 0.0]])
     devices = [
-        -torch.nn.functional.logsigmoid(own[:, 0] - own[:, 1]).mean() + (0.1 * 2) * torch.mean(torch.cat([own[:, 0], own[:, 1]])) ** 2
+        -torch.nn.functional.logsigmoid(own[:, 0] - own[:, 1]).mean()
+        + (0.1 * 2) * torch.mean(torch.cat([own[:, 0], own[:, 1]])) ** 2
         for own in batch_B2.split(2)
     ]
     value = objective_value(batch_B2, ObjectiveSettings(BSR, 0.1, BsrScale.PAIRS, BsrScope.MICRO, bsr_micro_pairs=2))
     assert value.loss == pytest.approx((sum(devices) / 2).item(), abs=1e-6)
     assert value.effective_coefficient == pytest.approx(0.2)
-    assert value_of([tuple(row) for row in batch_B2.tolist()], BSR, scale=BsrScale.PAIRS).loss != pytest.approx(value.loss, abs=1e-2)
+    assert value_of([tuple(row) for row in batch_B2.tolist()], BSR, scale=BsrScale.PAIRS).loss != pytest.approx(
+        value.loss, abs=1e-2
+    )
 
 
 @given(batch=pairs, factor=st.sampled_from([0.5, 3.0]))
-def test_weights_act_by_their_proportions_and_leave_penalties_alone(batch: list[tuple[float, float]], factor: float) -> None:
+def test_weights_act_by_their_proportions_and_leave_penalties_alone(
+    batch: list[tuple[float, float]], factor: float
+) -> None:
     settings, weights_B = ObjectiveSettings(BSR, 0.1), torch.arange(1.0, len(batch) + 1)
     own = objective_value(torch.tensor(batch), settings, weights_B=weights_B)
     scaled = objective_value(torch.tensor(batch), settings, weights_B=factor * weights_B)

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from rm_robust.training.reward_model.metrics import ScenarioResult, mean_kendall_tau, ordered_alike, pairwise_accuracy, squared_errors
+from rm_robust.training.reward_model.metrics import (
+    ScenarioResult,
+    mean_kendall_tau,
+    ordered_alike,
+    pairwise_accuracy,
+    squared_errors,
+)
 
 GOLD = [1.0, 2.0, 3.0, 4.0]
 
@@ -19,7 +25,9 @@ def tau(scores: list[float], gold: list[float]) -> float:
 
 def test_accuracy_counts_strictly_better_chosen_and_takes_ties_as_wrong() -> None:
     scores = [[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-1.0, -2.0]]
-    assert pairwise_accuracy(scores) == ScenarioResult("accuracy", 0.5, num_prompts=4, num_undefined=0, num_constant_scores=1)
+    assert pairwise_accuracy(scores) == ScenarioResult(
+        "accuracy", 0.5, num_prompts=4, num_undefined=0, num_constant_scores=1
+    )
 
 
 def test_tau_of_a_permutation_is_one_minus_two_times_its_inversions_over_all_pairs() -> None:
@@ -44,7 +52,9 @@ def test_a_tie_lowers_tau_b_by_the_square_root_rule() -> None:
 def test_constant_scores_count_as_zero_and_constant_gold_is_left_out_and_both_are_counted() -> None:
     scores = [GOLD, [7.0] * 4, GOLD, [7.0] * 4]
     gold = [GOLD, GOLD, [0.0] * 4, [0.0] * 4]
-    assert mean_kendall_tau(scores, gold) == ScenarioResult("kendall_tau_b", 0.5, num_prompts=4, num_undefined=2, num_constant_scores=1)
+    assert mean_kendall_tau(scores, gold) == ScenarioResult(
+        "kendall_tau_b", 0.5, num_prompts=4, num_undefined=2, num_constant_scores=1
+    )
 
 
 def test_the_mean_is_over_prompts_whatever_their_number_of_completions() -> None:
@@ -59,7 +69,13 @@ def test_nothing_to_measure_is_an_error_and_not_a_number() -> None:
 
 
 def test_only_pairs_with_different_gold_scores_are_compared() -> None:
-    assert sorted(ordered_alike([3.0, 1.0, 2.0, 2.0], [1.0, 0.0, 2.0, 0.0])) == [False, False, True, True, True]  # 2 against 0 and the tie of 2 and 3 are wrong
+    assert sorted(ordered_alike([3.0, 1.0, 2.0, 2.0], [1.0, 0.0, 2.0, 0.0])) == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]  # 2 against 0 and the tie of 2 and 3 are wrong
 
 
 def test_squared_errors_are_those_of_sigmoid_of_the_difference_and_finite_at_any_score() -> None:

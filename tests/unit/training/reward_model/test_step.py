@@ -23,7 +23,10 @@ from tests.support.tiny_models import TRAINED_ON_CPU, random_group, tiny_reward_
 WEIGHTS_B = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) / 21
 CPU = torch.device("cpu")
 COEFFICIENT = 0.5
-PAIRS = [PreferencePair(random_group(Random(seed), num_completions=2), margin=0.1 * seed, weight=1.0 + seed) for seed in range(6)]
+PAIRS = [
+    PreferencePair(random_group(Random(seed), num_completions=2), margin=0.1 * seed, weight=1.0 + seed)
+    for seed in range(6)
+]
 BSR = ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=COEFFICIENT, bsr_scale=BsrScale.NONE)
 
 
@@ -39,7 +42,11 @@ def step_with(
 
 def plain_scores(model: PreTrainedModel) -> Tensor:
     """[B, 2], one transformers forward a completion."""
-    rows = [torch.tensor([pair.tokens.prompt_ids + completion]) for pair in PAIRS for completion in pair.tokens.completion_ids]
+    rows = [
+        torch.tensor([pair.tokens.prompt_ids + completion])
+        for pair in PAIRS
+        for completion in pair.tokens.completion_ids
+    ]
     return torch.cat([model(input_ids=row).logits[0] for row in rows]).view(-1, 2)
 
 
@@ -49,12 +56,16 @@ def test_gradient_and_loss_are_those_of_the_formula_on_plain_scores(max_tokens: 
     model = tiny_reward_model()
     expected_model = copy.deepcopy(model)
     scores_B2 = plain_scores(expected_model)
-    loss = (torch.nn.functional.softplus(scores_B2[:, 1] - scores_B2[:, 0]) * WEIGHTS_B).sum() + COEFFICIENT * scores_B2.mean() ** 2
+    loss = (
+        torch.nn.functional.softplus(scores_B2[:, 1] - scores_B2[:, 0]) * WEIGHTS_B
+    ).sum() + COEFFICIENT * scores_B2.mean() ** 2
     loss.backward()
     metrics, gradients = step_with(model, max_tokens=max_tokens, layout=layout)
     assert metrics["reward_model/loss"] == pytest.approx(loss.item(), abs=1e-6)
     for name, parameter in expected_model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("max_tokens", [10_000, 40, 1])
@@ -67,13 +78,17 @@ def test_margins_weights_and_blocks_follow_their_pairs_through_any_micro_batches
     penalty = COEFFICIENT * 2 * scores_B2.view(3, 4).mean(1).square().mean().item()
     metrics, _ = step_with(tiny_reward_model(), max_tokens=max_tokens, objective=ObjectiveSettings(Objective.MARGIN))
     assert metrics["reward_model/loss"] == pytest.approx(margin, abs=1e-5)
-    micro = ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, COEFFICIENT, BsrScale.PAIRS, BsrScope.MICRO, bsr_micro_pairs=2)
+    micro = ObjectiveSettings(
+        Objective.BATCH_SUM_TO_ZERO, COEFFICIENT, BsrScale.PAIRS, BsrScope.MICRO, bsr_micro_pairs=2
+    )
     metrics, _ = step_with(tiny_reward_model(), max_tokens=max_tokens, objective=micro)
     assert metrics["reward_model/penalty"] == pytest.approx(penalty, abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", Objective)
-def test_micro_batches_of_any_objective_give_one_gradient_and_only_coupled_ones_compute_scores_twice(objective: Objective) -> None:
+def test_micro_batches_of_any_objective_give_one_gradient_and_only_coupled_ones_compute_scores_twice(
+    objective: Objective,
+) -> None:
     settings = ObjectiveSettings(objective, bsr_coefficient=COEFFICIENT, centering_coefficient=COEFFICIENT)
     one, expected = step_with(tiny_reward_model(), max_tokens=10_000, objective=settings)
     model, num_forwards = tiny_reward_model(), 0
@@ -86,7 +101,9 @@ def test_micro_batches_of_any_objective_give_one_gradient_and_only_coupled_ones_
     many, gradients = step_with(model, max_tokens=1, objective=settings)
     assert many == pytest.approx(one, abs=1e-5)
     for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert num_forwards == len(PAIRS) * (2 if objective in (Objective.BATCH_SUM_TO_ZERO, Objective.CENTERING) else 1)
 
 
@@ -108,10 +125,16 @@ def test_the_metrics_are_those_of_the_plain_scores() -> None:
     lengths_N = [len(ids) for pair in PAIRS for ids in pair.tokens.completion_ids]
     scores = scores_B2.flatten().numpy()
     assert metrics["reward_model/score_skewness"] == pytest.approx(float(scipy.stats.skew(scores)), abs=1e-4)
-    assert metrics["reward_model/score_length_correlation"] == pytest.approx(float(scipy.stats.pearsonr(scores, lengths_N).statistic), abs=1e-4)
-    assert (metrics["reward_model/score_min"], metrics["reward_model/score_max"]) == pytest.approx((scores.min(), scores.max()), abs=1e-5)
+    assert metrics["reward_model/score_length_correlation"] == pytest.approx(
+        float(scipy.stats.pearsonr(scores, lengths_N).statistic), abs=1e-4
+    )
+    assert (metrics["reward_model/score_min"], metrics["reward_model/score_max"]) == pytest.approx(
+        (scores.min(), scores.max()), abs=1e-5
+    )
     assert metrics["reward_model/num_tokens"] == sum(group_length(pair.tokens) for pair in PAIRS)
-    assert metrics["reward_model/num_repeated_tokens"] == sum(2 * len(p.tokens.prompt_ids) for p in PAIRS) + sum(lengths_N)
+    assert metrics["reward_model/num_repeated_tokens"] == sum(2 * len(p.tokens.prompt_ids) for p in PAIRS) + sum(
+        lengths_N
+    )
 
 
 def test_a_score_that_is_not_finite_stops_the_step_before_any_gradient() -> None:

@@ -35,10 +35,19 @@ def prepared(run_dir: Path, base_dir: Path) -> Path:
     """Chosen answers end in "apples", rejected ones in "seven": one can be told from the other by a token."""
     rng, chat, tokens = Random(0), ChatFormat.load(base_dir), RunLayout(run_dir).preference_tokens
     prompts = [" ".join(rng.choices(WORDS, k=4)) for _ in range(40)]
-    pairs: list[dict[str, object]] = [{"prompt": p, "chosen": f"{rng.choice(WORDS)} apples", "rejected": f"{rng.choice(WORDS)} seven"} for p in prompts]
+    pairs: list[dict[str, object]] = [
+        {"prompt": p, "chosen": f"{rng.choice(WORDS)} apples", "rejected": f"{rng.choice(WORDS)} seven"}
+        for p in prompts
+    ]
     completions, gold_scores = ["red seven", "blue apples", "seven seven"], [1.0, 2.0, 0.0]
-    ranked: list[dict[str, object]] = [{"prompt": p, "completions": completions, "gold_scores": gold_scores} for p in prompts[:5]]
-    for name, rows, kind in (("train", pairs[:32], RowKind.PAIR), ("in_domain", pairs[32:], RowKind.PAIR), ("mutual_disjoint", ranked, RowKind.RANKED)):
+    ranked: list[dict[str, object]] = [
+        {"prompt": p, "completions": completions, "gold_scores": gold_scores} for p in prompts[:5]
+    ]
+    for name, rows, kind in (
+        ("train", pairs[:32], RowKind.PAIR),
+        ("in_domain", pairs[32:], RowKind.PAIR),
+        ("mutual_disjoint", ranked, RowKind.RANKED),
+    ):
         write_token_groups(tokens / f"scenario={name}", rows, kind=kind, chat=chat)
     return run_dir
 
@@ -86,10 +95,16 @@ def test_every_step_logs_the_objectives_parts_and_the_heads_norm(trained: Path) 
 def test_the_best_evaluation_becomes_the_checkpoint_and_training_stops_early(base_dir: Path, tmp_path: Path) -> None:
     """The pairs are learned at once, so that no later evaluation is better than the first perfect one."""
     run_dir = prepared(tmp_path, base_dir)
-    config = config_of(base_dir, num_epochs=10, best_metric="in_domain_accuracy", early_stopping_evaluations=2, num_kept_checkpoints=2)
+    config = config_of(
+        base_dir, num_epochs=10, best_metric="in_domain_accuracy", early_stopping_evaluations=2, num_kept_checkpoints=2
+    )
     num_steps = train_reward_model(config, run_dir)["num_steps"]
     lines = read_metrics(run_dir, "reward_model")
-    evaluations = {int(line["step"]): float(line["reward_model/in_domain_accuracy"]) for line in lines if "reward_model/in_domain_accuracy" in line}
+    evaluations = {
+        int(line["step"]): float(line["reward_model/in_domain_accuracy"])
+        for line in lines
+        if "reward_model/in_domain_accuracy" in line
+    }
     best = min(step for step, value in evaluations.items() if value == max(evaluations.values()))
     assert (num_steps, len(lines)) == (best, best + 8)
     assert verify_checkpoint(RunLayout(run_dir).reward_model_checkpoint, "reward_model").training["num_steps"] == best
@@ -117,7 +132,9 @@ def test_the_objective_is_the_configs(base_dir: Path, trained: Path, tmp_path: P
     assert float(first["reward_model/loss"]) < float(bsr["reward_model/loss"])
 
 
-def test_a_run_that_is_killed_and_resumed_commits_the_same_checkpoint(base_dir: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_and_resumed_commits_the_same_checkpoint(
+    base_dir: Path, trained: Path, tmp_path: Path
+) -> None:
     run_dir = prepared(tmp_path, base_dir)
     train_reward_model(config_of(base_dir, num_epochs=1), run_dir)  # four of twelve steps; the schedule is constant
     train_reward_model(config_of(base_dir, num_epochs=3), run_dir)
@@ -131,7 +148,13 @@ def test_evaluation_writes_a_table_and_every_score_of_the_committed_checkpoint(b
     layout = RunLayout(trained)
     assert json.loads(layout.evaluation_table.read_text()) == table
     assert list(table) == ["in_domain", "mutual_disjoint"]
-    assert table["in_domain"] == {"metric": "accuracy", "value": 1.0, "num_prompts": 8, "num_undefined": 0, "num_constant_scores": 0}
+    assert table["in_domain"] == {
+        "metric": "accuracy",
+        "value": 1.0,
+        "num_prompts": 8,
+        "num_undefined": 0,
+        "num_constant_scores": 0,
+    }
     assert (table["mutual_disjoint"]["metric"], table["mutual_disjoint"]["num_prompts"]) == ("kendall_tau_b", 5)
     rows = pq.read_table(layout.evaluation_scores).to_pylist()
     assert len(rows) == 8 * 2 + 5 * 3
