@@ -1,4 +1,4 @@
-"""What README and docs name exists: files, make targets, modules and TOML."""
+"""Check that whatever README and docs name exists, that lines are short, and that README is one page."""
 
 import re
 import tomllib
@@ -9,10 +9,13 @@ from pydantic import ValidationError
 
 from rm_robust.config.run import PipelineConfig
 from serve.settings import ServiceSettings
+from tests.unit.test_layers import LAYERS
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")])
 IDS = [str(page.relative_to(REPOSITORY)) for page in PAGES]
+MOST_README_LINES = 150
+MOST_COLUMNS = 110
 FOLDERS = "cluster.yaml|deploy|docs|pipelines|requirements|research|rm_robust|serve|tests"
 
 
@@ -86,3 +89,54 @@ def test_cluster_yaml_says_the_same_commands_as_its_page() -> None:
     assert commands
     cluster_yaml = (REPOSITORY / "cluster.yaml").read_text()
     assert [command for command in commands if f"#   {command}" not in cluster_yaml] == []
+
+
+def test_readme_is_one_page() -> None:
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= MOST_README_LINES
+
+
+def test_every_path_of_the_tree_in_readme_exists() -> None:
+    """A line of the tree begins with a path; two more spaces put it below the folder of an earlier line."""
+    (tree,) = re.findall(
+        r"^## The tree\n+```\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    paths, parents = [], [REPOSITORY]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents[depth + 1 :] = [parents[depth] / line.split()[0]]
+        paths.append(parents[-1])
+    assert [str(path) for path in paths if not path.exists()] == []
+    for folder in ("rm_robust", "pipelines", "serve", "research", "tests", "docs"):
+        assert REPOSITORY / folder in paths
+    folders = {path.parent for path in (REPOSITORY / "rm_robust").glob("*/__init__.py")}
+    assert folders <= set(paths), "a folder of rm_robust/ is missing in the tree"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_prose_has_short_lines(page: Path) -> None:
+    """Tables, code blocks, images and the targets of links may be longer."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = [
+        re.sub(r"\]\([^)\s]+\)", "]", line) for line in prose.splitlines() if not re.match(r" *(\||!\[|<!--)", line)
+    ]
+    assert [line for line in lines if len(line) > MOST_COLUMNS] == []
+
+
+def test_every_fault_names_a_test_that_exists() -> None:
+    text = (REPOSITORY / "docs" / "cluster" / "faults.md").read_text()
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert rows
+    for fault, _, shown_by in rows:
+        tests = [name.strip() for name in shown_by.split(",")]
+        assert [name for name in tests if not re.fullmatch(r"tests/[\w/]+\.py", name)] == [], fault
+        assert [name for name in tests if not (REPOSITORY / name).exists()] == [], fault
+
+
+def test_architecture_names_the_layers_that_are_checked() -> None:
+    (block,) = re.findall(
+        r"^## The layers\n.*?```\n(.*?)^```$",
+        (REPOSITORY / "docs" / "architecture.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    named = [re.split(r"  +", line)[0].split(", ") for line in block.splitlines()]
+    assert [set(layer) for layer in reversed(named)] == [set(layer.split(" + ")) for layer in LAYERS.split(", ")]
