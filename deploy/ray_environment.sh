@@ -1,20 +1,24 @@
-# For a terminal that speaks to Ray, in this repository's folder:
+# Prepare a terminal for Ray, in this repository's folder:
 #
 #   source deploy/ray_environment.sh [RUN_ROOT]
 #
-# installs into .venv/ what is missing (make install), activates it, and makes Ray's token, ~/.ray/auth_token, unless there is one that only you can read.
-# RUN_ROOT: where the runs of jobs go, on several machines a folder that all of them see, or an object store's URI.
+# The script installs what is missing into .venv/ (make install) and activates it. It makes Ray's token,
+# ~/.ray/auth_token, unless there is a token that only you can read. RUN_ROOT is the folder for the runs of jobs. With
+# several machines, it must be a folder that all of them see, or the URI of an object store.
 make --no-print-directory install && . .venv/bin/activate || return
 export RAY_AUTH_MODE=token
-# Where the head starts: how long a job has after `ray job stop` to end what it started. Ray's default is 3 s.
+# The head reads this when it starts: after `ray job stop`, a job has so many seconds to end what it started. Ray's
+# default is 3.
 export RAY_JOB_STOP_WAIT_TIME_S=60
 if [ -n "${1-}" ]; then
     export RM_ROBUST_RUN_ROOT="$1"
 fi
-# Where a pipeline started a local Ray, Ray 2.60 has written the token as the umask is: everybody on the machine may have read it.
+# When a pipeline starts a local Ray, Ray 2.60 writes the token with the permissions of the umask, so everybody on the
+# machine may have read it.
 if [ -n "$(find -H ~/.ray/auth_token -perm -040 -o -perm -004 2> /dev/null)" ]; then
     rm -f ~/.ray/auth_token || return
-    echo "Others could read ~/.ray/auth_token: a new token takes its place. Stop, and start again, every cluster and run that began with the old one." >&2
+    echo "Others could read ~/.ray/auth_token: a new token takes its place. Stop, and start again," \
+        "every cluster and run that began with the old one." >&2
 fi
 (umask 077 && unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH && ray get-auth-token --generate > /dev/null 2>&1) \
     || { echo "ray get-auth-token --generate failed" >&2; return 1; }

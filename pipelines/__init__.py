@@ -1,0 +1,1 @@
+"""The commands, and the stages of a run in their order."""

@@ -1,10 +1,10 @@
-"""Take the stages of a run one after the other: command line, checks before any work, where the driver runs, exit codes."""
+"""Run the stages one after the other: command line, checks before any work, where the driver runs, exit codes."""
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from pipelines.stages import TWIN_STAGES, Stage, bt_twin_stage, name_of, rloo_stage
-from rm_robust.cluster.capacity import Request, check_capacity, requests_of
+from pipelines.stages import BT_TWIN, RLOO, STAGES_OF_TWIN, Stage, requests_of
+from rm_robust.cluster.capacity import ResourceRequest, check_capacity
 from rm_robust.cluster.failures import LOST, origin_of
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.cluster.session import connect_to_ray, head_does_no_work, keep_ray_datas_actors_here
@@ -23,20 +23,28 @@ from rm_robust.data.chat import ChatFormat
 from rm_robust.data.preferences import check_preference_sources
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.models.checkpoint import verify_checkpoint
+from rm_robust.runs import files as run_files
 from rm_robust.runs.claim import claim_for_job, only_writer
 from rm_robust.runs.directory import RESOLVED_NAME, Run, check_run_dir, choose_run_dir, claim_run_dir, require_shared
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.storage.copies import local_path, uri_of
-from rm_robust.runs.storage.transfer import delete_uncommitted, pull_anew, pull_files
 from rm_robust.runs.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
+DRIVER_CPUS = 1.0
+DRIVER_RESTARTS = 10
+"""Times that the task with the stages is started again when its node is lost. It goes on from what is committed."""
+DRIVER_ENDS_S = 30.0
+"""Seconds that a cancelled driver task gets to end."""
 
 
 def parse_run(description: str, default_config: Path, arguments: list[str] | None = None) -> Run:
-    """Command line of every pipeline -> Run, whose directory may hold no run of another config. Raises ConfigError with the path, the value and the fix."""
+    """Parse the command line of a pipeline into a Run.
+
+    Raises ConfigError, with the path, the value and the fix, for a wrong config, and for a run directory that holds a
+    run of another config.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--config",
@@ -45,7 +53,8 @@ def parse_run(description: str, default_config: Path, arguments: list[str] | Non
         help=f"TOML file (default: {DEFAULT_CONFIG}, which needs no data)",
     )
     parser.add_argument(
-        "--run-dir", help="where this run's files go: a path, or a URI (s3://…, gs://…); the same again resumes the run"
+        "--run-dir",
+        help="where this run's files go: a path, or a URI (s3://…, gs://…); the same directory again resumes the run",
     )
     parser.add_argument(
         "--set",
@@ -57,20 +66,17 @@ def parse_run(description: str, default_config: Path, arguments: list[str] | Non
     )
     parsed = parser.parse_args(arguments)
     config = load_config(parsed.config, parsed.overrides)
-    local_path(config.serve.gold)  # a URI that holds a password is refused before it is written anywhere
+    run_files.locate(config.serve.gold)  # a URI that holds a password is refused before it is written anywhere
     run_dir = choose_run_dir(config.name, parsed.run_dir)
     check_run_dir(run_dir, config)
     return Run(config, run_dir)
 
 
-DRIVER_CPUS = 1.0
-DRIVER_RESTARTS = 10
-"""Of the task that runs the stages, when its node is lost: it goes on from what is committed."""
-DRIVER_ENDS_S = 30.0
+def main(description: str, stages: Sequence[Stage]) -> int:
+    """Parse the command line, check what can be checked without a cluster, run the stages, and return the exit code.
 
-
-def main(description: str, stages: list[Stage]) -> int:
-    """What every pipeline script does: parse, check everything that can be checked without a cluster, run its stages. Returns the exit code."""
+    Every pipeline script calls it.
+    """
 
     def work() -> None:
         start_logging()
@@ -82,8 +88,11 @@ def main(description: str, stages: list[Stage]) -> int:
     return exit_code_of(work)
 
 
-def run_stages(run: Run, stages: list[Stage]) -> None:
-    """One after the other: in this process, or on a cluster whose head does no work in a task on another node, which is started again when its node is lost."""
+def run_stages(run: Run, stages: Sequence[Stage]) -> None:
+    """Run the stages in this process, or in a task on another node where the head of the cluster does no work.
+
+    Ray starts that task again when its node is lost.
+    """
     ahead = stages_ahead(run, stages)
     if ahead and "RAY_ADDRESS" in os.environ:
         connect_to_ray()
@@ -93,11 +102,10 @@ def run_stages(run: Run, stages: list[Stage]) -> None:
         drive(run, stages, ahead)
 
 
-def drive_elsewhere(run: Run, stages: list[Stage], ahead: list[str]) -> None:
-    claim_for_job(
-        run.run_dir
-    )  # at once: the driver's task may have to wait for a node, and the run may be over by then
-    check_capacity(run.config, ahead, beside=[Request("the driver", 1, {"CPU": DRIVER_CPUS})])
+def drive_elsewhere(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage]) -> None:
+    """Run the stages in a task on a node that does work, and end the task when this process is told to end."""
+    claim_for_job(run.run_dir)  # at once: the driver's task may have to wait for a node
+    check_capacity(requests_of(run.config, ahead), beside=[ResourceRequest("the driver", 1, {"CPU": DRIVER_CPUS})])
     keep_ray_datas_actors_here()
     claim_run_dir(run.run_dir, run.config)
     remote: Any = ray.remote(drive_in_task)
@@ -112,28 +120,31 @@ def drive_elsewhere(run: Run, stages: list[Stage], ahead: list[str]) -> None:
         raise
 
 
-def drive_in_task(run: Run, stages: list[Stage]) -> None:
-    if uri_of(run.run_dir) is None:
-        require_shared(run.run_dir / RESOLVED_NAME)
+def drive_in_task(run: Run, stages: Sequence[Stage]) -> None:
+    """Run the stages: the body of the driver's Ray task."""
+    require_shared(run.run_dir / RESOLVED_NAME)
     drive(run, stages, [])
 
 
-def stages_ahead(run: Run, stages: list[Stage]) -> list[str]:
-    """Names of `stages` that ask the cluster for something and are not committed; those of the Bradley-Terry twin are a reward model's."""
-    pull_files(run.run_dir)
+def stages_ahead(run: Run, stages: Sequence[Stage]) -> list[Stage]:
+    """Return those of `stages` that ask the cluster for something and are not done.
+
+    The Bradley-Terry twin runs stages of the reward model, so these are ahead while the twin's are not done.
+    """
+    run_files.refresh_records(run.run_dir)
     layout = RunLayout(run.run_dir)
-    ahead = [name for name in map(name_of, stages) if name in requests_of(run.config) and not layout.is_done(name)]
-    if bt_twin_stage in stages and run.config.reward_model.bt_twin:
-        ahead += [
-            name
-            for name in map(name_of, TWIN_STAGES)
-            if name not in ahead and not RunLayout(layout.bt_twin).is_done(name)
-        ]
+    ahead = [stage for stage in stages if stage.requests is not None and not layout.is_done(stage.name)]
+    if BT_TWIN in stages and run.config.reward_model.bt_twin:
+        twin = RunLayout(layout.bt_twin)
+        ahead += [stage for stage in STAGES_OF_TWIN if stage not in ahead and not twin.is_done(stage.name)]
     return ahead
 
 
-def drive(run: Run, stages: list[Stage], ahead: list[str]) -> None:
-    """All stages, as the only one who writes the run directory. `ahead`: those that the cluster is asked for now, whether it can ever run them."""
+def drive(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage]) -> None:
+    """Run all stages, as the only process that writes the run directory.
+
+    The cluster is first asked whether it can ever run the stages that are `ahead`.
+    """
     start_logging()
     quieten_libraries()
     with only_writer(run.run_dir):
@@ -141,16 +152,19 @@ def drive(run: Run, stages: list[Stage], ahead: list[str]) -> None:
         check_inputs(run, stages)
         if ahead:
             connect_to_ray()
-            check_capacity(run.config, ahead)
-        delete_uncommitted(run.run_dir)
-        pull_anew(run.run_dir)
+            check_capacity(requests_of(run.config, ahead))
+        run_files.begin(run.run_dir)
         for stage in stages:
-            lines_are_of(run.config.name, name_of(stage))
-            stage(run)
+            lines_are_of(run.config.name, stage.name)
+            stage.run(run)
 
 
 def exit_code_of(work: Callable[[], None]) -> int:
-    """0; 2 for what a user can mend, and 1 for training that failed or a node or process that was lost, each said in one line. Anything else is raised."""
+    """Do `work` and return the exit code: 0; 2 for what a user can mend; 1 for failed training or a lost node or
+    process.
+
+    The reason is printed in one line. Any other error is raised.
+    """
     try:
         work()
     except (RmRobustError, RayError, TrainingFailedError) as error:
@@ -166,19 +180,25 @@ def exit_code_of(work: Callable[[], None]) -> int:
 
 
 def repository_root() -> Path:
+    """Return the folder that holds pipelines/."""
     return Path(__file__).resolve().parent.parent
 
 
-def check_inputs(run: Run, stages: list[Stage]) -> None:
-    """Raise an RmRobustError for missing or empty files, for models that would make scores wrong, and where RLOO would have no prompts; before any work."""
+def check_inputs(run: Run, stages: Sequence[Stage]) -> None:
+    """Check the inputs before any work.
+
+    Raises an RmRobustError for missing or empty files, for models that would make scores wrong, and where RLOO would
+    have no prompts.
+    """
     config = run.config
     check_trackers(config.tracking)
     check_preference_sources(config, run.run_dir)
     for path in {config.model.path, config.reward_model.base_path} - {None}:
         ChatFormat.load(str(path))
     if config.serve.gold != "embedded" and config.serve.gold_url is None:
-        verify_checkpoint(local_path(config.serve.gold), "reward_model")
-    if rloo_stage in stages and config.data.source != "embedded" and not config.data.rloo_prompts:
+        verify_checkpoint(run_files.locate(config.serve.gold), "reward_model")
+    if RLOO in stages and config.data.source != "embedded" and not config.data.rloo_prompts:
         raise ConfigError(
-            "data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the reward model one by one."
+            "data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the reward "
+            "model one by one."
         )

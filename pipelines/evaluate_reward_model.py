@@ -1,8 +1,9 @@
-"""How well a reward model ranks.
+"""Measure how well a reward model ranks.
 
---model CHECKPOINT --suite rm_bench --data FILE … --out DIR          a checkpoint, or with --url a served one, on a benchmark or files of one's own
-[--config FILE] [--set NAME=VALUE] [--run-dir DIR]                   the four-scenario table: one stage of full_rlhf.py, in the run directory of
-                                                                     the stages before it
+--model CHECKPOINT --suite rm_bench --data FILE … --out DIR
+    a checkpoint, or a served one with --url in place of --model, on a benchmark or on files of one's own
+[--config FILE] [--set NAME=VALUE] [--run-dir DIR]
+    the four-scenario table: one stage of full_rlhf.py, in the run directory of the stages before it
 """
 
 import argparse
@@ -14,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.driver import main
-from pipelines.stages import evaluation_stage
+from pipelines.stages import EVALUATION
 from rm_robust.cluster.log_lines import start_logging
 from rm_robust.cluster.session import connect_to_ray
 from rm_robust.cluster.workers import quieten_libraries
 from rm_robust.errors import ConfigError, RmRobustError
-from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, evaluate, figure_names, read_data
+from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, EvaluationPlan, evaluate, figure_names, read_data
 from rm_robust.evaluation.page import write_page
 from rm_robust.evaluation.suites import SUITES, Suite, preferences_by
+from rm_robust.runs import files as run_files
 from rm_robust.runs.directory import require_lasting
-from rm_robust.runs.storage.copies import local_path
 from rm_robust.scoring.client import RewardClient
 from rm_robust.scoring.contract import Scorer
 
@@ -31,16 +32,16 @@ _REQUIREMENT = re.compile(r"\s*(?P<figure>.+?)\s*(?P<relation>>=|<=)\s*(?P<bound
 
 
 def evaluate_suite(description: str, arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 when something that is required does not hold, 2 for a mistake in what was given."""
+    """Evaluate on a suite, and return the exit status: 0; 1 for an unmet requirement; 2 for a user's mistake."""
     start_logging()
     quieten_libraries()
     options = _parser(description).parse_args(arguments)
     try:
         require_lasting(options.out, f"--out {options.out}")
         requirements = [parse_requirement(text) for text in options.require]
-        options.model = options.model and local_path(options.model)
+        options.model = options.model and run_files.locate(options.model)
         scored_with = {"max_length_tokens": options.max_length_tokens} if options.url is None else {}
-        what = Evaluation(
+        plan = EvaluationPlan(
             options.suite,
             _suite(options),
             options.data,
@@ -49,10 +50,10 @@ def evaluate_suite(description: str, arguments: Sequence[str] | None = None) -> 
             options.against,
             scored_with,
         )
-        data = read_data(what)
-        require_known([figure for figure, _, _ in requirements], figure_names(what.suite, data.cases))
+        data = read_data(plan)
+        require_known([figure for figure, _, _ in requirements], figure_names(plan.suite, data.cases))
         with _scorer(options) as scorer:
-            result = evaluate(what, data, scorer, cases_at_a_time=CASES_AT_A_TIME * max(1, options.workers))
+            result = evaluate(plan, data, scorer, cases_at_a_time=CASES_AT_A_TIME * max(1, options.workers))
         page = write_page(result, options.out)
         print("\n".join(table(result)))
         failed = unmet(requirements, result)
@@ -69,25 +70,29 @@ def evaluate_suite(description: str, arguments: Sequence[str] | None = None) -> 
 
 
 def parse_requirement(text: str) -> tuple[str, str, float]:
-    """`figure>=number` or `figure<=number`. Raises ConfigError for anything else."""
+    """Parse `figure>=number` or `figure<=number`. Raises ConfigError for anything else."""
     match = _REQUIREMENT.fullmatch(text)
-    with contextlib.suppress(ValueError):  # of float
+    with contextlib.suppress(ValueError):  # float() refuses the text
         if match:
             return match["figure"], match["relation"], float(match["bound"])
     raise ConfigError(
-        f'--require {text!r} is no requirement. Write "FIGURE>=NUMBER" or "FIGURE<=NUMBER", for example "mutual_disjoint.kendall_tau>=0.55".'
+        f'--require {text!r} is no requirement. Write "FIGURE>=NUMBER" or "FIGURE<=NUMBER", for example '
+        '"mutual_disjoint.kendall_tau>=0.55".'
     )
 
 
 def require_known(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ConfigError for a figure that no result has."""
+    """Raise ConfigError for a figure that no result has."""
     for name in names:
         if name not in known:
             raise ConfigError(f"--require names {name!r}, which is none of the figures: {', '.join(known)}.")
 
 
 def unmet(requirements: Sequence[tuple[str, str, float]], result: dict[str, Any]) -> list[str]:
-    """A line for each that does not hold; a figure without a value meets nothing. Raises ConfigError for a figure that the result does not have."""
+    """Return a line for each requirement that does not hold. A figure without a value meets none.
+
+    Raises ConfigError for a figure that the result does not have.
+    """
     require_known([figure for figure, _, _ in requirements], list(result["figures"]))
     lines = []
     for figure, relation, bound in requirements:
@@ -98,23 +103,24 @@ def unmet(requirements: Sequence[tuple[str, str, float]], result: dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Lines for a terminal."""
+    """Return the lines that a terminal shows."""
     width = max(map(len, result["figures"]))
-    head = f"{result['suite']}: {result['num_cases'] - result['num_refused']} of {result['num_cases']} cases, checkpoint {result['checkpoint'][:19]}"
-    rows = [
-        f"{name:{width}}  {_shown(own['value'])}   {_shown(own['low'])} to {_shown(own['high'])}"
-        for name, own in result["figures"].items()
-    ]
+    num_scored = result["num_cases"] - result["num_refused"]
+    checkpoint = result["checkpoint"][:19]
+    head = f"{result['suite']}: {num_scored} of {result['num_cases']} cases, checkpoint {checkpoint}"
+    rows = [f"{name:{width}}  {_with_interval(figure)}" for name, figure in result["figures"].items()]
     if "against" in result:
+        against = result["against"]
+        rows += ["", f"minus checkpoint {against['checkpoint'][:19]}, on {against['num_cases']} cases:"]
         rows += [
-            "",
-            f"minus checkpoint {result['against']['checkpoint'][:19]}, on {result['against']['num_cases']} cases:",
-        ]
-        rows += [
-            f"{name:{width}}  {_shown(own['value'])}   {_shown(own['low'])} to {_shown(own['high'])}   p = {own['p_value']:.3f}"
-            for name, own in result["against"]["differences"].items()
+            f"{name:{width}}  {_with_interval(difference)}   p = {difference['p_value']:.3f}"
+            for name, difference in against["differences"].items()
         ]
     return [head, *rows, f"intervals: {result['interval']}", *(f"note: {note}" for note in result["notes"])]
+
+
+def _with_interval(figure: dict[str, Any]) -> str:
+    return f"{_shown(figure['value'])}   {_shown(figure['low'])} to {_shown(figure['high'])}"
 
 
 def _shown(value: float | None) -> str:
@@ -143,24 +149,24 @@ def _scorer(options: argparse.Namespace) -> Iterator[Scorer]:
     if options.workers < 0:
         raise ConfigError(f"--workers {options.workers} is no number of workers; 0 evaluates in this process.")
     if options.workers:
-        from rm_robust.scoring.checkpoint_scorer import ShardedSource
+        from rm_robust.scoring.checkpoint_scorer import ShardedScorer
 
         connect_to_ray()
-        yield ShardedSource(options.model, num_workers=options.workers, num_cpus=options.cpus_per_worker, **settings)
+        yield ShardedScorer(options.model, num_workers=options.workers, num_cpus=options.cpus_per_worker, **settings)
         return
-    from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointSource, require_device
+    from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointScorer, require_device
 
     require_device(
         options.device, f"--device {options.device}", fix=f"{ON_A_GPU}, or let a cluster's nodes score (--workers)."
     )
-    yield CheckpointSource(options.model, **settings)
+    yield CheckpointScorer(options.model, **settings)
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="a reward-model checkpoint of this project: a directory, or a URI (s3://…)")
-    source.add_argument("--url", help="a service that answers /v1/score (the key is taken from RM_ROBUST_API_KEY)")
+    scored_by = parser.add_mutually_exclusive_group(required=True)
+    scored_by.add_argument("--model", help="a reward-model checkpoint of this project: a directory, or a URI (s3://…)")
+    scored_by.add_argument("--url", help="a service that answers /v1/score (the key is taken from RM_ROBUST_API_KEY)")
     parser.add_argument("--served-model", help="with --url: one of its models (default: its first)")
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument(
@@ -219,4 +225,4 @@ if __name__ == "__main__":
     is_suite = any(
         argument.partition("=")[0] in ("--model", "--url", "--suite", "--help", "-h") for argument in sys.argv[1:]
     )
-    sys.exit(evaluate_suite(str(__doc__)) if is_suite else main(str(__doc__), [evaluation_stage]))
+    sys.exit(evaluate_suite(str(__doc__)) if is_suite else main(str(__doc__), [EVALUATION]))

@@ -1,4 +1,4 @@
-"""Everything up to the reward model's four-scenario table, and the report: full_rlhf.py without its policy."""
+"""Run everything up to the reward model's four-scenario table, and the report: full_rlhf.py without its policy."""
 
 import sys
 

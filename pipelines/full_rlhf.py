@@ -1,4 +1,4 @@
-"""The whole pipeline: SFT, preference pairs, BSR reward model, four scenarios, RLOO against the served reward model and gold judge, report."""
+"""Run the whole pipeline: SFT, pairs, BSR reward model, four scenarios, RLOO against the served scorers, report."""
 
 import sys
 

@@ -1,11 +1,11 @@
-"""Responses of named models to a set of prompts, with gold scores: what the four scenarios are built from.
+"""Generate responses of named models to a set of prompts, and label them with gold scores.
 
 --config FILE --out DIR [--set NAME=VALUE]
 
-The same command again goes on where it was stopped. Then pipelines/prepare_preferences.py builds train, in-domain, prompt-, response- and
-mutual-disjoint sets of DIR/labelled (data.source = "responses").
+The same command again goes on where it was stopped. Afterwards pipelines/prepare_preferences.py builds the training
+pairs and the four scenarios from DIR/labelled (data.source = "responses").
 
-config ─► responses/<model>/*.jsonl ─Scorer─► labelled/*.jsonl ─► manifest.json ─► prepare_preferences.py builds the four scenarios
+config ─► responses/<model>/*.jsonl ─Scorer─► labelled/*.jsonl ─► manifest.json ─► prepare_preferences.py
 """
 
 import argparse
@@ -33,9 +33,9 @@ from rm_robust.responses.response_files import (
     read_responses,
     write_existing,
 )
+from rm_robust.runs import files as run_files
 from rm_robust.runs.directory import RESOLVED_NAME, claim_run_dir, require_lasting
-from rm_robust.runs.storage.commits import write_json_atomic
-from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointSource, require_device
+from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointScorer, require_device
 from rm_robust.scoring.client import RewardClient
 from rm_robust.scoring.contract import Scorer
 
@@ -43,7 +43,7 @@ LIBRARIES = ("vllm", "torch", "transformers")
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 2 for wrong data or settings, 130 when it was stopped."""
+    """Return the exit code: 0, 2 for wrong data or settings, 130 when the user stopped it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", type=Path, required=True, help="TOML file, e.g. pipelines/configs/responses/paper.toml"
@@ -81,14 +81,14 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 
 
 def run(config: ResponsesConfig, folder: Path) -> None:
-    """Raises an RmRobustError for what a user can mend."""
+    """Generate, label and write the manifest. Raises an RmRobustError for what a user can mend."""
     material = read_material(config)
     digest = hashlib.sha256("".join(prompt.prompt_id for prompt in material.prompts).encode()).hexdigest()
     chunks = chunks_of(material.prompts, config.chunk_prompts)
     check_models(config.models)
     write_existing(material, chunks, folder)
     distributions = packages_distributions()  # vLLM for CPUs has another name than vLLM
-    sources = [EXISTING, *(model.name for model in config.models)]
+    model_names = [EXISTING, *(model.name for model in config.models)]
     with scorer_of(config.labels) as scorer:
         connect_to_ray()
         for model in config.models:
@@ -98,39 +98,45 @@ def run(config: ResponsesConfig, folder: Path) -> None:
             "num_prompts": len(material.prompts),
             "num_repeated_prompts": material.num_repeated,
             "prompt_ids_sha256": digest,
-            "responses": {name: counts_of(folder, name, len(chunks)) for name in sources},
+            "responses": {name: counts_of(folder, name, len(chunks)) for name in model_names},
             "versions": {name: version(distributions[name][0]) for name in LIBRARIES},
         }
         if scorer is not None:
-            checkpoint = label(sources, len(chunks), folder, scorer)
+            checkpoint = label(model_names, len(chunks), folder, scorer)
             manifest["labels"] = {"checkpoint": checkpoint, "num_left_out": num_left_out(folder)}
-    write_json_atomic(folder / "manifest.json", manifest)
+    run_files.write_json(folder / "manifest.json", manifest)
     for name, counts in manifest["responses"].items():
         print(f"{name}: {counts}")
     print(f"{folder / 'manifest.json'}")
     if scorer is not None:
         labelled = folder / "labelled"
         print(
-            f'next: pipelines/prepare_preferences.py with data.source = "responses", data.responses = ["{labelled}"] and data.unseen_models'
+            'next: pipelines/prepare_preferences.py with data.source = "responses", '
+            f'data.responses = ["{labelled}"] and data.unseen_models'
         )
 
 
 def counts_of(folder: Path, model: str, num_chunks: int) -> dict[str, int | float]:
-    """Of a model's responses."""
-    responses = [own for number in range(num_chunks) for own in read_responses(chunk_path(folder, model, number))]
-    answered = [own for own in responses if own.completion is not None]
+    """Return the counts of a model's responses that the manifest has."""
+    responses = [
+        response for number in range(num_chunks) for response in read_responses(chunk_path(folder, model, number))
+    ]
+    answered = [response for response in responses if response.completion is not None]
     return {
         "num_responses": len(answered),
         "num_prompts_too_long": len(responses) - len(answered),
-        "num_truncated": sum(own.is_truncated for own in answered),
-        "num_empty": sum(not (own.completion or "").strip() for own in answered),
-        "mean_tokens": sum(own.num_tokens for own in answered) / max(1, len(answered)),
+        "num_truncated": sum(response.is_truncated for response in answered),
+        "num_empty": sum(not (response.completion or "").strip() for response in answered),
+        "mean_tokens": sum(response.num_tokens for response in answered) / max(1, len(answered)),
     }
 
 
 @contextlib.contextmanager
 def scorer_of(labels: LabelsConfig | None) -> Iterator[Scorer | None]:
-    """Loaded before anything is generated, so that a wrong path or address is not found hours later."""
+    """Yield the scorer of the labels; None where there are no labels.
+
+    It is loaded before anything is generated, so that a wrong path or address does not show hours later.
+    """
     if labels is None:
         yield None
     elif labels.url is not None:
@@ -138,7 +144,7 @@ def scorer_of(labels: LabelsConfig | None) -> Iterator[Scorer | None]:
             yield client
     else:
         assert labels.checkpoint is not None
-        yield CheckpointSource(
+        yield CheckpointScorer(
             labels.checkpoint, device=labels.device, max_length_tokens=None, max_tokens_per_batch=8192
         )
 

@@ -1,9 +1,12 @@
-"""Preference pairs and the four scenarios, tokenised: one stage of full_rlhf.py, in the run directory of the stages before it."""
+"""Build and tokenise the preference pairs and the four scenarios: one stage of full_rlhf.py.
+
+The run directory is that of the stages before it.
+"""
 
 import sys
 
 from pipelines.driver import main
-from pipelines.stages import preferences_stage, world_stage
+from pipelines.stages import PREFERENCES, WORLD
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, [world_stage, preferences_stage]))
+    sys.exit(main(__doc__, [WORLD, PREFERENCES]))

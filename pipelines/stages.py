@@ -1,15 +1,20 @@
-"""The stages of a run in their order, each skipped when this run has committed it. The only place where stages, Ray and serving meet.
+"""The stages of a run, in their order. A stage that this run has committed is skipped.
 
-world ─► sft ─► preferences ─► reward_model ─► evaluation ─► (Bradley-Terry twin) ─► rloo (with proxy and gold served) ─► summary and report
+This is the only place where stages, Ray and serving meet. What each stage leaves is in rm_robust/runs/layout.py.
+
+world ─► sft ─► preferences ─► reward_model ─► evaluation ─► (Bradley-Terry twin) ─► rloo (with served scorers) ─►
+report
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
+from rm_robust.cluster.capacity import ResourceRequest, request_of, request_of_replicas, request_of_workers
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.cluster.session import connect_to_ray
 from rm_robust.cluster.workers import quieten_libraries, run_on_workers
@@ -21,29 +26,35 @@ from rm_robust.evaluation.scenarios import evaluate_scenarios
 from rm_robust.report.summary import summary_lines, write_summary
 from rm_robust.rloo.controller import run_rloo
 from rm_robust.runs.directory import Run, claim_run_dir
-from rm_robust.runs.layout import RunLayout, share_stages
+from rm_robust.runs.layout import TWIN_STAGES, RunLayout, share_stages
 from rm_robust.training.reward_model.training import train_reward_model
 from rm_robust.training.sft import train_sft
 from serve.run_service import served_scorers
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger(__name__)
-Stage = Callable[[Run], None]
 
 
-def name_of(stage: Stage) -> str:
-    return stage.__name__.removesuffix("_stage")
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, or a step between stages that records nothing."""
+
+    name: str
+    """As in rm_robust.runs.layout.STAGES, where the stage records that it is done."""
+    run: Callable[[Run], None]
+    """Does the stage's work, unless the run has done it before."""
+    requests: Callable[[PipelineConfig], list[ResourceRequest]] | None = None
+    """What the stage asks of the cluster, all at once; None for one that runs in the driver."""
 
 
 def world_stage(run: Run) -> None:
+    """Write the embedded world's data, where the run uses it."""
     layout = RunLayout(run.run_dir)
     if run.config.data.source == "embedded":
         layout.run_stage("world", lambda: write_world(layout.world, run.config.world, seed=run.config.seed))
 
 
 def sft_stage(run: Run) -> None:
+    """Tokenise the demonstrations and train the policy on them, unless SFT is off."""
     config, layout = run.config, RunLayout(run.run_dir)
     if not config.sft.enabled:
         return
@@ -59,6 +70,8 @@ def sft_stage(run: Run) -> None:
 
 
 def preferences_stage(run: Run) -> None:
+    """Build the preference pairs and the four scenarios, and tokenise them and the prompts of RLOO."""
+
     def work() -> dict[str, Any]:
         connect_to_ray()
         return prepare_preferences(run.config, run.run_dir)
@@ -67,6 +80,7 @@ def preferences_stage(run: Run) -> None:
 
 
 def reward_model_stage(run: Run) -> None:
+    """Train the reward model."""
     config = run.config
 
     def work() -> dict[str, Any]:
@@ -83,11 +97,13 @@ def reward_model_stage(run: Run) -> None:
 
 
 def evaluation_stage(run: Run) -> None:
+    """Score the four scenarios with the reward model, in a task on a node that has what this needs."""
     settings = run.config.evaluation
 
     def work() -> dict[str, Any]:
         connect_to_ray()
-        remote: Any = ray.remote(evaluate_in_task)  # type: ignore[arg-type]  # Ray's annotations know no keyword-only parameters
+        # Ray's annotations know no keyword-only parameters.
+        remote: Any = ray.remote(evaluate_in_task)  # type: ignore[arg-type]
         name = f"evaluation of {run.config.name}"
         task = remote.options(
             name=name, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, resources=settings.resources
@@ -100,6 +116,7 @@ def evaluation_stage(run: Run) -> None:
 
 
 def evaluate_in_task(config: PipelineConfig, run_dir: Path, *, device: str) -> dict[str, dict[str, str | int | float]]:
+    """Return the table of the four scenarios: the body of the evaluation's Ray task."""
     start_logging()
     quieten_libraries()
     lines_are_of(config.name, "evaluation")
@@ -107,22 +124,27 @@ def evaluate_in_task(config: PipelineConfig, run_dir: Path, *, device: str) -> d
 
 
 def bt_twin_stage(run: Run) -> None:
-    """Where the config asks for it: the Bradley-Terry twin of the reward model, trained and evaluated alike, in a run directory below this one."""
+    """Train and evaluate the reward model's Bradley-Terry twin, where the config asks for it.
+
+    The twin has a run directory of its own, below this one.
+    """
     if not run.config.reward_model.bt_twin:
         return
     config = run.config.model_copy(update={"reward_model": run.config.reward_model.as_bt_twin()})
-    # Its record keeps the run's name; its lines, gauges and tracked runs are told from the run's own.
+    # The twin's log lines, gauges and tracked runs get a name of their own. Its config keeps the run's name.
     twin = Run(config.model_copy(update={"name": f"{config.name}/bt_twin"}), RunLayout(run.run_dir).bt_twin)
     share_stages(run.run_dir, twin.run_dir, ["sft", "preferences"])
     claim_run_dir(twin.run_dir, config)
-    for stage in TWIN_STAGES:
-        lines_are_of(twin.config.name, name_of(stage))
+    for stage in STAGES_OF_TWIN:
+        lines_are_of(twin.config.name, stage.name)
         logger.info("Bradley-Terry twin:")
-        stage(twin)
+        stage.run(twin)
     write_summary(twin.run_dir)
 
 
 def rloo_stage(run: Run) -> None:
+    """Serve the reward model and the gold judge, and train the policy against them."""
+
     def work() -> dict[str, Any]:
         connect_to_ray()
         with served_scorers(run) as (proxy, gold):
@@ -132,7 +154,7 @@ def rloo_stage(run: Run) -> None:
 
 
 def report_stage(run: Run) -> None:
-    """Always done: it only reads the run's own files."""
+    """Write the summary and the report. It is always done, since it only reads the run's own files."""
     summary = write_summary(run.run_dir)
     print("\n".join(summary_lines(summary)))
 
@@ -142,15 +164,51 @@ def _announce(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]])
     layout.run_stage(stage, work)
 
 
-TWIN_STAGES: tuple[Stage, ...] = (reward_model_stage, evaluation_stage)
-ALL_STAGES: list[Stage] = [
-    world_stage,
-    sft_stage,
-    preferences_stage,
-    reward_model_stage,
-    evaluation_stage,
-    bt_twin_stage,
-    rloo_stage,
-    report_stage,
-]
-REWARD_MODEL_STAGES: list[Stage] = [stage for stage in ALL_STAGES if stage is not rloo_stage]
+def sft_requests(config: PipelineConfig) -> list[ResourceRequest]:
+    return [request_of_workers("sft.workers.num_workers", config.sft.workers)] if config.sft.enabled else []
+
+
+def preferences_requests(config: PipelineConfig) -> list[ResourceRequest]:
+    return [request_of("data.task_resources", 1, 1.0, 0.0, config.data.task_resources)]
+
+
+def reward_model_requests(config: PipelineConfig) -> list[ResourceRequest]:
+    return [request_of_workers("reward_model.workers.num_workers", config.reward_model.workers)]
+
+
+def evaluation_requests(config: PipelineConfig) -> list[ResourceRequest]:
+    evaluation = config.evaluation
+    return [request_of("evaluation", 1, evaluation.num_cpus, evaluation.num_gpus, evaluation.resources)]
+
+
+def rloo_requests(config: PipelineConfig) -> list[ResourceRequest]:
+    rloo, serve = config.rloo, config.serve
+    requests = [
+        request_of_workers("rloo.trainers.num_workers", rloo.trainers),
+        request_of(
+            "rloo.num_engines", rloo.num_engines, rloo.engine_num_cpus, rloo.engine_num_gpus, rloo.engine_resources
+        ),
+        request_of_replicas("serve.proxy_replica.num_replicas", serve.proxy_replica),
+    ]
+    if serve.gold_url is None:
+        requests.append(request_of_replicas("serve.gold_replica.num_replicas", serve.gold_replica))
+    return requests
+
+
+WORLD = Stage("world", world_stage)
+SFT = Stage("sft", sft_stage, sft_requests)
+PREFERENCES = Stage("preferences", preferences_stage, preferences_requests)
+REWARD_MODEL = Stage("reward_model", reward_model_stage, reward_model_requests)
+EVALUATION = Stage("evaluation", evaluation_stage, evaluation_requests)
+BT_TWIN = Stage("bt_twin", bt_twin_stage)
+RLOO = Stage("rloo", rloo_stage, rloo_requests)
+REPORT = Stage("report", report_stage)
+
+ALL_STAGES = (WORLD, SFT, PREFERENCES, REWARD_MODEL, EVALUATION, BT_TWIN, RLOO, REPORT)
+REWARD_MODEL_STAGES = tuple(stage for stage in ALL_STAGES if stage is not RLOO)
+STAGES_OF_TWIN = tuple(stage for stage in ALL_STAGES if stage.name in TWIN_STAGES)
+
+
+def requests_of(config: PipelineConfig, stages: Sequence[Stage] = ALL_STAGES) -> dict[str, list[ResourceRequest]]:
+    """Return what each of the stages asks of the cluster, by name."""
+    return {stage.name: stage.requests(config) for stage in stages if stage.requests is not None}

@@ -1,4 +1,6 @@
-"""Where runs stand: stages (those of a Bradley-Terry twin as bt_twin/…), steps, latest metrics, time left of a stage at its present pace.
+"""Show where runs stand: stages, steps, latest metrics, and the time left of a stage at its present pace.
+
+The stages of a Bradley-Terry twin are shown as bt_twin/….
 
 [DIR …]   run directories, or folders of them (default: where runs go, RM_ROBUST_RUN_ROOT or runs/)
 --json    the same for programs
@@ -14,30 +16,36 @@ import time
 from dataclasses import asdict
 
 from rm_robust.errors import RmRobustError
+from rm_robust.runs import files as run_files
 from rm_robust.runs.directory import run_root
 from rm_robust.runs.status import runs_in, status_lines, status_of
-from rm_robust.runs.storage.copies import copies_of_ones_own, local_path, shown
-from rm_robust.runs.storage.transfer import pull_files
 
 WATCH_EVERY_S = 5.0
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 2 for a folder without runs."""
+    """Return the exit code: 0, or 2 for a folder without runs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", metavar="DIR")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--watch", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        with copies_of_ones_own():
-            folders = [local_path(folder) for folder in options.folders] or [run_root()]
+        with run_files.read_only():
+            folders = [run_files.locate(folder) for folder in options.folders] or [run_root()]
             while True:
-                runs = {run_dir: status_of(run_dir) for folder in folders for run_dir in runs_in(pull_files(folder))}
+                runs = {
+                    run_dir: status_of(run_dir)
+                    for folder in folders
+                    for run_dir in runs_in(run_files.refresh_records(folder))
+                }
                 if options.json:
                     print(
                         json.dumps(
-                            {shown(run_dir): [asdict(stage) for stage in stages] for run_dir, stages in runs.items()},
+                            {
+                                run_files.shown(run_dir): [asdict(stage) for stage in stages]
+                                for run_dir, stages in runs.items()
+                            },
                             indent=2,
                         )
                     )

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning of the policy: one stage of full_rlhf.py, in the run directory of the stages before it."""
+"""Fine-tune the policy on demonstrations (SFT): one stage of full_rlhf.py."""
 
 import sys
 
 from pipelines.driver import main
-from pipelines.stages import sft_stage, world_stage
+from pipelines.stages import SFT, WORLD
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, [world_stage, sft_stage]))
+    sys.exit(main(__doc__, [WORLD, SFT]))

@@ -1,49 +1,61 @@
-"""What a user can cause, one class per place. Every message says what was wrong, the value, and the fix."""
+"""The errors that a user can cause and correct. Every message says what was wrong, the value, and the fix."""
 
 
 class RmRobustError(ValueError):
-    """Base of every error that a user's input, file, config or environment can cause."""
+    """The base of every error that a user's input, file, config or environment can cause; the message says the fix."""
 
 
 class ConfigError(RmRobustError):
-    """A config file, `--set` override or run directory cannot be used."""
+    """Raised when a config, override, option or run directory cannot be used; correct what the message names."""
 
 
 class DataError(RmRobustError):
-    """A data source is missing, malformed or empty, or too many of its rows had to be dropped."""
+    """Raised when data is missing, malformed or empty, or loses too many rows; correct the named file or row."""
 
 
 class ChatTemplateError(RmRobustError):
-    """A tokenizer's chat template or special tokens would make scores wrong."""
+    """Raised when a chat template or special tokens would make scores wrong; correct the tokenizer and save it."""
 
 
 class CheckpointError(RmRobustError):
-    """A checkpoint directory is missing, incomplete, altered or of the wrong kind."""
+    """Raised when a checkpoint is missing, incomplete, altered or of the wrong kind; name another, or make it again."""
 
 
 class StorageError(RmRobustError):
-    """What a run commits could not be written: storage that is full, read-only or away."""
+    """Raised when the storage of a run is full, read-only or unreachable; repair it, and run the same command again."""
 
 
 class ScoringError(RmRobustError):
-    """A scoring request failed for good; never turned into a score."""
+    """Raised when a scoring request failed for good, as no failure becomes a score; correct what the message names."""
 
 
 class RefusedInputError(ScoringError):
-    """The texts themselves are the reason (too long, no valid text, a score that is not finite): others of the same request may have scores."""
+    """Raised when a text is the reason (too long, invalid, its score not finite); correct it, or leave it out.
+
+    Other inputs of the same request may have scores.
+    """
 
 
 class ScorerUnavailableError(ScoringError):
-    """A scorer was full, away or silent until the last attempt: no single completion is the reason, and asking in parts would not help."""
+    """Raised when a scorer was full, unreachable or silent until the last attempt; start it, or give it more replicas.
+
+    No single completion is the reason, so asking in parts does not help.
+    """
 
 
 class RolloutError(RmRobustError):
-    """A generator returned stale, incomplete or impossible completions."""
+    """Raised when RLOO gets stale, incomplete or impossible completions, or loses its processes too often.
+
+    Look at Ray's logs, and run the same command again: it resumes.
+    """
 
 
 class ClusterError(RmRobustError):
-    """A Ray cluster cannot be reached, does not let us in, or can never run what a config asks for."""
+    """Raised when a Ray cluster cannot be reached, refuses us, or can never run what a config asks for.
+
+    Correct the address, the token or the config, or add nodes.
+    """
 
 
 class StudyError(RmRobustError):
-    """Runs of the study failed, or another process is at it."""
+    """Raised when runs of the study failed, or another process runs the study; run the same command again later."""

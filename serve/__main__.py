@@ -1,12 +1,14 @@
-"""Serves reward models on this machine, in the foreground, until Ctrl-C.
+"""Serve reward models on this machine, in the foreground, until Ctrl-C.
 
 python -m serve --checkpoint runs/tiny_cpu/checkpoints/reward_model --keys keys.toml --port 8000
-python -m serve --service service.toml --keys keys.toml              several models, ensembles, limits: the fields of serve/settings.py
+python -m serve --service service.toml --keys keys.toml
 python -m serve --embedded-judge --insecure-no-auth --port 8000
 
-SIGHUP reads the keys and the checkpoints' paths again: a new checkpoint takes the old one's place without a failed request, and a key that is no
-longer in the file is no longer accepted. Anything else that the service file says needs a new start. Ctrl-C, or SIGTERM, stops taking requests,
-answers those at hand, and ends.
+The service file has the fields of serve/settings.py: several models, ensembles, limits.
+
+SIGHUP reads the keys and the checkpoints' paths again: a new checkpoint takes the old one's place without a failed
+request, and a key that is no longer in the file is no longer accepted. Any other change of the service file needs a new
+start. Ctrl-C, or SIGTERM, stops taking requests, answers those that are in progress, and ends.
 """
 
 import argparse
@@ -22,8 +24,8 @@ from pathlib import Path
 from random import Random
 
 import ray
+import ray.serve as ray_serve
 import uvicorn
-from ray import serve
 
 from rm_robust.cluster.environment import KEEPS_FREED_MEMORY, free_port
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
@@ -31,8 +33,7 @@ from rm_robust.cluster.session import make_own_token
 from rm_robust.data.world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
 from rm_robust.models.checkpoint import read_json, read_manifest
-from rm_robust.runs.storage.copies import local_path
-from rm_robust.runs.storage.transfer import pull_folder
+from rm_robust.runs import files as run_files
 from rm_robust.scoring.client import KEY_VARIABLE
 from rm_robust.scoring.contract import SCORE_PATH
 from serve.app import without_checkpoint
@@ -46,9 +47,13 @@ from serve.settings import ServiceSettings, checked_service
 logger = logging.getLogger(__name__)
 MOST_TOKENS_BY_DEFAULT = 4096
 SMALL_WEIGHTS_BYTES = 400 << 20
-"""Of 100 M parameters in float32. Smaller matrices do not keep several threads busy: a replica a core answers more (docs/BENCHMARKS.md)."""
+"""The bytes of 100 M parameters in float32.
+
+The matrices of smaller models do not keep several threads busy, so a replica per core answers more requests
+(docs/results/benchmarks.md).
+"""
 MOST_REPLICAS_BY_DEFAULT = 8
-"""Each is a process of about 450 MiB beside its weights."""
+"""The most replicas that are started without --replicas. Each is a process of about 450 MiB beside its weights."""
 KEEP_ALIVE_S = 75
 
 
@@ -56,10 +61,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m serve", description="Serve reward models on this machine until Ctrl-C."
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", help="a committed reward-model checkpoint: a directory, or a URI (s3://…)")
-    what.add_argument("--service", type=Path, help="a TOML file with the fields of ServiceSettings (serve/settings.py)")
-    what.add_argument("--embedded-judge", action="store_true", help="the embedded world's gold judge")
+    served = parser.add_mutually_exclusive_group(required=True)
+    served.add_argument("--checkpoint", help="a committed reward-model checkpoint: a directory, or a URI (s3://…)")
+    served.add_argument(
+        "--service", type=Path, help="a TOML file with the fields of ServiceSettings (serve/settings.py)"
+    )
+    served.add_argument("--embedded-judge", action="store_true", help="the embedded world's gold judge")
     parser.add_argument(
         "--keys", type=Path, help=f"the file of the keys that are accepted (default: the keys in {KEYS_VARIABLE})"
     )
@@ -70,28 +77,30 @@ def main() -> int:
         "--host", default="127.0.0.1", help="loopback only, unless there are keys (default: %(default)s)"
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    one = parser.add_argument_group("of --checkpoint; a service file says these itself")
-    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    one.add_argument(
+    one_model = parser.add_argument_group("options of --checkpoint; a service file sets these itself")
+    one_model.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    one_model.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the weights; scores are always float32 (default: %(default)s)",
+        help="dtype of the weights; scores are always float32 (default: %(default)s)",
     )
-    one.add_argument("--replicas", type=int, help="default: one a core for a small model on CPUs, otherwise one")
-    one.add_argument("--threads", type=int, help="of each replica (default: the cores there are for it)")
-    one.add_argument(
+    one_model.add_argument(
+        "--replicas", type=int, help="default: one per core for a small model on CPUs, otherwise one"
+    )
+    one_model.add_argument("--threads", type=int, help="threads of each replica (default: its share of the cores)")
+    one_model.add_argument(
         "--max-length-tokens",
         type=int,
-        help=f"prompt + completion (default: what the model takes, at most {MOST_TOKENS_BY_DEFAULT})",
+        help=f"limit of prompt + completion (default: the model's own, at most {MOST_TOKENS_BY_DEFAULT})",
     )
-    one.add_argument(
+    one_model.add_argument(
         "--no-prompt-sharing",
         action="store_true",
-        help="compute a prompt for each request, also where a batch has it twice",
+        help="compute a prompt for each request, even if a batch has it twice",
     )
     arguments = parser.parse_args()
-    for name in ("httpx", "ray.serve"):  # a line per request and a dozen per deployment
+    for name in ("httpx", "ray.serve"):  # at INFO they write a line per request and a dozen per deployment
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         start_logging()
@@ -105,13 +114,15 @@ def main() -> int:
 
 
 def settings_from(arguments: argparse.Namespace) -> ServiceSettings:
-    """Raises CheckpointError when the checkpoint cannot be one, ConfigError for wrong settings and as keys_from."""
-    keys = keys_from(arguments)
-    who = {"api_keys": keys, "insecure_no_auth": arguments.insecure_no_auth}
-    what: dict[str, object] = (
+    """Return the service's settings that the command line gives.
+
+    Raises CheckpointError when the checkpoint cannot be one, ConfigError for wrong settings, and what keys_from raises.
+    """
+    access = {"api_keys": keys_from(arguments), "insecure_no_auth": arguments.insecure_no_auth}
+    service_fields: dict[str, object] = (
         {"models": [model_from(arguments)]} if arguments.service is None else read_service(arguments.service)
     )
-    return checked_service({**what, **who}, source="The service's settings")
+    return checked_service({**service_fields, **access}, source="The service's settings")
 
 
 def read_service(path: Path) -> dict[str, object]:
@@ -121,19 +132,20 @@ def read_service(path: Path) -> dict[str, object]:
         raise ConfigError(f"The service file {path} cannot be read: {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
-    wrong = sorted({"api_keys", "insecure_no_auth"} & table.keys())
-    if wrong:
+    access_fields = sorted({"api_keys", "insecure_no_auth"} & table.keys())
+    if access_fields:
         raise ConfigError(
-            f"{path} says {wrong[0]}; who may ask is said by --keys, {KEYS_VARIABLE} or --insecure-no-auth alone."
+            f"{path} sets {access_fields[0]}, but a service file does not say who may ask. "
+            f"Use --keys, {KEYS_VARIABLE} or --insecure-no-auth."
         )
     return table
 
 
 def model_from(arguments: argparse.Namespace) -> dict[str, object]:
-    """The fields of the one model that the command line says."""
+    """Return the fields of the one model that the command line names."""
     if arguments.embedded_judge:
         return {"model_name": "embedded_judge", "embedded_judge": True}
-    checkpoint_dir = pull_folder(local_path(arguments.checkpoint).absolute())
+    checkpoint_dir = run_files.fetch(run_files.locate(arguments.checkpoint).absolute())
     num_replicas, num_threads = workers_of(arguments, checkpoint_dir)
     return {
         "model_name": checkpoint_dir.name,
@@ -149,7 +161,10 @@ def model_from(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def workers_of(arguments: argparse.Namespace, checkpoint_dir: Path) -> tuple[int, int]:
-    """Replicas, and threads of each: as the command line says, and otherwise so that together they have all cores."""
+    """Return the number of replicas and the threads of each.
+
+    Where the command line does not say them, all replicas together have a thread per core.
+    """
     num_cores = len(os.sched_getaffinity(0))
     num_replicas = arguments.replicas
     if num_replicas is None:
@@ -163,22 +178,26 @@ def workers_of(arguments: argparse.Namespace, checkpoint_dir: Path) -> tuple[int
 
 
 def keys_from(arguments: argparse.Namespace) -> tuple[ApiKey, ...]:
-    """Raises ConfigError without keys and without --insecure-no-auth, with both, and for keys that are wrong."""
+    """Return the keys that are accepted: of --keys, or of the environment; none with --insecure-no-auth.
+
+    Raises ConfigError when there are neither keys nor --insecure-no-auth, when there are both, and for wrong keys.
+    """
     keys = read_keys(arguments.keys) if arguments.keys else keys_from_environment()
     if bool(keys) == arguments.insecure_no_auth:
-        found = (
+        problem = (
             f"keys in {arguments.keys or KEYS_VARIABLE} and --insecure-no-auth"
             if keys
             else "neither keys nor --insecure-no-auth"
         )
         raise ConfigError(
-            f"There are {found}: give the one or the other. `python -m serve.keys NAME` makes a key and its line for the file that --keys names."
+            f"There are {problem}: give the one or the other. `python -m serve.keys NAME` makes a key and its line "
+            "for the file that --keys names."
         )
     return keys
 
 
 def num_positions(checkpoint_dir: Path) -> int:
-    """The longest input that the model can read, in tokens."""
+    """Return the longest input that the model can read, in tokens."""
     read_manifest(checkpoint_dir)
     config = read_json(checkpoint_dir / "config.json")
     if "max_position_embeddings" not in config:
@@ -189,7 +208,10 @@ def num_positions(checkpoint_dir: Path) -> int:
 
 
 async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
-    """Start a Ray of its own, the models on it and the HTTP server here; all end with this function, after the requests in progress."""
+    """Start a Ray of its own, the models on it and the HTTP server in this process, and serve until a signal.
+
+    All of them end with this function, after the requests in progress.
+    """
     settings = settings_from(arguments)
     lines_are_of(settings.models[0].model_name, "serve", "front")
     refuse_open_host(arguments.host, settings)
@@ -198,12 +220,11 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not take the core that the front needs
     os.environ.setdefault("GLIBC_TUNABLES", KEEPS_FREED_MEMORY)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # ignored until there is something to reload
     make_own_token()
     ray.init(address="local", include_dashboard=False)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # as Ctrl-C; with Ray's handler an orderly end would have status 15
+    # SIGTERM works as Ctrl-C does. With Ray's handler, an orderly end would have status 15.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         start_serve_without_http()
         front = Front(settings, deploy_models(settings))
@@ -215,22 +236,22 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
         )
         base_url = f"http://{arguments.host}:{port}"
         print(
-            f"\n{', '.join(front.model_names)} at {base_url}{SCORE_PATH}. Ctrl-C stops it. Try:\n\n{curl_example(base_url, settings)}\n",
+            f"\n{', '.join(front.model_names)} at {base_url}{SCORE_PATH}. Ctrl-C stops it. Try:\n\n"
+            f"{curl_example(base_url, settings)}\n",
             flush=True,
         )
-        await server.serve()  # until SIGINT or SIGTERM; it answers what it has begun
+        await server.serve()  # until SIGINT or SIGTERM; then it answers what it has begun
     finally:
-        for stop in (signal.SIGINT, signal.SIGTERM):  # a second one must not leave processes behind
+        for stop in (signal.SIGINT, signal.SIGTERM):  # a second signal must not leave processes behind
             signal.signal(stop, signal.SIG_IGN)
-        serve.shutdown()
+        ray_serve.shutdown()
         ray.shutdown()
 
 
 def http_server(front: Front, guard: Guard, host: str, port: int) -> uvicorn.Server:
     api = ReadWholeBody(scoring_api(front, guard))
-    patience_s = (
-        math.ceil(front.settings.limits.request_timeout_s) + 1
-    )  # at its end: a client that never finishes its body must not hold it up
+    # A client that never finishes its body must not hold up the server's end.
+    shutdown_timeout_s = math.ceil(front.settings.limits.request_timeout_s) + 1
     return uvicorn.Server(
         uvicorn.Config(
             api,
@@ -240,14 +261,14 @@ def http_server(front: Front, guard: Guard, host: str, port: int) -> uvicorn.Ser
             access_log=False,
             log_level="warning",
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=patience_s,
+            timeout_graceful_shutdown=shutdown_timeout_s,
         )
     )
 
 
 RELOADING = asyncio.Lock()
 RELOADS: set[asyncio.Task[None]] = set()
-"""The event loop itself keeps only a weak reference."""
+"""The reloads in progress. The event loop itself keeps only a weak reference to a task."""
 
 
 def reload_in_background(arguments: argparse.Namespace, running: ServiceSettings, front: Front, guard: Guard) -> None:
@@ -257,14 +278,18 @@ def reload_in_background(arguments: argparse.Namespace, running: ServiceSettings
 
 
 async def reload(arguments: argparse.Namespace, running: ServiceSettings, front: Front, guard: Guard) -> None:
-    """What SIGHUP does, one after another. Keys come first and by themselves: one that is taken back is so whatever becomes of the rest."""
+    """Do what SIGHUP asks for; several reloads come one after another.
+
+    Keys come first and on their own: a key that was taken back is refused even if the rest of the reload fails.
+    """
     async with RELOADING:
         try:
             guard.replace_keys(keys_from(arguments))
             settings = settings_from(arguments)
             if with_any_checkpoints(settings) != with_any_checkpoints(running):
                 raise ConfigError(
-                    "Only keys and checkpoints change while the service runs. For other models, limits or replicas, start it again."
+                    "Only keys and checkpoints change while the service runs. "
+                    "For other models, limits or replicas, start it again."
                 )
             await asyncio.to_thread(deploy_models, settings)
             await asyncio.sleep(DESCRIPTION_IS_FRESH_S)
@@ -276,14 +301,14 @@ async def reload(arguments: argparse.Namespace, running: ServiceSettings, front:
 
 
 def with_any_checkpoints(settings: ServiceSettings) -> ServiceSettings:
-    """What may not change while the service runs."""
+    """Return what may not change while the service runs: the settings without checkpoints and keys."""
     return settings.model_copy(
         update={"models": tuple(without_checkpoint(model) for model in settings.models), "api_keys": ()}
     )
 
 
 def curl_example(base_url: str, settings: ServiceSettings) -> str:
-    """A request that the first model answers with 200 (the judge knows only its own world's prompts)."""
+    """Return a curl command that the first model answers with 200. The judge knows only its own world's prompts."""
     prompt = next(distinct_prompts(Random(0))) if settings.models[0].embedded_judge else "Name a colour."
     body = json.dumps({"inputs": [{"prompt": prompt, "completions": ["Blue.", "Seven."]}]}).replace("'", r"\u0027")
     key = f' -H "authorization: Bearer ${KEY_VARIABLE}"' if settings.api_keys else ""

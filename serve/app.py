@@ -2,8 +2,8 @@
 
     proxy ─HTTP─► FrontReplica ─handles─► ScorerReplica × num_replicas, for each model
 
-`serve.app:build` is the import path for `serve run`, `serve deploy` (reward_model.yaml) and KubeRay. `python -m serve` has the same front in its
-own process instead, and no proxy.
+`serve.app:build` is the import path for `serve run`, `serve deploy` (reward_model.yaml) and KubeRay. `python -m serve`
+has the same front in its own process instead, and no proxy.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray import serve
+import ray.serve as ray_serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rm_robust.errors import ConfigError
 from rm_robust.models.checkpoint import read_manifest
-from rm_robust.runs.storage.copies import uri_of
+from rm_robust.runs import files as run_files
 from rm_robust.scoring.contract import ScoreReply, ScoreRequest
 from serve.batching.front import Front
 from serve.http.middleware import Guard
@@ -31,49 +31,56 @@ from serve.settings import ModelSettings, ServiceSettings, checked_service
 from serve.work import Refusal
 
 FRONT_CPUS = 0.01
-"""It waits for replicas most of the time; but it is work, which a head that offers no CPU is not to do."""
+"""The CPUs that a front reserves. It mostly waits for replicas, so they are few.
+
+They are not 0, because a head node that offers no CPU is not to do this work.
+"""
 SPARE_S = 5.0
-"""A front that ends first answers what it has begun."""
+"""Seconds beyond `request_timeout_s` for a front that ends: it first answers what it has begun."""
 FRONT_BEYOND_LIMITS = 1000
-"""Room beyond the queues' own limits, so that the front, and not Serve's proxy, refuses a burst's overflow with our error body."""
+"""Requests that a front accepts beyond the queues' own limits.
+
+The front, and not Serve's proxy, then refuses the overflow of a burst, with our error body.
+"""
 ANY_CHECKPOINT = Path("the one of user_config")
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-"""Serve logs a line per request and a dozen per deployment otherwise."""
+"""Serve's logging: warnings only. By default, Serve writes a line per request and a dozen per deployment."""
 SHARED_OPTIONS: dict[str, Any] = {
-    "max_constructor_retry_count": 2,  # a checkpoint that does not load will not load the twentieth time (Serve's default)
+    "max_constructor_retry_count": 2,  # Serve's default is 20, but a checkpoint that does not load never will
     "graceful_shutdown_wait_loop_s": 0.5,
     "logging_config": QUIET,
 }
 
 
 def front_api() -> ASGIApp:
-    """What Serve hands HTTP requests to: the ASGI side of the FrontReplica in this process, which is made after this."""
+    """Return what Serve hands HTTP requests to: the ASGI side of this process's FrontReplica, which is made later."""
 
     async def api(scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "lifespan"
-        ):  # there is nothing to do then, and Serve sends it before there is a FrontReplica
+        if scope["type"] == "lifespan":  # Serve sends it before there is a FrontReplica, and there is nothing to do
             for step in ("startup", "shutdown"):
                 await receive()
                 await send({"type": f"lifespan.{step}.complete"})
             return
-        await serve.get_replica_context().servable_object.api(scope, receive, send)  # type: ignore[attr-defined]
+        await ray_serve.get_replica_context().servable_object.api(scope, receive, send)  # type: ignore[attr-defined]
 
     return api
 
 
-@serve.ingress(front_api)
+@ray_serve.ingress(front_api)
 class FrontReplica:
-    """Holds no model: it answers while replicas work. In the same cluster, `handle.score.remote(ScoreRequest)` does without HTTP."""
+    """The front as a Serve replica. It holds no model: it answers while the models' replicas work.
+
+    In the same cluster, `handle.score.remote(ScoreRequest)` gets scores without HTTP.
+    """
 
     def __init__(self, settings: ServiceSettings, handles: "dict[str, DeploymentHandle[Any]]") -> None:
-        own = log_as_replica()
-        self._front = Front(settings, handles, service=own.app_name)
+        context = log_as_replica()
+        self._front = Front(settings, handles, service=context.app_name)
         self.api: ASGIApp = scoring_api(self._front, Guard(settings.api_keys))
 
     async def reconfigure(self, _: dict[str, int]) -> None:
-        """Called before the first request."""
+        """Start the front. Serve calls this before the first request."""
         await self._front.start()
 
     async def score(self, request: ScoreRequest) -> ScoreReply | Refusal:
@@ -85,9 +92,10 @@ class FrontReplica:
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Application builder for YAML `args`; keys that they leave out come from RM_ROBUST_API_KEYS where Serve builds the application.
+    """Build the application from a YAML's `args`.
 
-    Raises ConfigError naming each wrong field (and repeating no value: one may be a key).
+    Keys that `args` leave out come from RM_ROBUST_API_KEYS on the machine where Serve builds the application. Raises
+    ConfigError that names each wrong field and repeats no value, because one may be a key.
     """
     settings = checked_service(args, source="The scoring application's args")
     if not settings.api_keys and not settings.insecure_no_auth:
@@ -96,13 +104,13 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def service_app(settings: ServiceSettings) -> Application:
-    """Every model behind one front.
+    """Return the application with every model behind one front.
 
     Raises ConfigError for settings without keys that do not say insecure_no_auth.
     """
     refuse_no_keys(settings)
     num_accepted = settings.limits.max_queued_requests * len(settings.models) + FRONT_BEYOND_LIMITS
-    front = serve.deployment(
+    front = ray_serve.deployment(
         name="front",
         num_replicas=settings.num_fronts,
         max_ongoing_requests=num_accepted,
@@ -111,31 +119,33 @@ def service_app(settings: ServiceSettings) -> Application:
         ray_actor_options={"num_cpus": FRONT_CPUS},
         **SHARED_OPTIONS,
     )(FrontReplica)
-    # The front knows a model by its settings, but a change of checkpoint alone must leave the front as it is: it learns of that from the replicas.
+    # The front knows a model by its settings. A change of the checkpoint alone must leave the front as it is: the front
+    # learns of the new checkpoint from the replicas.
     known = settings.model_copy(update={"models": tuple(without_checkpoint(model) for model in settings.models)})
     return front.bind(known, {model.model_name: scorer_app(model, settings) for model in settings.models})
 
 
 def scorer_app(model: ModelSettings, settings: ServiceSettings) -> Application:
-    """One model's replicas. Deploying it again with another checkpoint, and no other change, swaps the checkpoint in the replicas that are there."""
+    """Return the application of one model's replicas.
+
+    A second deployment with another checkpoint and no other change swaps the checkpoint in the running replicas.
+    """
     checkpoint_dir = None if model.checkpoint_dir is None else str(model.checkpoint_dir)
-    what = WhatToLoad(checkpoint_dir=checkpoint_dir, generation=time.time_ns())
-    if model.checkpoint_dir is not None and (
-        model.checkpoint_dir.is_dir() or uri_of(model.checkpoint_dir)
-    ):  # not where a YAML is built away from the models
-        what["checkpoint"] = read_manifest(model.checkpoint_dir).content_sha256
+    to_load = WhatToLoad(checkpoint_dir=checkpoint_dir, generation=time.time_ns())
+    # A YAML may be built on a machine that is away from the models.
+    if model.checkpoint_dir is not None and run_files.is_reachable(model.checkpoint_dir):
+        to_load["checkpoint"] = read_manifest(model.checkpoint_dir).content_sha256
     known, timeout_s = without_checkpoint(model), settings.limits.batch_timeout_s
-    deployment = serve.deployment(
-        name=scorer_name(model), user_config=dict(what), **scorer_options(model), **SHARED_OPTIONS
+    deployment = ray_serve.deployment(
+        name=scorer_name(model), user_config=dict(to_load), **scorer_options(model), **SHARED_OPTIONS
     )(ScorerReplica)
-    version = hashlib.sha256(
-        f"{known.model_dump_json()} {timeout_s}".encode()
-    ).hexdigest()  # without one, every deployment is a new one to Serve
+    # Without a version, Serve takes every deployment for a new one and replaces the replicas.
+    version = hashlib.sha256(f"{known.model_dump_json()} {timeout_s}".encode()).hexdigest()
     return deployment.options(_internal=True, version=version).bind(known, timeout_s)
 
 
 def without_checkpoint(model: ModelSettings) -> ModelSettings:
-    """The same for every checkpoint of the model, so that Serve sees no change."""
+    """Return settings that are the same for every checkpoint of the model, so that Serve sees no change."""
     return model if model.checkpoint_dir is None else model.model_copy(update={"checkpoint_dir": ANY_CHECKPOINT})
 
 
@@ -146,10 +156,12 @@ def scorer_name(model: ModelSettings) -> str:
 def refuse_no_keys(settings: ServiceSettings) -> None:
     if not settings.api_keys and not settings.insecure_no_auth:
         raise ConfigError(
-            f"The service of {settings.models[0].model_name!r} has no keys. Make one with `python -m serve.keys NAME` and name the file of its line, set "
-            f"api_keys, or {KEYS_VARIABLE}; or set insecure_no_auth, which answers clients on the same machine only."
+            f"The service of {settings.models[0].model_name!r} has no keys. Make one with `python -m serve.keys NAME`; "
+            f"then name the file with its line, or set api_keys or {KEYS_VARIABLE}. "
+            "Or set insecure_no_auth, which answers clients on the same machine only."
         )
     if settings.insecure_no_auth and os.environ.get(HAPROXY_VARIABLE) == "1":
         raise ConfigError(
-            f"{HAPROXY_VARIABLE} = 1 makes every client look like one of this machine, so insecure_no_auth would answer anybody. Use keys."
+            f"{HAPROXY_VARIABLE} = 1 makes every client look like one of this machine, "
+            "so insecure_no_auth would answer anybody. Use keys."
         )

@@ -1,10 +1,13 @@
-"""Scores through a service's handle, inside the Ray cluster that it runs on: what RewardClient does over HTTP, without HTTP and without a key."""
+"""Get scores from a service inside its own Ray cluster, through its handle.
+
+This does what RewardClient does over HTTP, without HTTP and without a key.
+"""
 
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from ray import serve
+import ray.serve as ray_serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
@@ -27,14 +30,17 @@ NO_REPLY = (RayError, BackPressureError, DeploymentUnavailableError, TimeoutErro
 
 
 class ClusterScorer:
-    """A Scorer on one model of the service `app_name`. A call returns every score or raises ScoringError."""
+    """A Scorer that asks one model of the service `app_name`. A call returns every score or raises ScoringError."""
 
     def __init__(self, app_name: str, model: str) -> None:
-        self._handle = serve.get_app_handle(app_name)
+        self._handle = ray_serve.get_app_handle(app_name)
         self._app_name, self._model = app_name, model
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
-        """Scores of all inputs in order. Raises ScoringError naming the inputs and the reason; nothing partial is returned."""
+        """Return the scores of all inputs in order.
+
+        Raises ScoringError that names the inputs and the reason; nothing partial is returned.
+        """
         if not inputs:
             raise ScoringError("There is nothing to score: the list of inputs is empty.")
         spans = split_inputs(inputs, MAX_COMPLETIONS_PER_CALL)
@@ -46,12 +52,16 @@ class ClusterScorer:
                 replies.append(check_scores(self._reply(request, call), request))
             except ScoringError as error:
                 raise type(error)(
-                    f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} by {self._app_name}/{self._model} failed: {error}"
+                    f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} "
+                    f"by {self._app_name}/{self._model} failed: {error}"
                 ) from error
         return merge_replies(replies, spans, expected_checkpoint=None)
 
     def _reply(self, request: ScoreRequest, call: Any) -> ScoreReply:
-        """Asks again where RewardClient would: after a full queue, a lost replica, and a failure of the server."""
+        """Return the reply to a call, and call again where RewardClient would.
+
+        That is after a full queue, a lost replica, and a failure of the server.
+        """
         retries = Retries(MAX_RETRIES)
         while True:
             try:

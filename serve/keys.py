@@ -1,16 +1,17 @@
-"""API keys: a file names them and holds their hashes; every route but OPEN_PATHS answers 401 without one of them.
+"""API keys: a TOML file names them and holds their hashes. Every route but OPEN_PATHS answers 401 without one of them.
 
-    alice = { sha256 = "…64 hex digits…" }                               one line a key, TOML; or the same text in RM_ROBUST_API_KEYS
+    alice = { sha256 = "…64 hex digits…" }
     bob = { sha256 = "…", requests_per_minute = 600 }
 
-    python -m serve.keys alice                                           prints a fresh key, once, and its line
+Each line is one key. RM_ROBUST_API_KEYS may hold the same text instead. `python -m serve.keys alice` prints a new key,
+once, and its line.
 
-Keys have 256 random bits, so a plain hash gives nothing away. A key is taken back by deleting its line and deploying again. The pipeline
-makes a key of its own for each run (pipelines/stages.py), so its scorers are guarded as well. Without keys (`insecure_no_auth`) only clients
-on the same machine are answered.
+Keys have 256 random bits, so a plain hash gives nothing away. To take a key back, delete its line and deploy again. A
+run makes a key of its own for its scorers (run_service.py), so they are guarded as well. Without keys
+(`insecure_no_auth`), only clients on the same machine are answered.
 
-Ray Serve's proxy stands before all this and answers two paths of its own to anybody: /-/healthz, and /-/routes (route prefixes and application
-names). Let the TLS proxy in front of an open port refuse /-/.
+Ray Serve's proxy stands in front of all this and answers two paths of its own to anybody: /-/healthz, and /-/routes
+(route prefixes and application names). Let the TLS proxy in front of an open port refuse /-/.
 """
 
 import argparse
@@ -32,19 +33,19 @@ NAME_PATTERN = r"^[A-Za-z0-9_-]+$"
 
 
 class ApiKey(BaseModel):
-    """One key that is accepted. Only its hash is known here."""
+    """One key that is accepted. The server knows only its hash."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=NAME_PATTERN)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of the key's bytes, in hex."""
+    """The SHA-256 of the key's bytes, in hex."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """None: as many as the scorer's queue takes."""
+    """The most requests within any minute. None: as many as the scorer's queue takes."""
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys file. Raises ConfigError when there is none, and as parse_keys."""
+    """Return the keys of a file. Raises ConfigError when the file cannot be read, and what parse_keys raises."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -53,14 +54,15 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 def keys_from_environment() -> tuple[ApiKey, ...]:
-    """The keys in RM_ROBUST_API_KEYS; none where it is not set. Raises ConfigError as parse_keys."""
+    """Return the keys in RM_ROBUST_API_KEYS; none if it is not set. Raises what parse_keys raises."""
     return parse_keys(os.environ[KEYS_VARIABLE], source=KEYS_VARIABLE) if KEYS_VARIABLE in os.environ else ()
 
 
 def parse_keys(text: str, *, source: str) -> tuple[ApiKey, ...]:
-    """Raises ConfigError for text that is not TOML, for a wrong field, for one key under two names, and for no keys at all.
+    """Return the keys of a keys file's text; `source` names it in errors.
 
-    No message, and no chained error, repeats a value: somebody may have written the key in place of its hash.
+    Raises ConfigError for text that is not TOML, for a wrong field, for one key under two names, and for no keys at
+    all. No message, and no chained error, repeats a value: somebody may have written the key in place of its hash.
     """
     try:
         table = tomllib.loads(text)
@@ -71,7 +73,8 @@ def parse_keys(text: str, *, source: str) -> tuple[ApiKey, ...]:
         raise ConfigError(f"{source} holds no keys; `python -m serve.keys NAME` makes one.")
     if len({key.sha256 for key in keys}) < len(keys):
         raise ConfigError(
-            f"{source} holds one key under two names; deleting one of them would not take it back. Give each name a key of its own."
+            f"{source} holds one key under two names; deleting one of them would not take it back. "
+            "Give each name a key of its own."
         )
     return keys
 
@@ -87,14 +90,15 @@ def parse_key(name: str, entry: object, *, source: str) -> ApiKey:
 
 
 def new_key(name: str) -> tuple[str, ApiKey]:
-    """A fresh random key, and the entry under which a server accepts it."""
+    """Return a new random key, and the entry under which a server accepts it."""
     key = "rmk_" + secrets.token_urlsafe(32)
     return key, ApiKey(name=name, sha256=hashlib.sha256(key.encode()).hexdigest())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m serve.keys", description="Make an API key: printed once, here; only its hash is kept."
+        prog="python -m serve.keys",
+        description="Make an API key. It is printed once, here; only its hash is kept.",
     )
     parser.add_argument("name", help="whose key it is: letters, digits, _ and -")
     name = parser.parse_args(arguments).name
@@ -102,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"a name has letters, digits, _ and - only, got {name!r}")
     key, entry = new_key(name)
     print(
-        f'The key, for its owner; it is not shown again:\n\n  {key}\n\nIts line for the keys file:\n\n  {name} = {{ sha256 = "{entry.sha256}" }}'
+        f"The key, for its owner; it is not shown again:\n\n  {key}\n\n"
+        f'Its line for the keys file:\n\n  {name} = {{ sha256 = "{entry.sha256}" }}'
     )
     return 0
 

@@ -1,12 +1,17 @@
-"""Starts Serve and deploys models on it, waiting until they answer.
+"""Start Serve, deploy models on it, and wait until they answer.
 
-Three ways in. `deploy_service` is a whole service below a route prefix of Serve's own proxy, which clusters use. `deploy_inside` is one without HTTP, for
-a pipeline's own processes. `deploy_models` is the replicas alone, for `python -m serve`, whose front has an HTTP server of its own: Serve's Python proxy
-costs 11 ms of CPU per request, and its HAProxy (`RAY_SERVE_ENABLE_HA_PROXY=1`) binds 0.0.0.0 on the replicas' own HTTP ports and the fixed ports 9101 and
-8404, whatever host is given, and shows every client as one of this machine. On a cluster whose ports are closed to others it is the faster ingress, and
-the same application runs behind it.
+There are three ways to deploy:
 
-On loopback, unless there are keys: Ray's own token does not guard Serve's port.
+- `deploy_service` deploys a whole service below a route prefix of Serve's own proxy. Clusters use it.
+- `deploy_inside` deploys a whole service without HTTP, for a pipeline's own processes.
+- `deploy_models` deploys the replicas alone, for `python -m serve`, whose front has an HTTP server of its own.
+
+`python -m serve` uses neither of Serve's proxies. The Python proxy costs 11 ms of CPU per request. HAProxy
+(`RAY_SERVE_ENABLE_HA_PROXY=1`) binds 0.0.0.0 on the replicas' own HTTP ports and on the fixed ports 9101 and 8404,
+whatever host is given, and shows every client as one of this machine. On a cluster whose ports are closed to others,
+HAProxy is the faster ingress, and the same application runs behind it.
+
+Without keys, a service listens on loopback only: Ray's own token does not guard Serve's port.
 """
 
 import logging
@@ -15,7 +20,7 @@ import time
 
 import httpx
 import ray
-from ray import serve
+import ray.serve as ray_serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client  # the one way to ask a running Serve for its host and port
 from ray.serve.handle import DeploymentHandle
@@ -33,16 +38,17 @@ POLL_EVERY_S = 0.2
 
 
 def start_serve(host: str, port: int) -> str:
-    """Start Serve on this Ray cluster, or find it running; returns the "http://host:port" it listens on. Port 0 takes a free one.
+    """Start Serve on this Ray cluster, or find it running; return the "http://host:port" that it listens on.
 
-    Raises ConfigError for a port that is taken. A Serve that already runs keeps its own host and port.
+    Port 0 takes a free one. A Serve that already runs keeps its own host and port. Raises ConfigError for a port that
+    is taken.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # a line or two per call otherwise
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # at INFO it writes a line or two per call
     running = running_http_options()
     if running is None:
         port = port or free_port(host)
         refuse_taken_port(host, port)
-        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port), logging_config=QUIET)
+        ray_serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port), logging_config=QUIET)
         return f"http://{host}:{port}"
     if port not in (0, running.port):
         logger.info("Serve already runs on port %d of this Ray cluster; port %d is not used", running.port, port)
@@ -50,29 +56,32 @@ def start_serve(host: str, port: int) -> str:
 
 
 def start_serve_without_http() -> None:
-    """For a front that has an HTTP server of its own, and for a run's scorers, which nobody else asks. A Serve that already runs stays as it is."""
+    """Start Serve without HTTP; a Serve that already runs stays as it is.
+
+    This is for a front that has an HTTP server of its own, and for a run's scorers, which only the run itself asks.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
+    ray_serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
 
 
 def deploy_inside(settings: ServiceSettings, app_name: str, *, deadline_s: float) -> None:
-    """Deploy (or replace) one service for this cluster alone, whose processes reach it through ClusterScorer; returns once every replica is up.
+    """Deploy (or replace) one service for this cluster alone, and return once every replica is up.
 
-    Raises as deploy_service.
+    The cluster's processes reach it through ClusterScorer. Raises what deploy_service raises.
     """
-    serve.run_many(
-        [serve.RunTarget(service_app(with_verified_checkpoints(settings)), name=app_name, route_prefix=None)],
+    ray_serve.run_many(
+        [ray_serve.RunTarget(service_app(with_verified_checkpoints(settings)), name=app_name, route_prefix=None)],
         wait_for_applications_running=False,
     )
     wait_until_up([app_name], deadline_s=deadline_s)
 
 
 def deploy_service(settings: ServiceSettings, app_name: str, route_prefix: str, *, deadline_s: float = 180.0) -> str:
-    """Deploy (or replace) one service after start_serve; returns its base URL once `/healthz` answers and every replica is up.
+    """Deploy (or replace) one service, and return its base URL once `/healthz` answers and every replica is up.
 
-    Raises CheckpointError before anything is deployed when a directory is no intact reward model, ConfigError for a service without keys on
-    an open host, and with Serve's reasons when the deployment fails or is not up after `deadline_s` (it is left as it is, to be looked at or
-    deleted).
+    Call start_serve first. Raises CheckpointError, before anything is deployed, when a directory holds no intact reward
+    model. Raises ConfigError for a service without keys on an open host, and, with Serve's reasons, for a deployment
+    that fails or is not up after `deadline_s` seconds; such a deployment stays, for a look at it or for its deletion.
     """
     settings = with_verified_checkpoints(settings)
     running = running_http_options()
@@ -80,8 +89,8 @@ def deploy_service(settings: ServiceSettings, app_name: str, route_prefix: str, 
     refuse_open_host(running.host or "", settings)
     base_url = f"http://{running.host}:{running.port}{route_prefix.rstrip('/')}"
     started_s = time.monotonic()
-    serve.run_many(
-        [serve.RunTarget(service_app(settings), name=app_name, route_prefix=route_prefix)],
+    ray_serve.run_many(
+        [ray_serve.RunTarget(service_app(settings), name=app_name, route_prefix=route_prefix)],
         wait_for_applications_running=False,
     )
     wait_until_up([app_name], deadline_s=deadline_s, base_url=base_url)
@@ -91,28 +100,32 @@ def deploy_service(settings: ServiceSettings, app_name: str, route_prefix: str, 
 
 
 def deploy_models(settings: ServiceSettings, *, deadline_s: float = 180.0) -> "dict[str, DeploymentHandle[object]]":
-    """Deploy the replicas of every model, each an application of its own without HTTP; returns their handles once all are up.
+    """Deploy the replicas of every model, and return their handles by model name once all are up.
 
-    Called again, it swaps what has changed; a change of checkpoint alone is a swap in place. Raises as deploy_service.
+    Each model is an application of its own without HTTP. A second call replaces what has changed; a change of the
+    checkpoint alone is a swap inside the running replicas. Raises what deploy_service raises.
     """
     refuse_no_keys(settings)
     settings = with_verified_checkpoints(settings)
     targets = [
-        serve.RunTarget(scorer_app(model, settings), name=model.model_name, route_prefix=None)
+        ray_serve.RunTarget(scorer_app(model, settings), name=model.model_name, route_prefix=None)
         for model in settings.models
     ]
-    serve.run_many(targets, wait_for_applications_running=False)
+    ray_serve.run_many(targets, wait_for_applications_running=False)
     wait_until_up([model.model_name for model in settings.models], deadline_s=deadline_s)
-    return {model.model_name: serve.get_app_handle(model.model_name) for model in settings.models}
+    return {model.model_name: ray_serve.get_app_handle(model.model_name) for model in settings.models}
 
 
 def delete_service(app_name: str) -> None:
-    """Take one service down, after the requests it is working on. Others stay."""
-    serve.delete(app_name)
+    """Take one service down once it has answered the requests it is working on. Other services stay."""
+    ray_serve.delete(app_name)
 
 
 def with_verified_checkpoints(settings: ServiceSettings) -> ServiceSettings:
-    """With absolute paths. The replicas verify too; here an error keeps its class and costs no deployment."""
+    """Return the settings with absolute paths of checkpoints, each of which has been verified.
+
+    The replicas verify too; but here an error keeps its class and costs no deployment.
+    """
 
     def verified(model: ModelSettings) -> ModelSettings:
         if model.checkpoint_dir is None:
@@ -125,18 +138,24 @@ def with_verified_checkpoints(settings: ServiceSettings) -> ServiceSettings:
 
 
 def wait_until_up(app_names: list[str], *, deadline_s: float, base_url: str | None = None) -> None:
-    """Until every replica is up and, with a URL, the proxy routes to them. Raises ConfigError with Serve's reasons."""
+    """Wait until every replica is up and, with a URL, the proxy routes to them.
+
+    Raises ConfigError with Serve's reasons when a deployment has failed or the deadline is over.
+    """
     started_s = time.monotonic()
     while not all(is_up(app_name, base_url) for app_name in app_names):
         if time.monotonic() - started_s > deadline_s:
-            late = next(app_name for app_name in app_names if not is_up(app_name, base_url))
-            raise ConfigError(f"The service {late!r} is not up after {deadline_s:.0f} s: {why_not_up(late)}")
+            late_app = next(app_name for app_name in app_names if not is_up(app_name, base_url))
+            raise ConfigError(f"The service {late_app!r} is not up after {deadline_s:.0f} s: {why_not_up(late_app)}")
         time.sleep(POLL_EVERY_S)
 
 
 def is_up(app_name: str, base_url: str | None) -> bool:
-    """Raises ConfigError when the deployment has failed for good."""
-    status = serve.status().applications[app_name].status
+    """Return whether the application runs and, with a URL, answers.
+
+    Raises ConfigError when its deployment has failed for good.
+    """
+    status = ray_serve.status().applications[app_name].status
     if status == ApplicationStatus.DEPLOY_FAILED:
         raise ConfigError(f"The service {app_name!r} could not be started: {why_not_up(app_name)}")
     if status != ApplicationStatus.RUNNING:
@@ -150,16 +169,24 @@ def is_up(app_name: str, base_url: str | None) -> bool:
 
 
 def why_not_up(app_name: str) -> str:
-    """What Serve says of the application and its deployments, and what the cluster has."""
-    application = serve.status().applications[app_name]
-    said = [f"{name} {d.status.value}: {d.message}" for name, d in application.deployments.items() if d.message]
+    """Return what Serve says about the application and its deployments, and the resources of the cluster."""
+    application = ray_serve.status().applications[app_name]
+    deployment_messages = [
+        f"{name} {deployment.status.value}: {deployment.message}"
+        for name, deployment in application.deployments.items()
+        if deployment.message
+    ]
     return "; ".join(
-        [application.message or application.status.value, *said, f"the cluster has {ray.cluster_resources()}"]
+        [
+            application.message or application.status.value,
+            *deployment_messages,
+            f"the cluster has {ray.cluster_resources()}",
+        ]
     )
 
 
 def running_http_options() -> HTTPOptions | None:
-    """Of the Serve instance on this Ray cluster, if there is one."""
+    """Return the HTTP options of the Serve that runs on this Ray cluster, or None if there is none."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else client.http_config
 

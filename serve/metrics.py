@@ -1,4 +1,7 @@
-"""What /metrics says, in Prometheus' text format: one registry a front. The same is on Ray's own endpoint, where a service without HTTP has it too."""
+"""The metrics of a service: each front has a registry, which /metrics shows in Prometheus' text format.
+
+Ray's own metrics endpoint has a copy of them, so a service without HTTP has metrics too.
+"""
 
 import time
 from collections import deque
@@ -25,7 +28,7 @@ from serve.work import Scored
 
 QUANTILES = (0.5, 0.9, 0.99)
 NUM_RECENT = 4096
-"""Requests over which the latency quantiles are taken."""
+"""The number of last requests over which the latency quantiles are taken."""
 BATCH_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 REQUEST_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -36,7 +39,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class RecentLatencies(Collector):
-    """Quantiles of the last NUM_RECENT requests of each route, in seconds."""
+    """The latency quantiles of the last NUM_RECENT requests of each route, in seconds."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, deque[float]] = {}
@@ -46,7 +49,9 @@ class RecentLatencies(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         family = GaugeMetricFamily(
-            "rm_robust_request_latency_seconds", f"Of the last {NUM_RECENT} requests.", labels=("route", "quantile")
+            "rm_robust_request_latency_seconds",
+            f"Latency of the last {NUM_RECENT} requests.",
+            labels=("route", "quantile"),
         )
         for route, seconds in self._seconds.items():
             ordered = sorted(seconds)
@@ -56,7 +61,7 @@ class RecentLatencies(Collector):
 
 
 class ScoreMoments(Collector):
-    """Running mean and standard deviation of the raw scores of each model and checkpoint (Welford 1962)."""
+    """The running mean and standard deviation of the raw scores of each model and checkpoint (Welford 1962)."""
 
     def __init__(self) -> None:
         self._moments: dict[tuple[str, str], tuple[int, float, float]] = {}
@@ -75,8 +80,8 @@ class ScoreMoments(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         labels = ("model", "checkpoint")
         counts = GaugeMetricFamily("rm_robust_scores", "Scores given since the start.", labels=labels)
-        means = GaugeMetricFamily("rm_robust_score_mean", "Their mean.", labels=labels)
-        deviations = GaugeMetricFamily("rm_robust_score_std", "Their standard deviation.", labels=labels)
+        means = GaugeMetricFamily("rm_robust_score_mean", "Mean of those scores.", labels=labels)
+        deviations = GaugeMetricFamily("rm_robust_score_std", "Standard deviation of those scores.", labels=labels)
         for key, (count, mean, squares) in self._moments.items():
             counts.add_metric(key, count)
             means.add_metric(key, mean)
@@ -85,9 +90,11 @@ class ScoreMoments(Collector):
 
 
 class RayCopy:
-    """A registry's samples as gauges of Ray's endpoint: the same names, to which Ray adds `ray_`, and the label `service`.
+    """Copies a registry's samples to gauges of Ray's endpoint.
 
-    Counters and buckets are gauges there; `rate` and `histogram_quantile` ask for no type. A copy every few seconds costs requests nothing.
+    The names are the same, except that Ray adds `ray_`, and each sample has the label `service`. Counters and buckets
+    are gauges there, because `rate` and `histogram_quantile` ask for no type. A copy every few seconds costs requests
+    nothing.
     """
 
     def __init__(self, registry: CollectorRegistry, service: str) -> None:
@@ -124,7 +131,12 @@ class ServiceMetrics:
         self.queued_requests = Gauge(
             "rm_robust_queued_requests", "Requests waiting or being scored.", ("model",), registry=self._registry
         )
-        self.queued_tokens = Gauge("rm_robust_queued_tokens", "Their tokens.", ("model",), registry=self._registry)
+        self.queued_tokens = Gauge(
+            "rm_robust_queued_tokens",
+            "Tokens of the requests that wait or are being scored.",
+            ("model",),
+            registry=self._registry,
+        )
         self.batch_items = Histogram(
             "rm_robust_batch_items", "Inputs of a batch.", ("model",), buckets=BATCH_ITEMS, registry=self._registry
         )
@@ -137,7 +149,7 @@ class ServiceMetrics:
         )
         self.batch_seconds = Histogram(
             "rm_robust_batch_seconds",
-            "To a replica and back.",
+            "Time of a batch to a replica and back.",
             ("model",),
             buckets=BATCH_SECONDS,
             registry=self._registry,
@@ -149,14 +161,14 @@ class ServiceMetrics:
             registry=self._registry,
         )
         self.tokens = Counter(
-            "rm_robust_tokens", "Tokens scored, a prompt once a request.", ("model",), registry=self._registry
+            "rm_robust_tokens", "Tokens scored; a prompt counts once per request.", ("model",), registry=self._registry
         )
         self.latencies, self.scores = RecentLatencies(), ScoreMoments()
         self._registry.register(self.latencies)
         self._registry.register(self.scores)
 
     def answered(self, route: str, status: int, *, seconds: float, reason: str | None) -> None:
-        """`reason` is why there are no scores."""
+        """Count one answered request. `reason` is why it has no scores, None if it has."""
         self.requests.labels(route, status).inc()
         self.seconds.labels(route).observe(seconds)
         self.latencies.add(route, seconds)
@@ -171,7 +183,7 @@ class ServiceMetrics:
 
 
 class ModelMetrics:
-    """What one model's queue reports."""
+    """The metrics that one model's queue reports."""
 
     def __init__(self, service: ServiceMetrics, model: str) -> None:
         self._service, self._model = service, model
@@ -200,7 +212,7 @@ class ModelMetrics:
 
 
 class CountRequests:
-    """ASGI middleware: counts and times every request by its route (a path that is none is `other`)."""
+    """ASGI middleware that counts and times every request by its route. A path without a route counts as `other`."""
 
     def __init__(self, app: ASGIApp, metrics: ServiceMetrics, routes: frozenset[str]) -> None:
         self._app, self._metrics, self._routes = app, metrics, routes

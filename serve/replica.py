@@ -1,4 +1,7 @@
-"""One model in one Serve replica: one thread computes batches beside the event loop, another loads the checkpoint that replaces the first."""
+"""One model in one Serve replica.
+
+Beside the event loop, one thread computes batches, and another loads the checkpoint that replaces the current one.
+"""
 
 import asyncio
 import logging
@@ -8,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from ray import serve
+import ray.serve as ray_serve
 from ray.serve.context import ReplicaContext
 
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
@@ -18,26 +21,39 @@ from serve.work import Batch, BatchScorer, BatchScores, OtherGeneration, ServedM
 
 logger = logging.getLogger(__name__)
 
+NUM_BATCHES_PER_REPLICA = 2
+"""The batches that a front sends to a replica at a time: one is computed, and one waits."""
+LOOK_BACK_AT_LEAST_S, LOOK_BACK_AT_MOST_S = 2.0, 30.0
+
 
 class WhatToLoad(TypedDict):
-    """Serve's `user_config`: a deployment that changes nothing else reconfigures the replicas that are there."""
+    """Serve's `user_config` of a model's replicas.
+
+    A deployment that changes nothing else reconfigures the replicas that already run.
+    """
 
     checkpoint_dir: str | None
     generation: int
     checkpoint: NotRequired[str]
-    """Its content hash; a directory that has another by now is not loaded."""
+    """The content hash of the checkpoint. A directory that has another hash by now is not loaded."""
 
 
 def log_as_replica() -> ReplicaContext:
-    """Warnings of this replica's process say whose they are; Serve's own lines are as SHARED_OPTIONS say."""
-    own = serve.get_replica_context()
+    """Let the warnings of this process name its replica, and return the replica's context.
+
+    Serve's own lines follow SHARED_OPTIONS in app.py.
+    """
+    context = ray_serve.get_replica_context()
     start_logging(logging.WARNING)
-    lines_are_of(own.app_name, "serve", f"{own.deployment} {own.replica_tag}")
-    return own
+    lines_are_of(context.app_name, "serve", f"{context.deployment} {context.replica_tag}")
+    return context
 
 
 class ScorerReplica:
-    """`handle.score.remote(Batch)` gives BatchScores, or OtherGeneration for a batch that was prepared for another checkpoint."""
+    """Scores batches with one model.
+
+    `handle.score.remote(Batch)` gives BatchScores, or OtherGeneration for a batch of another checkpoint.
+    """
 
     def __init__(self, settings: ModelSettings, batch_timeout_s: float) -> None:
         self._settings, self._batch_timeout_s = settings, batch_timeout_s
@@ -47,21 +63,22 @@ class ScorerReplica:
         self._reload_error: str | None = None
         self._batch_started_s: float | None = None
 
-    async def reconfigure(self, what: WhatToLoad) -> None:
-        """Load a checkpoint while the one before goes on scoring. One that cannot be loaded leaves that in place; without one, it is fatal.
+    async def reconfigure(self, to_load: WhatToLoad) -> None:
+        """Load a checkpoint while the current one goes on scoring.
 
-        Raises CheckpointError for the first checkpoint.
+        If it cannot be loaded, the current one stays. For the first checkpoint, the error (CheckpointError, for
+        example) is raised.
         """
-        if self._scorer is not None and what.get("checkpoint") == self._scorer.served.checkpoint:
-            self._scorer.served = replace(self._scorer.served, generation=what["generation"])
+        if self._scorer is not None and to_load.get("checkpoint") == self._scorer.served.checkpoint:
+            self._scorer.served = replace(self._scorer.served, generation=to_load["generation"])
             self._reload_error = None
             return
         try:
-            loaded = await asyncio.to_thread(load_scorer, self._settings, what)
+            loaded = await asyncio.to_thread(load_scorer, self._settings, to_load)
         except (RmRobustError, OSError, RuntimeError) as error:  # torch's out-of-memory is a RuntimeError
             if self._scorer is None:
                 raise
-            logger.error("the checkpoint %s is not served: %s", what["checkpoint_dir"], error)
+            logger.error("the checkpoint %s is not served: %s", to_load["checkpoint_dir"], error)
             self._reload_error = str(error)
             return
         self._scorer, self._reload_error = loaded, None
@@ -75,14 +92,14 @@ class ScorerReplica:
         return replace(served, reload_error=self._reload_error)
 
     def check_health(self) -> None:
-        """Serve calls it every few seconds; raising replaces the replica."""
+        """Raise when a batch hangs. Serve calls this every few seconds, and replaces a replica that raises."""
         started_s = self._batch_started_s
         if started_s is not None and time.monotonic() - started_s > self._batch_timeout_s:
             raise RuntimeError(f"a batch has been running for more than {self._batch_timeout_s:g} s")
 
     def _score(self, batch: Batch) -> BatchScores | OtherGeneration:
         assert self._scorer is not None
-        scorer = self._scorer  # the one of this whole batch
+        scorer = self._scorer  # a reload may replace self._scorer before this batch ends
         if (scorer.served.generation, scorer.served.checkpoint) != (batch.generation, batch.checkpoint):
             return OtherGeneration(scorer.served)
         self._batch_started_s = time.monotonic()
@@ -92,25 +109,33 @@ class ScorerReplica:
             self._batch_started_s = None
 
 
-def load_scorer(settings: ModelSettings, what: WhatToLoad) -> BatchScorer:
-    """The model that the settings name; imported here so that a judge's replica never loads torch models."""
-    if what["checkpoint_dir"] is None:
+def load_scorer(settings: ModelSettings, to_load: WhatToLoad) -> BatchScorer:
+    """Load the model that the settings name. The imports are local so that a judge's replica never loads torch models.
+
+    Raises CheckpointError for a checkpoint that cannot be served, or is no longer the one that was deployed.
+    """
+    checkpoint_dir = to_load["checkpoint_dir"]
+    if checkpoint_dir is None:
         from serve.scorers.judge import JudgeScorer
 
-        return JudgeScorer(settings, what["generation"])
+        return JudgeScorer(settings, to_load["generation"])
     from serve.scorers.checkpoint_scorer import CheckpointScorer
 
-    loaded = CheckpointScorer(settings, Path(what["checkpoint_dir"]), what["generation"])
-    wanted = what.get("checkpoint", loaded.served.checkpoint)
-    if loaded.served.checkpoint != wanted:
+    loaded = CheckpointScorer(settings, Path(checkpoint_dir), to_load["generation"])
+    deployed_checkpoint = to_load.get("checkpoint", loaded.served.checkpoint)
+    if loaded.served.checkpoint != deployed_checkpoint:
         raise CheckpointError(
-            f"{what['checkpoint_dir']} is now {loaded.served.checkpoint}, and {wanted} was deployed. Deploy it again to serve what is there."
+            f"{checkpoint_dir} is now {loaded.served.checkpoint}, and {deployed_checkpoint} was deployed. "
+            "Deploy it again to serve what is there."
         )
     return loaded
 
 
 def scorer_options(settings: ModelSettings) -> dict[str, Any]:
-    """Serve's options for the model's replicas. A front sends batches: two per replica keep it busy, and more than that are load to scale by."""
+    """Return Serve's options for the model's replicas.
+
+    A front sends batches: two per replica keep it busy, and more than two make Serve add replicas.
+    """
     scaling: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas is not None:
         scaling = {
@@ -123,22 +148,15 @@ def scorer_options(settings: ModelSettings) -> dict[str, Any]:
                 "look_back_period_s": max(LOOK_BACK_AT_LEAST_S, min(settings.upscale_delay_s, LOOK_BACK_AT_MOST_S)),
             }
         }
-    return (
-        scaling
-        | {
-            "max_ongoing_requests": NUM_BATCHES_PER_REPLICA + 1,  # and somebody who asks what is loaded
-            "health_check_period_s": 2.0,
-            "health_check_timeout_s": 5.0,  # three times in a row
-            "graceful_shutdown_timeout_s": 10.0,  # a swap waits for a hung replica's end; a batch that is cut off by it is scored by another
-            "ray_actor_options": {
-                "num_cpus": settings.num_cpus,
-                "num_gpus": settings.num_gpus,
-                "resources": settings.resources,
-            },
-        }
-    )
-
-
-NUM_BATCHES_PER_REPLICA = 2
-"""One is computed, and one waits."""
-LOOK_BACK_AT_LEAST_S, LOOK_BACK_AT_MOST_S = 2.0, 30.0
+    return scaling | {
+        "max_ongoing_requests": NUM_BATCHES_PER_REPLICA + 1,  # one more for a front that asks what is loaded
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 5.0,  # a replica is replaced after three of them in a row
+        # A swap waits so long for a hung replica. A batch that this cuts off is scored by another replica.
+        "graceful_shutdown_timeout_s": 10.0,
+        "ray_actor_options": {
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            "resources": settings.resources,
+        },
+    }

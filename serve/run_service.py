@@ -1,4 +1,7 @@
-"""A run's own service on a cluster ends with its job, however that ends: to Serve an application is nobody's, and would hold its nodes for ever."""
+"""Serve a run's own scorers on its cluster, and delete the service when its job ends, however the job ends.
+
+Serve itself does not know which job an application belongs to, so the application would hold its nodes for ever.
+"""
 
 import contextlib
 import hashlib
@@ -10,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import serve
+import ray.serve as ray_serve
 
 from rm_robust.cluster.session import HEAD_RESOURCE, is_local
 from rm_robust.config.run import ReplicaConfig
+from rm_robust.runs import files as run_files
 from rm_robust.runs.claim import living_job
 from rm_robust.runs.directory import Run
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.storage.copies import local_path, shown
 from rm_robust.scoring.client import RewardClient
 from rm_robust.scoring.contract import Scorer
-from serve.settings import ModelSettings
+from serve.cluster_scorer import ClusterScorer
+from serve.keys import new_key
+from serve.settings import ModelSettings, ServiceLimits, ServiceSettings
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +33,26 @@ NAMESPACE = "rm_robust_services"
 POLL_EVERY_S = 5.0
 STARTED_WITHIN_S = 60.0
 SERVED_WITHIN_S = 1800.0
-"""An autoscaler may have to start the nodes first."""
+"""Seconds within which the service must be up. An autoscaler may have to start the nodes first."""
 
 
 @contextlib.contextmanager
 def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
-    """Serve the proxy reward model and the gold judge in this cluster, and reach them without HTTP; a gold judge elsewhere is reached over HTTP.
+    """Serve the proxy reward model and the gold judge in this cluster, and yield a scorer for each.
 
-    The service is deleted afterwards. It has no HTTP side of its own; below a Serve that has one its single key is thrown away.
+    The scorers work without HTTP, except for a gold judge elsewhere, which is reached over HTTP. The service is deleted
+    afterwards. It has no HTTP side of its own; where Serve has one, nobody can use the service, because its single key
+    is thrown away.
     """
-    from serve.cluster_scorer import ClusterScorer
-    from serve.keys import new_key
+    # This loads FastAPI, which only the driver of an RLOO stage needs.
     from serve.launch import delete_service, deploy_inside, start_serve_without_http
-    from serve.settings import ServiceLimits, ServiceSettings
 
     config = run.config
     proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
     gold = served_model(
         config.serve.gold_replica,
         "gold",
-        None if config.serve.gold == "embedded" else local_path(config.serve.gold).absolute(),
+        None if config.serve.gold == "embedded" else run_files.locate(config.serve.gold).absolute(),
     )
     gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
     app_name, is_on_cluster = service_name(run), not is_local()
@@ -74,14 +79,15 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
 
 
 def service_name(run: Run) -> str:
-    """Of this run's directory alone: two runs of one name in a cluster must not replace each other's models."""
-    return f"{run.config.name}-{hashlib.sha256(shown(run.run_dir).encode()).hexdigest()[:8]}"
+    """Return the service's name, which only this run's directory has.
+
+    Two runs of one name in a cluster must not replace each other's models.
+    """
+    return f"{run.config.name}-{hashlib.sha256(run_files.shown(run.run_dir).encode()).hexdigest()[:8]}"
 
 
-def served_model(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None) -> "ModelSettings":
-    """The embedded judge, without a checkpoint."""
-    from serve.settings import ModelSettings
-
+def served_model(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path | None) -> ModelSettings:
+    """Return the settings of one model: of a checkpoint, or, without one, of the embedded judge."""
     return ModelSettings(
         **replica.model_dump(),
         model_name=model_name,
@@ -92,7 +98,10 @@ def served_model(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path |
 
 
 def end_with_this_job(app_name: str) -> None:
-    """Have the application deleted when this job has ended; before it is deployed. An earlier job's keeper, of the same run, is gone when this returns."""
+    """Have the application deleted when this job has ended. Call this before the application is deployed.
+
+    The keeper that an earlier job of the same run left behind is gone when this returns.
+    """
     forget_job(app_name)
     remote: Any = ray.remote(Keeper)
     keeper = remote.options(
@@ -106,41 +115,42 @@ def end_with_this_job(app_name: str) -> None:
 
 
 def forget_job(app_name: str) -> None:
-    """Nobody looks after the application any more."""
-    with contextlib.suppress(ValueError):  # there is none
+    """End the application's keeper, if there is one, so that nothing looks after the application any more."""
+    with contextlib.suppress(ValueError):  # there is no keeper
         ray.kill(ray.get_actor(app_name, namespace=NAMESPACE))
         _wait_until_free(app_name)
 
 
 def end_unused_serve() -> None:
-    """Of Serve without applications and without HTTP nothing is left behind: the next `serve deploy` on this cluster would get no HTTP either.
+    """Shut Serve down when it has neither applications nor HTTP.
 
-    A run that starts in this very moment finds it ended, fails, and goes on when it is submitted again.
+    If it stayed, the next `serve deploy` on this cluster would get no HTTP either. A run that starts at this very
+    moment finds Serve ended and fails; it goes on when it is submitted again.
     """
-    status = serve.status()
+    status = ray_serve.status()
     if not status.applications and not status.proxies:
-        serve.shutdown()
+        ray_serve.shutdown()
 
 
 class Keeper:
-    """Looks every few seconds whether the job is still there."""
+    """An actor that checks every few seconds whether the job still runs, and deletes the application after its end."""
 
     def __init__(self, app_name: str, job_id: str) -> None:
         self._app_name, self._job_id = app_name, job_id
-        self._own = ray.get_runtime_context().current_actor
+        self._this_actor = ray.get_runtime_context().current_actor
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while living_job(self._job_id) is not None:
             time.sleep(POLL_EVERY_S)
         logger.warning("job %s has ended and left the service %s behind: it is deleted", self._job_id, self._app_name)
-        serve.delete(self._app_name)
+        ray_serve.delete(self._app_name)
         end_unused_serve()
-        ray.kill(self._own)
+        ray.kill(self._this_actor)
 
 
 def _wait_until_free(app_name: str) -> None:
-    """A killed actor's name is taken for another moment."""
+    """Wait until the name of a killed keeper is free again; Ray keeps it for a moment."""
     deadline_s = time.monotonic() + STARTED_WITHIN_S
     while time.monotonic() < deadline_s:
         ray.get_actor(app_name, namespace=NAMESPACE)  # ValueError when it is free

@@ -1,4 +1,7 @@
-"""What a scoring service is: its models, who may ask, and how much. `rm_robust.config.run.ReplicaConfig` describes a model's replicas."""
+"""The settings of a scoring service: its models, who may ask, and how much.
+
+`rm_robust.config.run.ReplicaConfig` has the settings of a model's replicas.
+"""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -9,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rm_robust.config.run import ReplicaConfig
 from rm_robust.errors import ConfigError
-from rm_robust.runs.storage.copies import local_path
+from rm_robust.runs import files as run_files
 from serve.keys import ApiKey
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -17,43 +20,52 @@ STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelSettings(ReplicaConfig):
-    """One served model. Exactly one of `checkpoint_dir` and `embedded_judge` says what scores."""
+    """One served model. Exactly one of `checkpoint_dir` and `embedded_judge` must be set; it says what scores."""
 
     model_name: str = Field(pattern=MODEL_NAME_PATTERN)
-    """What requests ask for, and every reply names."""
+    """The name that requests ask for and that every reply gives."""
     checkpoint_dir: Annotated[
-        Path | None, BeforeValidator(lambda given: local_path(given) if isinstance(given, str) else given)
+        Path | None, BeforeValidator(lambda given: run_files.locate(given) if isinstance(given, str) else given)
     ] = None
-    """A committed reward-model checkpoint: a path on storage that every serving node sees, or a URI (s3://…, gs://…) of a run in an object store."""
+    """A committed reward-model checkpoint.
+
+    It is a path on storage that every serving node sees, or a URI (s3://…, gs://…) of a run in an object store.
+    """
     embedded_judge: bool = False
-    """True: the embedded world's gold judge."""
+    """True: the embedded world's gold judge scores."""
     device: Literal["cpu", "cuda"] = "cpu"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if (self.checkpoint_dir is None) != self.embedded_judge:
             raise ValueError(
-                f"set either checkpoint_dir or embedded_judge = true, got checkpoint_dir = {self.checkpoint_dir} and embedded_judge = {self.embedded_judge}"
+                "set either checkpoint_dir or embedded_judge = true, "
+                f"got checkpoint_dir = {self.checkpoint_dir} and embedded_judge = {self.embedded_judge}"
             )
         if (self.device == "cuda") != (self.num_gpus > 0):
             raise ValueError(
-                f'device = "cuda" and num_gpus > 0 go together, got device = {self.device!r} and num_gpus = {self.num_gpus}'
+                'device = "cuda" and num_gpus > 0 go together, '
+                f"got device = {self.device!r} and num_gpus = {self.num_gpus}"
             )
         return self
 
 
 class Aggregation(StrEnum):
-    """How the members' scores of one completion become one (Coste et al., ICLR 2024, section 3)."""
+    """How the members' scores of one completion become one score (Coste et al., ICLR 2024, section 3)."""
 
     MEAN = "mean"
+    """The mean of the members' scores."""
     MIN = "min"
-    """Worst-case optimisation."""
+    """The lowest of the members' scores (worst-case optimisation)."""
     UNCERTAINTY_WEIGHTED = "uncertainty_weighted"
-    """Mean - uncertainty_weight * variance."""
+    """The mean minus `uncertainty_weight` times the variance of the members' scores."""
 
 
 class EnsembleSettings(BaseModel):
-    """Several of the service's models under one name. Their scores must be on one scale: models trained alike, or `calibrate_members`."""
+    """Several of the service's models under one name.
+
+    Their scores must be on one scale: either the models are trained alike, or `calibrate_members` is set.
+    """
 
     model_config = STRICT
 
@@ -61,57 +73,58 @@ class EnsembleSettings(BaseModel):
     members: tuple[str, ...] = Field(min_length=2)
     aggregation: Aggregation = Aggregation.MEAN
     uncertainty_weight: float = Field(default=0.5, ge=0)
-    """Of `uncertainty_weighted`; no other aggregation reads it."""
+    """The weight of the variance in `uncertainty_weighted`; no other aggregation reads it."""
     calibrate_members: bool = False
-    """True: aggregate (score - mean) / std of each member, as its manifest says them."""
+    """True: aggregate (score - mean) / std of each member, with the mean and the std of its manifest."""
 
 
 class ServiceLimits(BaseModel):
-    """What is refused, and when."""
+    """The limits of a service: what it refuses, and with which HTTP status."""
 
     model_config = STRICT
 
     max_body_bytes: int = Field(default=8 << 20, ge=1)
-    """413 beyond it."""
+    """Bytes of a request's body; a larger one is refused with 413."""
     max_completions: int = Field(default=1024, ge=1)
-    """Of one request, over all its inputs; 413 beyond it."""
+    """Completions of one request, over all its inputs; a request with more is refused with 413."""
     max_queued_requests: int = Field(default=512, ge=1)
-    """Per model, waiting or being scored; 429 beyond it."""
+    """Requests per model that wait or are being scored; any more are refused with 429."""
     max_queued_tokens: int = Field(default=1 << 20, ge=1)
-    """The same in tokens. A request that alone has more is refused with 413."""
+    """Tokens of those requests; any more are refused with 429, and a request that alone has more with 413."""
     request_timeout_s: float = Field(default=60.0, gt=0)
-    """504 for a request that has no scores by then."""
+    """Seconds after which a request that has no scores is answered with 504."""
     batch_timeout_s: float = Field(default=30.0, gt=0)
-    """A batch that takes longer hangs: it is computed by another replica, and its own is replaced."""
+    """Seconds after which a batch is taken to hang: another replica computes it, and its own replica is replaced."""
 
 
 class ServiceSettings(BaseModel):
-    """One scoring service. Its first model answers requests that name none."""
+    """One scoring service. Its first model answers requests that name no model."""
 
     model_config = STRICT
 
     models: tuple[ModelSettings, ...] = Field(min_length=1)
     ensembles: tuple[EnsembleSettings, ...] = ()
     api_keys: tuple[ApiKey, ...] = ()
-    """Who may ask. Needed to start, unless `insecure_no_auth` is set."""
+    """The keys of those who may ask. At least one is needed, unless `insecure_no_auth` is set."""
     insecure_no_auth: bool = False
-    """True: no keys; clients on the same machine only."""
+    """True: no key is needed, and only clients on the same machine are answered."""
     limits: ServiceLimits = ServiceLimits()
     num_fronts: int = Field(default=1, ge=1)
-    """Replicas of the HTTP side under Ray Serve; each has queues of its own."""
+    """The number of replicas of the HTTP side under Ray Serve; each has queues of its own."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         names = [*(model.model_name for model in self.models), *(ensemble.model_name for ensemble in self.ensembles)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"model names must differ, these do not: {', '.join(twice)}")
-        own = {model.model_name for model in self.models}
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"model names must differ, these do not: {', '.join(duplicates)}")
+        model_names = {model.model_name for model in self.models}
         for ensemble in self.ensembles:
-            unknown = sorted(set(ensemble.members) - own)
+            unknown = sorted(set(ensemble.members) - model_names)
             if unknown or len(set(ensemble.members)) < len(ensemble.members):
                 raise ValueError(
-                    f"the members of {ensemble.model_name} must be different models of {sorted(own)}, got {list(ensemble.members)}"
+                    f"the members of {ensemble.model_name} must be different models of {sorted(model_names)}, "
+                    f"got {list(ensemble.members)}"
                 )
         if self.api_keys and self.insecure_no_auth:
             raise ValueError("insecure_no_auth = true would leave api_keys unused; set one of them")
@@ -119,11 +132,15 @@ class ServiceSettings(BaseModel):
 
 
 def checked_service(fields: Mapping[str, object], *, source: str) -> ServiceSettings:
-    """Raises ConfigError that names `source` and each wrong field, and repeats no value: one may be a key."""
+    """Return the settings that the fields give.
+
+    Raises ConfigError that names `source` and each wrong field, and repeats no value, because one may be a key.
+    """
     try:
         return ServiceSettings.model_validate(fields)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, p['loc'])) or 'settings'}: {p['msg']}" for p in error.errors(include_url=False)
+            f"{'.'.join(map(str, problem['loc'])) or 'settings'}: {problem['msg']}"
+            for problem in error.errors(include_url=False)
         ]
         raise ConfigError(f"{source} are not valid:\n  " + "\n  ".join(problems)) from None

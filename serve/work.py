@@ -1,8 +1,9 @@
-"""What goes between the HTTP side and a model's replicas.
+"""The types that pass between the HTTP side and a model's replicas.
 
     request ──Preparer──► work items, in the front    ──Batch──► BatchScorer, in a replica ──► scores, item by item
 
-checkpoint_preparer.py with checkpoint_scorer.py, and judge_scorer.py, are the two kinds of model.
+There are two kinds of model: a checkpoint (scorers/checkpoint_preparer.py and scorers/checkpoint_scorer.py) and the
+embedded judge (scorers/judge.py, with both halves).
 """
 
 from collections.abc import Sequence
@@ -15,25 +16,26 @@ from rm_robust.scoring.contract import ScoreInput, ScoreRequest, ScoreResult, To
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to score, and what the caller's body calls it, for refusals."""
+    """One thing to score, and the names of its fields in the caller's body, which refusals repeat."""
 
     content: ScoreInput | str | list[int]
-    """A prompt with its completions; or a whole conversation, rendered by the caller, as text or token ids."""
+    """A prompt with its completions, or a whole conversation that the caller has rendered, as text or token ids."""
     prompt_field: str
+    """The field of the prompt, such as `inputs[0].prompt`."""
     completion_field: str
-    """With `{}` where the completion's number stands."""
+    """The field of the completions, with `{}` in the place of a completion's index."""
 
 
 @dataclass(frozen=True)
 class DialectRequest:
-    """What a client of another server asks (dialects.py)."""
+    """What a client of another server asks to have scored (http/dialects.py)."""
 
     parts: list[Part]
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a replica has loaded. `template`, `max_length_tokens` and `calibration` are None where there are none."""
+    """What a replica has loaded. `template`, `max_length_tokens` and `calibration` are None if the model has none."""
 
     model: str
     checkpoint: str
@@ -43,14 +45,17 @@ class ServedModel:
     """Mean and standard deviation of the scores on held-out pairs, from the manifest."""
     checkpoint_dir: str | None = None
     generation: int = 0
-    """Grows with every deployment of the model, so that of two checkpoints the newer one is known."""
+    """A number that grows with every deployment of the model, so the newer of two checkpoints is known."""
     max_batch_tokens: int = 1 << 30
-    """What a replica computes at a time; a prompt with more completions is several work items."""
+    """Tokens that a replica computes at a time. A prompt whose completions have more becomes several work items."""
     reload_error: str | None = None
-    """Why the newest deployment's checkpoint is not this one."""
+    """Why the replica does not serve the newest deployment's checkpoint; None when it does."""
 
     def replaces(self, other: "ServedModel") -> bool:
-        """A newer deployment, or (a directory that was written anew) another checkpoint of the same one."""
+        """Return whether this is a newer deployment, or another checkpoint of the same one.
+
+        A deployment has another checkpoint when its directory was written again.
+        """
         return self.generation > other.generation or (
             self.generation == other.generation and self.checkpoint != other.checkpoint
         )
@@ -58,12 +63,12 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One input, or some of its completions, as a replica takes it. Its cost is what it adds to a batch."""
+    """One input, or some of its completions, as a replica takes it. Its token counts are its share of a batch."""
 
     input_index: int
     content: TokenGroup | ScoreInput
     prompt_key: int
-    """Equal for equal prompts: a batch computes them once."""
+    """A hash that is equal for equal prompts: a batch computes such prompts once."""
     num_prompt_tokens: int
     num_completion_tokens: int
 
@@ -74,17 +79,17 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request's work items, in the order of its inputs and their completions, with the token counts of each input."""
+    """A request's work items, in the order of its inputs and their completions, and the token counts of each input."""
 
     items: list[WorkItem]
     counts: list[TokenCounts | None]
     num_cut: int = 0
-    """Rendered conversations of which what follows the end of turn was left off."""
+    """The number of rendered conversations that were cut after their end of turn."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Items for one forward, prepared for this checkpoint of this generation."""
+    """Items that one replica scores together, prepared for one checkpoint of one generation."""
 
     generation: int
     checkpoint: str
@@ -93,7 +98,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchScores:
-    """Raw scores item by item; a text says why that item alone has none."""
+    """The raw scores of a batch, item by item. An entry that is text says why that item alone has no scores."""
 
     replica: str
     results: list[list[float] | str]
@@ -101,14 +106,17 @@ class BatchScores:
 
 @dataclass(frozen=True)
 class OtherGeneration:
-    """The replica has another checkpoint than the batch was prepared for, and scored nothing."""
+    """The reply of a replica that has another checkpoint than the batch was prepared for, and scored nothing."""
 
     served: ServedModel
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Raw scores of one request, input by input, and the model they come from: it travels with them, so it is never another's."""
+    """The raw scores of one request, input by input, and the model that they come from.
+
+    The model travels with the scores, so a reply never names another model than the one that scored.
+    """
 
     served: ServedModel
     results: list[ScoreResult]
@@ -117,7 +125,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why one request got no scores: the HTTP status and error body of its reply."""
+    """Why one request got no scores: the HTTP status and the error body of its reply."""
 
     status: int
     type: str
@@ -126,26 +134,31 @@ class Refusal:
 
 
 Outcome = Scored | Refusal
-Request = ScoreRequest | DialectRequest
+ScoringRequest = ScoreRequest | DialectRequest
+"""A request for scores, in our own form or in another server's."""
 
 
 class Preparer(Protocol):
-    """The front's half of a model. One thread at a time."""
+    """The front's half of a model. One thread at a time calls it."""
 
-    def prepare(self, request: Request) -> Prepared | Refusal:
-        """The request as work items; 422 for what the model cannot take, 413 for what is too long."""
+    def prepare(self, request: ScoringRequest) -> Prepared | Refusal:
+        """Return the request as work items, or a refusal: 422 for what the model cannot take, 413 for a long one."""
 
 
 class BatchScorer(Protocol):
-    """A replica's half of a model. One thread at a time."""
+    """A replica's half of a model. One thread at a time calls it."""
 
     served: ServedModel
 
     def score(self, contents: Sequence[TokenGroup | ScoreInput]) -> list[list[float] | str]:
-        """One entry an item, in order. An item that cannot be scored fails alone: its batch mates get their scores."""
+        """Return one entry per item, in order.
+
+        An item that cannot be scored fails alone: the other items of the batch get their scores.
+        """
 
 
-def parts_of(request: Request) -> list[Part]:
+def parts_of(request: ScoringRequest) -> list[Part]:
+    """Return what the request asks to have scored, in order."""
     if isinstance(request, DialectRequest):
         return request.parts
     return [
@@ -154,6 +167,6 @@ def parts_of(request: Request) -> list[Part]:
     ]
 
 
-def invalid_request(where: str, reason: object) -> Refusal:
-    """The request itself is wrong: 422, naming the field."""
-    return Refusal(422, "invalid_request", f"{where}: {reason}")
+def invalid_request(field: str, reason: object) -> Refusal:
+    """Return the refusal of a request that is itself wrong: 422, with the name of the field."""
+    return Refusal(422, "invalid_request", f"{field}: {reason}")

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Loaded machines make any deadline flaky; the same examples every time make a failure one that its author sees.
+# A loaded machine makes any deadline flaky. The same examples in every run show a failure to the author of a change.
 settings.register_profile("rm_robust", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("rm_robust")
 
-pytest.register_assert_rewrite(
-    "tests.support.deploy_manifests"
-)  # its asserts are of the files under test: show what differs
+# The asserts of this module check the files under test, so they should show what differs.
+pytest.register_assert_rewrite("tests.support.deploy_manifests")
 
 DATA_VARIABLE = "RM_ROBUST_TEST_DATA"
 
@@ -21,13 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--data",
         default=os.environ.get(DATA_VARIABLE),
-        help=f"folder of real preference data (or {DATA_VARIABLE}); tests that want it skip without",
+        help=f"folder of real preference data (or {DATA_VARIABLE}); without it, the tests that need it are skipped",
     )
     parser.addoption(
         "--load-seconds",
         type=float,
         default=600.0,
-        help="how long test_serve_mixed_load.py asks (default: %(default)s)",
+        help="how long test_serve_mixed_load.py sends requests (default: %(default)s)",
     )
 
 

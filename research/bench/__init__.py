@@ -1,0 +1,1 @@
+"""Measure this repository against other trainers and servers, by hand."""

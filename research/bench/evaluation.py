@@ -1,10 +1,11 @@
-"""Scores for an evaluation, against the way of the paper's released run_kendall.py: one forward a response, batch 1, plain transformers.
+"""Compare our scores for an evaluation with those of the paper's released run_kendall.py, which is plain transformers.
 
     python -m research.bench.evaluation --data ../shared/data          within 10 minutes
 
-Both ways read the same conversations as text, in float32, with the same threads, in one process, in turns. Ours is what evaluate_reward_model.py --model
-does: the scores of CheckpointSource. Every score is checked against the other's. The limit is the ratio of the tokens that each computes: a prompt's
-completions share the prompt.
+run_kendall.py does one forward pass per response, in batches of 1. We do what evaluate_reward_model.py --model does: we
+take the scores of CheckpointScorer. Both ways take turns in one process. They read the same conversations as text, in
+float32, with the same threads. Every score is compared with the other way's. The limit of the ratio is the ratio of the
+tokens that each way computes, because we compute a prompt once for all its completions.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from research.bench.scoring import SIZES
 from research.bench.scoring_requests import Candidates, best_of_n_lists, rendered, save_scoring_checkpoint, usable
 from rm_robust.data.chat import ChatFormat
 from rm_robust.evaluation.evaluate import CASES_AT_A_TIME
-from rm_robust.scoring.checkpoint_scorer import CheckpointSource
+from rm_robust.scoring.checkpoint_scorer import CheckpointScorer
 from rm_robust.scoring.contract import ScoreInput
 
 NUM_RESPONSES = 256
@@ -40,11 +41,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     pairs = hh_rlhf_dialogues(options.data)
     print(
-        f"{options.threads} threads, float32; milliseconds a response, median of {NUM_ROUNDS} rounds (least to most)\n"
+        f"{options.threads} threads, float32; milliseconds per response, "
+        f"median of {NUM_ROUNDS} rounds (least to most)\n"
     )
-    print(
-        "| data | parameters | responses a prompt | one forward a response | ours | ratio | limit by tokens |\n|---|---|---|---|---|---|---|"
-    )
+    print("| data | parameters | responses a prompt | one forward a response | ours | ratio | limit by tokens |")
+    print("|---|---|---|---|---|---|---|")
     for config in SIZES.values():
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint = Path(scratch) / "reward_model"
@@ -58,15 +59,13 @@ def main() -> None:
                 )[0],
                 "rmb_bon lists": best_of_n_lists(options.data, chat)[0],
             }.items():
-                own = rows[: NUM_RESPONSES // len(rows[0].completions)]
-                print(
-                    compare(name, num_parameters, own, one_by_one(checkpoint, chat, own), ours(checkpoint, own)),
-                    flush=True,
-                )
+                compared = rows[: NUM_RESPONSES // len(rows[0].completions)]
+                their_way, our_way = one_by_one(checkpoint, chat, compared), ours(checkpoint, compared)
+                print(compare(name, num_parameters, compared, their_way, our_way), flush=True)
 
 
 def one_by_one(checkpoint: Path, chat: ChatFormat, rows: Sequence[Candidates]) -> Way:
-    """As run_kendall.py does: each conversation rendered, tokenised and scored by itself."""
+    """Return the way of run_kendall.py: it renders, tokenises and scores each conversation by itself."""
     model = AutoModelForSequenceClassification.from_pretrained(str(checkpoint), dtype=torch.float32).eval()
 
     def score() -> list[float]:
@@ -83,23 +82,23 @@ def one_by_one(checkpoint: Path, chat: ChatFormat, rows: Sequence[Candidates]) -
 
 
 def ours(checkpoint: Path, rows: Sequence[Candidates]) -> Way:
-    source = CheckpointSource(checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192)
+    scorer = CheckpointScorer(checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192)
     inputs = [ScoreInput(prompt=row.prompt, completions=row.completions) for row in rows]
 
     def score() -> list[float]:
         parts = [
-            source.score(inputs[start : start + CASES_AT_A_TIME]) for start in range(0, len(inputs), CASES_AT_A_TIME)
+            scorer.score(inputs[start : start + CASES_AT_A_TIME]) for start in range(0, len(inputs), CASES_AT_A_TIME)
         ]
-        return [score for part in parts for own in part.scores for score in own]
+        return [score for part in parts for case_scores in part.scores for score in case_scores]
 
     return score
 
 
-def compare(name: str, num_parameters: int, rows: Sequence[Candidates], theirs: Way, own: Way) -> str:
-    """A line of the table, of NUM_ROUNDS rounds after one that is not timed."""
+def compare(name: str, num_parameters: int, rows: Sequence[Candidates], their_way: Way, our_way: Way) -> str:
+    """Time NUM_ROUNDS rounds of both ways, after one that is not timed, and return a line of the table."""
     num_responses = sum(len(row.completions) for row in rows)
-    milliseconds: dict[Way, list[float]] = {theirs: [], own: []}
-    reference = theirs()
+    milliseconds: dict[Way, list[float]] = {their_way: [], our_way: []}
+    reference = their_way()
     for number in range(NUM_ROUNDS + 1):
         for way, times in milliseconds.items():
             started_s = time.perf_counter()
@@ -111,9 +110,10 @@ def compare(name: str, num_parameters: int, rows: Sequence[Candidates], theirs: 
     limit = sum(len(ids) for row in rows for ids in row.sequences) / sum(
         len(row.prompt_ids) + sum(map(len, row.completion_ids)) for row in rows
     )
-    ratio = median(milliseconds[theirs]) / median(milliseconds[own])
+    ratio = median(milliseconds[their_way]) / median(milliseconds[our_way])
     cells = [f"{median(times):.2f} ({min(times):.2f}-{max(times):.2f})" for times in milliseconds.values()]
-    return f"| {name} | {num_parameters / 1e6:.2f} M | {num_responses / len(rows):.0f} | {cells[0]} | {cells[1]} | {ratio:.2f} | {limit:.2f} |"
+    size, per_prompt = f"{num_parameters / 1e6:.2f} M", f"{num_responses / len(rows):.0f}"
+    return f"| {name} | {size} | {per_prompt} | {cells[0]} | {cells[1]} | {ratio:.2f} | {limit:.2f} |"
 
 
 if __name__ == "__main__":

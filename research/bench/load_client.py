@@ -1,9 +1,11 @@
-"""Closed-loop HTTP clients in a process of their own: each sends its next bodies when the last ones are answered.
+"""Run closed-loop HTTP clients in a process of their own.
+
+A client sends its next bodies when its last ones are answered.
 
     scoring.py ─pickled LoadJob─► stdin │ load_client │ stdout ─pickled LoadResult─► scoring.py
 
-While the clock runs it only sends bytes that are ready and keeps the bytes that come back. It also reads, just before and just after, what every
-server has computed.
+While the clock runs, the process only sends bytes that are ready and keeps the bytes that come back. Just before and
+just after, it also reads how much CPU time every server has used.
 """
 
 import asyncio
@@ -23,35 +25,38 @@ TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class LoadJob:
-    """Every inner list is sent by one client, all its bodies at the same time; a client takes the next list when all are answered."""
+    """The requests of one measurement.
+
+    One client sends all bodies of an inner list at the same time, and takes the next list when all are answered.
+    """
 
     url: str
     headers: dict[str, str]
     warm_up: list[list[bytes]]
-    """Sent first, by the same clients; neither timed nor kept."""
+    """Bodies that the same clients send first. They are neither timed nor kept."""
     work: list[list[bytes]]
     num_clients: int
     process_ids: list[int]
-    """The first process of each server that is up."""
+    """The first process of each server that runs."""
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """`replies` and `latencies_s` are in the shape of the job's work."""
+    """The result of one measurement. `replies` and `latencies_s` have the shape of the job's `work`."""
 
     seconds: float
     replies: list[list[bytes]]
     latencies_s: list[list[float]]
     client_cpu_s: float
     server_cpu_s: dict[int, float]
-    """What each server computed meanwhile, all its processes together, by the id of its first one."""
+    """The CPU seconds that each server used meanwhile, all its processes together, by the id of its first process."""
 
 
 class LoadClient:
-    """The parent's end: one process, idle until `run`."""
+    """The parent's end of the client process, which is idle until `run`."""
 
     def __enter__(self) -> Self:
-        # Not `-m`: as __main__ it would pickle its classes under that name.
+        # Do not use `-m`: the module would be __main__, and would pickle its classes under that name.
         command = [sys.executable, "-c", "from research.bench.load_client import main; main()"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
@@ -61,7 +66,7 @@ class LoadClient:
         self._process.communicate()
 
     def run(self, job: LoadJob) -> LoadResult:
-        """Raises EOFError when a request failed; the client has then said why on stderr."""
+        """Do the job and return its result. Raises EOFError if a request failed; stderr then says why."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         pickle.dump(job, self._process.stdin)
@@ -82,24 +87,28 @@ def main() -> None:
 
 
 async def run_job(job: LoadJob) -> LoadResult:
-    """Raises RuntimeError for a reply that is not 200."""
+    """Do the job and return its result. Raises RuntimeError for a reply whose status is not 200."""
     await send_all(job, job.warm_up)
     before = {process_id: cpu_seconds(process_id) for process_id in job.process_ids}
-    started_s, own_started_s = time.perf_counter(), time.process_time()
+    started_s, cpu_started_s = time.perf_counter(), time.process_time()
     answered = await send_all(job, job.work)
-    seconds, own_seconds = time.perf_counter() - started_s, time.process_time() - own_started_s
+    seconds, client_cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_started_s
     after = {process_id: cpu_seconds(process_id) for process_id in job.process_ids}
     return LoadResult(
         seconds,
         [[reply for reply, _ in group] for group in answered],
         [[latency_s for _, latency_s in group] for group in answered],
-        own_seconds,
+        client_cpu_s,
         {process_id: after[process_id] - before[process_id] for process_id in before},
     )
 
 
 async def send_all(job: LoadJob, groups: list[list[bytes]]) -> list[list[tuple[bytes, float]]]:
-    """Over fresh connections, which stay open: uvicorn closes one that waits for 5 s, as between a slow warm-up and the work."""
+    """Send all groups over new connections, and return the replies with their latencies.
+
+    The connections stay open. They are new for every call, because uvicorn closes a connection that is idle for 5 s, as
+    happens between a slow warm-up and the work.
+    """
     answered: list[list[tuple[bytes, float]]] = [[] for _ in groups]
     numbers = iter(range(len(groups)))
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(TIMEOUT_S)
@@ -129,7 +138,7 @@ async def one_client(
 
 
 async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> tuple[bytes, float]:
-    """The reply, and the seconds until its last byte was there."""
+    """Return the reply, and the seconds until its last byte arrived."""
     started_s = time.perf_counter()
     async with session.post(url, data=body) as response:
         reply = await response.read()
@@ -140,12 +149,15 @@ async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> tuple[b
 
 
 def cpu_seconds(process_id: int) -> float:
-    """Of a process and all its descendants, those that have ended included where their parent has waited for them."""
+    """Return the CPU seconds of a process and all its descendants.
+
+    A descendant that has ended counts too, if its parent has waited for it.
+    """
     root = psutil.Process(process_id)
     total = 0.0
     for process in (root, *root.children(recursive=True)):
         try:
-            total += sum(process.cpu_times()[:4])  # own user and system, and those of children that have ended
+            total += sum(process.cpu_times()[:4])  # user and system time, of it and of its children that have ended
         except psutil.NoSuchProcess:
             continue
     return total

@@ -1,4 +1,7 @@
-"""One Ray cluster on loopback for all of our contenders: each idle cluster would take cores from whoever's turn it is."""
+"""Start one Ray cluster on loopback for all of our contenders.
+
+With several clusters, the idle ones would take cores from the contender whose turn it is.
+"""
 
 import os
 import secrets
@@ -14,13 +17,16 @@ NUM_CPUS = 2
 
 @dataclass(frozen=True)
 class Cluster:
-    """`folder` must be short: Ray puts Unix sockets below it."""
+    """The Ray cluster to start. The path of `folder` must be short, because Ray puts Unix sockets below it."""
 
     folder: Path
 
 
 def start_local_ray(folder: Path, stack: ExitStack) -> int:
-    """Start it, and name it in this process's environment; `stack` ends it. Returns the id of the process above all of its processes."""
+    """Start the cluster and name it in this process's environment. `stack` ends it.
+
+    Returns the id of the process above all of the cluster's processes.
+    """
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.pop("RAY_ADDRESS", None)
     holder = Contender("the Ray cluster", _hold, Cluster(folder), stack).wait_until_ready()

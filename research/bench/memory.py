@@ -1,10 +1,11 @@
-"""Peak memory of packed training against the longest completion in the data, at a fixed token budget. `make bench-memory` runs it.
+"""Measure how the peak memory of packed training depends on the longest completion, at a fixed token budget.
 
-    python -m research.bench.memory
+    python -m research.bench.memory          (make bench-memory)
 
-Synthetic pairs: 31 short ones (64 + 2 x 32 tokens) and one whose completions are as long as the column says. Each figure is the peak resident memory of a
-process of its own during two optimiser steps, less what it held before the first. The control is what trainers do that pad a whole batch to its longest
-sequence: it grows. The last line is JSON.
+A batch has 31 short synthetic pairs (64 + 2 x 32 tokens) and one pair whose completions are as long as the column says.
+Each figure comes from a process of its own: its peak resident memory during two optimiser steps, less what it held
+before the first step. The control pads the whole batch to its longest sequence, as some trainers do, and its memory
+grows. The last line is JSON.
 """
 
 import json
@@ -18,17 +19,16 @@ import torch
 
 from rm_robust.config.objectives import Objective
 from rm_robust.config.shared import OptimizerConfig
-from rm_robust.config.training import ModelConfig
+from rm_robust.config.training import ModelConfig, RewardModelConfig
 from rm_robust.data.demonstrations import make_tokenizer, save_base_model
 from rm_robust.data.records import PreferencePair, TokenGroup
 from rm_robust.models.packing import Layout
 from rm_robust.models.reward_model import PackedRewardModel, new_reward_model
 from rm_robust.training.engines.ddp import DdpEngine
-from rm_robust.training.reward_model.losses import ObjectiveSettings
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 
 LENGTHS = (32, 128, 256, 512, 960)
-"""Tokens of the longest completions; 64 + 2 x 960 fill the budget."""
+"""The tokens of the longest completions. 64 + 2 x 960 tokens fill the budget."""
 BUDGET_TOKENS = 2048
 MODEL = ModelConfig(
     hidden_size=256,
@@ -85,7 +85,7 @@ def in_own_process(name: str, length: int, base: str) -> float:
 
 
 def measure(layout: Layout, budget_tokens: int, length: int, base: Path) -> None:
-    """Print the peak (MiB) of this process."""
+    """Train in this process and print its peak memory in MiB."""
     torch.set_num_threads(1)
     rng = Random(0)
 
@@ -98,9 +98,8 @@ def measure(layout: Layout, budget_tokens: int, length: int, base: Path) -> None
     model = new_reward_model(base, pad_id=0, seed=0)
     packed = PackedRewardModel(model, layout)
     engine = DdpEngine(packed, optimizer=OptimizerConfig(), device=torch.device("cpu"))
-    settings = StepSettings(
-        ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), budget_tokens, pad_id=0
-    )
+    objective = RewardModelConfig(objective=Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3)
+    settings = StepSettings(objective, budget_tokens, pad_id=0)
     reward_model_step(
         engine, [pair(4)], settings, model=packed, device=torch.device("cpu")
     )  # libraries, optimiser state
@@ -115,7 +114,10 @@ def measure(layout: Layout, budget_tokens: int, length: int, base: Path) -> None
 
 
 def peak_mib() -> float:
-    """Of this process. Its ru_maxrss would begin with the size of the process that started it."""
+    """Return the peak resident memory of this process in MiB.
+
+    ru_maxrss would not do: it starts with the size of the parent process.
+    """
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
 

@@ -1,11 +1,13 @@
-"""OpenRLHF's reward server, rewritten without its DeepSpeed and flash-attn imports: the logic of openrlhf/cli/serve_rm.py (compared with a copy
-that names no commit; its handler and reply are those of 3c3be623).
+"""Serve a reward model with the logic of OpenRLHF's server, without its DeepSpeed and flash-attn imports.
 
     python -m research.bench.openrlhf_server --checkpoint DIR --port 5000 --threads 1
 
-Kept as it is there: the handler is `async def` and runs the forward inside the event loop; one static batch a request (batch_size None: all its
-queries); left padding; attention mask and position ids are passed, whatever the batch (models/model.py, RewardModel.forward); two log lines a
-request and uvicorn's access log. Changed: float32 and sdpa, since CPUs have no FlashAttention 2; the number of threads is an argument.
+The logic is that of openrlhf/cli/serve_rm.py. It was compared with a copy that names no commit; the handler and the
+reply are those of commit 3c3be623. Kept from the original: the handler is `async def` and runs the forward pass inside
+the event loop; each request is one static batch (with batch_size None, all its queries); padding is on the left;
+attention mask and position ids are passed for every batch (models/model.py, RewardModel.forward); there are two log
+lines per request, and uvicorn's access log. Changed: float32 and sdpa, because CPUs have no FlashAttention 2, and the
+number of threads is an argument.
 """
 
 import argparse
@@ -57,7 +59,8 @@ class RewardModelProxy:
         outputs = self.model.model(input_ids, attention_mask=attention_mask, position_ids=position_ids)
         values = self.model.score(outputs["last_hidden_state"]).squeeze(-1)
         eos_indices = attention_mask.size(1) - 1 - attention_mask.long().fliplr().argmax(dim=1, keepdim=True)
-        return values.gather(dim=1, index=eos_indices).squeeze(1)
+        rewards: Tensor = values.gather(dim=1, index=eos_indices).squeeze(1)
+        return rewards
 
 
 def create_app(reward_model: RewardModelProxy) -> FastAPI:
@@ -78,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True, help="torch's, for one forward")
+    parser.add_argument("--threads", type=int, required=True, help="torch's threads for one forward pass")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.basicConfig(

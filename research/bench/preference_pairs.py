@@ -1,4 +1,7 @@
-"""Real preference pairs as token ids, with a tokenizer made from their own text, and a random reward model to train on them."""
+"""Read real preference pairs, tokenise them with a tokenizer made from their text, and make a random reward model.
+
+The benchmarks train and serve that model.
+"""
 
 import contextlib
 import re
@@ -9,6 +12,7 @@ from random import Random
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerFast
 
 from rm_robust.config.training import ModelConfig
 from rm_robust.data.chat import ChatFormat
@@ -32,31 +36,34 @@ class TextPair:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pairs whose prompt + completion fit MAX_SEQUENCE_TOKENS on both sides, in one shuffled order; the others are counted."""
+    """The pairs whose prompt + completion fit MAX_SEQUENCE_TOKENS on both sides, shuffled. The others are counted."""
 
     chat: ChatFormat
     pairs: list[TokenGroup]
     num_too_long: int
     num_refused: int
-    """Rows that rm_robust refuses, such as an empty last user turn."""
+    """The number of rows that rm_robust refuses, for example because the last user turn is empty."""
 
     @property
     def description(self) -> str:
         prompts = sum(len(pair.prompt_ids) for pair in self.pairs) / len(self.pairs)
         completions = sum(len(ids) for pair in self.pairs for ids in pair.completion_ids) / len(self.pairs) / 2
-        left_out = f"left out: {self.num_too_long} longer ones, {self.num_refused} refused"
+        left_out = f"left out: {self.num_too_long} too long, {self.num_refused} refused"
         return f"{len(self.pairs)} pairs (mean prompt {prompts:.0f}, completion {completions:.0f} tokens); {left_out}"
 
 
 def hh_rlhf_dialogues(data_dir: Path) -> list[TextPair]:
-    """The hh-rlhf rows of human_pairs.parquet; their prompts are `Human: … \\n\\nAssistant: …` and end in a human turn."""
+    """Return the hh-rlhf rows of human_pairs.parquet.
+
+    Their prompts have the form `Human: … \\n\\nAssistant: …` and end in a human turn.
+    """
     table = pq.read_table(data_dir / "human_pairs.parquet", columns=["source", "prompt", "chosen", "rejected"])
     rows = table.filter(pc.starts_with(table["source"], "hh-rlhf/")).to_pylist()
     return [TextPair(_turns(row["prompt"]), row["chosen"], row["rejected"]) for row in rows]
 
 
 def rmb_pairs(data_dir: Path) -> list[TextPair]:
-    """All of rmb_pairs.parquet: answers of strong models, much longer than hh-rlhf's."""
+    """Return all rows of rmb_pairs.parquet: answers of strong models, much longer than hh-rlhf's."""
     rows = pq.read_table(data_dir / "rmb_pairs.parquet", columns=["messages", "chosen", "rejected"]).to_pylist()
     return [TextPair(row["messages"], row["chosen"], row["rejected"]) for row in rows]
 
@@ -68,7 +75,10 @@ def _turns(prompt: str) -> list[Message]:
 
 
 def tokenise(pairs: list[TextPair], *, vocab_size: int, folder: Path) -> Corpus:
-    """A tokenizer trained on the pairs' text, saved into `folder`, and the pairs in its tokens."""
+    """Train a tokenizer on the pairs' text, and return the pairs as its token ids.
+
+    `folder` names the tokenizer in messages.
+    """
     tokenizer = make_tokenizer(texts_of(pairs), vocab_size=vocab_size)
     assert len(tokenizer) == vocab_size, f"the text gives only {len(tokenizer)} tokens"
     chat = ChatFormat(tokenizer, source=str(folder))
@@ -94,8 +104,9 @@ def texts_of(pairs: list[TextPair]) -> Iterable[str]:
 
 
 def save_reward_model(folder: Path, model: ModelConfig, chat: ChatFormat) -> int:
-    """Random weights, the head's too, as a directory that every trainer loads; returns the number of parameters."""
+    """Save a reward model with random weights, also in its head, and return its number of parameters."""
     base = folder / "base"
+    assert isinstance(chat.tokenizer, PreTrainedTokenizerFast)
     save_base_model(base, model, chat.tokenizer, seed=SEED)
     reward_model = new_reward_model(base, pad_id=chat.pad_id, seed=SEED)
     reward_model.save_pretrained(folder / "reward_model")

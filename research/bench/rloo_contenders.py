@@ -1,4 +1,4 @@
-"""Who takes part in the RLOO bench, and how they take turns."""
+"""Define the contenders of the RLOO bench, and let them take turns."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,19 +29,19 @@ TRL: dict[str, dict[str, Any]] = {
     TRL_2_PASSIVE: {"num_threads": 2},
     TRL_BFLOAT16: {"num_threads": 2, "bfloat16": True},
 }
-"""`passive`: OMP_WAIT_POLICY=PASSIVE, as all of ours have."""
+"""TRL's settings by label. "passive" stands for OMP_WAIT_POLICY=PASSIVE, which all of our own settings have."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all contenders of one policy share; `stack` ends them."""
+    """What all contenders of one policy share. `stack` ends the contenders."""
 
     name: str
     folder: Path
     policy: Policy
     cluster_id: int
     num_steps: int
-    """Timed ones of a round."""
+    """The timed steps of a round."""
     stack: ExitStack
 
     def start_ours(self, labels: tuple[str, ...]) -> dict[str, Contender]:
@@ -67,7 +67,7 @@ class Bench:
         return {label: contender.wait_until_ready() for label, contender in peers.items()}
 
     def alternate(self, contenders: list[Contender], num_rounds: int) -> None:
-        """All rounds of all of them, from none on; each round begins with another one."""
+        """Forget earlier rounds, and run `num_rounds` new ones. Each round starts with another contender."""
         for contender in contenders:
             contender.forget_rounds()
         for number in range(num_rounds):

@@ -1,4 +1,4 @@
-"""The arithmetic of the RLOO bench: pure functions of what was timed."""
+"""The arithmetic of the RLOO bench: pure functions of the measured times."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,13 +6,16 @@ TIME_PREFIX = "time/"
 
 
 def seconds_per_step(ends_s: Sequence[float]) -> float:
-    """Mean time between the ends of successive steps: everything that a step costs, also what no phase counts."""
+    """Return the mean time between the ends of successive steps. It includes what no phase counts."""
     assert len(ends_s) >= 2, "a step lies between two ends"
     return (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
 
 
 def phases_of(metrics: Sequence[Mapping[str, str | int | float]]) -> dict[str, list[float]]:
-    """Of the metrics of some steps, one value a step of each time/<phase>_s, by phase; a step that did not measure one is left out of it."""
+    """Return the values of each time/<phase>_s metric, by phase, in the order of the steps.
+
+    A step that did not measure a phase has no value there.
+    """
     phases: dict[str, list[float]] = {}
     for line in metrics:
         for key, value in line.items():
@@ -22,11 +25,14 @@ def phases_of(metrics: Sequence[Mapping[str, str | int | float]]) -> dict[str, l
 
 
 def ideal_step_s(step_s: float, generate_s: float) -> float:
-    """max(generate, train) of a synchronous step, all but generation taken as training: its time if the two ran beside each other at no cost."""
+    """Return max(generate, train) of a synchronous step, where everything except generation counts as training.
+
+    This is the time of a step if both ran at the same time without extra cost.
+    """
     assert 0 <= generate_s <= step_s
     return max(generate_s, step_s - generate_s)
 
 
 def relative_difference(a: float, b: float) -> float:
-    """Of the larger one: 0 where they are equal."""
+    """Return the difference as a fraction of the larger value. It is 0 if both are equal."""
     return abs(a - b) / max(a, b)

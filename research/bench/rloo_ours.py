@@ -1,10 +1,12 @@
 """rm_robust in the RLOO bench: `run_rloo` on a local Ray cluster, held between rounds by its own reward.
 
-    steps of a round:   0 … lag: not timed (the pause lies in the first, and what was sampled during it reaches the next `lag`)   then the timed ones
+    steps of a round:   0 … lag are not timed, the rest are timed
 
-The scorer of the run knows which step a completion belongs to, for it is asked for P * K of them a step. At the first of a new round it does not
-answer until the parent says so. Times are those of metrics.jsonl, which has a line a step: from the end of the last untimed step to the end of the
-last timed one, Ray, metrics and all.
+The pause lies in step 0, and the samples that were taken during the pause reach the next `lag` steps.
+
+The run's scorer knows the step of a completion, because it scores P * K completions per step. At the first completion
+of a new round, it does not answer until the parent allows it. The times come from metrics.jsonl, which has one line per
+step. They reach from the end of the last untimed step to the end of the last timed one, and include Ray and metrics.
 """
 
 import shutil
@@ -26,16 +28,22 @@ from rm_robust.runs.metrics import MetricsLine, read_metrics
 from rm_robust.scoring.contract import ScoreInput, ScoreReply
 
 NEVER = 10**6
-"""Steps; no round comes so far."""
+"""A number of steps that no round reaches."""
 CPUS_OF_ACTOR = 0.05
-"""As Ray counts them: all contenders have their actors on one cluster of two, and take turns."""
+"""The CPUs of an actor, as Ray counts them.
+
+All contenders have their actors on one cluster of two CPUs, and take turns.
+"""
 POLL_S = 0.05
 STEP_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does, of every trainer. TRL 1.16's defaults for learning rate, KL coefficient and clip range are used by all."""
+    """The work of one step, the same for every trainer.
+
+    All trainers use TRL 1.16's defaults of learning rate, KL coefficient and clip range.
+    """
 
     num_prompts: int
     num_completions_per_prompt: int
@@ -51,7 +59,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Placement:
-    """How our run uses the machine."""
+    """How a run of rm_robust uses the machine."""
 
     engine_threads: int
     trainer_threads: int
@@ -62,7 +70,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class OurRun:
-    """One contender; `folder` is its run directory."""
+    """One run of rm_robust that takes part. `folder` is its run directory."""
 
     folder: Path
     policy: Policy
@@ -80,7 +88,7 @@ class TurnTakingScorer:
         self._num_asked = 0
         self._num_timed: int | None = None
         self._round_ends_after = 0
-        """Steps of the run, all rounds so far."""
+        """The step of the run at which the current round ends."""
         self._lock = threading.Lock()
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
@@ -96,7 +104,7 @@ class TurnTakingScorer:
         self._round_ends_after += self._num_untimed + self._num_timed
 
     def _round(self, num_timed: int) -> Round:
-        """Of the last `num_timed` steps, of which an asynchronous run may still be training the last one."""
+        """Return the round of the last `num_timed` steps. An asynchronous run may still be training the last one."""
         deadline_s = time.monotonic() + STEP_TIMEOUT_S
         while len(lines := read_metrics(self._run_dir, "rloo")) < self._round_ends_after:
             assert time.monotonic() < deadline_s, (
@@ -107,7 +115,7 @@ class TurnTakingScorer:
 
 
 def _as_round(lines: list[MetricsLine]) -> Round:
-    """Of the last untimed step and the timed ones after it."""
+    """Return the round whose last untimed step and timed steps are `lines`."""
     ends_s, timed = [float(line["time"]) for line in lines], lines[1:]
     return Round(
         seconds_per_step(ends_s), fmean(float(line["rloo/completion_tokens_mean"]) for line in timed), phases_of(timed)
@@ -115,7 +123,10 @@ def _as_round(lines: list[MetricsLine]) -> Round:
 
 
 def run_config(run: OurRun) -> PipelineConfig:
-    """What is not named here is the default; no checkpoints, no evaluation, no gold but in the first step."""
+    """Return the config of the run, without checkpoints and evaluation, and with gold scores in the first step only.
+
+    Settings that are not named here have their defaults.
+    """
     work, placement = run.work, run.placement
     rloo = {
         "num_steps": NEVER,
@@ -154,7 +165,7 @@ def run_config(run: OurRun) -> PipelineConfig:
 
 
 def train_with_rm_robust(turns: Turns, run: OurRun) -> None:
-    """On the cluster that RAY_ADDRESS names."""
+    """Train on the cluster that RAY_ADDRESS names."""
     from rm_robust.cluster.session import connect_to_ray
     from rm_robust.rloo.controller import run_rloo
 

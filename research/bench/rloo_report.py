@@ -1,4 +1,4 @@
-"""The tables of the RLOO bench."""
+"""Print the tables of the RLOO bench."""
 
 import time
 from statistics import median
@@ -17,29 +17,36 @@ started_s = time.perf_counter()
 
 
 def print_table(title: str, contenders: list[Contender]) -> None:
-    """Ratios of steps/s to the first, medians of the rounds' own."""
+    """Print the table of all contenders. Ratios are medians over the rounds, and compare with the first contender."""
     print(
-        f"\n| {title} | s a step, median | ratio of steps/s | tokens a completion | cores in use | idle trainers meanwhile, cores | s a step of each round |"
+        f"\n| {title} | s a step, median | ratio of steps/s | tokens a completion | cores in use "
+        "| idle trainers meanwhile, cores | s a step of each round |"
     )
     print("| --- " * 7 + "|")
-    for own in contenders:
-        rounds = " ".join(f"{done.seconds_per_step:.2f}" for done in own.rounds)
-        print(f"| {own.label} | {own.step_s:.3f} | {ratio_of_rounds(own.steps_per_s, contenders[0].steps_per_s):.2f} | {own.completion_tokens:.1f} | "
-              f"{median(own.cores):.2f} | {median(own.others_cores):.2f} | {rounds} |")  # fmt: skip
+    for contender in contenders:
+        rounds = " ".join(f"{done.seconds_per_step:.2f}" for done in contender.rounds)
+        ratio = ratio_of_rounds(contender.steps_per_s, contenders[0].steps_per_s)
+        cores = f"{median(contender.cores):.2f} | {median(contender.others_cores):.2f}"
+        print(
+            f"| {contender.label} | {contender.step_s:.3f} | {ratio:.2f} | {contender.completion_tokens:.1f} "
+            f"| {cores} | {rounds} |"
+        )
     print(flush=True)
 
 
 def print_our_table(title: str, contenders: list[Contender]) -> None:
-    """Where the seconds of a step go: medians over all steps. What overlaps makes `rest` negative."""
-    print(
-        f"\n| {title} | s a step, median | ratio of steps/s | {' | '.join(PHASES.values())} | rest | tokens a completion |"
-    )
+    """Print where the seconds of a step go, as medians over all steps. Phases that overlap make `rest` negative."""
+    phases = " | ".join(PHASES.values())
+    print(f"\n| {title} | s a step, median | ratio of steps/s | {phases} | rest | tokens a completion |")
     print("| --- " * (5 + len(PHASES)) + "|")
-    for own in contenders:
-        seconds = [own.phase_s(phase) for phase in PHASES]
-        ratio = ratio_of_rounds(own.steps_per_s, contenders[0].steps_per_s)
-        print(f"| {own.label} | {own.step_s:.3f} | {ratio:.2f} | {' | '.join(f'{value:.3f}' for value in seconds)} | {own.step_s - sum(seconds):.3f} | "
-              f"{own.completion_tokens:.1f} |")  # fmt: skip
+    for contender in contenders:
+        seconds = [contender.phase_s(phase) for phase in PHASES]
+        ratio = ratio_of_rounds(contender.steps_per_s, contenders[0].steps_per_s)
+        cells = " | ".join(f"{value:.3f}" for value in seconds)
+        print(
+            f"| {contender.label} | {contender.step_s:.3f} | {ratio:.2f} | {cells} "
+            f"| {contender.step_s - sum(seconds):.3f} | {contender.completion_tokens:.1f} |"
+        )
     print(flush=True)
 
 

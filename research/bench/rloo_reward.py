@@ -1,4 +1,4 @@
-"""The reward that both trainers of the RLOO bench maximise: cheap, and a function of the completion's text alone."""
+"""The reward that both trainers of the RLOO bench maximise. It is cheap, and depends on the completion's text alone."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ TARGET_WORDS = 12
 
 
 def reward_of(completion: str) -> float:
-    """0 for TARGET_WORDS words, 0.1 less for every word more or fewer."""
+    """Return 0 for TARGET_WORDS words, and 0.1 less for every word more or fewer."""
     return -abs(len(completion.split()) - TARGET_WORDS) / 10
 
 
 class WordCountScorer:
-    """A Scorer of that reward."""
+    """A Scorer whose scores are `reward_of` the completions."""
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
         results = [ScoreResult(scores=[reward_of(completion) for completion in item.completions]) for item in inputs]

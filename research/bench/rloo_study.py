@@ -1,13 +1,16 @@
-"""RLOO on the embedded world, where gold is known: does staleness cost anything, and does the monitor tell over-optimisation from learning?
+"""Study RLOO on the embedded world, where the gold score is known.
 
     python -m research.bench.rloo_study        (make study-rloo)
 
-Runs pipelines/full_rlhf.py into runs/rloo_study/<setting>_<seed>, each with its report.html; stages that two settings share are done once, so that they
-differ in RLOO alone (weak_bt: in the reward model too). The same command again resumes. The last line is JSON.
+The study asks whether stale samples cost anything, and whether the monitor distinguishes over-optimisation from
+learning. It runs pipelines/full_rlhf.py into runs/rloo_study/<setting>_<seed>, and each run has its report.html. Stages
+that two settings share are done once, so the settings differ in RLOO alone (weak_bt also in the reward model). A
+repeated command resumes. The last line is JSON.
 
-    bsr_kl      the default config but for the reward model's training (COMMON): BSR, KL, on-policy
-    lag_1       the same with samples of the policy before the latest update
-    lag_4       the same with samples four updates old and no importance correction, a few steps only: how far the sampler is from the policy
+    bsr_kl      BSR, KL, on-policy: the default config except for the reward model's training (COMMON)
+    lag_1       the same with samples from the policy before the latest update
+    lag_4       the same with samples four updates old and without importance correction, for a few steps:
+                it measures how far the sampler is from the policy
     weak_bt     Bradley-Terry, a 16th of the training steps, no KL: made to be over-optimised
 """
 
@@ -20,7 +23,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rm_robust.runs.layout import share_stages
+from rm_robust.runs.layout import RunLayout, share_stages
 from rm_robust.runs.metrics import read_metrics
 
 STUDY_DIR = Path("runs/rloo_study")
@@ -43,9 +46,9 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ['reward_model.objective="bt"', "reward_model.num_epochs=0.1875", "rloo.kl_coefficient=0.0"],
     ),
 }
-"""Stages taken from the seed's bsr_kl run, and what differs from it."""
+"""The stages that a setting takes from the seed's bsr_kl run, and its overrides."""
 COMMON = ["world.num_training_prompts=16000", "reward_model.num_epochs=3", "reward_model.bt_twin=false"]
-"""Of all settings: a reward model trained longer than the demo's ten minutes allow, and no twin."""
+"""The overrides of all settings: the reward model trains longer than the demo's ten minutes allow, and has no twin."""
 LAG_4_SEEDS = 1
 
 
@@ -59,7 +62,7 @@ def main() -> None:
         for seed in arguments.seeds[: LAG_4_SEEDS if name == "lag_4" else None]:
             runs[name][seed] = run(name, seed)
     print(f"\n| setting | seed | {' | '.join(COLUMNS)} |\n" + "| --- " * (2 + len(COLUMNS)) + "|")
-    rows = {name: {seed: figures(run_dir) for seed, run_dir in own.items()} for name, own in runs.items()}
+    rows = {name: {seed: figures(run_dir) for seed, run_dir in by_seed.items()} for name, by_seed in runs.items()}
     for name, by_seed in rows.items():
         for seed, row in by_seed.items():
             print(
@@ -94,11 +97,15 @@ COLUMNS = (
 
 
 def figures(run_dir: Path) -> dict[str, float | None]:
-    """Of one run: gold gain in standard deviations, means of the last tenth of steps, KL sampler to trainer a token after the lag is reached."""
-    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())["rloo"]
+    """Return the figures of one run.
+
+    `gold_gain` is in standard deviations. `…_last` are means over the last tenth of the steps. `sampler_kl` is the KL
+    per token from sampler to trainer, after the lag is reached.
+    """
+    summary: dict[str, Any] = json.loads(RunLayout(run_dir).summary.read_text())["rloo"]
     lines: list[dict[str, Any]] = list(read_metrics(run_dir, "rloo"))
     last = lines[-max(1, len(lines) // 10) :]
-    over = summary["overoptimised_steps"]
+    overoptimised = summary["overoptimised_steps"]
     evaluation = summary["last_evaluation"]
     return {
         "gold_gain": summary["gold_gain"],
@@ -106,32 +113,32 @@ def figures(run_dir: Path) -> dict[str, float | None]:
         "proxy_last": fmean(line["rloo/proxy_score_mean"] for line in last),
         "kl_last": fmean(line["rloo/kl_mean"] for line in last),
         "sampler_kl": fmean(line["rloo/sampler_kl_mean"] for line in lines[5:]),
-        "overoptimised_steps": len(over),
-        "first_overoptimised": over[0] if over else None,
+        "overoptimised_steps": len(overoptimised),
+        "first_overoptimised": overoptimised[0] if overoptimised else None,
         "win_rate": evaluation["win_rate"] if evaluation else None,
         "step_s": fmean(line["time/step_s"] for line in lines),
     }
 
 
 def conclusions(rows: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
-    """What the settings say together, of those that were run."""
-    found: dict[str, Any] = {}
+    """Return the comparisons between those settings that were run."""
+    results: dict[str, Any] = {}
     if len(rows.get("lag_1", {})) > 1 and rows.get("bsr_kl"):
         without, with_lag = ([rows[name][seed]["gold_last"] for seed in rows["lag_1"]] for name in ("bsr_kl", "lag_1"))
-        differences = [own - other for own, other in zip(with_lag, without, strict=True)]
-        found["lag_1_gold_difference"] = fmean(differences)
-        found["lag_1_gold_difference_se"] = stdev(differences) / math.sqrt(len(differences))
-        found["lag_1_gold_difference_between_seeds_se"] = math.sqrt(
+        differences = [lagged - on_policy for lagged, on_policy in zip(with_lag, without, strict=True)]
+        results["lag_1_gold_difference"] = fmean(differences)
+        results["lag_1_gold_difference_se"] = stdev(differences) / math.sqrt(len(differences))
+        results["lag_1_gold_difference_between_seeds_se"] = math.sqrt(
             (stdev(without) ** 2 + stdev(with_lag) ** 2) / len(differences)
         )
     if rows.get("lag_4") and rows.get("bsr_kl"):
-        found["lag_4_sampler_kl_ratio"] = fmean(row["sampler_kl"] for row in rows["lag_4"].values()) / fmean(
+        results["lag_4_sampler_kl_ratio"] = fmean(row["sampler_kl"] for row in rows["lag_4"].values()) / fmean(
             row["sampler_kl"] for row in rows["bsr_kl"].values()
         )
     for name in ("bsr_kl", "weak_bt"):
         if name in rows:
-            found[f"{name}_fired"] = {seed: row["overoptimised_steps"] > 0 for seed, row in rows[name].items()}
-    return found
+            results[f"{name}_fired"] = {seed: row["overoptimised_steps"] > 0 for seed, row in rows[name].items()}
+    return results
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""TRL 1.16's RLOOTrainer in the RLOO bench, sampling with transformers. What is not named in `trl_settings` is TRL's default.
+"""Run TRL 1.16's RLOOTrainer in the RLOO bench, sampling with transformers.
 
-One optimiser step a generation: TRL's defaults for steps_per_generation and num_iterations with a batch of all P * K completions. The same prompts in
-the same order as ours; the step before the first round is not timed.
+Settings that `trl_settings` does not name have TRL's defaults. Each generation has one optimiser step: these are TRL's
+defaults for steps_per_generation and num_iterations with a batch of all P * K completions. The prompts come in the same
+order as ours. The step before the first round is not timed.
 """
 
 import time
@@ -18,12 +19,12 @@ from rm_robust.data.token_files import TokenisedGroup, read_token_groups
 from rm_robust.rloo.rollout import prompts_of_step
 
 NUM_STEPS = 200
-"""More than all rounds have."""
+"""The steps of the run, more than all rounds have together."""
 
 
 @dataclass(frozen=True)
 class TrlRun:
-    """One contender. TRL's own default is bfloat16 autocast, with gradient checkpointing."""
+    """One TRL run that takes part. TRL's own default is bfloat16 autocast with gradient checkpointing."""
 
     folder: Path
     policy: Policy
@@ -33,7 +34,7 @@ class TrlRun:
 
 
 def trl_settings(run: TrlRun) -> dict[str, Any]:
-    """Arguments of RLOOConfig."""
+    """Return the arguments of RLOOConfig."""
     return {
         "output_dir": str(run.folder / "trl"),
         "use_cpu": True,
@@ -43,12 +44,12 @@ def trl_settings(run: TrlRun) -> dict[str, Any]:
         "num_generations": run.work.num_completions_per_prompt,
         "max_completion_length": run.work.max_new_tokens,
         "max_steps": NUM_STEPS,
-        "shuffle_dataset": False,  # the prompts come in our order
+        "shuffle_dataset": False,  # the prompts already have our order
         "learning_rate": run.work.learning_rate,
         "beta": run.work.kl_coefficient,
         "epsilon": run.work.clip_range,
         "lr_scheduler_type": "constant",
-        "adam_beta2": 0.95,  # rm_robust's
+        "adam_beta2": 0.95,  # as in rm_robust
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -67,7 +68,7 @@ def train_with_trl(turns: Turns, run: TrlRun) -> None:
     _require_same_ids(tokenizer, prompts[: run.work.num_prompts])
     clock = _Clock(turns)
 
-    class TakeTurns(TrainerCallback):  # type: ignore[misc]
+    class TakeTurns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             clock.step_begins()
 
@@ -94,7 +95,7 @@ def train_with_trl(turns: Turns, run: TrlRun) -> None:
 
 
 class _Clock:
-    """Waits before the first step of every round and reports after the last one; the first step of all counts for nothing."""
+    """Wait before the first step of every round, and report after its last step. The very first step does not count."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -103,7 +104,7 @@ class _Clock:
         self._is_warm = False
         self._started_s = 0.0
         self.completion_tokens: list[float] = []
-        """Mean of each step since the round began."""
+        """The mean completion length of each step since the round began."""
 
     def step_begins(self) -> None:
         if self._is_warm and not self._num_left:
@@ -122,7 +123,7 @@ class _Clock:
 
 
 def _prompts(run: TrlRun) -> list[TokenisedGroup]:
-    """Of NUM_STEPS steps, in their order."""
+    """Return the prompts of NUM_STEPS steps, in their order."""
     groups = read_token_groups(run.policy.prompts_dir / "scenario=rloo_prompts")
     return [
         prompt

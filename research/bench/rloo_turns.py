@@ -1,8 +1,8 @@
-"""Trainers that take turns: each in a process of its own, idle until the parent gives it a number of steps.
+"""Let trainers take turns: each is a process of its own, and idle until the parent gives it a number of steps.
 
     parent ─num_steps─► trainer: that many steps ─Round─► parent ─num_steps─► the next trainer … ─None─► trainer: ends
 
-What a trainer and its libraries write goes to a log; the parent shows its end when the trainer fails.
+The output of a trainer and its libraries goes to a log. The parent shows the end of the log if the trainer fails.
 """
 
 import math
@@ -25,30 +25,33 @@ import psutil
 from research.bench.load_client import cpu_seconds
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads without work sleep; spinning, their default, they take the cores from whoever else computes."""
+"""The setting by which OpenMP threads without work sleep. By default they spin, and take cores from other processes."""
 END_TIMEOUT_S = 60.0
 IDLE_CORES = 0.6
-"""Of all that wait, together. Who still computes takes more; a dozen idle Ray actors and their cluster take 0.3."""
+"""The most cores that all waiting processes together may use while they count as idle.
+
+A process that still computes uses more. A dozen idle Ray actors and their cluster use 0.3 cores.
+"""
 IDLE_LOOK_S = 0.3
 ACTORS = ("ray::PolicyTrainer", "ray::RolloutEngine")
-"""Names of their processes."""
+"""The beginnings of the actors' process names."""
 IDLE_TIMEOUT_S = 5.0
 LOG_LINES = 25
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a trainer reports of one turn."""
+    """A trainer's report on one turn."""
 
     seconds_per_step: float
     completion_tokens: float
-    """Mean tokens of a completion, its end-of-turn token included."""
+    """The mean tokens of a completion, with its end-of-turn token."""
     phases: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of each step in each phase."""
+    """The seconds of each step, by phase."""
 
 
 class RoundsAreOver(BaseException):
-    """The parent wants no more steps. As a KeyboardInterrupt, it is nothing that a trainer may handle as a failure."""
+    """The parent wants no more steps. Like KeyboardInterrupt, it is no failure that a trainer may handle."""
 
 
 class Turns:
@@ -58,7 +61,10 @@ class Turns:
         self._connection = connection
 
     def next(self, done: Round | None) -> int:
-        """Report the round that is done (None: ready for the first), wait for the turn, and return the steps to do in it. Raises RoundsAreOver."""
+        """Report the round that is done, wait for the next turn, and return the number of steps to do in it.
+
+        `done` is None before the first round. Raises RoundsAreOver if there is no next turn.
+        """
         self._connection.send(done)
         num_steps: int | None = self._connection.recv()
         if num_steps is None:
@@ -67,20 +73,20 @@ class Turns:
 
 
 class Run(Protocol):
-    """What a trainer is given."""
+    """The argument of a trainer."""
 
     @property
     def folder(self) -> Path:
-        """Its own; holds its log."""
+        """The folder of this run, which holds its log."""
         ...
 
 
 Trainer = Callable[[Turns, Any], None]
-"""Trains the Run that is its second argument, calling `next` before every round, until that raises."""
+"""A function that trains the Run in its second argument. It calls `next` before every round, until that raises."""
 
 
 class Contender:
-    """The parent's end: the process starts at once; `wait_until_ready` before the first round."""
+    """The parent's end of a trainer. The process starts at once; call `wait_until_ready` before the first round."""
 
     def __init__(
         self,
@@ -92,21 +98,23 @@ class Contender:
         environment: Mapping[str, str] = PASSIVE,
         cluster_id: int | None = None,
     ) -> None:
-        """`stack` ends it. `environment` is set beside this process's own; `cluster_id`: the process whose descendants are its Ray cluster."""
+        """Start the process. `stack` ends it.
+
+        `environment` is added to this process's own. `cluster_id` is the process whose descendants are its Ray cluster.
+        """
         self.label = label
         self._cluster_id = cluster_id
         self.rounds: list[Round] = []
         self.cores: list[float] = []
-        """CPU cores that it kept busy in each round."""
+        """The CPU cores that the trainer kept busy in each round."""
         self.others_cores: list[float] = []
-        """And those that waited meanwhile, together."""
+        """The CPU cores that all waiting trainers together kept busy in each round."""
         run.folder.mkdir(parents=True, exist_ok=True)
         self._log = run.folder / "log.txt"
         context = mp.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_take_turns, args=(trainer, run, theirs, self._log)
-        )  # no daemon: those may have no children
+        # The process is no daemon, because daemons may have no children.
+        self._process = context.Process(target=_take_turns, args=(trainer, run, theirs, self._log))
         with patch.dict(os.environ, environment):  # OpenMP reads its settings when it is loaded
             self._process.start()
         theirs.close()
@@ -117,8 +125,11 @@ class Contender:
         return self
 
     def run_round(self, num_steps: int, others: Sequence["Contender"] = ()) -> None:
-        """A turn that counts. `others` are suspended meanwhile, except on its own Ray cluster, once they have done what they had begun (a run of ours goes on
-        to sample the next step's completions)."""
+        """Run one turn that counts.
+
+        `others` are suspended meanwhile, except on this trainer's own Ray cluster. Before that, they may finish what
+        they have started: a run of rm_robust goes on to sample the next step's completions.
+        """
         _wait_until_idle({process_id for other in (self, *others) for process_id in other.process_ids})
         waiting_ids = {process_id for other in others for process_id in other.process_ids} - set(self.process_ids)
         with _suspended(
@@ -127,13 +138,13 @@ class Contender:
             self._run_round(num_steps, waiting_ids)
 
     def _run_round(self, num_steps: int, waiting_ids: set[int]) -> None:
-        started_s, own_s, waiting_s = time.perf_counter(), _cpu_seconds(self.process_ids), _cpu_seconds(waiting_ids)
+        started_s, cpu_s, waiting_s = time.perf_counter(), _cpu_seconds(self.process_ids), _cpu_seconds(waiting_ids)
         self._connection.send(num_steps)
         done = self._receive()
         seconds = time.perf_counter() - started_s
         assert isinstance(done, Round)
         self.rounds.append(done)
-        self.cores.append((_cpu_seconds(self.process_ids) - own_s) / seconds)
+        self.cores.append((_cpu_seconds(self.process_ids) - cpu_s) / seconds)
         self.others_cores.append((_cpu_seconds(waiting_ids) - waiting_s) / seconds)
 
     def forget_rounds(self) -> None:
@@ -146,16 +157,16 @@ class Contender:
 
     @property
     def process_ids(self) -> tuple[int, ...]:
-        """Those whose descendants, and they themselves, compute for it."""
+        """The processes that compute for this trainer together with their descendants."""
         return (self.process_id,) if self._cluster_id is None else (self.process_id, self._cluster_id)
 
     def computing_ids(self) -> set[int]:
-        """Its process, and the actors of its Ray cluster; Ray's own processes must go on."""
+        """Return this trainer's process and the actors of its Ray cluster. Ray's own processes must go on."""
         workers = [] if self._cluster_id is None else psutil.Process(self._cluster_id).children(recursive=True)
         return {self.process_id, *(worker.pid for worker in workers if worker.name().startswith(ACTORS))}
 
     def close(self) -> None:
-        """End the process and all that it started; nothing happens the second time."""
+        """End the process and everything that it started. A second call does nothing."""
         if self._process.is_alive():
             with suppress(OSError):  # it has just ended
                 self._connection.send(None)
@@ -170,7 +181,7 @@ class Contender:
 
     @property
     def step_s(self) -> float:
-        """Median over the rounds."""
+        """The median seconds of a step over the rounds."""
         return median(done.seconds_per_step for done in self.rounds)
 
     @property
@@ -178,7 +189,7 @@ class Contender:
         return fmean(done.completion_tokens for done in self.rounds)
 
     def phase_s(self, phase: str) -> float:
-        """Median over all steps of all rounds; 0 for a phase that this trainer does not have."""
+        """Return the median seconds of a phase over all steps of all rounds, or 0 if this trainer lacks the phase."""
         values = [value for done in self.rounds for value in done.phases.get(phase, [])]
         return median(values) if values else 0.0
 

@@ -1,11 +1,14 @@
-"""This machine's rates, and small runs that docs/SCALING.md's formulas are held against. `make bench-scaling` runs it, on a machine that does nothing else.
+"""Measure this machine's rates, and small runs that test the formulas of docs/results/scaling.md.
 
-    python -m research.bench.scaling                 writes docs/scaling_measured.json, and makes the tables of docs/SCALING.md again
-    python -m research.bench.scaling --quick --to /tmp/x.json      a few steps of everything, to see that it works
+    python -m research.bench.scaling          (make bench-scaling)
+        Write docs/results/scaling_measured.json, and make the tables of docs/results/scaling.md again.
+    python -m research.bench.scaling --quick --to /tmp/x.json
+        Do a few steps of everything, to see that it works.
 
-Rates: of a process with one thread, alone, and of an engine with the policy of 0.3 M parameters. Runs: the stages of tiny_cpu, shortened, as
-`pipelines/full_rlhf.py` runs them; peak memory of training; weight updates of 20 M and 100 M parameters. Figures are medians. Runs of other benches stay
-in the file.
+Run it on a machine that does nothing else. The rates are those of a process with one thread, alone, and of an engine
+with the policy of 0.3 M parameters. The runs are shortened stages of tiny_cpu, as `pipelines/full_rlhf.py` runs them,
+the peak memory of training, and weight updates of 20 M and 100 M parameters. Figures are medians. Runs of other benches
+stay in the file.
 """
 
 import argparse
@@ -36,7 +39,7 @@ from research.scaling.training import Tokens, attention_calls
 from rm_robust.cluster.environment import WORKER_ENVIRONMENT
 from rm_robust.config.objectives import Objective
 from rm_robust.config.shared import OptimizerConfig
-from rm_robust.config.training import ModelConfig
+from rm_robust.config.training import ModelConfig, RewardModelConfig
 from rm_robust.data.demonstrations import make_tokenizer, save_base_model
 from rm_robust.data.records import PreferencePair, TokenGroup
 from rm_robust.data.token_files import read_token_groups
@@ -44,24 +47,23 @@ from rm_robust.models.attention import attend, every_column
 from rm_robust.models.packing import Layout, lay_out
 from rm_robust.models.reward_model import PackedRewardModel, new_reward_model
 from rm_robust.rloo.rollout import GenerationRequest
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
 from rm_robust.runs.metrics import read_metrics
-from rm_robust.runs.storage.commits import write_json_atomic
 from rm_robust.training.engines.ddp import DdpEngine
-from rm_robust.training.reward_model.losses import ObjectiveSettings
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 from tests.support.tiny_models import save_qwen2, sized_qwen2_config
 
 CONFIG = "pipelines/configs/tiny_cpu.toml"
-SHORTER = {
+SHORTER: dict[str, float] = {
     "sft.num_epochs": 1,
     "reward_model.num_epochs": 1,
     "rloo.num_steps": 24,
     "world.num_training_prompts": 6000,
     "rloo.evaluation.every_steps": 0,
 }
-"""Of the config, `--set`: enough steps for a median."""
-QUICK = {
+"""The changes to the config, as for `--set`. They leave enough steps for a median."""
+QUICK: dict[str, float] = {
     "sft.num_epochs": 0.1,
     "reward_model.num_epochs": 0.2,
     "rloo.num_steps": 6,
@@ -69,28 +71,34 @@ QUICK = {
     "rloo.evaluation.every_steps": 0,
 }
 NUM_SKIPPED_STEPS = 3
-"""The first ones of a stage fetch memory and start threads."""
+"""The first steps of a stage, which are not counted: they fetch memory and start threads."""
 MATMUL = (1024, 128, 256)
-"""As large as a tiny model's."""
+"""The sizes of a matrix product as large as a tiny model's."""
 LONG_FLOATS = 32 * 2**20
-"""128 MiB each: no cache holds them."""
+"""The length of the long vectors: 128 MiB each, so no cache holds them."""
 SHORT_FLOATS = 2**20
-"""4 MiB: a layer of a tiny model keeps more than one core's cache holds."""
+"""The length of the short vectors: 4 MiB, as a layer of a tiny model keeps more than one core's cache holds."""
 GATED_PASSES = 17
-"""Over such vectors, of silu(gate) * up + residual and its gradient: 2 + 3 + 3 forward, 6 of the product and 3 of silu backward."""
+"""The passes over short vectors that silu(gate) * up + residual and its gradient make.
+
+Forward there are 2 + 3 + 3; backward there are 6 of the product and 3 of silu.
+"""
 CHAIN = 100
-"""Modules of one tiny operator each."""
+"""The number of modules in the chain, each with one tiny operator."""
 ATTENDED = (32, 2, 16)
-"""Prompts, completions of each, and tokens of both: fewer than the kernel takes at a time."""
+"""The number of prompts, the completions of each, and the tokens of each text.
+
+The texts have fewer tokens than the attention kernel takes at a time.
+"""
 ATTENTION_HEADS = (4, 32)
-"""And their size."""
+"""The number of attention heads, and their size."""
 REORDERED = 4096
-"""Rows and columns."""
+"""The rows, and the columns, of the matrix that is transposed."""
 ENGINE_THREADS = 1
 SAMPLED = ((1, 64), (2, 24), (8, 32), (16, 12), (16, 64))
-"""Prompts, and tokens of the longest completion: the others' lengths are spread evenly below."""
+"""The number of prompts, and the tokens of the longest completion. The other lengths are spread evenly below it."""
 SAMPLED_EACH = 4
-"""Completions of a prompt."""
+"""The completions of each prompt."""
 MEMORY_MODELS = {
     "5.2 M": memory_bench.MODEL,
     "20 M": ModelConfig(
@@ -105,10 +113,10 @@ UPDATE_MODELS = {
 }
 MEMORY_TOKENS = 2048
 PAIR_TOKENS = (64, 32, 32)
-"""Of a prompt and two completions."""
+"""The tokens of a prompt and of its two completions."""
 LARGE_PAIRS, LARGE_STEPS = 16, 4
 LARGE_TOKENS = (144, 50)
-"""Of a prompt and a completion: hh-rlhf's dialogues, on average."""
+"""The tokens of a prompt and of a completion, as in hh-rlhf's dialogues on average."""
 LARGE_NAMES = {1: "reward-model step, 5.2 M, dialogues", 2: "reward-model step, 5.2 M, dialogues, 2 workers"}
 LARGE_CHANGES = (
     "model.hidden_size=256",
@@ -132,31 +140,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
-        "--to", type=Path, default=MEASURED, help="default: %(default)s, and the tables of the documents are made again"
+        "--to",
+        type=Path,
+        default=MEASURED,
+        help="default: %(default)s, and then the tables of the documents are made again",
     )
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:
-        found = measure(Path(scratch), is_quick=arguments.quick)
-    found["source"] = (
-        f"`make bench-scaling`, load before it {load:.1f}; its runs, and those of other benches on this machine (docs/BENCHMARKS.md)."
+        measured = measure(Path(scratch), is_quick=arguments.quick)
+    measured["source"] = (
+        f"by `make bench-scaling`, after a load of {load:.1f}, "
+        "and by the other benches on this machine (docs/results/benchmarks.md)."
     )
-    keep_other_runs(found, json.loads(MEASURED.read_text()))
-    write_json_atomic(arguments.to, json.loads(Measurements.model_validate(found).model_dump_json()))
+    keep_other_runs(measured, json.loads(MEASURED.read_text()))
+    run_files.write_json(arguments.to, json.loads(Measurements.model_validate(measured).model_dump_json()))
     if arguments.to == MEASURED:
         update_docs(Path.cwd())
         sys.exit(check(Path.cwd()))
 
 
-def keep_other_runs(found: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Add what other benches measured, and this one does not."""
+def keep_other_runs(measured: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Add the runs that other benches measured, and this one does not."""
     for kind in ("training", "memory", "updates"):
-        names = {run["name"] for run in found[kind]}
-        found[kind] += [run for run in earlier[kind] if run["name"] not in names]
+        names = {run["name"] for run in measured[kind]}
+        measured[kind] += [run for run in earlier[kind] if run["name"] not in names]
 
 
 def measure(scratch: Path, *, is_quick: bool) -> dict[str, Any]:
-    """Everything, as Measurements has it, but its source."""
+    """Measure everything, and return the fields of Measurements except `source`."""
     progress("rates")
     calibrations = [json.loads(in_own_process("rates", "1"))]
     progress("weight updates, and an engine's steps")
@@ -180,8 +192,11 @@ def measure(scratch: Path, *, is_quick: bool) -> dict[str, Any]:
     }
 
 
-def rates(num_threads: int) -> dict[str, float]:
-    """Of this process: as Calibration has them. Operators beside matrix products run as training runs them, with their gradients."""
+def rates(num_threads: int) -> dict[str, float | tuple[float, float]]:
+    """Measure this process's rates, and return the fields of Calibration.
+
+    Operators other than matrix products run with their gradients, as in training.
+    """
     torch.set_num_threads(num_threads)
     rows, inner, columns = MATMUL
     left, right = torch.randn(rows, inner), torch.randn(inner, columns)
@@ -208,7 +223,7 @@ def rates(num_threads: int) -> dict[str, float]:
 
 
 def attention_call_seconds() -> tuple[float, float]:
-    """Forward and backward over short texts, by operator called."""
+    """Return the seconds of attention over short texts per operator that it calls, forward and backward."""
     num_prompts, num_completions, length = ATTENDED
     batch = lay_out(
         [TokenGroup([1] * length, [[1] * length] * num_completions)] * num_prompts, Layout.SEGMENTS, pad_id=0
@@ -228,7 +243,7 @@ def attention_call_seconds() -> tuple[float, float]:
 
 
 def seconds_of(call: Callable[[], object], *, repeats: int) -> float:
-    """Median of rounds, each the mean of `repeats` calls; the first round does not count."""
+    """Return the seconds of a call: the median over rounds of `repeats` calls each. The first round does not count."""
     rounds = []
     for _ in range(8):
         started = time.perf_counter()
@@ -239,7 +254,7 @@ def seconds_of(call: Callable[[], object], *, repeats: int) -> float:
 
 
 def engine_and_updates(scratch: Path, *, num_rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """An engine's own costs, from the policy of 0.3 M parameters, and the updates of larger ones."""
+    """Return an engine's own costs, measured with the policy of 0.3 M parameters, and updates of larger policies."""
     import ray
     from ray import cloudpickle
 
@@ -252,8 +267,8 @@ def engine_and_updates(scratch: Path, *, num_rounds: int) -> tuple[dict[str, flo
     update_s = median(small.load_s)
     updates = []
     for size, model in UPDATE_MODELS.items():
-        found = weight_sync.compare(size, is_tied=True, num_rounds=num_rounds, folder=scratch / size.replace(" ", ""))
-        for kind, seconds in (("loaded", found.load_s), ("confirmed", found.update_s)):
+        large = weight_sync.compare(size, is_tied=True, num_rounds=num_rounds, folder=scratch / size.replace(" ", ""))
+        for kind, seconds in (("loaded", large.load_s), ("confirmed", large.update_s)):
             updates.append(
                 {
                     "name": f"weight update, {size} tied, {kind}",
@@ -267,7 +282,10 @@ def engine_and_updates(scratch: Path, *, num_rounds: int) -> tuple[dict[str, flo
 
 
 def engine_seconds(folder: Path) -> dict[str, float]:
-    """What a decoding step costs, a token and a completion: the least squares over samplings of few and many, short and long ones, none below 0."""
+    """Return what a decoding step, a token and a completion cost.
+
+    The costs are the non-negative least-squares fit over samplings of few and many, short and long completions.
+    """
     import ray
 
     from rm_robust.cluster.environment import cpu_environment
@@ -302,12 +320,15 @@ def engine_seconds(folder: Path) -> dict[str, float]:
         seconds.append(median(timed_generation(engine, lengths) for _ in range(7)))
     for actor in (engine, trainer):
         ray.kill(actor)
-    found, _ = nnls(counts, seconds)
-    return {"step_s": found[0], "token_s": found[1], "completion_s": found[2]}
+    costs, _ = nnls(counts, seconds)
+    return {"step_s": costs[0], "token_s": costs[1], "completion_s": costs[2]}
 
 
 def timed_generation(engine: Any, lengths: list[int]) -> float:
-    """Seconds until the last completion is here; one prompt a length, and no token stops a completion."""
+    """Return the seconds until the last completion arrives.
+
+    Each length has one prompt, and no token stops a completion.
+    """
     import ray
 
     requests = [
@@ -321,12 +342,12 @@ def timed_generation(engine: Any, lengths: list[int]) -> float:
 
 
 def memory_runs(scratch: Path) -> list[dict[str, Any]]:
-    """Resident memory of trainers of their own: of the activations alone, and of all that training needs."""
+    """Measure resident memory in separate trainers: of the activations alone, and of everything that training needs."""
     base = scratch / "packed"
     save_base_model(base, memory_bench.MODEL, make_tokenizer(["a b c"], vocab_size=300), seed=0)
     (way,) = (name for name, (layout, _) in memory_bench.WAYS.items() if layout is Layout.SEGMENTS)
     peak = median(memory_bench.in_own_process(way, length, str(base)) for length in memory_bench.LENGTHS[:3])
-    found = [
+    measured = [
         memory_run(
             f"activations of {MEMORY_TOKENS:,} tokens, 5.2 M reward model",
             memory_bench.MODEL,
@@ -338,7 +359,7 @@ def memory_runs(scratch: Path) -> list[dict[str, Any]]:
         folder = scratch / f"memory{size.replace(' ', '')}"
         save_qwen2_of(folder, model)
         peak = float(in_own_process("memory", size, str(folder)))
-        found.append(
+        measured.append(
             memory_run(
                 f"states and activations of {MEMORY_TOKENS:,} tokens, {size} reward model",
                 model,
@@ -346,7 +367,7 @@ def memory_runs(scratch: Path) -> list[dict[str, Any]]:
                 includes_states=True,
             )
         )
-    return found
+    return measured
 
 
 def memory_run(name: str, model: ModelConfig, measured: float, *, includes_states: bool) -> dict[str, Any]:
@@ -362,7 +383,7 @@ def memory_run(name: str, model: ModelConfig, measured: float, *, includes_state
 
 
 def save_qwen2_of(folder: Path, model: ModelConfig) -> None:
-    """With the vocabulary that the config says, which a tokenizer of a small text would not reach."""
+    """Save a random policy with the whole vocabulary of `model`, which a tokenizer of a small text would not reach."""
     from transformers import Qwen2Config
 
     save_qwen2(
@@ -382,7 +403,10 @@ def save_qwen2_of(folder: Path, model: ModelConfig) -> None:
 
 
 def trainer_peak_mib(model: ModelConfig, folder: Path) -> float:
-    """Peak of this process in three steps of MEMORY_TOKENS, above what it held after a step of a tiny model had loaded the libraries."""
+    """Return this process's peak memory in MiB during three steps of MEMORY_TOKENS.
+
+    The memory that it holds after a step of a tiny model, which loads the libraries, is subtracted.
+    """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tiny:
         save_qwen2(Path(tiny), sized_qwen2_config("0.3 M", tie_word_embeddings=True))
@@ -396,9 +420,8 @@ def train(folder: Path, *, num_pairs: int, num_steps: int) -> None:
     rng = Random(0)
     packed = PackedRewardModel(new_reward_model(folder, pad_id=0, seed=0), Layout.SEGMENTS)
     engine = DdpEngine(packed, optimizer=OptimizerConfig(), device=torch.device("cpu"))
-    settings = StepSettings(
-        ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3), MEMORY_TOKENS, pad_id=0
-    )
+    objective = RewardModelConfig(objective=Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=1e-3)
+    settings = StepSettings(objective, MEMORY_TOKENS, pad_id=0)
     for _ in range(num_steps):
         texts = [[[rng.randrange(3, 250) for _ in range(count)] for count in PAIR_TOKENS] for _ in range(num_pairs)]
         pairs = [PreferencePair(TokenGroup(prompt, both)) for prompt, *both in texts]
@@ -407,21 +430,21 @@ def train(folder: Path, *, num_pairs: int, num_steps: int) -> None:
 
 
 def large_steps(folder: Path, *, num_rounds: int) -> list[dict[str, Any]]:
-    """Bradley-Terry steps of 16 pairs with the mean lengths of hh-rlhf's dialogues, by one worker and by two, a round of each in turn."""
+    """Measure Bradley-Terry steps of 16 pairs with the mean lengths of hh-rlhf's dialogues.
+
+    One worker and two workers take turns, round by round.
+    """
     save_qwen2_of(folder / "base", memory_bench.MODEL)
     new_reward_model(folder / "base", pad_id=0, seed=0).save_pretrained(str(folder / "model"))
     rng, (prompt, completion) = Random(0), LARGE_TOKENS
-    lengths = [(prompt, completion, completion)] * LARGE_PAIRS
-    batches = [
-        [
-            TokenGroup(*pair)
-            for pair in (
-                [ids[0], ids[1:]]
-                for ids in ([[rng.randrange(3, 4000) for _ in range(n)] for n in row] for row in lengths)
-            )
-        ]
-        for _ in range(num_rounds * LARGE_STEPS)
-    ]
+
+    def random_pair() -> TokenGroup:
+        prompt_ids, chosen_ids, rejected_ids = (
+            [rng.randrange(3, 4000) for _ in range(count)] for count in (prompt, completion, completion)
+        )
+        return TokenGroup(prompt_ids, [chosen_ids, rejected_ids])
+
+    batches = [[random_pair() for _ in range(LARGE_PAIRS)] for _ in range(num_rounds * LARGE_STEPS)]
     work = trainers.Work(folder / "model", batches, LARGE_STEPS, pad_id=0)
     with patch.dict(os.environ, WORKER_ENVIRONMENT), ExitStack() as stack:
         contenders = [
@@ -442,24 +465,28 @@ def large_steps(folder: Path, *, num_rounds: int) -> list[dict[str, Any]]:
     common |= {"prompt_tokens": prompt, "completion_tokens": completion}
     changes = {count: [*LARGE_CHANGES, f"reward_model.workers.num_workers={count}"] for count in LARGE_NAMES}
     return [
-        common | {"name": one.name, "overrides": changes[count], "measured": LARGE_PAIRS / median(one.pairs_per_s)}
-        for count, one in zip(LARGE_NAMES, contenders, strict=True)
+        common
+        | {
+            "name": contender.name,
+            "overrides": changes[count],
+            "measured": LARGE_PAIRS / median(contender.pairs_per_s),
+        }
+        for count, contender in zip(LARGE_NAMES, contenders, strict=True)
     ]
 
 
 def stage_runs(run_dir: Path, changes: dict[str, float]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Median steps of each stage, and the policy's weight updates, of a run of its own."""
+    """Run the pipeline, and return the median steps of each stage and the policy's weight update."""
     overrides = [f"--set={name}={value}" for name, value in {**changes, "reward_model.bt_twin": "false"}.items()]
     command = [sys.executable, "pipelines/full_rlhf.py", "--config", CONFIG, "--run-dir", str(run_dir), *overrides]
-    environment = {
-        name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"
-    }  # this process has set it for its own cluster
+    # This process has set RAY_AUTH_MODE for its own cluster.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return stage_figures(run_dir)
 
 
 def stage_figures(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """From the files of a finished run of tiny_cpu."""
+    """Return the median steps of each stage and the weight update from the files of a finished run of tiny_cpu."""
     layout = RunLayout(run_dir)
     vocab_size = json.loads((layout.sft_checkpoint / "config.json").read_text())["vocab_size"]
     sft, pairs = (
@@ -481,7 +508,7 @@ def stage_figures(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             "measured": seconds,
         }
 
-    found = [
+    measured = [
         run(
             f"{title} step, tiny_cpu, 2 workers",
             f"{stage}_step",
@@ -492,7 +519,7 @@ def stage_figures(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         for title, stage, rows in (("reward-model", "reward_model", pairs), ("SFT", "sft", sft))
     ]
     for part in ("generate", "measure", "update"):
-        found.append(
+        measured.append(
             run(
                 f"RLOO {part}, tiny_cpu",
                 f"rloo_{part}",
@@ -508,23 +535,23 @@ def stage_figures(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         "kind": "confirmed",
         "measured": of_stage(run_dir, "rloo", "time/weight_sync_s"),
     }
-    return found, update
+    return measured, update
 
 
 def mean_lengths(rows: list[Any]) -> tuple[float, float]:
-    """Tokens of a prompt, and of a completion."""
+    """Return the mean tokens of a prompt and of a completion."""
     return fmean(len(row.tokens.prompt_ids) for row in rows), fmean(
         len(ids) for row in rows for ids in row.tokens.completion_ids
     )
 
 
 def of_stage(run_dir: Path, stage: str, key: str) -> float:
-    """Median of a metric over a stage's steps but the first ones."""
+    """Return the median of a metric over a stage's steps, without the first ones."""
     return median(float(line[key]) for line in read_metrics(run_dir, stage)[NUM_SKIPPED_STEPS:] if key in line)
 
 
 def in_own_process(*arguments: str) -> str:
-    """The last line that this file prints when it is called so, in the environment of a run's workers."""
+    """Run this file with `arguments` in the environment of a run's workers, and return the last line of its output."""
     environment = os.environ | WORKER_ENVIRONMENT
     done = subprocess.run(
         [sys.executable, "-m", "research.bench.scaling", *arguments],

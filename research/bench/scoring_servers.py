@@ -1,4 +1,4 @@
-"""The servers of the scoring bench: each a process of its own on loopback, started, awaited and ended here."""
+"""Start, await and end the servers of the scoring bench. Each is a process of its own on loopback."""
 
 import os
 import signal
@@ -29,9 +29,14 @@ UP_WITHIN_S = 300.0
 STOPPED_WITHIN_S = 30.0
 POLL_EVERY_S = 0.25
 VLLM_KV_CACHE_BYTES = 2**30
-"""More than 64 of the longest conversations need (8 KiB a token in the large model), so caching never evicts what is in flight."""
+"""The size of vLLM's cache.
+
+64 of the longest conversations need less (8 KiB per token in the large model), so the cache never evicts what is in
+use.
+"""
 VLLM_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in a process of its own all the same, its worker inside it: quicker on CPUs
+    # The engine still has a process of its own, and its worker runs inside it, which is faster on CPUs.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
@@ -41,11 +46,11 @@ VLLM_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Server:
-    """How one is started and asked."""
+    """How a server is started and asked."""
 
     name: str
     note: str
-    """What of it was chosen, for print: its threads, its flags."""
+    """The chosen threads and flags, for the tables."""
     command: list[str]
     port: int
     path: str
@@ -70,11 +75,11 @@ class Running:
     process: psutil.Popen
     log_path: Path
 
-    def last_words(self) -> str:
+    def end_of_log(self) -> str:
         return self.log_path.read_text(errors="replace")[-3000:]
 
     def end(self) -> None:
-        """Again does nothing."""
+        """End the server. A second call does nothing."""
         stop(self.process)
 
 
@@ -104,7 +109,10 @@ def openrlhf(checkpoint: Path, *, num_threads: int) -> Server:
 
 
 def vllm(checkpoint: Path, *, num_threads: int, has_prefix_caching: bool) -> Server:
-    """Its OpenAI-compatible server. The `vllm` command does not start with the CPU build: it looks for a package of another name."""
+    """Return vLLM's OpenAI-compatible server.
+
+    The `vllm` command does not start with the CPU build, because it looks for a package with another name.
+    """
     port = free_port("127.0.0.1")
     command = [
         *(
@@ -149,7 +157,7 @@ def vllm(checkpoint: Path, *, num_threads: int, has_prefix_caching: bool) -> Ser
 
 
 def rm_robust(checkpoint: Path, *, shares_prompts: bool, folder: Path) -> Server:
-    """With the replicas and threads that `python -m serve` chooses by itself."""
+    """Return our server with the replicas and threads that `python -m serve` chooses by default."""
     port = free_port("127.0.0.1")
     key, entry = new_key("bench")
     keys_file = folder / f"keys_{port}.toml"
@@ -181,7 +189,10 @@ def of_threads(count: int) -> str:
 
 @contextmanager
 def running(server: Server, folder: Path) -> Iterator[Running]:
-    """Started at once, ready after `wait_until_ready`; ended with everything it started when the block does."""
+    """Start the server, and end it with everything that it started when the block ends.
+
+    It is ready after `wait_until_ready`.
+    """
     log_path = folder / f"{server.port}.log"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", **server.environment}
     with log_path.open("wb") as log:
@@ -201,7 +212,7 @@ def running(server: Server, folder: Path) -> Iterator[Running]:
 
 
 def stop(process: psutil.Popen) -> None:
-    """SIGTERM, as an operator would; what is left after that, by process id."""
+    """Send SIGTERM, as an operator would, and then kill by process id what is left."""
     try:
         descendants = process.children(recursive=True)
     except psutil.NoSuchProcess:
@@ -220,17 +231,20 @@ def stop(process: psutil.Popen) -> None:
 
 
 def wait_until_ready(runs: list[Running]) -> None:
-    """Raises RuntimeError, with the end of its log, for one that ends or does not answer in time."""
+    """Wait until all servers answer.
+
+    Raises RuntimeError, with the end of the log, if a server ends or is not ready in time.
+    """
     deadline_s = time.monotonic() + UP_WITHIN_S
     for run in runs:
         while not is_ready(run.server):
             if run.process.poll() is not None or time.monotonic() > deadline_s:
-                what = (
+                problem = (
                     "is not ready in time"
                     if run.process.poll() is None
                     else f"ended with status {run.process.returncode}"
                 )
-                raise RuntimeError(f"{run.server.label} {what}; its last words:\n{run.last_words()}")
+                raise RuntimeError(f"{run.server.label} {problem}; the end of its log:\n{run.end_of_log()}")
             time.sleep(POLL_EVERY_S)
 
 

@@ -1,8 +1,9 @@
-"""The same optimiser steps by different trainers, each in processes of its own that run only when it is their turn.
+"""Do the same optimiser steps with different trainers. Each has its own processes, which run only in its turn.
 
     parent ─"go"─► trainer: steps_per_round steps ─Round(seconds, losses)─► parent ─"go"─► the next trainer …
 
-All: Bradley-Terry loss, AdamW with the same settings, clip 1.0, float32, one thread a process, the same initial weights.
+All trainers have the Bradley-Terry loss, AdamW with the same settings, gradient clipping at 1.0, float32, one thread
+per process, and the same initial weights.
 """
 
 import os
@@ -24,26 +25,30 @@ from transformers import PreTrainedModel
 
 from rm_robust.config.objectives import Objective
 from rm_robust.config.shared import OptimizerConfig
+from rm_robust.config.training import RewardModelConfig
 from rm_robust.data.records import PreferencePair, TokenGroup
 from rm_robust.models.packing import choose_layout
 from rm_robust.models.reward_model import PackedRewardModel, load_reward_model
 from rm_robust.training.engines.ddp import DdpEngine
 from rm_robust.training.engines.engine import new_optimizer
 from rm_robust.training.loop import rank_share
-from rm_robust.training.reward_model.losses import ObjectiveSettings, bradley_terry_losses
+from rm_robust.training.reward_model.losses import bradley_terry_losses
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 
 CPU = torch.device("cpu")
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-4, schedule="constant", warmup_fraction=0, weight_decay=0, max_gradient_norm=1
 )
-"""TRL's defaults but for the constant learning rate and for beta2 = 0.95, which rm_robust has fixed (TRL is told so too)."""
+"""TRL's defaults except for the constant learning rate and for beta2 = 0.95.
+
+rm_robust has this beta2 fixed, so TRL gets it too.
+"""
 MAX_TOKENS_PER_MICRO_BATCH = 8192
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a trainer is given: one batch of pairs for each optimiser step."""
+    """The work of a trainer: one batch of pairs for each optimiser step."""
 
     model_dir: Path
     batches: list[list[TokenGroup]]
@@ -55,15 +60,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Round:
-    """`cpu_seconds`: what the process computed in them. On a machine that other work uses too, wall time says more about that than about the trainer."""
+    """The result of one round."""
 
     seconds: float
     cpu_seconds: float
+    """The CPU seconds of the process. On a busy machine they say more about the trainer than wall time does."""
     losses: list[float]
 
 
 class Turns:
-    """A trainer's end of the pipe: it waits before the first step of every round and reports after the last one."""
+    """A trainer's end of the pipe. It waits before the first step of every round, and reports after the last one."""
 
     def __init__(self, connection: Connection, steps_per_round: int) -> None:
         self._connection = connection
@@ -73,7 +79,7 @@ class Turns:
         self._is_ready = False
 
     def step_begins(self) -> None:
-        if not self._is_ready:  # libraries imported, model and data loaded
+        if not self._is_ready:  # now the libraries are imported, and model and data are loaded
             self._connection.send("ready")
             self._is_ready = True
         if not self._losses:
@@ -95,19 +101,20 @@ def train_with_rm_robust(work: Work, turns: Turns) -> None:
     model = _load(work)
     packed = PackedRewardModel(model, choose_layout(model.config, CPU))
     engine = DdpEngine(packed, optimizer=OPTIMIZER, device=CPU)
-    settings = StepSettings(ObjectiveSettings(Objective.BRADLEY_TERRY), MAX_TOKENS_PER_MICRO_BATCH, work.pad_id)
+    objective = RewardModelConfig(objective=Objective.BRADLEY_TERRY)
+    settings = StepSettings(objective, MAX_TOKENS_PER_MICRO_BATCH, work.pad_id)
     for batch in work.batches:
         turns.step_begins()
-        mine = rank_share(list(range(len(batch))), rank=engine.rank, world_size=engine.world_size)
+        indices = rank_share(list(range(len(batch))), rank=engine.rank, world_size=engine.world_size)
         metrics = reward_model_step(
-            engine, [PreferencePair(batch[i]) for i in mine], settings, model=packed, device=CPU
+            engine, [PreferencePair(batch[i]) for i in indices], settings, model=packed, device=CPU
         )
         engine.step(OPTIMIZER.learning_rate)
         turns.step_ended(metrics["reward_model/loss"])
 
 
 def train_one_sequence_at_a_time(work: Work, turns: Turns) -> None:
-    """No padding, no mask, no sharing: the shape in which a plain transformers forward is quickest on a CPU."""
+    """Train without padding, masks or sharing: in this form a plain transformers forward pass is fastest on a CPU."""
     model = _load(work)
     optimizer = new_optimizer(model, OPTIMIZER)
     for batch in work.batches:
@@ -128,7 +135,10 @@ def train_one_sequence_at_a_time(work: Work, turns: Turns) -> None:
 
 
 def train_with_trl(work: Work, turns: Turns, *, gradient_checkpointing: bool) -> None:
-    """TRL's RewardTrainer on the same token ids in the same order. Everything that is not named here is TRL's default."""
+    """Train with TRL's RewardTrainer on the same token ids in the same order.
+
+    Settings that are not named here have TRL's defaults.
+    """
     from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
@@ -140,7 +150,7 @@ def train_with_trl(work: Work, turns: Turns, *, gradient_checkpointing: bool) ->
             self.last_loss = loss.item()
             return loss
 
-    class TakeTurns(TrainerCallback):  # type: ignore[misc]
+    class TakeTurns(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             turns.step_begins()
 
@@ -158,7 +168,7 @@ def train_with_trl(work: Work, turns: Turns, *, gradient_checkpointing: bool) ->
         num_train_epochs=1,
         train_sampling_strategy="sequential",  # the pairs come shuffled: every trainer has the same order
         gradient_checkpointing=gradient_checkpointing,
-        bf16=False,  # TRL's default is bfloat16; the setting is float32
+        bf16=False,  # TRL's default is bfloat16; this comparison is in float32
         use_cpu=True,
         learning_rate=OPTIMIZER.learning_rate,
         lr_scheduler_type="constant",
@@ -187,11 +197,13 @@ TRL_WITHOUT_CHECKPOINTING: Trainer = partial(train_with_trl, gradient_checkpoint
 
 
 def _load(work: Work) -> PreTrainedModel:
-    return load_reward_model(work.model_dir, dtype=torch.float32).train()
+    model = load_reward_model(work.model_dir, dtype=torch.float32)
+    model.train()
+    return model
 
 
 class Contender:
-    """The parent's end: processes that hold a trainer, started at once, idle until `run_round`."""
+    """The parent's end of a trainer. Its processes start at once, and are idle until `run_round`."""
 
     def __init__(self, name: str, trainer: Trainer, work: Work) -> None:
         self.name = name
@@ -232,7 +244,7 @@ class Contender:
 
     @property
     def pairs_per_cpu_s(self) -> list[float]:
-        """Pairs a second of computing, all workers' together."""
+        """Pairs per CPU second of all workers together."""
         return [
             num_pairs / done.cpu_seconds for num_pairs, done in zip(self._pairs_of_rounds(), self.rounds, strict=True)
         ]
@@ -247,8 +259,8 @@ class Contender:
 
 
 def quiet() -> None:
-    """No progress bars and reports of libraries between the lines of the bench."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # accelerate imports deepspeed, which otherwise warns
+    """Switch off the progress bars and reports of libraries, so that only the bench prints."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # accelerate imports deepspeed, which warns without this
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

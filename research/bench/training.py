@@ -1,9 +1,10 @@
-"""Reward-model training throughput: rm_robust against TRL's RewardTrainer and a plain loop, on real pairs. `make bench-training` runs it.
+"""Compare the training throughput of reward models: rm_robust, TRL's RewardTrainer and a plain loop, on real pairs.
 
-    python -m research.bench.training --data ../shared/data
+    python -m research.bench.training --data ../shared/data          (make bench-training)
 
-Every comparison alternates: each trainer runs one round in turn, on the same batches, alone on one thread. The first one doubles as a check
-that rm_robust and TRL do the same training: their losses, step by step, must agree to LOSS_TOLERANCE (exit status 1 otherwise). The last line is JSON.
+In every comparison the trainers alternate: each runs one round in turn, on the same batches, alone on one thread. The
+first comparison also checks that rm_robust and TRL do the same training: their losses must agree to LOSS_TOLERANCE in
+every step, or the exit status is 1. The last line is JSON.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from rm_robust.data.records import TokenGroup
 
 PAIRS_PER_STEP = 16
 LENGTHS = (256, 512, 1024)
-"""Tokens of every sequence where the growth with length is measured."""
+"""The tokens of every sequence, where the growth with length is measured."""
 LOSS_TOLERANCE = 1e-4
 LARGE = ModelConfig(
     hidden_size=256,
@@ -73,20 +74,22 @@ started_s = time.perf_counter()
 
 @dataclass(frozen=True)
 class Entry:
-    """One trainer of a comparison. `batches`: None = the comparison's own."""
+    """One trainer of a comparison."""
 
     name: str
     trainer: Trainer
     batches: list[list[TokenGroup]] | None = None
+    """The batches of this trainer. None: those of the comparison."""
     num_workers: int = 1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What its table is headed, the trainers (the first is what ratios are taken to), and how much they do."""
+    """A comparison: the title of its table, its trainers, and how much they do."""
 
     title: str
     entries: list[Entry]
+    """The trainers. Ratios compare with the first one."""
     num_rounds: int
     steps_per_round: int
     is_printed: bool = True
@@ -99,21 +102,23 @@ def main() -> None:
     for name in ("human_pairs.parquet", "rmb_pairs.parquet"):
         if not (data_dir / name).is_file():
             sys.exit(
-                f"bench-training: there is no {name} in {data_dir}. Name the folder that holds it: make bench-training DATA=…"
+                f"bench-training: there is no {name} in {data_dir}. "
+                "Name the folder that holds it: make bench-training DATA=…"
             )
     quiet()
     peers = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
     progress(
-        f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {PAIRS_PER_STEP} pairs a step, float32, 1 thread a trainer"
+        f"{peers}; {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; "
+        f"{PAIRS_PER_STEP} pairs a step, float32, 1 thread a trainer"
     )
     with tempfile.TemporaryDirectory(prefix="rm_robust_bench_") as scratch:
         result = run(data_dir, Path(scratch))
     print(json.dumps(result))
-    sys.exit(result["max_loss_difference"] > LOSS_TOLERANCE)
+    sys.exit(float(result["max_loss_difference"]) > LOSS_TOLERANCE)
 
 
 def run(data_dir: Path, scratch: Path) -> dict[str, str | float]:
-    """Every comparison; what the last line says."""
+    """Do every comparison, and return the content of the last line."""
     dialogues = hh_rlhf_dialogues(data_dir)
     large, corpus = prepare("hh-rlhf, large", scratch / "large", LARGE, dialogues)
     main_comparison = Comparison(
@@ -129,7 +134,8 @@ def run(data_dir: Path, scratch: Path) -> dict[str, str | float]:
     rounds = compare(main_comparison, large, in_order(corpus))
     difference = max(abs(a - b) for a, b in zip(rounds[TRL].losses, rounds[OURS].losses, strict=True))
     print(
-        f"losses of {len(rounds[OURS].losses)} steps, {TRL} and {OURS}: largest difference {difference:.1e} (allowed: {LOSS_TOLERANCE:.0e})\n",
+        f"losses of {len(rounds[OURS].losses)} steps, {TRL} and {OURS}: "
+        f"largest difference {difference:.1e} (allowed: {LOSS_TOLERANCE:.0e})\n",
         flush=True,
     )
 
@@ -161,7 +167,7 @@ def run(data_dir: Path, scratch: Path) -> dict[str, str | float]:
     ours, peer = (round(median(rounds[name].pairs_per_s), 3) for name in (OURS, TRL))
     cpu_ratio = median(rounds[OURS].pairs_per_cpu_s) / median(rounds[TRL].pairs_per_cpu_s)
     progress("done")
-    return {
+    result: dict[str, str | float] = {
         "bench": "training",
         "ours": ours,
         "peer": peer,
@@ -169,17 +175,17 @@ def run(data_dir: Path, scratch: Path) -> dict[str, str | float]:
         "unit": "pairs/s",
         "cpu_ratio": round(cpu_ratio, 3),
         "max_loss_difference": difference,
-    } | {
-        f"ratio_to_{key}": round(ours / median(rounds[name].pairs_per_s), 3)
-        for key, name in (("peer_at_its_best", TRL_BEST), ("plain_loop", PLAIN))
     }
+    for key, name in (("peer_at_its_best", TRL_BEST), ("plain_loop", PLAIN)):
+        result[f"ratio_to_{key}"] = round(ours / median(rounds[name].pairs_per_s), 3)
+    return result
 
 
 PLAIN_AND_OURS = [Entry(PLAIN, train_one_sequence_at_a_time), Entry(OURS, train_with_rm_robust)]
 
 
 def prepare(name: str, folder: Path, model: ModelConfig, pairs: list[TextPair]) -> tuple[Work, Corpus]:
-    """The tokenised corpus and a model for it; the Work holds no batches yet."""
+    """Return the tokenised corpus, and the work for a model on it, which holds no batches yet."""
     corpus = tokenise(pairs, vocab_size=model.vocab_size, folder=folder)
     num_parameters = save_reward_model(folder, model, corpus.chat)
     shape = f"hidden {model.hidden_size}, {model.num_layers} layers, vocabulary {model.vocab_size}"
@@ -188,20 +194,20 @@ def prepare(name: str, folder: Path, model: ModelConfig, pairs: list[TextPair]) 
 
 
 def compare(comparison: Comparison, work: Work, batches: list[list[TokenGroup]]) -> dict[str, Contender]:
-    """Alternated rounds of all trainers, printed as a table."""
+    """Run alternating rounds of all trainers, and print them as a table."""
     progress(f"{comparison.title}: {comparison.num_rounds} rounds of {comparison.steps_per_round} step(s)")
     num_steps = comparison.num_rounds * comparison.steps_per_round
     contenders = []
     with ExitStack() as stack:
         for entry in comparison.entries:
-            own = replace(
+            entry_work = replace(
                 work,
                 batches=(entry.batches or batches)[:num_steps],
                 steps_per_round=comparison.steps_per_round,
                 world_size=entry.num_workers,
             )
-            assert len(own.batches) == num_steps, "too few pairs"
-            contenders.append(stack.enter_context(Contender(entry.name, entry.trainer, own)))
+            assert len(entry_work.batches) == num_steps, "too few pairs"
+            contenders.append(stack.enter_context(Contender(entry.name, entry.trainer, entry_work)))
         for number in range(comparison.num_rounds):
             for contender in contenders:
                 contender.run_round()
@@ -214,15 +220,13 @@ def compare(comparison: Comparison, work: Work, batches: list[list[TokenGroup]])
 
 def print_table(title: str, contenders: list[Contender]) -> None:
     base, base_cpu = median(contenders[0].pairs_per_s), median(contenders[0].pairs_per_cpu_s)
-    print(
-        f"\n| {title} | pairs/s, median | ratio | pairs/CPU s, median | ratio | pairs/s of each round |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    print(f"\n| {title} | pairs/s, median | ratio | pairs/CPU s, median | ratio | pairs/s of each round |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for contender in contenders:
         speed, cpu_speed = median(contender.pairs_per_s), median(contender.pairs_per_cpu_s)
         rounds = " ".join(f"{value:.2f}" for value in contender.pairs_per_s)
-        print(
-            f"| {contender.name} | {speed:.2f} | {speed / base:.2f} | {cpu_speed:.2f} | {cpu_speed / base_cpu:.2f} | {rounds} |"
-        )
+        cpu_cells = f"{cpu_speed:.2f} | {cpu_speed / base_cpu:.2f}"
+        print(f"| {contender.name} | {speed:.2f} | {speed / base:.2f} | {cpu_cells} | {rounds} |")
     print(f"\nload average after it: {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPU cores\n", flush=True)
 
 
@@ -232,7 +236,10 @@ def in_order(corpus: Corpus) -> list[list[TokenGroup]]:
 
 
 def length_grouped(corpus: Corpus, *, num_batches: int) -> list[list[TokenGroup]]:
-    """An even sample, short to long, of the batches that transformers' group_by_length makes of the whole corpus; every round gets all lengths."""
+    """Return an even sample, short to long, of the batches that transformers' group_by_length makes of the corpus.
+
+    Every round gets all lengths.
+    """
     lengths = [len(pair.prompt_ids) + max(map(len, pair.completion_ids)) for pair in corpus.pairs]
     indices = get_length_grouped_indices(lengths, PAIRS_PER_STEP, generator=torch.Generator().manual_seed(SEED))
     batches = [indices[i : i + PAIRS_PER_STEP] for i in range(0, len(indices) - PAIRS_PER_STEP + 1, PAIRS_PER_STEP)]
@@ -243,7 +250,11 @@ def length_grouped(corpus: Corpus, *, num_batches: int) -> list[list[TokenGroup]
 
 
 def synthetic_batch(length: int, *, seed: int) -> list[TokenGroup]:
-    """A quarter of a step's pairs of random tokens, three quarters of a sequence prompt (as in the dialogues); all equally long, so that no trainer pads."""
+    """Return a quarter of a step's pairs with random tokens.
+
+    Three quarters of a sequence are its prompt, as in the dialogues. All sequences are equally long, so no trainer
+    pads.
+    """
     rng = Random(seed)
 
     def ids(count: int) -> list[int]:
@@ -253,14 +264,17 @@ def synthetic_batch(length: int, *, seed: int) -> list[TokenGroup]:
 
 
 def print_by_length(lengths: list[int], contenders: dict[str, Contender]) -> None:
-    """One line a trainer: median pairs/CPU s at each length, from rounds whose lengths are `lengths`."""
-    print(
-        f"\n| sequences of equal length, large model, pairs/CPU s (median of 3) | {' | '.join(f'{length} tokens' for length in LENGTHS)} |"
-    )
+    """Print one line for each trainer: the median pairs/CPU s at each length. `lengths` are those of the rounds."""
+    columns = " | ".join(f"{length} tokens" for length in LENGTHS)
+    print(f"\n| sequences of equal length, large model, pairs/CPU s (median of 3) | {columns} |")
     print("| --- " * (1 + len(LENGTHS)) + "|")
     for name, contender in contenders.items():
         medians = [
-            median(speed for speed, own in zip(contender.pairs_per_cpu_s, lengths, strict=True) if own == length)
+            median(
+                speed
+                for speed, round_length in zip(contender.pairs_per_cpu_s, lengths, strict=True)
+                if round_length == length
+            )
             for length in LENGTHS
         ]
         print(f"| {name} | {' | '.join(f'{value:.2f}' for value in medians)} |")

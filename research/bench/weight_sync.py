@@ -1,11 +1,15 @@
-"""Weight updates of a vLLM engine against a bare gloo broadcast of the same bytes between two processes, on random Qwen2 policies.
+"""Compare weight updates of a vLLM engine with a bare gloo broadcast of the same bytes, on random Qwen2 policies.
 
     python -m research.bench.weight_sync
 
-An update is WeightPublisher.publish as RLOO calls it. `loaded`: until the engine has checked the bytes, loaded and packed them. `confirmed`: until it may
-generate, after the probe on both sides. The bare broadcast is torch.distributed's, of one buffer that both processes allocated before, until the
-receiver has it. Rounds alternate: one update, one broadcast. CPU seconds are of both processes together; two cores cannot do an update in less than half
-of them. The last line is JSON; its ratio is the largest of the 20 M and 100 M policies', of `loaded`, and `small_s` the longest update of 0.3 M, confirmed.
+An update is WeightPublisher.publish as RLOO calls it. `loaded` is the time until the engine has checked, loaded and
+packed the bytes. `confirmed` is the time until the engine may generate, after the probe on both sides. The bare
+broadcast is torch.distributed's, between two processes, of one buffer that both allocated before. It ends when the
+receiver has the buffer. Rounds alternate: one update, one broadcast. CPU seconds are those of both processes together;
+two cores cannot do an update in less than half of them.
+
+The last line is JSON. Its ratio is the largest `loaded` ratio of the 20 M and 100 M policies, and `small_s` is the
+longest confirmed update of 0.3 M.
 """
 
 import argparse
@@ -37,15 +41,15 @@ SIZES = ("0.3 M", "20 M", "100 M")
 MIB = 2**20
 TIMEOUT_S = 120.0
 NUM_THREADS = 1
-"""Of each process: there are two, and two cores."""
+"""The threads of each process: there are two processes and two cores."""
 TRAINER_ENVIRONMENT = {"OMP_NUM_THREADS": str(NUM_THREADS), "OMP_WAIT_POLICY": "PASSIVE"}
 NUM_WARM_UP_UPDATES = 3
-"""The first ones fetch memory from the system."""
+"""The updates that are not counted, because the first ones fetch memory from the system."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of each round, of one policy."""
+    """The seconds of each round for one policy."""
 
     size: str
     is_tied: bool
@@ -70,14 +74,14 @@ class Comparison:
 
 
 class BarePeer:
-    """One end of the bare broadcast, in a process of its own or the trainer's."""
+    """One end of the bare broadcast, in a process of its own or in the trainer's."""
 
     def join(self, init_method: str, rank: int, num_bytes: int) -> None:
         dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=2)
         self.buffer = torch.ones(num_bytes, dtype=torch.uint8)
 
     def broadcast(self) -> float:
-        """Seconds from when both are ready until this end is done."""
+        """Return the seconds from the time when both ends are ready until this end is done."""
         dist.barrier()
         start_s = time.perf_counter()
         dist.broadcast(self.buffer, 0)
@@ -85,7 +89,7 @@ class BarePeer:
 
 
 class Trainer(BarePeer):
-    """A policy that is changed before every update, and the sender of the bare broadcast."""
+    """A policy that changes before every update, and the sender of the bare broadcast."""
 
     def __init__(self, model_dir: str, engine: Any) -> None:
         policy = PackedPolicy(load_policy(model_dir, dtype=torch.float32), Layout.SEGMENTS, temperature=1.0)
@@ -122,7 +126,10 @@ def main() -> None:
 
 
 def measure_weight_updates(sizes: Sequence[str], num_rounds: int, *, ties: Sequence[bool]) -> dict[str, str | float]:
-    """Prints the table; the figures of the last line. `ties`: with tied embeddings, without, or both. Must not run in a process that is connected to Ray."""
+    """Measure all updates, print the table, and return the figures of the last line.
+
+    `ties` says whether embeddings are tied, not tied, or both in turn. The process must not be connected to Ray.
+    """
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="rm") as scratch:  # socket paths must be short
         os.environ["RAY_AUTH_MODE"] = "disabled"
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -143,7 +150,7 @@ def measure_weight_updates(sizes: Sequence[str], num_rounds: int, *, ties: Seque
 
 
 def compare(size: str, *, is_tied: bool, num_rounds: int, folder: Path) -> Comparison:
-    """Alternated rounds of updates and bare broadcasts of as many bytes, after some of each that do not count."""
+    """Run alternating rounds of updates and bare broadcasts of as many bytes, after some of each that do not count."""
     save_qwen2(folder, sized_qwen2_config(size, tie_word_embeddings=is_tied))
     engine: Any = (
         ray.remote(RolloutEngine)
@@ -195,7 +202,8 @@ def cpu_seconds(*actors: Any) -> float:
 
 def print_table(comparisons: list[Comparison]) -> None:
     print(
-        "\n| policy | MB | loaded, median s | confirmed, median s | bare broadcast, median s | ratio | confirmed, ratio | CPU s of both | loaded | broadcasts |"
+        "\n| policy | MB | loaded, median s | confirmed, median s | bare broadcast, median s | ratio "
+        "| confirmed, ratio | CPU s of both | loaded | broadcasts |"
     )
     print("| --- " * 10 + "|")
     for c in comparisons:
@@ -203,13 +211,14 @@ def print_table(comparisons: list[Comparison]) -> None:
         seconds = f"{median(c.load_s):.4f} | {median(c.update_s):.4f} | {median(c.broadcast_s):.4f}"
         cpu = f"{median(c.update_cpu_s):.3f}, {median(c.broadcast_cpu_s):.3f}"
         print(
-            f"| {c.name} | {c.num_bytes / 1e6:.1f} | {seconds} | {c.ratio:.2f} | {c.confirmed_ratio:.2f} | {cpu} | {updates} | {broadcasts} |"
+            f"| {c.name} | {c.num_bytes / 1e6:.1f} | {seconds} | {c.ratio:.2f} | {c.confirmed_ratio:.2f} "
+            f"| {cpu} | {updates} | {broadcasts} |"
         )
     print()
 
 
 def figures_of(comparisons: list[Comparison]) -> dict[str, str | float]:
-    """The worst of the policies that the ratio is asked of, and the longest small update."""
+    """Return the figures of the worst large policy, the longest small update, and all ratios."""
     result: dict[str, str | float] = {}
     large = [c for c in comparisons if c.size != "0.3 M"]
     if large:

@@ -1,8 +1,12 @@
-"""What a config needs and takes on given GPUs, by formulas: memory, time, weight updates, traffic, cost. docs/SCALING.md says what was checked.
+"""Predict by formulas what a config needs on given GPUs: memory, time, weight updates, traffic and cost.
 
 python -m research.scaling --config pipelines/configs/full_rlhf.toml --hardware h100 --reward-model-base Qwen2.5-3B
-python -m research.scaling --check           the predictions against docs/scaling_measured.json; status 1 where one misses a factor of two
-python -m research.scaling --update-docs     makes the tables of docs/SCALING.md and docs/RECIPES.md again
+    Print the predictions for one config. docs/results/scaling.md says what was checked.
+python -m research.scaling --check
+    Compare the predictions with docs/results/scaling_measured.json. The exit status is 1 if a prediction is wrong by
+    more than a factor of two.
+python -m research.scaling --update-docs
+    Write the tables of docs/results/scaling.md and docs/results/recipes.md again. This measures nothing.
 """
 
 import argparse
@@ -46,25 +50,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--utilisation",
         type=float,
-        help="of the peak, in training: `throughput/utilisation` of a run (default: assumed)",
+        help="fraction of the peak that training reaches: `throughput/utilisation` of a run (default: assumed)",
     )
     parser.add_argument("--price", type=float, help=PRICES)
-    parser.add_argument("--policy", help="directory with a config.json, or a known model, where model.path is neither")
+    parser.add_argument("--policy", help="a directory with a config.json, or a known model, if model.path is neither")
     parser.add_argument("--reward-model-base", help="the same for reward_model.base_path")
     parser.add_argument(
-        "--prompt-tokens", type=float, default=PAIR.prompt_tokens, help="mean (default: %(default)s, assumed)"
+        "--prompt-tokens",
+        type=float,
+        default=PAIR.prompt_tokens,
+        help="mean length of a prompt (default: %(default)s, assumed)",
     )
     parser.add_argument(
         "--completion-tokens",
         type=float,
         default=PAIR.completion_tokens,
-        help="mean, of the data (default: %(default)s, assumed)",
+        help="mean length of a completion in the data (default: %(default)s, assumed)",
     )
     parser.add_argument(
         "--sampled-tokens",
         type=float,
         default=COMPLETION.completion_tokens,
-        help="mean, of the policy's (default: %(default)s, assumed)",
+        help="mean length of a completion that the policy samples (default: %(default)s, assumed)",
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--update-docs", action="store_true")
@@ -97,7 +104,7 @@ def update_docs(repository: Path) -> int:
 
 
 def estimate(config: PipelineConfig, parsed: argparse.Namespace) -> str:
-    """Lines for a terminal."""
+    """Return the predictions for one config, as lines for a terminal."""
     gpu = GPUS[parsed.hardware]
     gpu = replace(
         gpu, utilisation=parsed.utilisation or gpu.utilisation, price_per_hour=parsed.price or gpu.price_per_hour
@@ -109,8 +116,10 @@ def estimate(config: PipelineConfig, parsed: argparse.Namespace) -> str:
         Lengths(parsed.prompt_tokens, parsed.sampled_tokens),
     )
     lines = [
-        f"{gpu.name}, MFU {gpu.utilisation:.2f}, {gpu.price_per_hour:.2f} USD a GPU and hour: computed, not measured (docs/SCALING.md)",
-        f"texts of {data.prompt_tokens:.0f} + {data.completion_tokens:.0f} tokens, sampled completions of {sampled.completion_tokens:.0f}",
+        f"{gpu.name}, MFU {gpu.utilisation:.2f}, {gpu.price_per_hour:.2f} USD per GPU-hour: "
+        "computed, not measured (docs/results/scaling.md)",
+        f"texts of {data.prompt_tokens:.0f} + {data.completion_tokens:.0f} tokens, "
+        f"sampled completions of {sampled.completion_tokens:.0f}",
     ]
     if config.sft.enabled:
         lines += training_lines(f"SFT of {policy.name}", sft_plan(config.sft, policy, data, gpu), gpu, "demonstrations")
@@ -125,8 +134,9 @@ def training_lines(title: str, plan: TrainingPlan, gpu: Hardware, groups: str) -
     return [
         f"\n{title}, {plan.num_devices} GPUs",
         *memory_lines(plan.memory, gpu),
-        f"  step      {plan.step_s:.2f} s for {plan.groups_per_step} {groups} (computing {plan.compute_s:.2f}, sending {plan.communication_s:.2f}: "
-        f"{plan.sent_bytes / 1e9:.1f} GB a GPU); {plan.tokens_per_s:,.0f} tokens/s",
+        f"  step      {plan.step_s:.2f} s for {plan.groups_per_step} {groups} "
+        f"(computing {plan.compute_s:.2f}, sending {plan.communication_s:.2f}: "
+        f"{plan.sent_bytes / 1e9:.1f} GB per GPU); {plan.tokens_per_s:,.0f} tokens/s",
         f"  10^6      {groups}: {hours / plan.num_devices:.1f} h, {hours * gpu.price_per_hour:,.0f} USD",
     ]
 
@@ -135,9 +145,11 @@ def memory_lines(memory: TrainerMemory, gpu: Hardware) -> list[str]:
     peak = memory.peak_bytes
     fits = "fits" if peak <= gpu.memory_bytes else f"DOES NOT FIT in {gpu.memory_bytes / GIB:.0f} GiB"
     return [
-        f"  memory    {peak / GIB:.1f} GiB a GPU, {fits}: training {memory.training_bytes / GIB:.1f}, loading {memory.loading_bytes / GIB:.1f}; "
-        f"states {memory.state_bytes / GIB:.1f}, gathered {memory.gathered_bytes / GIB:.1f}, activations "
-        f"{(memory.kept_bytes + memory.layer_bytes) / GIB:.1f}, casts {memory.cast_bytes / GIB:.1f}, logits {memory.logit_bytes / GIB:.1f}"
+        f"  memory    {peak / GIB:.1f} GiB per GPU, {fits}: training {memory.training_bytes / GIB:.1f}, "
+        f"loading {memory.loading_bytes / GIB:.1f}; states {memory.state_bytes / GIB:.1f}, "
+        f"gathered {memory.gathered_bytes / GIB:.1f}, "
+        f"activations {(memory.kept_bytes + memory.layer_bytes) / GIB:.1f}, "
+        f"casts {memory.cast_bytes / GIB:.1f}, logits {memory.logit_bytes / GIB:.1f}"
     ]
 
 
@@ -147,12 +159,17 @@ def rloo_lines(
     plan = rloo_plan(config.rloo, policy, (base, base), lengths, gpu)
     update = plan.weight_update
     return [
-        f"\nRLOO of {policy.name}, {plan.num_trainers} trainers, {plan.engines.count} engines of {plan.engines.num_devices_each} GPUs; judge as proxy",
+        f"\nRLOO of {policy.name}, {plan.num_trainers} trainers, "
+        f"{plan.engines.count} engines of {plan.engines.num_devices_each} GPUs; the judge is as large as the proxy",
         *memory_lines(plan.memory, gpu),
-        f"  step      generate {plan.generate_s:.1f} s, score {plan.score_device_s:.1f} GPU s, measure {plan.measure_s:.1f}, update {plan.update_s:.1f}",
-        f"  balanced  {plan.engine_devices_per_trainer:.2f} engine GPUs a trainer (asked for: {plan.engines.num_devices / plan.num_trainers:.2f})",
-        f"  weights   {update.num_bytes / 1e9:.1f} GB to every engine: loaded after {update.loaded_s:.2f} s, confirmed after {update.confirmed_s:.2f}",
-        f"  store     {plan.object_store_bytes / 1e6:.1f} MB a step through Ray's object store; weights do not go through it",
+        f"  step      generate {plan.generate_s:.1f} s, score {plan.score_device_s:.1f} GPU s, "
+        f"measure {plan.measure_s:.1f}, update {plan.update_s:.1f}",
+        f"  balanced  {plan.engine_devices_per_trainer:.2f} engine GPUs per trainer "
+        f"(the config has {plan.engines.num_devices / plan.num_trainers:.2f})",
+        f"  weights   {update.num_bytes / 1e9:.1f} GB to every engine: loaded after {update.loaded_s:.2f} s, "
+        f"confirmed after {update.confirmed_s:.2f}",
+        f"  store     {plan.object_store_bytes / 1e6:.1f} MB per step through Ray's object store; "
+        "weights do not go through it",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a device does in a second, and what an hour of it costs: data. Nothing of a GPU was measured here."""
+"""What a device does in a second, and what an hour of it costs. Nothing here was measured on a GPU."""
 
 from dataclasses import dataclass, field
 from math import inf
@@ -8,66 +8,78 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device (a GPU, or the threads of one process on a CPU) among its like."""
+    """One device among others of its kind: a GPU, or the threads of one process on a CPU."""
 
     name: str
     peak_flops_per_s: float
-    """bfloat16, dense. A CPU's: float32 matrix products, measured."""
+    """Dense bfloat16 operations per second. For a CPU: float32 matrix products, measured."""
     utilisation: float
-    """Of the peak, in training (MFU). A CPU's is 1: what is not matrix products has its own terms, the next two."""
+    """The fraction of the peak that training reaches (MFU).
+
+    For a CPU it is 1: `activation_bytes_per_s`, `kernel_s` and `attention_call_s` count what is not a matrix product.
+    """
     memory_bytes: float
     memory_bytes_per_s: float
     link_bytes_per_s: float
-    """One direction, to the other devices of a node."""
+    """Bytes per second to the other devices of a node, in one direction."""
     network_bytes_per_s: float
-    """One direction and device, to other nodes."""
+    """Bytes per second and device to other nodes, in one direction."""
     devices_per_node: int
     host_bytes_per_s: float
-    """Between the device and main memory."""
+    """Bytes per second between the device and main memory."""
     price_per_hour: float
-    """US dollars a device."""
+    """The price of one device in US dollars."""
     decode_utilisation: float = 1.0
-    """Of the memory's bytes a second, while decoding."""
+    """The fraction of `memory_bytes_per_s` that decoding reaches."""
     engine_step_s: float = 0.0
-    """What an engine's step costs beside arithmetic: scheduler, launches, Python."""
+    """Seconds that an engine's step costs beside arithmetic: scheduler, launches, Python."""
     engine_token_s: float = 0.0
-    """And each of its tokens: sampler, log-probabilities, output objects."""
+    """Seconds that each token costs in addition: sampler, log-probabilities, output objects."""
     engine_completion_s: float = 0.0
-    """And each completion once: its request, and its way to who asked."""
+    """Seconds that each completion costs once: its request, and its way back to the caller."""
     has_segments: bool = False
-    """Packed rows are laid out in segments, as on CPUs: a reward model computes its last layer at the scored tokens alone."""
+    """Whether packed rows are laid out in segments, as on CPUs.
+
+    A reward model then computes its last layer at the scored tokens alone.
+    """
     cache_block_tokens: int = 16
-    """vLLM's: what a prompt's completions share of it, in whole blocks (128 on a CPU)."""
+    """Tokens in one block of vLLM's cache: 16, or 128 on a CPU. Completions share the full blocks of their prompt."""
     activation_bytes_per_s: float = inf
-    """At which operators beside matrix products read and write. Infinite: it is part of `utilisation`."""
+    """Bytes per second that operators other than matrix products read and write. Infinite: part of `utilisation`."""
     reorder_bytes_per_s: float = inf
-    """At which a CPU engine packs a matrix into another order, read and written."""
+    """Bytes per second, read and written, at which a CPU engine packs a matrix into another order."""
     kernel_s: float = 0.0
-    """What calling an operator costs. 0: likewise."""
+    """Seconds that the call of an operator costs. 0: part of `utilisation`."""
     attention_call_s: tuple[float, float] = (0.0, 0.0)
-    """What one costs of those that attention calls for every text, its kernel among them, forward and backward. 0: likewise."""
+    """Seconds of one operator call of those that attention makes for every text, its kernel included.
+
+    The two values are for the forward and the backward pass. 0: part of `utilisation`.
+    """
     update_s: float = 0.0
-    """What loading new weights costs an engine beside their bytes: calls of actors, its own bookkeeping."""
+    """Seconds that new weights cost an engine beside their bytes: calls of actors, and its own bookkeeping."""
     probe_s: float = 0.0
-    """And confirming them."""
+    """Seconds until the new weights are confirmed, in addition."""
     overhead_bytes: float = field(default=0.0)
-    """CUDA context, communication buffers, fragments."""
+    """Bytes of the CUDA context, communication buffers and fragments."""
 
     def slowest_link_bytes_per_s(self, num_devices: int) -> float:
-        """Of a ring over so many."""
+        """Return the bytes per second of the slowest link in a ring over `num_devices` devices."""
         return self.link_bytes_per_s if num_devices <= self.devices_per_node else self.network_bytes_per_s
 
 
 TRAINING_UTILISATION = 0.35
-"""Assumed. Korthikanti et al. 2022, table 5, report 0.42 to 0.54 of tuned code on A100s; this is eager PyTorch. Replace it by a first run's
-`throughput/utilisation`."""
+"""The utilisation of GPUs in training, assumed.
+
+Korthikanti et al. 2022, table 5, report 0.42 to 0.54 for tuned code on A100s; this is eager PyTorch. Replace the value
+by the `throughput/utilisation` of a first run.
+"""
 DECODE_UTILISATION = 0.6
-"""Assumed."""
+"""The utilisation of GPU memory in decoding, assumed."""
 ENGINE_STEP_S = 2e-3
-"""Assumed."""
+"""The `engine_step_s` of GPUs, assumed."""
 OVERHEAD_BYTES = 2 * GIB
-"""Assumed."""
-PRICES = "US dollars a GPU and hour, assumed in November 2026 from no quotation; give your own with --price"
+"""The `overhead_bytes` of GPUs, assumed."""
+PRICES = "US dollars per GPU-hour; the defaults are assumed (November 2026, no quotation), so give your own"
 
 
 def _gpu(
@@ -104,4 +116,7 @@ GPUS = {
         _gpu("h200", 989e12, 141, 4.8e12, 450e9, 50e9, 3.8),
     )
 }
-"""SXM, by NVIDIA's data sheets (NVLink: half of the figure for both directions). Network: a 200 or 400 Gb/s adapter a GPU."""
+"""The SXM variants by name, from NVIDIA's data sheets.
+
+The NVLink rate is half of the figure for both directions. The network rate is one adapter of 200 or 400 Gb/s per GPU.
+"""

@@ -1,7 +1,9 @@
-"""What runs on a machine took, beside what the formulas say of them from that machine's few calibrated rates. `research/bench/scaling.py` writes the file.
+"""Compare what runs took on a machine with the predictions of the formulas from that machine's calibrated rates.
 
-The rates are measured apart from the runs: a matrix product, an addition of long vectors, a gated activation, a transposed copy, a chain of tiny modules,
-attention over short texts, and steps and a weight update of an engine with another, smaller model. None is fitted to a line of the table.
+`research/bench/scaling.py` writes the file of measurements. It measures the rates apart from the runs: a matrix
+product, an addition of long vectors, a gated activation, a transposed copy, a chain of tiny modules, attention over
+short texts, and steps and a weight update of an engine with another, smaller model. No rate is fitted to a line of the
+table.
 """
 
 import json
@@ -21,93 +23,99 @@ from rm_robust.config.shared import ComputeConfig, Section, StrategyConfig
 from rm_robust.config.training import ModelConfig
 
 AGREEMENT_FACTOR = 2.0
-"""A prediction within it, either way, agrees."""
+"""The factor, in either direction, within which a prediction agrees with the measurement."""
 
 
 class Calibration(Section):
-    """Rates of one process with so many threads."""
+    """The rates of one process with `num_threads` threads."""
 
     num_threads: int = Field(ge=1)
     matmul_flops_per_s: float = Field(gt=0)
-    """float32, of matrices as large as a tiny model's."""
+    """Operations per second of float32 products of matrices as large as a tiny model's."""
     memory_bytes_per_s: float = Field(gt=0)
-    """Read and written by an addition of vectors that no cache holds."""
+    """Bytes per second that an addition of vectors reads and writes if no cache holds them."""
     activation_bytes_per_s: float = Field(gt=0)
-    """The same of a gated activation and its gradient, of vectors as large as a tiny model's."""
+    """Bytes per second that a gated activation and its gradient read and write, on vectors of a tiny model's size."""
     reorder_bytes_per_s: float = Field(gt=0)
-    """Read and written by a copy of a transposed matrix."""
+    """Bytes per second that a copy of a transposed matrix reads and writes."""
     kernel_s: float = Field(gt=0)
-    """A module of one operator on two numbers, or its gradient."""
+    """Seconds of a module with one operator on two numbers, or of its gradient."""
     attention_call_s: tuple[float, float]
-    """Segment attention on texts that fill no block of its kernel, forward and backward, by operator that it calls."""
+    """Seconds per operator that segment attention calls, forward and backward.
+
+    The texts are too short to fill a block of its kernel.
+    """
 
 
 class EngineCalibration(Section):
-    """Of a vLLM engine with the policy of 0.3 M parameters, which none of the lines is about."""
+    """The costs of a vLLM engine with the policy of 0.3 M parameters, which no line of the table uses."""
 
     step_s: float = Field(ge=0)
-    """A decoding step of no sequence."""
+    """Seconds of a decoding step without sequences."""
     token_s: float = Field(ge=0)
-    """What each sequence adds to it."""
+    """Seconds that each sequence adds to a decoding step."""
     completion_s: float = Field(ge=0)
-    """What a completion costs once, of whatever length, until it is where it was asked for."""
+    """Seconds that a completion of any length costs once, until the caller has it."""
     update_s: float = Field(ge=0)
-    """A weight update, loaded."""
+    """Seconds until a weight update is loaded."""
     probe_s: float = Field(ge=0)
-    """And from there until it is confirmed."""
+    """Seconds from then until the update is confirmed."""
 
 
 class TrainingRun(Section):
-    """Steps of a config, medians."""
+    """A measurement of a config's steps: the median."""
 
     name: str
     kind: Literal["reward_model_step", "sft_step", "rloo_generate", "rloo_measure", "rloo_update"]
     config: str
-    """Below the repository."""
+    """The path of the config below the repository."""
     overrides: tuple[str, ...] = ()
-    """As `--set` has them: what the run changes of the config."""
+    """The changes to the config, as `--set` takes them."""
     num_threads: int = Field(ge=1)
-    """Of the process at work."""
+    """The threads of the measured process."""
     vocab_size: int = Field(ge=1)
     prompt_tokens: float = Field(gt=0)
     completion_tokens: float = Field(gt=0)
     measured: float = Field(gt=0)
-    """Seconds."""
+    """The measured seconds."""
 
 
 class MemoryRun(Section):
-    """Peak resident memory of a trainer above what its process held before."""
+    """A measurement of a trainer's peak resident memory, above what its process held before."""
 
     name: str
     model: ModelConfig
     num_tokens: float = Field(gt=0)
-    """Of a micro-batch."""
+    """The tokens of a micro-batch."""
     num_scored: float = Field(gt=0)
-    """Tokens of them whose score is read."""
+    """The tokens of a micro-batch at which a score is read."""
     includes_states: bool
-    """False where the process had made a step already (research/bench/memory.py): weights, gradients and moments were part of its peak."""
+    """Whether the measured memory includes weights, gradients and moments.
+
+    It does not if the process made a step before (research/bench/memory.py): it then held them already.
+    """
     measured: float = Field(gt=0)
-    """MiB."""
+    """The measured mebibytes."""
 
 
 class UpdateRun(Section):
-    """Weight updates of one engine beside the trainer, medians."""
+    """A measurement of weight updates of one engine beside the trainer: the median."""
 
     name: str
     model: ModelConfig
     kind: Literal["loaded", "confirmed"]
     measured: float = Field(gt=0)
-    """Seconds."""
+    """The measured seconds."""
 
 
 class Measurements(Section):
-    """One machine's."""
+    """All measurements of one machine."""
 
     machine: str
     source: str
-    """How the figures came about."""
+    """How the figures were measured."""
     is_calibrated: bool
-    """False: the rates below are nominal, not measured."""
+    """Whether the rates below were measured. If not, they are nominal."""
     calibrations: list[Calibration]
     engine: EngineCalibration
     training: list[TrainingRun]
@@ -117,7 +125,7 @@ class Measurements(Section):
 
 @dataclass(frozen=True)
 class Compared:
-    """A line of the table."""
+    """One line of the table: a prediction and its measurement."""
 
     name: str
     unit: str
@@ -137,9 +145,9 @@ def read_measurements(path: Path) -> Measurements:
     return Measurements.model_validate(json.loads(path.read_text()))
 
 
-def cpu_of(found: Measurements, num_threads: int) -> Hardware:
-    """The machine as one process with so many threads sees it."""
-    (rates,) = (calibration for calibration in found.calibrations if calibration.num_threads == num_threads)
+def cpu_of(measurements: Measurements, num_threads: int) -> Hardware:
+    """Return the machine as one process with `num_threads` threads sees it."""
+    (rates,) = (calibration for calibration in measurements.calibrations if calibration.num_threads == num_threads)
     return Hardware(
         name=f"{num_threads} CPU thread{'s' if num_threads > 1 else ''}",
         peak_flops_per_s=rates.matmul_flops_per_s,
@@ -153,26 +161,27 @@ def cpu_of(found: Measurements, num_threads: int) -> Hardware:
         price_per_hour=0,
         has_segments=True,
         cache_block_tokens=128,
-        engine_step_s=found.engine.step_s,
-        engine_token_s=found.engine.token_s,
-        engine_completion_s=found.engine.completion_s,
+        engine_step_s=measurements.engine.step_s,
+        engine_token_s=measurements.engine.token_s,
+        engine_completion_s=measurements.engine.completion_s,
         activation_bytes_per_s=rates.activation_bytes_per_s,
         reorder_bytes_per_s=rates.reorder_bytes_per_s,
         kernel_s=rates.kernel_s,
         attention_call_s=rates.attention_call_s,
-        update_s=found.engine.update_s,
-        probe_s=found.engine.probe_s,
+        update_s=measurements.engine.update_s,
+        probe_s=measurements.engine.probe_s,
     )
 
 
-def compare(found: Measurements, repository: Path) -> list[Compared]:
-    """Every line; `repository` holds the configs."""
+def compare(measurements: Measurements, repository: Path) -> list[Compared]:
+    """Return every line of the table. The configs are read from `repository`."""
     lines = [
-        Compared(run.name, "s", _predicted_seconds(run, found, repository), run.measured) for run in found.training
+        Compared(run.name, "s", _predicted_seconds(run, measurements, repository), run.measured)
+        for run in measurements.training
     ]
-    lines += [Compared(run.name, "MiB", _predicted_mib(run), run.measured) for run in found.memory]
-    for update in found.updates:
-        predicted = shared_memory_update(shape_of_config(update.model), cpu_of(found, 1))
+    lines += [Compared(run.name, "MiB", _predicted_mib(run), run.measured) for run in measurements.memory]
+    for update in measurements.updates:
+        predicted = shared_memory_update(shape_of_config(update.model), cpu_of(measurements, 1))
         lines.append(
             Compared(
                 update.name,
@@ -184,35 +193,35 @@ def compare(found: Measurements, repository: Path) -> list[Compared]:
     return lines
 
 
-def measured_utilisation(found: Measurements, repository: Path) -> dict[str, float]:
-    """Of the matrix-product rate, by reward-model run (MFU): its arithmetic over its measured time."""
-    runs = [run for run in found.training if run.kind == "reward_model_step"]
+def measured_utilisation(measurements: Measurements, repository: Path) -> dict[str, float]:
+    """Return the MFU of every reward-model run: its arithmetic over its measured time and the matrix-product rate."""
+    runs = [run for run in measurements.training if run.kind == "reward_model_step"]
     return {
-        run.name: _reward_model_plan(run, found, repository).flops
+        run.name: _reward_model_plan(run, measurements, repository).flops
         / run.measured
-        / cpu_of(found, run.num_threads).peak_flops_per_s
+        / cpu_of(measurements, run.num_threads).peak_flops_per_s
         for run in runs
     }
 
 
-def _reward_model_plan(run: TrainingRun, found: Measurements, repository: Path) -> TrainingPlan:
+def _reward_model_plan(run: TrainingRun, measurements: Measurements, repository: Path) -> TrainingPlan:
     config = load_config(repository / run.config, list(run.overrides))
     shape, lengths = (
         shape_of_config(config.model, vocab_size=run.vocab_size),
         Lengths(run.prompt_tokens, run.completion_tokens),
     )
-    return reward_model_plan(config.reward_model, shape, lengths, cpu_of(found, run.num_threads))
+    return reward_model_plan(config.reward_model, shape, lengths, cpu_of(measurements, run.num_threads))
 
 
-def _predicted_seconds(run: TrainingRun, found: Measurements, repository: Path) -> float:
+def _predicted_seconds(run: TrainingRun, measurements: Measurements, repository: Path) -> float:
     if run.kind == "reward_model_step":
-        return _reward_model_plan(run, found, repository).step_s
+        return _reward_model_plan(run, measurements, repository).step_s
     config = load_config(repository / run.config, list(run.overrides))
     shape, lengths = (
         shape_of_config(config.model, vocab_size=run.vocab_size),
         Lengths(run.prompt_tokens, run.completion_tokens),
     )
-    hardware = cpu_of(found, run.num_threads)
+    hardware = cpu_of(measurements, run.num_threads)
     if run.kind == "sft_step":
         return sft_plan(config.sft, shape, lengths, hardware).step_s
     plan = rloo_plan(config.rloo, shape, (), lengths, hardware, update=shared_memory_update(shape, hardware))

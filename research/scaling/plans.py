@@ -1,6 +1,7 @@
-"""From a pipeline's config to figures: memory, time and traffic of its reward-model, SFT and RLOO stages on given hardware.
+"""Compute memory, time and traffic of a config's reward-model, SFT and RLOO stages on given hardware.
 
-What a config does not say, the lengths of its texts, is given. Every figure is of one device unless it says otherwise.
+A config does not say how long its texts are, so the caller gives their lengths. Every figure is for one device unless
+it says otherwise.
 """
 
 import math
@@ -27,10 +28,16 @@ from rm_robust.config.run import PipelineConfig
 from rm_robust.config.training import LoraConfig, RewardModelConfig, SftConfig
 
 BATCH_COUPLED = (Objective.BATCH_SUM_TO_ZERO, Objective.CENTERING)
-"""All but reward_model/losses.py's SUMS_OVER_PAIRS, which would load torch here."""
+"""The objectives that couple the pairs of a batch: all except SUMS_OVER_PAIRS.
+
+SUMS_OVER_PAIRS is not imported, because its module (rm_robust/training/reward_model/losses.py) imports torch.
+"""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 FROZEN_BACKWARD = 0.5
-"""Of a backward pass: a frozen weight has no gradient of its own (Kaplan's 4 a weight and token become 2). The adapters' own arithmetic is left out."""
+"""The fraction of a backward pass that frozen weights need, because they have no gradients of their own.
+
+Kaplan's 4 operations per weight and token become 2. The adapters' own arithmetic is left out.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,11 @@ class Lengths:
     completion_tokens: float
 
     def group_tokens(self, num_completions: int) -> float:
-        """A prompt once and its completions."""
+        """Return the tokens of one prompt, counted once, and of its completions."""
         return self.prompt_tokens + num_completions * self.completion_tokens
 
     def visible(self, num_completions: int) -> float:
-        """What a token of such a group attends to, on average; lengths spread about the mean are taken as the mean."""
+        """Return the mean number of tokens that a token of such a group attends to, if all lengths equal the mean."""
         prompts = self.prompt_tokens * self.prompt_tokens / 2
         completions = num_completions * self.completion_tokens * (self.prompt_tokens + self.completion_tokens / 2)
         return (prompts + completions) / self.group_tokens(num_completions)
@@ -53,14 +60,14 @@ class Lengths:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A stage of training over `num_devices`."""
+    """A training stage on `num_devices` devices."""
 
     num_devices: int
     groups_per_step: int
-    """Pairs or demonstrations, all devices."""
+    """Pairs or demonstrations of all devices together."""
     tokens_per_step: float
     flops: float
-    """Of one device and step."""
+    """Operations of one device in one step."""
     memory: TrainerMemory
     compute_s: float
     communication_s: float
@@ -69,23 +76,23 @@ class TrainingPlan:
 
     @property
     def tokens_per_s(self) -> float:
-        """All devices; a prompt counts once."""
+        """Tokens per second of all devices together. A prompt counts once."""
         return self.tokens_per_step / self.step_s
 
     def device_hours(self, num_groups: float) -> float:
-        """Of one pass over so many, all devices together."""
+        """Return the hours of all devices together for one pass over `num_groups` groups."""
         return num_groups / self.groups_per_step * self.step_s * self.num_devices / 3600
 
 
 @dataclass(frozen=True)
 class RlooPlan:
-    """One RLOO step, one part after the other; `score_device_s` is spent in serving, while other completions are sampled."""
+    """One RLOO step, one part after the other."""
 
     generate_s: float
     measure_s: float
     update_s: float
     score_device_s: float
-    """Of one device that has all scoring to itself."""
+    """Seconds of scoring if one device did all of it. Serving spends them while other completions are sampled."""
     memory: TrainerMemory
     weight_update: WeightUpdate
     object_store_bytes: float
@@ -94,12 +101,15 @@ class RlooPlan:
 
     @property
     def engine_devices_per_trainer(self) -> float:
-        """With which generation lasts as long as training (both scaled as if they split evenly), so that `max_policy_lag = 1` hides one behind the other."""
+        """The engine devices per trainer with which generation takes as long as training.
+
+        `max_policy_lag = 1` then hides one behind the other. Both are scaled as if they could be split evenly.
+        """
         return self.generate_s * self.engines.num_devices / ((self.measure_s + self.update_s) * self.num_trainers)
 
 
 def policy_shape(config: PipelineConfig, *, vocab_size: int | None = None) -> ModelShape:
-    """ConfigError when the sizes of model.path are not known."""
+    """Return the shape of the config's policy. Raises ConfigError if the sizes of model.path are not known."""
     return (
         shape_of_config(config.model, vocab_size=vocab_size)
         if config.model.path is None
@@ -108,13 +118,16 @@ def policy_shape(config: PipelineConfig, *, vocab_size: int | None = None) -> Mo
 
 
 def reward_model_shape(config: PipelineConfig, *, vocab_size: int | None = None) -> ModelShape:
-    """Of the model that the reward model starts from. ConfigError likewise."""
+    """Return the shape of the reward model's base model. Raises ConfigError if its sizes are not known."""
     base = config.reward_model.base_path
     return policy_shape(config, vocab_size=vocab_size) if base is None else shape_named(base)
 
 
 def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
-    """rank x (in + out) of each adapted matrix (Hu et al. 2021, section 4.1), and the score head."""
+    """Return the parameters of the adapters and the score head.
+
+    An adapted matrix needs rank x (in + out) parameters (Hu et al. 2021, section 4.1).
+    """
     hidden, query, kv, wide = shape.hidden_size, shape.query_width, shape.kv_width, shape.intermediate_size
     widths = {"q_proj": hidden + query, "k_proj": hidden + kv, "v_proj": hidden + kv, "o_proj": query + hidden}
     widths |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + wide)
@@ -130,7 +143,10 @@ def reward_model_plan(
     *,
     num_devices: int | None = None,
 ) -> TrainingPlan:
-    """`num_devices`: other than the config's. Pairs per step stay the config's."""
+    """Return the plan of the reward-model stage.
+
+    `num_devices` replaces the config's number of devices; the pairs per step stay the same.
+    """
     trained = Trained(shape, shape.reward_model_parameters, shape.reward_model_parameters)
     if settings.lora is not None:
         adapters = adapter_parameters(shape, settings.lora)
@@ -212,7 +228,11 @@ def rloo_plan(
     *,
     update: WeightUpdate | None = None,
 ) -> RlooPlan:
-    """`reward_shapes`: of the models that score every completion. `update`: of engines beside the trainer; NCCL's otherwise."""
+    """Return the plan of an RLOO step.
+
+    `reward_shapes` are the shapes of the models that score every completion. `update` is the weight update of engines
+    beside the trainer; without it, the update goes over NCCL.
+    """
     num_completions, num_trainers = settings.num_completions_per_prompt, settings.trainers.num_workers
     sampling = Sampling(
         settings.num_prompts_per_step,
@@ -262,12 +282,12 @@ def rloo_plan(
 
 
 def _tokens(lengths: Lengths, num_groups: float, num_completions: int, *, is_policy: bool, max_tokens: int) -> Tokens:
-    """One device's groups of a step, in full micro-batches."""
-    own = num_groups * lengths.group_tokens(num_completions)
+    """Return the tokens of one device's groups of a step, in full micro-batches."""
+    num_tokens = num_groups * lengths.group_tokens(num_completions)
     predicted = num_groups * num_completions * lengths.completion_tokens if is_policy else 0
-    return Tokens(
-        own, lengths.visible(num_completions), num_groups, num_completions, predicted, math.ceil(own / max_tokens)
-    )
+    num_micro_batches = math.ceil(num_tokens / max_tokens)
+    visible = lengths.visible(num_completions)
+    return Tokens(num_tokens, visible, num_groups, num_completions, predicted, num_micro_batches)
 
 
 def _largest_micro_batch(tokens: Tokens, max_tokens: int) -> MicroBatch:

@@ -1,6 +1,6 @@
-"""Volume and time of a weight update: trainer to engines (rloo/weight_sync.py), and what goes through Ray's object store beside it.
+"""Size and time of a weight update from trainer to engines (rm_robust/rloo/weights/), and the object store's traffic.
 
-Weights never go through the object store: they are shared in memory, broadcast over gloo, or over NCCL.
+Weights never go through Ray's object store: they are shared in memory, or broadcast over gloo or NCCL.
 """
 
 from dataclasses import dataclass
@@ -11,31 +11,37 @@ from research.scaling.memory import FLOAT_BYTES
 from research.scaling.shapes import ModelShape
 
 CHECKSUM_PASSES, PACKING_PASSES = 2, 2
-"""Over the weights of an engine beside the trainer (rloo/weight_sharing.py): a checksum at each end; and the engine's packing, which reads and writes."""
+"""The passes over the weights of an engine beside the trainer (rm_robust/rloo/weights/shared_memory.py).
+
+Each end computes one checksum. The engine's packing reads the weights once and writes them once.
+"""
 PROBE_PASSES = 2
-"""A forward pass of trainer and engine each, at the same time from one memory."""
+"""The forward passes of a probe: one of the trainer and one of the engine, at the same time from one memory."""
 LOGPROB_BYTES = 9
-"""A Python float in a pickle (BINFLOAT)."""
+"""The bytes of a Python float in a pickle (BINFLOAT)."""
 
 
 def pickled_id_bytes(vocab_size: int) -> int:
-    """A token id in a pickle: BININT1, BININT2 or BININT."""
+    """Return the bytes of a token id in a pickle (BININT1, BININT2 or BININT)."""
     return 2 if vocab_size <= 2**8 else 3 if vocab_size <= 2**16 else 5
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """`num_bytes`: of one copy, float32, whatever the engines compute in. `loaded_s`: until every engine has the weights; `confirmed_s`: with the probe."""
+    """The size and time of one weight update."""
 
     num_bytes: float
+    """Bytes of one copy in float32, whatever the engines compute in."""
     gathered_bytes: float
-    """What rank 0 receives of the other trainers' shards."""
+    """Bytes of the other trainers' shards that rank 0 receives."""
     loaded_s: float
+    """Seconds until every engine has the weights."""
     confirmed_s: float
+    """Seconds until the probe has confirmed the weights."""
 
 
 def shared_memory_update(shape: ModelShape, hardware: Hardware) -> WeightUpdate:
-    """A whole policy (DDP) and one engine on the trainer's machine."""
+    """Return the update of one engine on the trainer's machine. The trainer holds the whole policy (DDP)."""
     num_bytes = FLOAT_BYTES * shape.policy_parameters
     reading_s, packing_s = (
         CHECKSUM_PASSES * num_bytes / hardware.memory_bytes_per_s,
@@ -50,9 +56,10 @@ def shared_memory_update(shape: ModelShape, hardware: Hardware) -> WeightUpdate:
 def nccl_update(
     shape: ModelShape, engines: Engines, hardware: Hardware, *, num_trainers: int, is_sharded: bool
 ) -> WeightUpdate:
-    """A broadcast from trainer 0 to every engine device on other nodes, a pipelined chain: the slowest link carries each byte once. Never run here.
+    """Return the update by a broadcast from trainer 0 to every engine device on other nodes. This was never run here.
 
-    A sharded policy is gathered on trainer 0 first, in its main memory (TrainEngine.full_state_dict).
+    The broadcast is a pipelined chain: the slowest link carries each byte once. A sharded policy is gathered on trainer
+    0 first, in its main memory (TrainEngine.full_state_dict).
     """
     num_bytes = FLOAT_BYTES * shape.policy_parameters
     gathered = num_bytes * (num_trainers - 1) / num_trainers if is_sharded else 0
@@ -70,8 +77,11 @@ def nccl_update(
 
 
 def object_store_bytes(sampling: Sampling, vocab_size: int) -> float:
-    """Of one RLOO step: prompts to the engines, completions with their log-probabilities back, and both to the trainers. Small objects (Ray: below 100 kB)
-    go inside the messages themselves; scores go over HTTP."""
+    """Return the bytes that one RLOO step sends through Ray's object store.
+
+    Prompts go to the engines, completions come back with their log-probabilities, and both go to the trainers. Ray
+    sends objects below 100 kB inside the messages themselves. Scores go over HTTP.
+    """
     one_id = pickled_id_bytes(vocab_size)
     prompts = sampling.num_prompts * sampling.prompt_tokens * one_id
     completions = sampling.num_sampled * (one_id + LOGPROB_BYTES)

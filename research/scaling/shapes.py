@@ -1,6 +1,7 @@
-"""Sizes of a decoder, and what follows from them: parameters, and bytes of a key-value cache.
+"""Sizes of a decoder, and what follows from them: its parameters, and the bytes of its key-value cache.
 
-L layers, H hidden, V vocabulary. Every family of packing.SEGMENT_MODEL_TYPES: rotary positions, gated feed-forward, RMS norms.
+L layers, H hidden, V vocabulary. The formulas hold for every family of SEGMENT_MODEL_TYPES
+(rm_robust/models/packing.py): rotary positions, gated feed-forward, RMS norms.
 """
 
 import json
@@ -14,7 +15,7 @@ from rm_robust.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder under a causal language model, or under a reward model's score head."""
+    """The sizes of a decoder below a language-model head or below a reward model's score head."""
 
     name: str
     vocab_size: int
@@ -25,9 +26,9 @@ class ModelShape:
     num_kv_heads: int
     head_size: int
     is_tied: bool
-    """The output head is the embedding table."""
+    """Whether the output head is the embedding table."""
     has_qkv_bias: bool
-    """Qwen2."""
+    """Whether queries, keys and values have biases, as in Qwen2."""
 
     @property
     def query_width(self) -> int:
@@ -39,7 +40,7 @@ class ModelShape:
 
     @property
     def matrix_parameters_per_layer(self) -> int:
-        """Queries, keys, values, output; gate, up, down."""
+        """Parameters of a layer's matrices: queries, keys, values and output, and gate, up and down."""
         return (
             self.hidden_size * (2 * self.query_width + 2 * self.kv_width)
             + 3 * self.hidden_size * self.intermediate_size
@@ -47,12 +48,12 @@ class ModelShape:
 
     @property
     def kv_parameters_per_layer(self) -> int:
-        """Keys and values alone."""
+        """Parameters of a layer's matrices for keys and values."""
         return 2 * self.hidden_size * self.kv_width
 
     @property
     def layer_parameters(self) -> int:
-        """With two norms, and biases where there are any."""
+        """Parameters of a layer: its matrices, two norms, and biases if there are any."""
         biases = self.query_width + 2 * self.kv_width if self.has_qkv_bias else 0
         return self.matrix_parameters_per_layer + biases + 2 * self.hidden_size
 
@@ -62,17 +63,20 @@ class ModelShape:
 
     @property
     def policy_parameters(self) -> int:
-        """Of the causal language model; a tied head counts once."""
+        """Parameters of the causal language model. A tied head counts once."""
         tables = self.embedding_parameters * (1 if self.is_tied else 2)
         return self.num_layers * self.layer_parameters + self.hidden_size + tables
 
     @property
     def reward_model_parameters(self) -> int:
-        """The score head, H weights, in place of the output head."""
+        """Parameters of the reward model, which has a score head of H weights in place of the output head."""
         return self.num_layers * self.layer_parameters + self.hidden_size + self.embedding_parameters + self.hidden_size
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int) -> int:
-        """A key and a value of every layer (Pope et al. 2022, "Efficiently scaling transformer inference", section 2)."""
+        """Return the bytes of a token's key and value in every layer.
+
+        The source is Pope et al. 2022, "Efficiently scaling transformer inference", section 2.
+        """
         return 2 * self.num_layers * self.kv_width * bytes_per_value
 
 
@@ -97,11 +101,17 @@ SHAPES = {
         _qwen("Qwen2.5-3B", 2048, 11008, 36, 16),
     )
 }
-"""By lower-case name. From the models' own config.json; tests/unit/research/scaling/test_scaling.py has their published totals."""
+"""The shapes of known models by lower-case name, from the models' own config.json.
+
+tests/unit/research/scaling/test_scaling.py compares them with the published numbers of parameters.
+"""
 
 
 def shape_of_config(model: ModelConfig, *, vocab_size: int | None = None) -> ModelShape:
-    """Of a model made from scratch (sft/from_scratch.py). `vocab_size`: of the tokenizer, which a small text leaves below the config's."""
+    """Return the shape of a model that is trained from scratch (save_base_model in rm_robust/data/demonstrations.py).
+
+    `vocab_size` is the tokenizer's, which is below the config's if the text is small.
+    """
     head_size = model.hidden_size // model.num_heads
     return ModelShape(
         "from scratch",
@@ -118,7 +128,10 @@ def shape_of_config(model: ModelConfig, *, vocab_size: int | None = None) -> Mod
 
 
 def shape_named(name: str) -> ModelShape:
-    """A directory with a config.json, or the last part of a hub name or path that SHAPES knows ("…-Instruct" is the same shape). ConfigError otherwise."""
+    """Return the shape of a directory with a config.json, or of a hub name or path whose last part SHAPES knows.
+
+    An "…-Instruct" model has the same shape. Raises ConfigError if the sizes are not known.
+    """
     config_path = Path(name) / "config.json"
     if config_path.is_file():
         return _shape_of_hugging_face(name, json.loads(config_path.read_text()))
@@ -126,7 +139,8 @@ def shape_named(name: str) -> ModelShape:
     if known is None:
         shapes = ", ".join(shape.name for shape in SHAPES.values())
         raise ConfigError(
-            f"No sizes are known of the model {name!r}: it is no directory with a config.json, and none of {shapes}. Name one of those."
+            f"The sizes of the model {name!r} are not known: it is no directory with a config.json, "
+            f"and none of {shapes}. Name one of those."
         )
     return known
 

@@ -1,5 +1,9 @@
-"""The tables of docs/SCALING.md and docs/RECIPES.md, in Markdown. Each stands there between two marks with its name, and a test holds them equal."""
+"""The Markdown tables of docs/results/scaling.md and docs/results/recipes.md.
 
+Each table stands in its document between two marks with its name. A test checks that document and formulas agree.
+"""
+
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +20,8 @@ from rm_robust.config.rloo import RlooConfig
 from rm_robust.config.shared import ComputeConfig, StrategyConfig, WorkersConfig
 from rm_robust.config.training import RewardModelConfig
 
-MEASURED = Path("docs/scaling_measured.json")
+MEASURED = Path("docs/results/scaling_measured.json")
+PROSE_COLUMNS = 110
 GPU = GPUS["h100"]
 MODELS = tuple(SHAPES[name] for name in ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b"))
 NUM_GPUS = (1, 8, 32, 128)
@@ -25,7 +30,7 @@ PAIR = Lengths(200, 350)
 COMPLETION = Lengths(200, 300)
 MILLION = 1e6
 TENSOR_PARALLEL = {"llama-3.1-70b": 8}
-"""GPUs of an engine; of the others 1."""
+"""The GPUs of an engine by model. An engine of any other model has 1."""
 BIG = ComputeConfig(precision="bfloat16", gradient_checkpointing=True)
 STRATEGIES = {
     "DDP": StrategyConfig(kind="ddp"),
@@ -49,7 +54,7 @@ RLOO = RlooConfig(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config of docs/RECIPES.md, and what it does not say of its data."""
+    """A config of docs/results/recipes.md, with the size of its data, which the config does not say."""
 
     name: str
     num_pairs: int
@@ -81,7 +86,13 @@ def shapes_table(repository: Path) -> str:
         for s in MODELS
     ]
     return markdown(
-        ["model", "policy, parameters", "reward model, parameters", "of them embedding, 10^9", "KV cache, KiB a token"],
+        [
+            "model",
+            "policy, parameters",
+            "reward model, parameters",
+            "embedding alone, 10^9",
+            "KV cache, KiB per token",
+        ],
         rows,
     )
 
@@ -108,13 +119,13 @@ def _memory_table(memory: Callable[[ModelShape, StrategyConfig, int], TrainerMem
     rows = []
     for shape in MODELS:
         for name, strategy in STRATEGIES.items():
-            found = [memory(shape, strategy, count) for count in NUM_GPUS]
+            memories = [memory(shape, strategy, count) for count in NUM_GPUS]
             rows.append(
                 [
                     shape.name,
                     name,
-                    _gib(found[0].loading_bytes + found[0].overhead_bytes),
-                    *(_gib(one.training_bytes) for one in found),
+                    _gib(memories[0].loading_bytes + memories[0].overhead_bytes),
+                    *(_gib(of_count.training_bytes) for of_count in memories),
                 ]
             )
     return markdown(["model", "strategy", "loading", *map(_gpus, NUM_GPUS)], rows)
@@ -154,7 +165,7 @@ def reward_model_time_table(repository: Path) -> str:
         "model",
         "GPUs",
         "strategy",
-        "GB sent a GPU and step",
+        "GB sent per GPU and step",
         "computing s",
         "sending s",
         "step s",
@@ -210,14 +221,14 @@ def rloo_table(repository: Path) -> str:
     header = [
         "policy and reward models",
         "engines x GPUs",
-        "cached tokens an engine, 10^3",
+        "cached tokens per engine, 10^3",
         "generate s",
         "score, GPU s",
         "measure s",
         "update s",
         "weight update s",
     ]
-    return markdown([*header, "MB through the object store", "balanced: engine GPUs a trainer"], rows)
+    return markdown([*header, "MB through the object store", "balanced: engine GPUs per trainer"], rows)
 
 
 def _engines(shape: ModelShape) -> Engines:
@@ -250,13 +261,13 @@ def hardware_table(repository: Path) -> str:
         "network GB/s",
         "MFU",
         "decoding, of memory TB/s",
-        "USD an hour",
+        "USD per hour",
     ]
     return markdown(header, map(row, GPUS.values()))
 
 
 def calibration_table(repository: Path) -> str:
-    found = read_measurements(repository / MEASURED)
+    measurements = read_measurements(repository / MEASURED)
     rows = [
         [
             f"{rates.num_threads}",
@@ -267,14 +278,15 @@ def calibration_table(repository: Path) -> str:
             f"{rates.kernel_s * 1e6:.1f}",
             ", ".join(f"{seconds * 1e6:.1f}" for seconds in rates.attention_call_s),
         ]
-        for rates in found.calibrations
+        for rates in measurements.calibrations
     ]
-    engine = found.engine
-    of_engine = (
-        f"An engine: {engine.step_s * 1e3:.2f} ms a step, {engine.token_s * 1e6:.0f} us a token and {engine.completion_s * 1e3:.1f} ms a completion; "
-        f"{engine.update_s * 1e3:.0f} ms for a weight update without its bytes, and {engine.probe_s * 1e3:.0f} ms to confirm it."
+    engine = measurements.engine
+    engine_costs = (
+        f"An engine takes {engine.step_s * 1e3:.2f} ms per step, {engine.token_s * 1e6:.0f} us per token and "
+        f"{engine.completion_s * 1e3:.1f} ms per completion. A weight update takes {engine.update_s * 1e3:.0f} ms "
+        f"besides its bytes, and its confirmation {engine.probe_s * 1e3:.0f} ms."
     )
-    kind = "Measured" if found.is_calibrated else "NOMINAL, NOT MEASURED"
+    kind = "Measured" if measurements.is_calibrated else "NOMINAL, NOT MEASURED"
     table = markdown(
         [
             "threads",
@@ -283,13 +295,18 @@ def calibration_table(repository: Path) -> str:
             "activations GB/s",
             "reordering GB/s",
             "a call, us",
-            "in attention, us (forward, backward)",
+            "a call in attention, us (forward, backward)",
         ],
         rows,
     )
-    shares = "; ".join(f"{name}: {share:.2f}" for name, share in measured_utilisation(found, repository).items())
-    of_engine += f"\n\nMFU, of the rate of matrix products: {shares}."
-    return f"{found.machine}. {kind}: {found.source}\n\n{table}\n\n{of_engine}"
+    shares = "; ".join(f"{name}: {share:.2f}" for name, share in measured_utilisation(measurements, repository).items())
+    machine = _wrapped(f"{measurements.machine}. {kind}: {measurements.source}")
+    utilisation = _wrapped(f"MFU, as a fraction of the rate of matrix products: {shares}.")
+    return f"{machine}\n\n{table}\n\n{_wrapped(engine_costs)}\n\n{utilisation}"
+
+
+def _wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, PROSE_COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def agreement_table(repository: Path) -> str:
@@ -325,7 +342,7 @@ def recipes_table(repository: Path) -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
-    "docs/SCALING.md": {
+    "docs/results/scaling.md": {
         "agreement": agreement_table,
         "calibration": calibration_table,
         "shapes": shapes_table,
@@ -336,13 +353,13 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "weight_update": weight_update_table,
         "rloo": rloo_table,
     },
-    "docs/RECIPES.md": {"recipes": recipes_table},
+    "docs/results/recipes.md": {"recipes": recipes_table},
 }
-"""By document and name; each takes the repository."""
+"""The functions that make the tables, by document and name. Each takes the repository."""
 
 
 def with_tables(document: str, text: str, repository: Path) -> str:
-    """`text` with what stands between each pair of marks made again. AssertionError where a mark is missing."""
+    """Return `text` with a new table between each pair of marks. Raises AssertionError if a mark is missing."""
     for name, table in TABLES[document].items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         before, separator, rest = text.partition(begin)

@@ -1,9 +1,10 @@
-"""Time of training: arithmetic, what operators beside it move and cost, and communication.
+"""Time of training: arithmetic, the memory traffic and calls of other operators, and communication.
 
-    compute_s = FLOPs / (peak x utilisation) + activation bytes / activation rate + operator calls x cost of a call + update bytes / memory rate
+    compute_s = FLOPs / (peak x utilisation) + activation bytes / activation rate
+                + operator calls x cost of a call + update bytes / memory rate
 
-On a GPU the second and third are part of `utilisation`. A call in attention, which goes text by text on CPUs, has a cost of its own.
-Shapes: N devices, P parameters, T tokens a device and step, M of them predicted.
+On a GPU, the second and third terms are part of `utilisation`. On CPUs, attention goes text by text, and its calls have
+a cost of their own. Sizes: N devices, P parameters, T tokens of one device in one step, M of them predicted.
 """
 
 from dataclasses import dataclass
@@ -15,61 +16,76 @@ from rm_robust.config.shared import ComputeConfig, StrategyConfig
 
 TRAFFIC_FORWARD = (152.5, 45.3, 20.6, 166)
 TRAFFIC_BACKWARD = (461.9, 70.1, 34.4, 100)
-"""Bytes that a layer's operators beside matrix products and attention read and write of a token, float32: by H, by the width of keys, by I, and by head.
-Counted, as memory.SAVED_BYTES_FLOAT32 is."""
+"""The bytes that a layer's operators read and write of a token in float32, without matrix products and attention.
+
+The four values are per unit of H, per unit of the width of keys, per unit of I, and per head. They were counted, as
+memory.SAVED_BYTES_FLOAT32 was.
+"""
 LOGIT_TRAFFIC = (44, 32)
-"""The same of a predicted token's logits and their backward pass, by vocabulary entry."""
+"""The same bytes for the logits of a predicted token and their backward pass, per vocabulary entry."""
 LAYER_CALLS = (82, 153)
-"""Operators called in a layer, views among them, forward and backward; beside attention, which goes text by text on CPUs:"""
+"""The operators that a layer calls without attention, views included, in a forward and a backward pass."""
 COMPLETION_CALLS = (4, 19)
-"""those of a completion in a layer,"""
+"""The operators that attention calls for a completion in a layer. On CPUs, attention goes text by text."""
 SHARED_PROMPT_CALLS = (11, 19)
-"""and of a prompt that several completions share."""
+"""The operators that attention calls in a layer for a prompt that several completions share."""
 UPDATE_BYTES = 32
-"""AdamW, of a trained weight: weight, gradient and two moments read, all but the gradient written, and the gradient once more for its norm."""
+"""The bytes that AdamW reads and writes for each trained weight.
+
+It reads weight, gradient and two moments, writes all but the gradient, and reads the gradient once more for its norm.
+"""
 FORWARD_FLOPS, BACKWARD_FLOPS = 2, 4
-"""A weight and token (Kaplan et al. 2020, section 2.1)."""
+"""The operations per weight and token (Kaplan et al. 2020, section 2.1)."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of one device and optimiser step."""
+    """The tokens of one device in one optimiser step."""
 
     num_tokens: float
-    """Prompts once."""
+    """All tokens. A prompt counts once."""
     visible: float
-    """Tokens that a token attends to, on average."""
+    """The mean number of tokens that a token attends to."""
     num_groups: float
-    """Prompts with their completions."""
+    """Prompts, each with its completions."""
     num_completions_per_prompt: int = 1
     num_predicted: float = 0
     """Tokens whose logits a policy computes."""
     num_micro_batches: int = 1
     num_scored: float | None = None
-    """Tokens at which the last layer is computed whole, and the others' keys and values alone (reward_model/last_layer.py). None: all."""
+    """Tokens at which the whole last layer is computed; the other tokens get keys and values alone. None: all tokens.
+
+    rm_robust/models/last_layer.py does this on CPUs.
+    """
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a step computes each token. `num_frozen`: forward passes of a model that is not trained beside it."""
+    """How often a step computes each token."""
 
     num_forward: float
     num_backward: float
     num_frozen: float = 0
+    """Forward passes of a second model that is not trained."""
 
 
 def passes_of_step(compute: ComputeConfig, *, is_batch_coupled: bool, num_micro_batches: int) -> Passes:
-    """Of SFT and reward models: one forward and backward; another forward for checkpointed activations, and one without gradient where an objective couples
-    a batch that is more than one micro-batch (reward_model/step.py)."""
+    """Return the passes of a step of SFT or of a reward model.
+
+    There is one forward and one backward pass. Checkpointed activations need another forward pass. An objective that
+    couples a batch of more than one micro-batch needs one without gradient (rm_robust/training/reward_model/step.py).
+    """
     recomputed = 1 if compute.gradient_checkpointing else 0
     scored_first = 1 if is_batch_coupled and num_micro_batches > 1 else 0
     return Passes(1 + recomputed + scored_first, 1)
 
 
 def forward_flops(shape: ModelShape, tokens: Tokens) -> float:
-    """Matrix products: 2 a weight and token; attention 4 x visible x width of the queries; logits of the predicted tokens (Kaplan et al. 2020, table 1).
+    """Return the operations of one forward pass (Kaplan et al. 2020, table 1).
 
-    The embedding is looked up. A reward model's head, H weights a completion, is left out. A completion's last token sees twice the average.
+    Matrix products need 2 per weight and token, and attention 4 x visible x width of the queries per token; the logits
+    of the predicted tokens are added. The embedding is only looked up. A reward model's head, H weights per completion,
+    is left out. A completion's last token sees twice the average.
     """
     layer = FORWARD_FLOPS * shape.matrix_parameters_per_layer + 4 * tokens.visible * shape.query_width
     last = layer * tokens.num_tokens
@@ -87,14 +103,17 @@ def forward_flops(shape: ModelShape, tokens: Tokens) -> float:
 
 
 def step_flops(shape: ModelShape, tokens: Tokens, passes: Passes) -> float:
-    """Of one device and step; a backward pass is two forward ones."""
+    """Return the operations of one device in one step. A backward pass needs as many as two forward passes."""
     return forward_flops(shape, tokens) * (
         passes.num_forward + passes.num_frozen + passes.num_backward * BACKWARD_FLOPS / FORWARD_FLOPS
     )
 
 
 def layers_of_activations(shape: ModelShape, tokens: Tokens) -> float:
-    """How many layers' operators beside matrix products a token passes; those of keys and values are taken by their share of the weights."""
+    """Return the number of layers whose operators other than matrix products a token passes, on average.
+
+    Keys and values alone count by their share of the weights.
+    """
     if tokens.num_scored is None:
         return shape.num_layers
     share = shape.kv_parameters_per_layer / shape.matrix_parameters_per_layer
@@ -104,7 +123,7 @@ def layers_of_activations(shape: ModelShape, tokens: Tokens) -> float:
 def compute_seconds(
     trained: Trained, tokens: Tokens, passes: Passes, hardware: Hardware, *, num_updates: int = 1
 ) -> float:
-    """Of one device and step, communication apart."""
+    """Return the seconds that one device computes in one step, without communication."""
     shape, num_forward = trained.shape, passes.num_forward + passes.num_frozen
     sizes = (shape.hidden_size, shape.kv_width, shape.intermediate_size, shape.num_heads)
     forward, backward = (
@@ -134,12 +153,15 @@ def compute_seconds(
 
 
 def layer_calls(tokens: Tokens, direction: int) -> float:
-    """Operators that a step calls in one layer, beside attention's; `direction` 0: in a forward pass, 1: in a backward pass."""
+    """Return the operators that a step calls in one layer, without attention's.
+
+    `direction` is 0 for a forward pass and 1 for a backward pass.
+    """
     return tokens.num_micro_batches * LAYER_CALLS[direction]
 
 
 def attention_calls(tokens: Tokens, direction: int) -> float:
-    """Those that attention calls in one layer, text by text."""
+    """Return the operators that attention calls in one layer, text by text."""
     completions = tokens.num_groups * tokens.num_completions_per_prompt
     shared = tokens.num_groups if tokens.num_completions_per_prompt > 1 else 0
     return completions * COMPLETION_CALLS[direction] + shared * SHARED_PROMPT_CALLS[direction]
@@ -148,12 +170,13 @@ def attention_calls(tokens: Tokens, direction: int) -> float:
 def sent_bytes(
     trained: Trained, strategy: StrategyConfig, *, num_devices: int, num_micro_batches: int, num_first_passes: int
 ) -> float:
-    """What one device sends in a step. Rings: an all-reduce of S bytes sends 2 (N-1)/N S, an all-gather or a reduce-scatter (N-1)/N S
-    (Rajbhandari et al. 2020, section 7).
+    """Return the bytes that one device sends in a step.
 
-    DDP reduces once a step. FSDP2 and ZeRO-3 gather the weights for the forward and again for the backward pass of every micro-batch, and scatter its
-    gradients; a first pass without gradient gathers once. ZeRO-1 and 2 scatter every micro-batch's gradients (this repository does not tell
-    DeepSpeed of accumulation) and gather the weights once a step.
+    In a ring, an all-reduce of S bytes sends 2 (N-1)/N S, and an all-gather or a reduce-scatter sends (N-1)/N S
+    (Rajbhandari et al. 2020, section 7). DDP reduces once per step. FSDP2 and ZeRO-3 gather the weights for the forward
+    pass and again for the backward pass of every micro-batch, and scatter its gradients; a first pass without gradient
+    gathers them once. ZeRO-1 and ZeRO-2 scatter the gradients of every micro-batch, because this repository does not
+    tell DeepSpeed about accumulation, and gather the weights once per step.
     """
     weights, gradients = FLOAT_BYTES * trained.num_parameters, FLOAT_BYTES * trained.num_trained
     share = (num_devices - 1) / num_devices
@@ -165,5 +188,8 @@ def sent_bytes(
 
 
 def step_seconds(compute_s: float, communication_s: float, strategy: StrategyConfig) -> float:
-    """DDP and FSDP2 communicate while they compute, at best; DeepSpeed does not (overlap_comm = False)."""
+    """Return the seconds of a step.
+
+    DDP and FSDP2 communicate while they compute, at best. DeepSpeed does not (overlap_comm = False).
+    """
     return compute_s + communication_s if strategy.kind == "deepspeed" else max(compute_s, communication_s)

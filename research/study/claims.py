@@ -1,7 +1,8 @@
-"""The paper's claims (Hong et al., ICML 2025), each with the number of the study that speaks to it, and a verdict that follows a rule.
+"""The paper's claims (Hong et al., ICML 2025), each with a number that tests it here and a verdict that follows a rule.
 
-A verdict: `reproduced` where the 95 % interval over seeds lies wholly on the claimed side of 0, `contradicted` where wholly on the other, otherwise
-`not seen at this scale`. With fewer than MIN_SEEDS seeds there is none. Verdicts are of one number each, at 95 %, without correction for their number.
+A verdict is `reproduced` if the whole 95 % interval over seeds lies on the claimed side of 0, `contradicted` if the
+whole interval lies on the other side, and otherwise `not seen at this scale`. Fewer than MIN_SEEDS seeds give no
+verdict. Each verdict judges one number at 95 %, without a correction for the number of verdicts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,23 +16,23 @@ from research.study.statistics import Figure, Interval, between_twins, over_seed
 MIN_SEEDS = 3
 LAST_EPOCH = 3
 MARGIN_OF_EQUALITY = 0.005
-"""Accuracy: a loss smaller than this counts as none. The paper's own gains in-domain are of this size."""
+"""The largest loss of accuracy that counts as no loss. The paper's own in-domain gains are of this size."""
 MOST_OF_HEAD_NORM = 0.05
-"""Relative change of the head's norm below which it "stays"."""
+"""The relative change of the head's norm below which the norm "stays"."""
 DISJOINT = ("prompt_disjoint", "response_disjoint", "mutual_disjoint")
 Measure = Callable[[Iterable[Row], str], Interval | None]
-"""Of all rows and a world."""
+"""A function that takes all rows and the name of a world, and returns the interval of a claim's number."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, and a number that is above 0 if that is so here."""
+    """A statement of the paper, and a number that is above 0 if the statement holds here."""
 
     title: str
     paper: str
     """What the paper reports, and where."""
-    what: str
-    """The number, in words: it is above 0 where the claim holds."""
+    quantity: str
+    """What the number measures, in words. The number is above 0 if the claim holds."""
     measure: Measure
     worlds: tuple[str, ...] = ("embedded", "rmb")
     part: str = "reward_model"
@@ -39,7 +40,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim in one world."""
+    """The result of one claim in one world."""
 
     claim: Claim
     world: str
@@ -55,7 +56,7 @@ class Finding:
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
-    """Every claim in every world that it can be put to."""
+    """Return a finding for every claim in every world that the claim applies to."""
     return [
         Finding(claim, world, claim.measure([row for row in rows if row.part == claim.part], world))
         for claim in CLAIMS
@@ -64,13 +65,16 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def rank_agreement(row: Row, epoch: int, scenario: str) -> float | None:
-    """Kendall's tau-b where the scenario is of rankings, accuracy where it is of pairs."""
+    """Return Kendall's tau-b if the scenario consists of rankings, accuracy if it consists of pairs."""
     tau = row.figures.get(f"{epoch}/{scenario}/kendall_tau_b")
     return row.figures.get(f"{epoch}/{scenario}/accuracy") if tau is None else tau
 
 
 def dispersion(row: Row, where: str) -> float | None:
-    """Standard deviation over mean of the hidden norm before the final norm; `where`: <epoch>/<scenario or train>."""
+    """Return standard deviation / mean of the hidden norm before the final norm.
+
+    `where` has the form <epoch>/<scenario or train>.
+    """
     std, mean = row.figures.get(f"{where}/hidden_norm_std"), row.figures.get(f"{where}/hidden_norm_mean")
     return None if std is None or mean is None else std / mean
 
@@ -84,8 +88,8 @@ def _change(row: Row, figure: str, first: str, last: str) -> float | None:
 
 
 def _difference(row: Row, figure: str, other: str) -> float | None:
-    own, subtracted = row.figures.get(figure), row.figures.get(other)
-    return None if own is None or subtracted is None else own - subtracted
+    value, subtracted = row.figures.get(figure), row.figures.get(other)
+    return None if value is None or subtracted is None else value - subtracted
 
 
 def _mean_disjoint(row: Row, epoch: int) -> float | None:
@@ -95,14 +99,17 @@ def _mean_disjoint(row: Row, epoch: int) -> float | None:
 
 
 def _rise(row: Row, scenario: str, metric: str) -> float | None:
-    """From the end of the first epoch to that of the last."""
+    """Return how much the metric rises from the end of the first epoch to the end of the last one."""
     return _change(row, f"{scenario}/{metric}", "1", str(LAST_EPOCH))
 
 
 def _ahead_in_domain(row: Row) -> float | None:
-    """By how much more accuracy rose in-domain than on mutual-disjoint: both as accuracy over pairs, whatever else a scenario reports."""
-    own, other = (_rise(row, scenario, "accuracy") for scenario in ("in_domain", "mutual_disjoint"))
-    return None if own is None or other is None else own - other
+    """Return how much more accuracy rises in-domain than on mutual-disjoint.
+
+    Both values are accuracy over pairs, whatever else a scenario reports.
+    """
+    in_domain, mutual_disjoint = (_rise(row, scenario, "accuracy") for scenario in ("in_domain", "mutual_disjoint"))
+    return None if in_domain is None or mutual_disjoint is None else in_domain - mutual_disjoint
 
 
 def _fall(row: Row, scenario: str) -> float | None:
@@ -116,17 +123,20 @@ def _dispersion_change(row: Row) -> float | None:
 
 
 def _rank_growth(row: Row) -> float | None:
-    """Effective rank on mutual-disjoint minus prompt-disjoint, at the end (paper: evaluation minus training): as many completions, of unseen and of known
-    models, to prompts that are unseen in both."""
+    """Return the effective rank on mutual-disjoint minus that on prompt-disjoint, at the end.
+
+    The paper subtracts training from evaluation. Both sets here have equally many completions and only unseen prompts;
+    the response models are unseen in the first and known in the second.
+    """
     return _difference(row, f"{_END}mutual_disjoint/effective_rank", f"{_END}prompt_disjoint/effective_rank")
 
 
 def _norm_shift(row: Row) -> float | None:
-    """Relative change of the mean hidden norm from prompt-disjoint to mutual-disjoint completions, without its sign."""
-    own, other = (
+    """Return the relative change, without sign, of the mean hidden norm from prompt-disjoint to mutual-disjoint."""
+    unseen, known = (
         row.figures.get(f"{_END}{scenario}/hidden_norm_mean") for scenario in ("mutual_disjoint", "prompt_disjoint")
     )
-    return None if own is None or other is None else abs(own / other - 1)
+    return None if unseen is None or known is None else abs(unseen / known - 1)
 
 
 def _largest_leap(row: Row) -> float | None:
@@ -149,8 +159,10 @@ def _between(variant: str, other: str, figure: Figure) -> Measure:
 
 def _shifted(measure: Measure, by: float) -> Measure:
     def shifted(rows: Iterable[Row], world: str) -> Interval | None:
-        found = measure(rows, world)
-        return None if found is None else Interval(found.mean + by, found.low + by, found.high + by, found.num_seeds)
+        interval = measure(rows, world)
+        if interval is None:
+            return None
+        return Interval(interval.mean + by, interval.low + by, interval.high + by, interval.num_seeds)
 
     return shifted
 
@@ -169,12 +181,13 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "… and the more so for some pairs than for others",
         "the variance of ‖h_w - h_l‖ grows too (Fig. 2)",
-        "BT: change of the standard deviation of ‖h_w - h_l‖ after the final norm, first 5 % of steps to the last epoch",
+        "BT: change of the standard deviation of ‖h_w - h_l‖ after the final norm, "
+        "first 5 % of steps to the last epoch",
         _of("bt", partial(_change, figure="final_hidden_distance_std", first="0/train", last=f"{LAST_EPOCH}/train")),
     ),
     Claim(
         "… with a tail of large distances",
-        "the distribution of ‖h_w - h_l‖ gets right-skewed (Fig. 2)",
+        "the distribution of ‖h_w - h_l‖ becomes right-skewed (Fig. 2)",
         "BT: change of the skewness of ‖h_w - h_l‖ within a batch, first 5 % of steps to the last epoch",
         _of(
             "bt", partial(_change, figure="final_hidden_distance_skewness", first="0/train", last=f"{LAST_EPOCH}/train")
@@ -182,7 +195,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "BT disperses hidden norms",
-        "excessive growth of the norms' variance is what the paper blames (section 4.1)",
+        "the paper blames the excessive growth of the norms' variance (section 4.1)",
         "BT: change of std / mean of ‖h‖ before the final norm, first 5 % of steps to the last epoch",
         _of("bt", _dispersion_change),
     ),
@@ -219,7 +232,7 @@ CLAIMS: tuple[Claim, ...] = (
     *(
         Claim(
             f"… {scenario.replace('_', '-')} falls with further epochs",
-            "stagnates or falls (section 3); only a fall is put to the test",
+            "stagnates or falls (section 3); only a fall is tested",
             f"BT: fall of {scenario.replace('_', '-')}, end of epoch 1 to end of epoch 3",
             _of("bt", partial(_fall, scenario=scenario)),
         )
@@ -314,7 +327,7 @@ CLAIMS: tuple[Claim, ...] = (
         _RM_BENCH,
     ),
     Claim(
-        "In the second half a policy trained against BT stagnates, against BSR it does not",
+        "In the second half, a policy trained against BT stagnates, and one trained against BSR does not",
         "gold score flat against BT in the last half (Fig. 5)",
         "BSR minus BT, gold's rise in the second half of the steps",
         _between(PAPERS_BSR, "bt", partial(_value, name="gold_rise_second_half")),

@@ -1,4 +1,7 @@
-"""The study's pictures, from its rows alone: a function a figure, None when there is nothing to draw. The same rows give the same bytes."""
+"""Draw the study's pictures from its rows alone.
+
+Each function draws one figure, and returns None if there is nothing to draw. The same rows give the same bytes.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,9 +13,9 @@ from matplotlib.figure import Figure
 from research.study.claims import LAST_EPOCH, dispersion, rank_agreement
 from research.study.grid import PAPERS_BSR, VARIANTS
 from research.study.rows import Row
-from research.study.statistics import over_seeds, t_interval
+from research.study.statistics import Interval, over_seeds, t_interval
 from rm_robust.data.scenarios import SCENARIOS
-from rm_robust.report.figures import scenario_label
+from rm_robust.report.reward_model_figures import scenario_label
 
 COLOURS = dict(
     zip(
@@ -26,17 +29,18 @@ WORLD_TITLES = {"embedded": "embedded world", "rmb": "RMB's real pairs"}
 
 
 def scenarios(rows: Sequence[Row], world: str) -> Figure | None:
-    """The four scenarios after the last epoch: mean over seeds with its interval, one mark an objective."""
-    own = [row for row in rows if row.part == "reward_model" and row.world == world]
-    if not own:
+    """Draw the four scenarios after the last epoch: for each objective, the mean over seeds with its interval."""
+    world_rows = [row for row in rows if row.part == "reward_model" and row.world == world]
+    if not world_rows:
         return None
     figure = Figure(figsize=(7.5, 3.4))
     for axes, scenario in zip(figure.subplots(1, len(SCENARIOS), sharey=True), SCENARIOS, strict=True):
-        for place, variant in enumerate(VARIANTS):
-            found = over_seeds(own, world, variant, partial(rank_agreement, epoch=LAST_EPOCH, scenario=scenario))
-            if found is not None:
-                _interval(axes, found.mean, found.low, found.high, place, COLOURS[variant])
-        is_ranking = any(f"{LAST_EPOCH}/{scenario}/kendall_tau_b" in row.figures for row in own)
+        agreement = partial(rank_agreement, epoch=LAST_EPOCH, scenario=scenario)
+        for height, variant in enumerate(VARIANTS):
+            interval = over_seeds(world_rows, world, variant, agreement)
+            if interval is not None:
+                _draw_interval(axes, interval, height, COLOURS[variant])
+        is_ranking = any(f"{LAST_EPOCH}/{scenario}/kendall_tau_b" in row.figures for row in world_rows)
         axes.set_title(scenario_label(scenario))
         axes.set_xlabel("Kendall's tau-b" if is_ranking else "accuracy")
         axes.set_yticks(range(len(VARIANTS)), list(VARIANTS))
@@ -46,20 +50,22 @@ def scenarios(rows: Sequence[Row], world: str) -> Figure | None:
 
 
 def by_epoch(rows: Sequence[Row], world: str) -> Figure | None:
-    """Agreement with gold of BT and BSR at the end of every epoch."""
-    own = [row for row in rows if row.part == "reward_model" and row.world == world]
-    if not any(row.variant in COMPARED for row in own):
+    """Draw how well BT and BSR agree with gold at the end of every epoch."""
+    world_rows = [row for row in rows if row.part == "reward_model" and row.world == world]
+    if not any(row.variant in COMPARED for row in world_rows):
         return None
     figure = Figure(figsize=(7.5, 2.6))
     epochs = range(1, LAST_EPOCH + 1)
     for axes, scenario in zip(figure.subplots(1, len(SCENARIOS)), SCENARIOS, strict=True):
         for shift, variant in zip((-0.05, 0.05), COMPARED, strict=True):
-            found = [
-                over_seeds(own, world, variant, partial(rank_agreement, epoch=epoch, scenario=scenario))
+            intervals = [
+                over_seeds(world_rows, world, variant, partial(rank_agreement, epoch=epoch, scenario=scenario))
                 for epoch in epochs
             ]
             known = [
-                (epoch + shift, interval) for epoch, interval in zip(epochs, found, strict=True) if interval is not None
+                (epoch + shift, interval)
+                for epoch, interval in zip(epochs, intervals, strict=True)
+                if interval is not None
             ]
             axes.plot(
                 [x for x, _ in known],
@@ -80,37 +86,39 @@ def by_epoch(rows: Sequence[Row], world: str) -> Figure | None:
         axes.set_xticks(list(epochs))
         axes.set_xlabel("epochs")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper right", ncols=len(labels), handlelength=1.2
-    )  # not over the intervals
+    # The legend stays outside, so that it hides no interval.
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), handlelength=1.2)
     figure.suptitle(WORLD_TITLES[world], fontsize=9)
     return figure
 
 
 def dispersion_over_training(rows: Sequence[Row], world: str) -> Figure | None:
-    """Hidden norms over training (mean over seeds and its interval), and their dispersion in each scenario at the end."""
-    own = [row for row in rows if row.part == "reward_model" and row.world == world and row.variant in COMPARED]
-    if not own:
+    """Draw the hidden norms over training (mean over seeds with its interval), and their dispersion at the end.
+
+    The dispersion is shown for training and for each scenario.
+    """
+    world_rows = [row for row in rows if row.part == "reward_model" and row.world == world and row.variant in COMPARED]
+    if not world_rows:
         return None
     figure = Figure(figsize=(7.5, 2.8))
     left, middle, right = figure.subplots(1, 3)
-    for place, variant in enumerate(COMPARED):
-        mine = [row for row in own if row.variant == variant]
-        if not mine:
+    for number, variant in enumerate(COMPARED):
+        variant_rows = [row for row in world_rows if row.variant == variant]
+        if not variant_rows:
             continue
         _band(
             left,
             [
                 [s / m for s, m in zip(row.curves["hidden_norm_std"], row.curves["hidden_norm_mean"], strict=True)]
-                for row in mine
+                for row in variant_rows
             ],
             variant,
         )
-        _band(middle, [row.curves["final_hidden_distance_mean"] for row in mine], variant)
+        _band(middle, [row.curves["final_hidden_distance_mean"] for row in variant_rows], variant)
         for index, where in enumerate(("train", *SCENARIOS)):
-            found = over_seeds(own, world, variant, lambda row, where=where: dispersion(row, f"{LAST_EPOCH}/{where}"))  # type: ignore[misc]
-            if found is not None:
-                _interval(right, found.mean, found.low, found.high, index + 0.2 * (place - 0.5), COLOURS[variant])
+            interval = over_seeds(world_rows, world, variant, partial(dispersion, where=f"{LAST_EPOCH}/{where}"))
+            if interval is not None:
+                _draw_interval(right, interval, index + 0.2 * (number - 0.5), COLOURS[variant])
     left.set_title("std / mean of ‖h‖")
     middle.set_title("‖h_w - h_l‖, final norm")
     right.set_title("… at the end")
@@ -124,9 +132,12 @@ def dispersion_over_training(rows: Sequence[Row], world: str) -> Figure | None:
 
 
 def gold_by_kl(rows: Sequence[Row]) -> Figure | None:
-    """Gold and proxy score of every RLOO step against KL, one curve a seed, smoothed over a tenth of the steps; length beside it."""
-    own = [row for row in rows if row.part == "rloo"]
-    if not own:
+    """Draw gold score, proxy score and length of every RLOO step against KL.
+
+    Each seed has one curve, smoothed over a tenth of the steps.
+    """
+    rloo_rows = [row for row in rows if row.part == "rloo"]
+    if not rloo_rows:
         return None
     figure = Figure(figsize=(7.5, 2.9))
     panels = {
@@ -135,10 +146,10 @@ def gold_by_kl(rows: Sequence[Row]) -> Figure | None:
         "completion_tokens_mean": "Tokens a completion",
     }
     for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        seen = set()
-        for row in own:
-            label = None if row.variant in seen else row.variant
-            seen.add(row.variant)
+        labelled = set()
+        for row in rloo_rows:
+            label = None if row.variant in labelled else row.variant
+            labelled.add(row.variant)
             axes.plot(
                 _smoothed(row.curves["kl_mean"]),
                 _smoothed(row.curves[name]),
@@ -152,19 +163,19 @@ def gold_by_kl(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _interval(axes: Axes, mean: float, low: float, high: float, place: float, colour: str) -> None:
-    axes.plot([low, high], [place, place], color=colour, linewidth=1.8)
-    axes.plot([mean], [place], color=colour, marker="o", markersize=4)
+def _draw_interval(axes: Axes, interval: Interval, height: float, colour: str) -> None:
+    axes.plot([interval.low, interval.high], [height, height], color=colour, linewidth=1.8)
+    axes.plot([interval.mean], [height], color=colour, marker="o", markersize=4)
 
 
 def _band(axes: Axes, curves: list[list[float]], variant: str) -> None:
     x = (np.arange(len(curves[0])) + 0.5) * LAST_EPOCH / len(curves[0])
-    found = [t_interval(list(values)) for values in zip(*curves, strict=True)]
-    axes.plot(x, [interval.mean for interval in found], color=COLOURS[variant], linewidth=1.5, label=variant)
+    intervals = [t_interval(list(values)) for values in zip(*curves, strict=True)]
+    axes.plot(x, [interval.mean for interval in intervals], color=COLOURS[variant], linewidth=1.5, label=variant)
     axes.fill_between(
         x,
-        [interval.low for interval in found],
-        [interval.high for interval in found],
+        [interval.low for interval in intervals],
+        [interval.high for interval in intervals],
         color=COLOURS[variant],
         alpha=0.2,
         linewidth=0,

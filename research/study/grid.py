@@ -1,4 +1,7 @@
-"""What the study runs: objectives, worlds and seeds; the config of each run, and the key under which its row is kept. Nothing here starts Ray."""
+"""The runs of the study: objectives, worlds and seeds, the config of each run, and the key under which its row is kept.
+
+Nothing here starts Ray.
+"""
 
 import hashlib
 import json
@@ -25,13 +28,20 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "bsr_1": ('objective="bsr"', 'bsr_scale="none"', "bsr_coefficient=1.0"),
     "bsr_micro": ('objective="bsr"', 'preset="released_code"', "bsr_micro_pairs=16"),
 }
-"""Overrides of [reward_model]. BSR by its effective coefficient; bsr_micro is the released code's: 1e-3 x 16 on the mean of every 16 pairs."""
+"""The overrides of [reward_model] by variant.
+
+The names of BSR variants give the effective coefficient. bsr_micro is BSR as in the released code: 1e-3 x 16 on the
+mean of every 16 pairs.
+"""
 PAPERS_BSR = "bsr_0.1"
-"""What stands for BSR where one must: by this project's default scaling the paper's 1e-3 at its batch of 128 is 0.128. The released code's is bsr_micro."""
+"""The variant that stands for BSR where one must.
+
+By this project's default scaling, the paper's 1e-3 at its batch of 128 is 0.128. The released code's BSR is bsr_micro.
+"""
 WORLDS = ("embedded", "rmb")
 DECIDING: dict[Part, set[str]] = {"reward_model": {"seed", "world", "data", "model", "sft", "reward_model"}}
 DECIDING["rloo"] = DECIDING["reward_model"] | {"serve", "rloo"}
-"""Sections of the config that a run's numbers depend on."""
+"""The sections of the config that a run's numbers depend on, by part."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study: its cells, and the overrides that all of them have."""
+    """A study: its variants and seeds, and the overrides that all its runs have."""
 
     name: str
     variants: tuple[str, ...]
@@ -58,7 +68,7 @@ class Plan:
     overrides: tuple[str, ...] = ()
 
     def cells(self, worlds: tuple[str, ...]) -> list[Cell]:
-        """Seed by seed, so that a study that is stopped half-way has whole comparisons."""
+        """Return all runs, seed by seed, so that a study that is stopped half-way has complete comparisons."""
         reward_models = [
             Cell("reward_model", world, variant, seed)
             for seed in self.seeds
@@ -69,8 +79,8 @@ class Plan:
         return reward_models + (rloo if "embedded" in worlds else [])
 
     def config(self, cell: Cell, configs_dir: Path) -> PipelineConfig:
-        own = [f"reward_model.{setting}" for setting in VARIANTS[cell.variant]]
-        return load_config(configs_dir / f"study_{cell.world}.toml", [f"seed={cell.seed}", *own, *self.overrides])
+        objective = [f"reward_model.{setting}" for setting in VARIANTS[cell.variant]]
+        return load_config(configs_dir / f"study_{cell.world}.toml", [f"seed={cell.seed}", *objective, *self.overrides])
 
 
 FULL = Plan("study", tuple(VARIANTS), (0, 1, 2, 3, 4), (0, 1, 2))
@@ -89,7 +99,7 @@ QUICK = Plan(
 
 
 def reward_model_config(config: PipelineConfig) -> PipelineConfig:
-    """As far as a reward model depends on it: what comes after it as the defaults have it."""
+    """Return `config` with the defaults in every section that comes after the reward model."""
     return config.model_copy(
         update={
             "evaluation": EvaluationConfig(),
@@ -101,21 +111,24 @@ def reward_model_config(config: PipelineConfig) -> PipelineConfig:
 
 
 def base_config(config: PipelineConfig) -> PipelineConfig:
-    """As far as the stages before the reward model depend on it."""
+    """Return `config` with the defaults in every section that the stages before the reward model do not depend on."""
     return reward_model_config(config).model_copy(
         update={"reward_model": RewardModelConfig(objective=Objective.BRADLEY_TERRY)}
     )
 
 
 def key_of(cell: Cell, config: PipelineConfig) -> str:
-    """Of what decides the run's numbers."""
+    """Return the key of the cell's row: a hash of what decides the run's numbers, and the part."""
     return f"{digest(config, cell.part)}-{cell.part}"
 
 
 def digest(config: PipelineConfig, part: Part) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of what decides a run's numbers: not its name, nor where and by how many workers it was trained."""
+    """Return 12 hexadecimal digits of the SHA-256 of what decides a run's numbers.
+
+    The run's name, its place and the number of its workers do not count.
+    """
     sections = json.loads(config.model_dump_json(include=DECIDING[part]))
     for stage in ("sft", "reward_model"):
-        del sections[stage]["workers"]  # any number of them takes the same steps
-    del sections["data"]["task_resources"]  # the same rows on whatever nodes
+        del sections[stage]["workers"]  # any number of workers takes the same steps
+    del sections["data"]["task_resources"]  # the rows are the same on any nodes
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,7 +1,10 @@
-"""RMB's real preference pairs (rmb_pairs.parquet) as the files of a run: training pairs, the four scenarios, and text to pretrain on.
+"""Write RMB's real preference pairs (rmb_pairs.parquet) as the files of a run.
 
-The split is the one that the data's own columns suggest: unseen prompts, and the mistral family as unseen response models, on at least one side of a pair.
-In-domain pairs are of completions that training does not see, as the paper's are; the training pairs that would show one are left out and counted.
+The files hold training pairs, the four scenarios, and text to pretrain on.
+
+The data's own columns give the split: unseen prompts, and the mistral family as unseen response models on at least one
+side of a pair. As in the paper, training sees no completion of an in-domain pair. Training pairs that would show such a
+completion are left out and counted.
 """
 
 import hashlib
@@ -16,28 +19,34 @@ import pyarrow.parquet as pq
 
 from rm_robust.data.scenarios import SCENARIOS
 from rm_robust.errors import DataError
-from rm_robust.runs.storage.commits import write_json_atomic, write_text_atomic
+from rm_robust.runs import files as run_files
 
 logger = logging.getLogger(__name__)
 
 RMB_PAIRS = "rmb_pairs.parquet"
 HELD_OUT_FRACTION = 0.13
-"""Of the pairs of known prompts and models, for the in-domain set (as the data's README: 468 of 3,606)."""
+"""The fraction of the pairs with known prompts and models that forms the in-domain set.
+
+The data's README holds out the same fraction: 468 of 3,606.
+"""
 _KEPT = ("pair_uid", "chosen", "rejected", "chosen_model", "rejected_model")
 
 
 def write_rmb_files(data_dir: Path, folder: Path) -> None:
-    """One file a scenario, and both answers of all training pairs as demonstrations. Raises DataError when `data_dir` has no such file, and
-    when `folder` holds those of another."""
+    """Write one file for each scenario, and both answers of all training pairs as demonstrations.
+
+    Raises DataError if `data_dir` has no rmb_pairs.parquet, and if `folder` was made from a different one.
+    """
     source = data_dir / RMB_PAIRS
     if not source.is_file():
         raise DataError(f"There is no {RMB_PAIRS} in {data_dir}. Name the folder of real preference data: DATA=…")
     sha256, manifest = sha256_of(source), folder / "source.json"
     if manifest.exists():
-        found = json.loads(manifest.read_text())["sha256"]
-        if found != sha256:
+        earlier_sha256 = json.loads(manifest.read_text())["sha256"]
+        if earlier_sha256 != sha256:
             raise DataError(
-                f"{folder} was made from another {RMB_PAIRS} ({found}, now {sha256}). Delete it, and the runs beside it."
+                f"{folder} was made from another {RMB_PAIRS} ({earlier_sha256}, now {sha256}). "
+                "Delete the folder and the runs beside it."
             )
         return
     files: dict[str, list[dict[str, Any]]] = {name: [] for name in ("train", *SCENARIOS, "sft")}
@@ -57,11 +66,12 @@ def write_rmb_files(data_dir: Path, folder: Path) -> None:
         {"prompt": json.loads(prompt), "completion": completion} for prompt, completion in sorted(demonstrations)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, own in files.items():
-        write_text_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own))
-    counts = {name: len(own) for name, own in files.items()}
+    for name, file_rows in files.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in file_rows)
+        run_files.write_text(folder / f"{name}.jsonl", "".join(lines))
+    counts = {name: len(file_rows) for name, file_rows in files.items()}
     logger.info("%s: %d pairs, %d left out: %s; %s", RMB_PAIRS, len(rows), sum(left_out.values()), left_out, counts)
-    write_json_atomic(manifest, {"sha256": sha256, "num_pairs": len(rows), **left_out, **counts})
+    run_files.write_json(manifest, {"sha256": sha256, "num_pairs": len(rows), **left_out, **counts})
 
 
 def sha256_of(path: Path) -> str:
@@ -70,7 +80,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _scenarios_of(rows: list[dict[str, Any]]) -> Iterator[tuple[str | None, dict[str, Any]]]:
-    """The scenario of every pair; None: it would show training a completion of the in-domain set."""
+    """Yield every pair with its scenario, or with None if training on it would show an in-domain completion."""
     rng = Random(0)
     known = [row for row in rows if row["prompt_split"] != "unseen" and row["n_unseen_models"] == 0]
     held_out = {row["pair_uid"] for row in known if rng.random() < HELD_OUT_FRACTION}

@@ -1,6 +1,6 @@
-"""The study's record: one line of JSON a run in results.jsonl, made from a finished run's own files.
+"""The study's record: results.jsonl has one JSON line for each run, made from the finished run's own files.
 
-Tables and figures are made from this record alone. Nothing here trains, and nothing here knows of other runs.
+Tables and figures are made from this record alone. Nothing here trains, and nothing here reads other runs.
 """
 
 import json
@@ -14,9 +14,9 @@ from research.study.grid import Cell, Part
 from rm_robust.data.scenarios import SCENARIOS
 from rm_robust.errors import DataError
 from rm_robust.report.record import metric_series
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
 from rm_robust.runs.metrics import MetricsLine, read_metrics
-from rm_robust.runs.storage.commits import write_text_atomic
 
 SIGNIFICANT_DIGITS = 6
 HELD_OUT = (
@@ -24,10 +24,10 @@ HELD_OUT = (
     "hidden_norm_mean", "hidden_norm_std", "hidden_norm_skewness", "final_hidden_norm_mean", "final_hidden_norm_std",
 )  # fmt: skip
 TRAINING = (
-    "accuracy", "loss", "batch_mean_score", "score_std", "score_skewness", "margin_mean", "hidden_norm_mean", "hidden_norm_std",
-    "final_hidden_norm_mean", "final_hidden_norm_std", "hidden_distance_mean", "final_hidden_distance_mean", "final_hidden_distance_std",
-    "final_hidden_distance_skewness", "head_norm",
-    "effective_coefficient",
+    "accuracy", "loss", "batch_mean_score", "score_std", "score_skewness", "margin_mean",
+    "hidden_norm_mean", "hidden_norm_std", "final_hidden_norm_mean", "final_hidden_norm_std",
+    "hidden_distance_mean", "final_hidden_distance_mean", "final_hidden_distance_std", "final_hidden_distance_skewness",
+    "head_norm", "effective_coefficient",
 )  # fmt: skip
 CURVES = ("hidden_norm_mean", "hidden_norm_std", "final_hidden_distance_mean", "accuracy")
 NUM_CURVE_POINTS = 24
@@ -42,12 +42,12 @@ RLOO_EVALUATION = (
     "kl_mean",
 )
 Measured = tuple[dict[str, float], dict[str, list[float]]]
-"""Figures and curves of a row."""
+"""The figures and curves of a row."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one run measured."""
+    """The measurements of one run."""
 
     key: str
     part: Part
@@ -55,13 +55,16 @@ class Row:
     variant: str
     seed: int
     seconds: float
-    """Of the run's own stages, not of those it shares with its twins."""
+    """Seconds that the run's own stages took, without the stages that it shares with its twins."""
     figures: Mapping[str, float]
-    """A reward model: <epoch>/<scenario or "train">/<metric>, epochs from 1. RLOO: <metric>."""
+    """Numbers by name.
+
+    A reward model's names are <epoch>/<scenario or "train">/<metric>, with epochs from 1. RLOO's names are <metric>.
+    """
     curves: Mapping[str, list[float]]
-    """Over training; a reward model: means of equal parts of it. RLOO: one value a step."""
+    """Values over training: means of equal parts of it for a reward model, one value per step for RLOO."""
     about: Mapping[str, str | int | float]
-    """What the run was made with: counts of the data, versions."""
+    """Facts about the run: counts of its data, checksums and versions."""
 
     @property
     def cell(self) -> Cell:
@@ -69,14 +72,15 @@ class Row:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """By key. Raises DataError for a line that is no row, and for two of one key."""
+    """Return the rows of the file by key. Raises DataError for a line that is no row, and for two rows with one key."""
     rows: dict[str, Row] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
         try:
             row = Row(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{path}, line {number} is no row of the study ({error}). Restore the file, or delete that line: its run is then done again."
+                f"{path}, line {number} is no row of the study ({error}). "
+                "Restore the file, or delete that line: its run is then done again."
             ) from error
         if row.key in rows:
             raise DataError(f"{path}, line {number} has the key {row.key} of an earlier line. Delete one of them.")
@@ -85,29 +89,31 @@ def read_rows(path: Path) -> dict[str, Row]:
 
 
 def write_rows(path: Path, rows: Mapping[str, Row]) -> None:
-    """In a fixed order, so that a row that is added changes one line."""
+    """Write the rows in a fixed order, so that a new row changes one line of the file."""
     ordered = sorted(rows.values(), key=lambda row: (row.part, row.world, row.variant, row.seed, row.key))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, "".join(json.dumps(_rounded(asdict(row)), allow_nan=False) + "\n" for row in ordered))
+    run_files.write_text(path, "".join(json.dumps(_rounded(asdict(row)), allow_nan=False) + "\n" for row in ordered))
 
 
 def _rounded(value: object) -> object:
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(own) for key, own in value.items()}
-    return [_rounded(own) for own in value] if isinstance(value, list) else value
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def reward_model_figures(run_dir: Path, *, num_epochs: int) -> Measured:
-    """<epoch>/<scenario>/<metric> at the end of each epoch, <epoch>/train/<metric> as the mean over the epoch's steps, 0/train/… over the first 5 %."""
+    """Return the figures and curves of a reward-model run.
+
+    <epoch>/<scenario>/<metric> is measured at the end of the epoch, and <epoch>/train/<metric> is the mean over the
+    epoch's steps. 0/train/<metric> is the mean over the first 5 % of all steps.
+    """
     lines = read_metrics(run_dir, "reward_model")
     evaluated = [line for line in lines if "reward_model/in_domain_accuracy" in line]
     assert len(evaluated) in (num_epochs, num_epochs + 1), f"{len(evaluated)} evaluations in {num_epochs} epochs"
-    at_ends = [
-        *evaluated[: num_epochs - 1],
-        evaluated[-1],
-    ]  # the last epoch ends with the last step, which may come a step after its evaluation
+    # The last epoch ends with the last step, which may come one step after that epoch's evaluation.
+    at_ends = [*evaluated[: num_epochs - 1], evaluated[-1]]
     figures = _training_means(lines[: max(1, len(lines) // 20)], epoch=0)
     first = 0
     for epoch, line in enumerate(at_ends, start=1):
@@ -125,7 +131,11 @@ def reward_model_figures(run_dir: Path, *, num_epochs: int) -> Measured:
 
 
 def rloo_figures(run_dir: Path) -> Measured:
-    """Means of the last tenth of the steps, of the last evaluation, and gold's rise in each half of the run (score units)."""
+    """Return the figures and curves of an RLOO run.
+
+    The figures are means over the last tenth of the steps, the last evaluation, and the rise of the gold score in each
+    half of the run (in score units).
+    """
     lines = read_metrics(run_dir, "rloo")
     curves = {key.removeprefix("rloo/"): metric_series(lines, key).values.tolist() for key in RLOO_CURVES}
     num_last = max(1, len(lines) // 10)
@@ -149,5 +159,5 @@ def _training_means(lines: Sequence[MetricsLine], *, epoch: int) -> dict[str, fl
 
 
 def _binned(values: list[float]) -> list[float]:
-    """Means of NUM_CURVE_POINTS equal parts."""
+    """Return the means of NUM_CURVE_POINTS equal parts of `values`."""
     return [float(part.mean()) for part in np.array_split(np.array(values), min(NUM_CURVE_POINTS, len(values)))]

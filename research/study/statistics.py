@@ -1,6 +1,7 @@
 """Means over seeds with their intervals, and differences between twins: pure functions of the study's rows.
 
-Twins have the same weights to start from and the same batches, so their difference is taken seed by seed; its interval is Student's t over seeds.
+Twins start from the same weights and see the same batches, so their difference is taken seed by seed. Its interval is
+Student's t over seeds.
 """
 
 import math
@@ -14,12 +15,12 @@ from research.study.rows import Row
 
 CONFIDENCE = 0.95
 Figure = Callable[[Row], float | None]
-"""A number of a row, None where the row has none."""
+"""A function that returns one number of a row, or None if the row does not have it."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its interval; both ends NaN with fewer than two seeds."""
+    """A mean over seeds and its interval. Both ends are NaN with fewer than two seeds."""
 
     mean: float
     low: float
@@ -28,12 +29,12 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval lies on one side of 0, otherwise 0."""
+        """1 if the whole interval is above 0, -1 if it is below 0, and otherwise 0."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """Student's t interval of the mean. Raises ValueError without values."""
+    """Return the mean of `values` with Student's t interval. Raises ValueError if there are no values."""
     if not values:
         raise ValueError("An interval needs at least one value, got none.")
     mean = float(np.mean(values))
@@ -44,19 +45,19 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def over_seeds(rows: Iterable[Row], world: str, variant: str, figure: Figure) -> Interval | None:
-    """None without a row that has it."""
+    """Return the mean of the figure over seeds with its interval, or None if no row has the figure."""
     values = by_seed(rows, world, variant, figure)
     return t_interval(list(values.values())) if values else None
 
 
 def between_twins(rows: Iterable[Row], world: str, variant: str, other: str, figure: Figure) -> Interval | None:
-    """`variant` minus `other`, over the seeds that both have; None without one."""
+    """Return the mean of `variant` minus `other` over the seeds that both have, or None if they share no seed."""
     rows = list(rows)
-    own, others = (by_seed(rows, world, name, figure) for name in (variant, other))
-    differences = [own[seed] - others[seed] for seed in sorted(own.keys() & others.keys())]
+    values, others = (by_seed(rows, world, name, figure) for name in (variant, other))
+    differences = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     return t_interval(differences) if differences else None
 
 
 def by_seed(rows: Iterable[Row], world: str, variant: str, figure: Figure) -> dict[int, float]:
-    found = {row.seed: figure(row) for row in rows if (row.world, row.variant) == (world, variant)}
-    return {seed: value for seed, value in found.items() if value is not None}
+    values = {row.seed: figure(row) for row in rows if (row.world, row.variant) == (world, variant)}
+    return {seed: value for seed, value in values.items() if value is not None}

@@ -12,9 +12,10 @@ from rm_robust.cluster.log_lines import FORMAT_VARIABLE
 logger = logging.getLogger(__name__)
 
 KEEPS_FREED_MEMORY = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**30}"
-"""GLIBC_TUNABLES, read when a process starts: one heap of huge pages, which keeps what is freed (1 GiB at its end). Otherwise the activations of every step
-are fetched from the system and given back: 15,000 page faults a step of the 1 M policy. Without them RLOO's `measure` takes 0.18 s in place of 0.215,
-a reward-model step 6 to 8 per cent less, and peak memory is the same (two cores, float32, medians of three)."""
+"""A value of GLIBC_TUNABLES, which a process reads when it starts: one heap of huge pages that keeps freed memory (1
+GiB at its end). Otherwise the activations of every step are taken from the system and given back, which costs 15,000
+page faults a step of the 1 M policy. Without these faults RLOO's `measure` takes 0.18 s instead of 0.215 s, a
+reward-model step takes 6 to 8 per cent less, and peak memory is the same (two cores, float32, medians of three)."""
 WORKER_ENVIRONMENT = {
     "GLIBC_TUNABLES": KEEPS_FREED_MEMORY,
     "TOKENIZERS_PARALLELISM": "false",
@@ -22,51 +23,60 @@ WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
 }
-"""PASSIVE: idle OpenMP threads sleep. Spinning, their default, takes the cores that trainer, engine and scorers share. Serve kills a proxy that is
-not ready after three checks, of 5 s each by default: too few where every core is taken."""
+"""The environment variables of every worker. PASSIVE makes idle OpenMP threads sleep; by default they spin and take the
+cores that trainer, engine and scorers share. Serve kills a proxy that is not ready after three checks, of 5 s each by
+default. That is too short when every core is busy, hence the 50 s."""
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 
 
 def worker_environment() -> dict[str, str]:
-    """What workers need in their environment, and how this process was asked to log; not what a job's own runtime environment says to them already, which
-    Ray refuses to hear twice."""
-    of_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {}).get("env_vars", {})
-    handed_on = {name: os.environ[name] for name in (FORMAT_VARIABLE, "TQDM_DISABLE") if name in os.environ}
-    return {name: value for name, value in (WORKER_ENVIRONMENT | handed_on).items() if name not in of_job}
+    """Return the variables that workers need, and those that tell this process how to log.
+
+    Variables of the job's own runtime environment are left out: workers get them anyway, and Ray refuses to set one
+    twice.
+    """
+    job_config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    job_variables = job_config.get("runtime_env", {}).get("env_vars", {})
+    log_variables = {name: os.environ[name] for name in (FORMAT_VARIABLE, "TQDM_DISABLE") if name in os.environ}
+    return {name: value for name, value in (WORKER_ENVIRONMENT | log_variables).items() if name not in job_variables}
 
 
 def listen_where_ray_does() -> None:
-    """Gloo groups that this process opens from now on use the interface of its node's Ray address; a GLOO_SOCKET_IFNAME that is set stays.
+    """Make gloo groups that this process opens from now on use the interface of its node's Ray address.
 
-    Left alone gloo takes the address of the machine's own name. Debian and Ubuntu write that into /etc/hosts as 127.0.1.1, which no other machine reaches.
+    A GLOO_SOCKET_IFNAME that is already set stays. By default gloo takes the address of the machine's own name. Debian
+    and Ubuntu write that into /etc/hosts as 127.0.1.1, which no other machine can reach.
     """
     if INTERFACE_VARIABLE in os.environ:
         return
     import ray
 
     address = ray.util.get_node_ip_address()
-    found = [name for name, own in psutil.net_if_addrs().items() if address in [each.address for each in own]]
-    if found:
-        os.environ[INTERFACE_VARIABLE] = found[0]
+    interfaces = [
+        name for name, entries in psutil.net_if_addrs().items() if address in [entry.address for entry in entries]
+    ]
+    if interfaces:
+        os.environ[INTERFACE_VARIABLE] = interfaces[0]
     else:
         logger.warning(
-            "No network interface has this node's Ray address %s: gloo uses that of the machine's name. Where processes of several machines do not find "
-            "each other, set %s on every node.",
+            "No network interface has this node's Ray address %s, so gloo uses the address of the machine's name. "
+            "If processes of several machines do not find each other, set %s on every node.",
             address,
             INTERFACE_VARIABLE,
         )
 
 
 def cpu_environment(num_threads: int) -> dict[str, str]:
-    """`runtime_env={"env_vars": ...}` of a CPU engine actor. vLLM reads these at import, so the actor must be born with them.
+    """Return the variables of a CPU engine actor, for `runtime_env={"env_vars": ...}`.
 
-    The engine runs inside the actor's own process (no child processes), its operators are not compiled (the first compilation takes 13 s
-    and a C++ compiler), and it computes with `num_threads` threads that are bound to no core. PASSIVE makes threads sleep when they have
-    no work: spinning, the default, takes the cores from whoever else needs them. Measured with 2 threads on 2 busy cores, 0.36 M
+    vLLM reads them at import, so the actor must start with them. The engine runs inside the actor's own process (no
+    child processes), its operators are not compiled (the first compilation takes 13 s and a C++ compiler), and it
+    computes with `num_threads` threads that are bound to no core. PASSIVE makes threads sleep when they have no work;
+    by default they spin and take the cores from other processes. Measured with 2 threads on 2 busy cores and 0.36 M
     parameters: 900 tokens/s spinning, 12400 passive. Give the trainer the same policy.
 
-    KEEPS_FREED_MEMORY: a weight update allocates and frees the whole model. With it that is 10 page faults instead of 100 thousand (100 M parameters),
-    and an output head of 100 MB is packed in 36 ms instead of 67.
+    KEEPS_FREED_MEMORY helps because a weight update allocates and frees the whole model. With it that takes 10 page
+    faults instead of 100 thousand (100 M parameters), and an output head of 100 MB is packed in 36 ms instead of 67.
     """
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -82,7 +92,10 @@ def cpu_environment(num_threads: int) -> dict[str, str]:
 
 
 def free_port(host: str) -> int:
-    """Return a TCP port of `host` that nobody listens on ("": of every interface). Another process may take it before the caller does."""
+    """Return a TCP port of `host` on which nobody listens ("" means every interface).
+
+    Another process may take it before the caller does.
+    """
     with socket.socket() as listener:
         listener.bind((host, 0))
         return int(listener.getsockname()[1])

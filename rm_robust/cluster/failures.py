@@ -1,4 +1,7 @@
-"""What of a failure in another process is the user's to mend: Ray wraps it in errors of its own, once for each process that it passes through."""
+"""Find the error that a user can correct behind the failure of another process.
+
+Ray wraps such an error in errors of its own, once for each process that it passes through.
+"""
 
 import logging
 import re
@@ -11,19 +14,21 @@ from rm_robust import errors
 from rm_robust.errors import RmRobustError
 
 LOST = (NodeDiedError, WorkerCrashedError, OutOfMemoryError, TrainingFailedError)
-"""Nobody's fault in the config: the same command again goes on from what is committed."""
-_OWN_ERROR = re.compile(r"^rm_robust\.errors\.(\w+): (.+)$", re.MULTILINE)
+"""Failures that are not caused by the config. The same command continues from what is committed."""
+_PROJECT_ERROR = re.compile(r"^rm_robust\.errors\.(\w+): (.+)$", re.MULTILINE)
 
 
 def origin_of(error: BaseException) -> BaseException:
-    """What was raised first. Of a worker group, the first failure that a user can mend, or the group's error itself.
+    """Return the error that was raised first.
 
-    Ray Data 2.60 keeps no more than the text of what one of its tasks raised, so an error of ours is made anew from its line there.
+    For a worker group this is the first failure that a user can correct, or else the group's error itself. Ray Data
+    2.60 keeps only the text of an error that one of its tasks raised, so an error of this project is made again from
+    its line in that text.
     """
     if isinstance(error, RayTaskError) and error.cause is not None:
         origin = origin_of(error.cause)
-        own = _OWN_ERROR.search(str(error)) if isinstance(origin, UserCodeException) else None
-        return getattr(errors, own[1])(own[2]) if own else origin
+        line = _PROJECT_ERROR.search(str(error)) if isinstance(origin, UserCodeException) else None
+        return getattr(errors, line[1])(line[2]) if line else origin
     if isinstance(error, UserExceptionWithTraceback):
         return origin_of(error._base_exc)
     if isinstance(error, ControllerError):
@@ -36,12 +41,12 @@ def origin_of(error: BaseException) -> BaseException:
 
 
 def log_own_errors_in_one_line() -> None:
-    """In a Ray Train worker, which otherwise logs the traceback of whatever its function raises (Ray 2.60)."""
+    """Make a Ray Train worker log an error of this project in one line; Ray 2.60 would log its traceback."""
     logging.getLogger("ray.train.v2._internal.util").addFilter(_in_one_line)
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    own = _OWN_ERROR.search(record.getMessage())
-    if own:
-        record.msg, record.args = own[0], ()
+    line = _PROJECT_ERROR.search(record.getMessage())
+    if line:
+        record.msg, record.args = line[0], ()
     return True

@@ -1,12 +1,13 @@
-"""What a log line says, in every process of a run: when, how grave, of which run, stage and worker, who, what.
+"""The log lines of every process of a run: time, level, run, stage, worker, logger and message.
 
-    2026-01-01 00:00:00,123 INFO [tiny_cpu reward_model rank 0] rm_robust.training.loop: reward_model step 1/200 loss=0.69 …
+    2026-01-01 00:00:00,123 INFO [demo reward_model rank 0] rm_robust.training.loop: reward_model step 1/200 loss=0.69 …
 
-With RM_ROBUST_LOG_FORMAT=json, which ray_session.py hands on to a run's workers, one JSON object a line:
+RM_ROBUST_LOG_FORMAT=json makes each line a JSON object. A run's workers inherit it (rm_robust/cluster/environment.py):
 
-    {"time": "2026-01-01T00:00:00.123+00:00", "level": "INFO", "run": "tiny_cpu", "stage": "reward_model", "worker": "rank 0", "logger": …, "message": …}
+    {"time": "2026-01-01T00:00:00.123+00:00", "level": "INFO", "run": "demo", "stage": "reward_model",
+     "worker": "rank 0", "logger": …, "message": …}
 
-Not Ray's own LoggingConfig: that knows no run and no stage, and nothing that is said before ray.init.
+Ray's own LoggingConfig is not used: it knows no run and no stage, and nothing that is logged before ray.init.
 """
 
 import json
@@ -19,13 +20,13 @@ from rm_robust.errors import ConfigError
 
 FORMAT_VARIABLE = "RM_ROBUST_LOG_FORMAT"
 ABOUT_VARIABLE = "RM_ROBUST_LOG_ABOUT"
-"""Whose lines a process writes, for one that is told by its environment: an actor of RLOO."""
+"""The environment variable that tells a process its run, stage and worker, as for an actor of RLOO."""
 
 _about: dict[str, str] = json.loads(os.environ.get(ABOUT_VARIABLE, "{}"))
 
 
 class TextLines(logging.Formatter):
-    """For people."""
+    """Format log lines for people."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(about)s%(name)s: %(message)s")
@@ -36,7 +37,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """For programs."""
+    """Format log lines for programs, as JSON objects."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -47,12 +48,16 @@ class JsonLines(logging.Formatter):
 
 
 def start_logging(level: int = logging.INFO, *, force: bool = False) -> None:
-    """This process's lines go to its stderr; `force` where a library has begun to log in its own way. Raises ConfigError for a format that there is not."""
+    """Write the log lines of this process to its stderr. Raises ConfigError for an unknown format.
+
+    `force` replaces the handlers of a library that has already set up logging in its own way.
+    """
     formats = {"text": TextLines, "json": JsonLines}
     wanted = os.environ.get(FORMAT_VARIABLE, "text")
     if wanted not in formats:
         raise ConfigError(
-            f"{FORMAT_VARIABLE} = {wanted!r} is no format of log lines; set it to {' or '.join(formats)}, or unset it for text."
+            f"{FORMAT_VARIABLE} = {wanted!r} is not a format of log lines; "
+            f"set it to {' or '.join(formats)}, or unset it for text."
         )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formats[wanted]())
@@ -60,13 +65,13 @@ def start_logging(level: int = logging.INFO, *, force: bool = False) -> None:
 
 
 def lines_are_of(run: str, stage: str, worker: str | None = None) -> None:
-    """What every line of this process says from now on."""
+    """Set the run, stage and worker that every log line of this process names from now on."""
     _about.clear()
     _about.update(_named(run, stage, worker))
 
 
 def environment_of(run: str, stage: str, worker: str) -> dict[str, str]:
-    """The same for a process that is yet to start."""
+    """Return the environment variable that sets run, stage and worker for the log lines of a process yet to start."""
     return {ABOUT_VARIABLE: json.dumps(_named(run, stage, worker))}
 
 

@@ -1,4 +1,4 @@
-"""The Ray that a pipeline runs on: the cluster it was given, or a local one of this process's own, of which nothing is left behind."""
+"""Connect a pipeline to Ray: to the cluster it was given, or to a local Ray that ends with this process."""
 
 import atexit
 import contextlib
@@ -16,23 +16,23 @@ from rm_robust.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 DRIVER_VARIABLE = "RM_ROBUST_DRIVER"
-"""In the environment of every worker of a local Ray: whose it is."""
+"""The variable in the environment of every worker of a local Ray that names the driver it works for."""
 WORKERS_END_S = 10
 REACHED_WITHIN_S = 10.0
 HEAD_RESOURCE = "node:__internal_head__"
-"""Ray's own: only a cluster's head has it."""
+"""A resource of Ray's own that only the head of a cluster has."""
 _is_local = False
 
 
 def is_local() -> bool:
-    """Whether the Ray that this process works with is its own, and ends with it."""
+    """Return whether this process uses a local Ray of its own, which ends with it."""
     return _is_local
 
 
 def connect_to_ray() -> None:
-    """The job's or RAY_ADDRESS's cluster; otherwise a local one of this process's own, on loopback.
+    """Connect to the cluster of the job or of RAY_ADDRESS; without one, start a local Ray on loopback for this process.
 
-    Raises ClusterError for a cluster that is not there, does not take our token, or is of another version.
+    Raises ClusterError for a cluster that cannot be reached, refuses our token, or runs another version.
     """
     global _is_local
     if ray.is_initialized():
@@ -43,9 +43,8 @@ def connect_to_ray() -> None:
     environment = worker_environment()
     if not on_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
-        logging.getLogger("ray._private.authentication").setLevel(
-            logging.ERROR
-        )  # it warns that token authentication is on
+        # Ray warns there that token authentication is on.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         make_own_token()
         environment[DRIVER_VARIABLE] = driver = f"{os.getpid()} since {psutil.Process().create_time()}"
         atexit.register(shut_down, driver)
@@ -65,45 +64,56 @@ def connect_to_ray() -> None:
 
 
 def make_own_token() -> None:
-    """For a local Ray, unless the environment names one. Ray 2.60 itself would make ~/.ray/auth_token, which the umask may let everybody read."""
+    """Make a token for a local Ray, unless the environment names one.
+
+    Ray 2.60 would otherwise make ~/.ray/auth_token, which every user may read if the umask allows it.
+    """
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def require_reachable(address: str) -> None:
-    """Raise ClusterError when nobody listens at "host:port". Ray itself would try for minutes, and then end the process without a word."""
+    """Raise ClusterError when nobody listens at "host:port".
+
+    Ray itself would try for minutes, and then end the process without a message.
+    """
     host, separator, port = address.rpartition(":")
     if "://" in address or not separator or not port.isdecimal():
-        return  # "auto", ray:// and what Ray refuses by itself
+        return  # "auto", ray://, or an address that Ray itself refuses
     try:
         socket.create_connection((host, int(port)), timeout=REACHED_WITHIN_S).close()
     except OSError as error:
         raise ClusterError(
-            f"No Ray cluster can be reached at RAY_ADDRESS = {address} ({error}). Start its head, correct the address, or unset RAY_ADDRESS for a local run."
+            f"No Ray cluster can be reached at RAY_ADDRESS = {address} ({error}). "
+            "Start its head, correct the address, or unset RAY_ADDRESS for a local run."
         ) from error
 
 
 def why_not_connected(address: str, error: Exception) -> str:
-    """What Ray says of a cluster that is there, with what to do."""
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Return a message with Ray's reason why an existing cluster cannot be used, and with the fix."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "Version mismatch" in str(error):
-        fix = "Install the same versions of Python and Ray here and on every node (requirements/install.sh takes the locked ones)."
-        said = " ".join(line.strip() for line in str(error).splitlines())
+        fix = (
+            "Install the same versions of Python and Ray here and on every node "
+            "(requirements/install.sh takes the locked ones)."
+        )
+        reason = " ".join(line.strip() for line in str(error).splitlines())
     elif isinstance(error, AuthenticationError):
         fix = "Copy the cluster's ~/.ray/auth_token here, or name it with RAY_AUTH_TOKEN_PATH."
     elif isinstance(error, ConnectionError):
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         fix = (
-            f"Something listens there, and does not let this process in. RAY_AUTH_MODE is {mode}: the cluster's token must be in ~/.ray/auth_token, "
-            "RAY_AUTH_TOKEN or the file of RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token."
+            f"Something listens there, but it does not let this process in. RAY_AUTH_MODE is {mode}. Set "
+            "RAY_AUTH_MODE=token, and put the cluster's token in ~/.ray/auth_token, RAY_AUTH_TOKEN or the file that "
+            "RAY_AUTH_TOKEN_PATH names."
         )
     else:
         fix = "Correct RAY_ADDRESS (host:port of the head's GCS, or auto), or unset it for a local run."
-    return f"The Ray cluster at RAY_ADDRESS = {address} cannot be used: {said} {fix}"
+    return f"The Ray cluster at RAY_ADDRESS = {address} cannot be used: {reason} {fix}"
 
 
 def head_does_no_work() -> bool:
-    """Whether the head offers no CPU, as on a cluster whose work belongs on other nodes. The caller is connected."""
+    """Return whether the head offers no CPU because all work belongs on other nodes. The caller is connected to Ray."""
     return any(
         node["Alive"] and HEAD_RESOURCE in node["Resources"] and not node["Resources"].get("CPU")
         for node in ray.nodes()
@@ -111,17 +121,17 @@ def head_does_no_work() -> bool:
 
 
 def is_on_head() -> bool:
-    """Whether this process runs on the head."""
-    own = ray.get_runtime_context().get_node_id()
-    return any(node["NodeID"] == own and HEAD_RESOURCE in node["Resources"] for node in ray.nodes())
+    """Return whether this process runs on the head. The caller is connected to Ray."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == node_id and HEAD_RESOURCE in node["Resources"] for node in ray.nodes())
 
 
 def keep_ray_datas_actors_here() -> None:
-    """Make the detached actors that Ray 2.60's Data library keeps for a cluster, on this process's node, unless they are there.
+    """Make the detached actors of Ray 2.60's Data library on this process's node, if the cluster lacks them.
 
-    Otherwise it makes them where the driver of the first dataset runs, "so that they fate-share with it". They stay after the job, and a node that an
-    autoscaler has started for the driver would never be idle again. They ask for no CPU. The functions are Ray's own; tests/e2e/test_autoscaler.py
-    sees whether they are still all there are.
+    Otherwise Ray makes them where the driver of the first dataset runs, "so that they fate-share with it". They outlive
+    the job, so a node that an autoscaler has started for the driver would never be idle again. They ask for no CPU. The
+    functions are Ray's own; tests/e2e/test_autoscaler.py checks that they make all such actors.
     """
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
@@ -141,25 +151,26 @@ def keep_ray_datas_actors_here() -> None:
 
 
 def shut_down(driver: str) -> None:
-    """End a local Ray and whatever is left of its workers.
+    """End the local Ray of `driver`, and kill those of its workers that do not end.
 
-    A worker of Ray 2.60 may hang while it exits, when it has left the cluster and nobody knows of it any more (seen once in some hundred runs; the
-    like: ray-project/ray#18533, #66231).
+    A worker of Ray 2.60 may hang while it exits, after it has left the cluster and nobody tracks it any more (seen once
+    in some hundred runs; similar: ray-project/ray#18533, #66231).
     """
     ray.shutdown()
-    _, left = psutil.wait_procs(workers_of(driver), timeout=WORKERS_END_S)
-    for process in left:
+    _, hanging = psutil.wait_procs(workers_of(driver), timeout=WORKERS_END_S)
+    for process in hanging:
         logger.warning("killing process %d, a worker of Ray that did not end", process.pid)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended after all
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by now
             process.kill()
 
 
 def workers_of(driver: str) -> list[psutil.Process]:
-    found = []
+    """Return the processes of this machine that are workers of the local Ray of `driver`."""
+    workers = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(DRIVER_VARIABLE) == driver:
-                found.append(process)
+                workers.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue  # gone, or another user's
-    return found
+            continue  # it has ended, or is another user's
+    return workers

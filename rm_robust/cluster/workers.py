@@ -1,4 +1,4 @@
-"""Ray Train shell: run one plain function on every worker of a group, with torch.distributed ready. No formula lives here."""
+"""Run one plain function on every worker of a Ray Train group, with torch.distributed ready. No formula lives here."""
 
 import logging
 import os
@@ -14,21 +14,24 @@ from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.config.run import PipelineConfig
 from rm_robust.config.shared import WorkersConfig
 from rm_robust.errors import RmRobustError
-from rm_robust.runs.storage.copies import uri_of
-from rm_robust.runs.storage.transfer import forget_uncommitted, pull
+from rm_robust.runs import files as run_files
 
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 
 MAX_WORKER_FAILURES = 2
-"""Restarts of a worker group before a stage fails; a restart continues from the last committed state. None for what a user can mend (errors.py)."""
+"""Restarts of a worker group before a stage fails. Each continues from the last committed state. There is none after an
+error that a user can correct (rm_robust/errors.py)."""
 MAX_ELASTIC_FAILURES = 20
-"""Of an elastic one, which was made to lose nodes."""
+"""Restarts of an elastic worker group, which is made to lose nodes."""
 
 
 def run_on_workers(
     function: WorkerFunction, *, stage: str, config: PipelineConfig, run_dir: Path, workers: WorkersConfig
 ) -> dict[str, float]:
-    """Run `function(config, run_dir)` on `workers` through Ray Train V2; returns what rank 0 returned. Raises ray.train.TrainingFailedError."""
+    """Run `function(config, run_dir)` on `workers` through Ray Train V2, and return what rank 0 returned.
+
+    Raises ray.train.TrainingFailedError.
+    """
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     trainer = _trainer_class()(
@@ -52,12 +55,11 @@ def run_on_workers(
                 **workers.resources_per_worker,
             },
         ),
-        torch_config=_torch_config_class()(
-            backend="cpu:gloo,cuda:nccl" if workers.num_gpus_per_worker else "gloo"
-        ),  # offloaded shards meet on the CPU
+        # Gloo is needed beside nccl, because the ranks exchange offloaded shards on the CPU.
+        torch_config=_torch_config_class()(backend="cpu:gloo,cuda:nccl" if workers.num_gpus_per_worker else "gloo"),
         run_config=RunConfig(
             name=stage,
-            storage_path=f"{uri_of(run_dir) or run_dir}/ray_train",
+            storage_path=f"{run_files.shown(run_dir)}/ray_train",
             failure_config=FailureConfig(
                 max_failures=MAX_WORKER_FAILURES if workers.min_workers is None else MAX_ELASTIC_FAILURES
             ),
@@ -70,29 +72,28 @@ def run_on_workers(
 
 
 def gpu_request(num_gpus: float) -> dict[str, float]:
-    """The GPU part of a resource request; none on CPU."""
+    """Return the GPU part of a resource request; it is empty without GPUs."""
     return {"GPU": num_gpus} if num_gpus else {}
 
 
 def worker_device() -> torch.device:
-    """This worker's device: its GPU when it was given one."""
+    """Return this worker's device: its GPU when it was given one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def quieten_libraries() -> None:
-    """What libraries say of their own insides at INFO, and bars for files that load in a blink; warnings of substance stay."""
+    """Turn off progress bars of short loads and the libraries' logs of their internals; important warnings stay."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # transformers imports deepspeed to save a model, and deepspeed warns of a machine without GPU
+        # Transformers imports deepspeed to save a model, and deepspeed warns when a machine has no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def prepare_process(num_threads: int) -> None:
-    """Threads and logging of a worker process."""
+    """Set up the threads and the logging of a worker process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(num_threads)
     quieten_libraries()
@@ -103,9 +104,10 @@ _is_train_worker = False
 
 
 def is_reclaimed() -> bool:
-    """Whether a machine of this worker group is about to be taken away (spot instances): the same answer on every rank, which meet here.
+    """Return whether a machine of this worker group is about to be taken away (spot instances).
 
-    False outside Ray Train, and where RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0 says that nobody watches.
+    All ranks call this together and get the same answer. It is False outside Ray Train, and where
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0 says that nobody watches.
     """
     if not _is_train_worker or os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
         return False
@@ -114,21 +116,21 @@ def is_reclaimed() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
-def own_copy(run_dir: Path) -> Path:
-    """Of a run in an object store, as it is committed, before any rank of this node writes to it."""
-    if uri_of(run_dir) is not None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            forget_uncommitted(run_dir)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-    return pull(run_dir)
+def refreshed_run_dir(run_dir: Path) -> Path:
+    """Return the run directory as it is committed, before any rank of this node writes to it. Every rank calls it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        run_files.forget_uncommitted(run_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return run_files.refresh(run_dir)
 
 
 def _trainer_class() -> Any:
-    """TorchTrainer that starts no worker again after an error that a user can mend, and without Ray's PlacementGroupCleaner.
+    """Return a TorchTrainer without restarts after an error that a user can correct, and without PlacementGroupCleaner.
 
-    That looks its controller up in whatever Ray it finds first on the machine, and takes the workers' resources away when another Ray answers that it
-    knows no such controller (Ray 2.60). Ours needs no cleaning: it ends with the driver.
+    Ray's PlacementGroupCleaner looks up its controller in whichever Ray it finds first on the machine. When that is
+    another Ray, which knows no such controller, the cleaner takes the workers' resources away (Ray 2.60). Our
+    controller needs no cleaning, because it ends with the driver.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -139,8 +141,8 @@ def _trainer_class() -> Any:
 
     class FailurePolicy(DefaultFailurePolicy):
         def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
-            is_mendable = isinstance(origin_of(training_failed_error), RmRobustError)
-            return not is_mendable and super()._is_retryable_error(training_failed_error)
+            is_correctable = isinstance(origin_of(training_failed_error), RmRobustError)
+            return not is_correctable and super()._is_retryable_error(training_failed_error)
 
     class Trainer(TorchTrainer):
         def _initialize_and_run_controller(self, **settings: Any) -> Any:
@@ -155,10 +157,13 @@ def _trainer_class() -> Any:
 
 
 def _torch_config_class() -> Any:
-    """TorchConfig whose workers know gloo's interface before Ray makes their process group, which is before it calls `_work`."""
+    """Return a TorchConfig whose workers set gloo's interface before Ray makes their process group.
+
+    Ray makes the process group before it calls `_work`, so `_work` would set the interface too late.
+    """
     from ray.train.torch import TorchConfig
 
-    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # a class that is known at run time only
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # the class is known only at run time
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             worker_group.execute(listen_where_ray_does)
             super().on_start(worker_group, backend_config)
@@ -181,5 +186,5 @@ def _work(settings: dict[str, Any]) -> dict[str, float]:
     log_own_errors_in_one_line()
     prepare_process(settings["num_threads"])
     lines_are_of(settings["config"].name, settings["stage"], f"rank {ray.train.get_context().get_world_rank()}")
-    result: dict[str, float] = settings["function"](settings["config"], own_copy(settings["run_dir"]))
+    result: dict[str, float] = settings["function"](settings["config"], refreshed_run_dir(settings["run_dir"]))
     return result

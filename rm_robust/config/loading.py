@@ -14,12 +14,15 @@ Config = TypeVar("Config", bound=Section)
 
 
 def load_config(path: Path, overrides: list[str]) -> PipelineConfig:
-    """The config of a pipeline; see load_section."""
+    """Read and validate the config of a pipeline, as load_section does."""
     return load_section(path, overrides, PipelineConfig)
 
 
 def load_section(path: Path, overrides: list[str], kind: type[Config]) -> Config:
-    """Read and validate; ConfigError lists every wrong key as `dotted.name = value: what is wrong`."""
+    """Read and validate a config file.
+
+    Raises ConfigError, which lists every wrong key as `dotted.name = value: what is wrong`.
+    """
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
@@ -33,7 +36,7 @@ def load_section(path: Path, overrides: list[str], kind: type[Config]) -> Config
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
+        problems = [_describe(problem, kind) for problem in error.errors()]
         raise ConfigError(f"{path} is not a valid config:\n  " + "\n  ".join(problems)) from error
 
 
@@ -54,10 +57,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, kind: type[Section]) -> str:
     dotted = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key (value {problem['input']!r}); check the spelling against rm_robust/config/run.py"
+        settings = f"{kind.__name__} in {kind.__module__.replace('.', '/')}.py"
+        return f"{dotted}: unknown key (value {problem['input']!r}); check the spelling against {settings}"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], dict):
         return f"{dotted}: {message}" if dotted else message

@@ -8,22 +8,24 @@ from rm_robust.config.shared import ComputeConfig, OptimizerConfig, Section, Str
 
 
 class RewardSourceConfig(Section):
-    """One more reward beside the proxy reward model: a scoring service elsewhere, or a rule."""
+    """A reward beside that of the proxy reward model: a scoring service elsewhere, or a rule."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """In metrics: rloo/reward/<name>_mean. `proxy` and `gold` are taken."""
+    """Name of the source in the metrics: rloo/reward/<name>_mean. `proxy` and `gold` are taken."""
     weight: float = 1.0
-    """The step's reward is the proxy's, times `proxy_weight`, plus the sum of weight * score over these."""
+    """Factor of the source's score. The reward of a step is `proxy_weight` times the proxy's score plus the sum of
+    weight * score over all sources."""
     url: str | None = None
-    """http(s) URL of a scoring service, whose first model is asked with the key in RM_ROBUST_API_KEY."""
+    """http(s) URL of a scoring service. Its first model is asked, with the key in RM_ROBUST_API_KEY."""
     function: str | None = None
-    """`package.module:function`, called as function(prompt: list[Message], completion: str) -> float in the driver."""
+    """`package.module:function`. The driver calls it as function(prompt: list[Message], completion: str) -> float."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.url is None) == (self.function is None):
             raise ValueError(
-                f"reward source {self.name!r}: set either url or function, got url = {self.url!r} and function = {self.function!r}"
+                f"reward source {self.name!r}: set either url or function, "
+                f"got url = {self.url!r} and function = {self.function!r}"
             )
         if self.name in ("proxy", "gold"):
             raise ValueError(
@@ -33,87 +35,102 @@ class RewardSourceConfig(Section):
 
 
 class MonitorConfig(Section):
-    """When a run is over-optimised: over a window the proxy score rises while the gold score does not, or falls (Gao et al. 2023)."""
+    """When a run counts as over-optimised: over a window of steps the proxy score rises, and gold stays or falls.
+
+    Source: Gao et al. 2023. rm_robust/rloo/monitor.py has the rule.
+    """
 
     window_steps: int = Field(default=20, ge=4)
-    """Steps with a gold score that are looked at."""
+    """Length of the window, in steps with a gold score."""
     min_proxy_rise: float = Field(default=0.25, gt=0)
-    """Of the proxy's mean from the first half of the window to the second, in standard deviations of the first step's proxy scores."""
+    """Smallest rise of the proxy's mean from the first half of the window to the second at which the monitor may fire,
+    in standard deviations of the first step's proxy scores."""
     max_gold_rise: float = 0.0
-    """Fires when the gold mean rose by no more than this, in standard deviations of the first step's gold scores."""
+    """The monitor fires when the proxy has risen so far and the gold mean by no more than this, in standard deviations
+    of the first step's gold scores."""
     min_gold_fall: float = Field(default=0.15, gt=0)
-    """Of the gold mean likewise; fires with any rise of the proxy."""
+    """Smallest fall of the gold mean, in the same unit, at which the monitor fires however little the proxy has
+    risen."""
     action: Literal["warn", "lower_learning_rate", "stop"] = "warn"
     learning_rate_factor: float = Field(default=0.5, gt=0, lt=1)
-    """action = "lower_learning_rate" only: each firing multiplies the rate of all later steps by it."""
+    """Factor of the learning rate of all later steps, once for each firing (action = "lower_learning_rate" only)."""
 
 
 class PolicyEvaluationConfig(Section):
-    """The policy against the SFT policy on held prompts."""
+    """How the policy is compared with the SFT policy on held-out prompts."""
 
     every_steps: int = Field(default=20, ge=0)
-    """0: never. Otherwise also before the first step and after the last one."""
+    """Steps between two comparisons. 0: never. Otherwise there is also one before the first step and one after the
+    last."""
     num_prompts: int = Field(default=64, ge=2)
-    """Held out of the RLOO prompts; no step samples from them."""
+    """Number of RLOO prompts that are held out. No step samples from them."""
 
 
 class RlooConfig(Section):
-    """REINFORCE leave-one-out against the served reward model."""
+    """Settings of REINFORCE leave-one-out against the served reward model."""
 
     num_steps: int = Field(default=60, ge=1)
     num_prompts_per_step: int = Field(default=32, ge=1)
     num_completions_per_prompt: int = Field(default=4)
-    """K; at least 2, or there is no baseline."""
+    """K. It is at least 2, because a single completion has no baseline."""
     temperature: float = Field(default=1.0, gt=0)
     max_new_tokens: int = Field(default=64, ge=1)
     proxy_weight: float = 1.0
-    """Of the proxy's score in the reward; 0 trains on `reward_sources` alone."""
+    """Factor of the proxy's score in the reward. 0 trains on `reward_sources` alone."""
     reward_sources: tuple[RewardSourceConfig, ...] = ()
     max_failed_score_fraction: float = Field(default=0.2, ge=0, lt=1)
-    """Completions of a step whose score failed or is not finite are left out of baseline and update, and counted; with more of them the run ends."""
+    """Largest share of a step's completions whose score may fail or be non-finite; the run ends when there are more.
+    Such completions are left out of baseline and update, and counted."""
     normalise_scores: bool = False
-    """Reward scores of a step minus their mean, over their standard deviation, before clipping, KL and baseline."""
+    """Subtract the mean of a step's reward scores and divide by their standard deviation, before clipping, KL and
+    baseline."""
     score_clip_range: tuple[float, float] | None = None
-    """Reward scores are clamped to it before KL and baseline (TRL's reward_clip_range)."""
+    """Range to which reward scores are clamped, before KL and baseline (TRL's reward_clip_range)."""
     kl_coefficient: float = Field(default=0.05, ge=0)
-    """beta; reward = score - beta * KL of the whole completion (nats). Paper: 0.05."""
+    """beta in reward = score - beta * KL of the whole completion (nats). Paper: 0.05."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Of the KL to the SFT policy a token (Schulman 2020), summed over the completion."""
+    """Estimator of a token's KL to the SFT policy (Schulman 2020). The KL of a completion is the sum over its
+    tokens."""
     kl_in_baseline: bool = True
-    """True: the KL is part of the reward that the baseline is taken of (paper, TRL). False: subtracted from the advantage afterwards."""
+    """True: the KL is part of the reward from which the baseline is computed (paper, TRL). False: it is subtracted from
+    the advantage afterwards."""
     target_kl: float | None = Field(default=None, gt=0)
-    """None: kl_coefficient stays. Otherwise it follows the mean KL of a completion towards this (Ziegler et al. 2019, section 2.2)."""
+    """Mean KL of a completion towards which kl_coefficient is adapted (Ziegler et al. 2019, section 2.2). None:
+    kl_coefficient stays as it is."""
     kl_horizon_steps: float = Field(default=20, gt=0)
-    """target_kl only: steps in which the coefficient changes by a factor of about e**0.2 at an error of 20 % or more."""
+    """Steps in which kl_coefficient changes by a factor of about e**0.2 at an error of 20 % or more (target_kl
+    only)."""
     ratio_level: Literal["sequence", "token"] = "sequence"
-    """Of the clipped ratio new/old: of whole completions (paper, TRL), or token by token, averaged over a completion's tokens."""
+    """Level of the clipped ratio new/old: one for a whole completion (paper, TRL), or one for each token, averaged over
+    the completion's tokens."""
     clip_range: float = Field(default=0.2, gt=0, lt=1)
     """The ratio is clipped to [1 - clip_range, 1 + clip_range]."""
     num_epochs_per_step: int = Field(default=1, ge=1)
     """Passes over a step's completions."""
     num_minibatches_per_epoch: int = Field(default=1, ge=1)
-    """Optimiser steps of a pass; a prompt's completions stay together."""
+    """Optimiser steps of one pass. The completions of a prompt stay together."""
     truncated_completions: Literal["penalty", "mask", "keep"] = "penalty"
-    """Those cut at max_new_tokens. `penalty`: truncated_penalty is subtracted from their reward. `mask`: no gradient, but part of the baseline.
-    `keep`: as any other."""
+    """What happens to completions that are cut at max_new_tokens. `penalty`: truncated_penalty is subtracted from their
+    reward. `mask`: they have no gradient, but are part of the baseline. `keep`: they are treated as any other."""
     truncated_penalty: float = Field(default=1.0, ge=0)
-    """Score units; `penalty` only."""
+    """Score units that are subtracted (truncated_completions = "penalty" only)."""
     max_policy_lag: int = Field(default=0, ge=0)
-    """Steps by which the policy that samples may be behind the one that is trained. 0: on-policy, one after the other. n: n more batches are sampled
-    meanwhile."""
+    """Steps by which the sampling policy may be behind the trained one. 0: on-policy, sampling and training take turns.
+    n: n further batches are sampled during training."""
     importance_correction: Literal["none", "sequence", "token"] = "sequence"
-    """Weight old/sampler (trainer's log-probabilities when the update starts, over vLLM's when it sampled), without gradient: corrects lag and engine
-    mismatch."""
+    """Level of the weight old/sampler, which corrects policy lag and differences between the engines. It is the
+    trainer's probability when the update starts over vLLM's when it sampled, and has no gradient."""
     importance_cap: float = Field(default=2.0, ge=1)
-    """The weight is at most this (truncated importance sampling)."""
+    """Upper bound of that weight (truncated importance sampling)."""
     gold_every_steps: int = Field(default=1, ge=1)
-    """Steps whose completions the gold judge scores: the first, and then every n-th."""
+    """The gold judge scores the completions of the first step, and then of every n-th."""
     monitor: MonitorConfig = MonitorConfig()
     evaluation: PolicyEvaluationConfig = PolicyEvaluationConfig()
     generation_silence_s: float = Field(default=600, gt=0)
-    """An engine that finishes no prompt for so long counts as lost, and is replaced."""
+    """Seconds after which an engine that has finished no prompt counts as lost, and is replaced."""
     max_restarts: int = Field(default=3, ge=0)
-    """Of lost engines and trainers, without a committed step between them; then the run ends with an error."""
+    """Restarts of lost engines and trainers without a committed step between them. After these the run ends with an
+    error."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.05, schedule="constant")
     strategy: StrategyConfig = StrategyConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -127,19 +144,20 @@ class RlooConfig(Section):
     engine_dtype: Literal["float32", "bfloat16"] = "float32"
     tensor_parallel_size: int = Field(default=1, ge=1)
     kv_cache_memory_bytes: int = Field(default=64 * 2**20, ge=2**20)
-    """CPU engines only."""
+    """Memory of an engine's KV cache (CPU engines only)."""
     max_num_sequences: int = Field(default=128, ge=1)
     weight_transfer_backend: Literal["gloo", "nccl"] = "gloo"
     checkpoint_every_steps: int = Field(default=10, ge=1)
     num_sample_prompts: int = Field(default=4, ge=0)
-    """Prompts whose completions are kept for the report at every checkpoint."""
+    """Number of prompts whose completions are kept for the report at every checkpoint."""
 
     @field_validator("num_completions_per_prompt")
     @classmethod
     def _baseline_exists(cls, value: int) -> int:
         if value < 2:
             raise ValueError(
-                f"RLOO needs at least 2 completions per prompt to form a baseline, got {value}. Set rloo.num_completions_per_prompt >= 2"
+                f"RLOO needs at least 2 completions per prompt to form a baseline, got {value}. "
+                "Set rloo.num_completions_per_prompt >= 2"
             )
         return value
 
@@ -147,11 +165,13 @@ class RlooConfig(Section):
     def _levels_fit(self) -> Self:
         if self.importance_correction == "token" and self.ratio_level != "token":
             raise ValueError(
-                'rloo.importance_correction = "token" weights tokens; set rloo.ratio_level = "token" too, or use "sequence"'
+                'rloo.importance_correction = "token" weights tokens; set rloo.ratio_level = "token" too, '
+                'or use "sequence"'
             )
         if self.evaluation.every_steps and self.evaluation.num_prompts < self.trainers.num_workers:
             raise ValueError(
-                f"rloo.evaluation.num_prompts = {self.evaluation.num_prompts} leaves some of the {self.trainers.num_workers} trainers idle; raise it"
+                f"rloo.evaluation.num_prompts = {self.evaluation.num_prompts} leaves some of the "
+                f"{self.trainers.num_workers} trainers idle; raise it"
             )
         return self
 
@@ -159,7 +179,8 @@ class RlooConfig(Section):
     def _devices_match(self) -> Self:
         if self.weight_transfer_backend == "nccl" and not (self.engine_num_gpus and self.trainers.num_gpus_per_worker):
             raise ValueError(
-                'rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and trainers.num_gpus_per_worker, or use "gloo"'
+                'rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and '
+                'trainers.num_gpus_per_worker, or use "gloo"'
             )
         if self.trainers.min_workers is not None:
             raise ValueError(
@@ -167,7 +188,8 @@ class RlooConfig(Section):
             )
         if self.num_prompts_per_step % (self.num_minibatches_per_epoch * self.trainers.num_workers):
             raise ValueError(
-                f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of num_minibatches_per_epoch * trainers.num_workers = "
+                f"rloo.num_prompts_per_step = {self.num_prompts_per_step} must be a multiple of "
+                "num_minibatches_per_epoch * trainers.num_workers = "
                 f"{self.num_minibatches_per_epoch * self.trainers.num_workers}, so that each has whole groups"
             )
         return self

@@ -1,6 +1,7 @@
-"""Every setting of a run, its default, its bound and its unit, one class per stage (RLOO's: config_rloo.py). Files and overrides: config_loading.py.
+"""Every setting of a run with its default, bound and unit: a class for each stage, here and in the files beside this.
 
-Frozen, and unknown keys are refused; combinations that cannot work are refused here, before Ray starts.
+A config is frozen. Unknown keys and combinations that cannot work are refused here, before Ray starts.
+rm_robust/config/loading.py reads config files and overrides.
 """
 
 from typing import Literal, Self
@@ -14,10 +15,10 @@ from rm_robust.config.training import ModelConfig, RewardModelConfig, SftConfig
 
 
 class EvaluationConfig(Section):
-    """The four scenarios."""
+    """Settings of the evaluation on the four scenarios."""
 
     max_prompts_per_scenario: int | None = Field(default=None, ge=1)
-    """None: all. Otherwise the first so many, in the order of their ids."""
+    """Prompts of a scenario that are evaluated: the first in the order of their ids. None: all."""
     max_tokens_per_batch: int = Field(default=8192, ge=64)
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float = Field(default=0, ge=0)
@@ -25,12 +26,12 @@ class EvaluationConfig(Section):
 
 
 class ReplicaConfig(Section):
-    """One served model: its replicas, and what they are asked at a time."""
+    """One served model: its replicas, and how much they compute at a time."""
 
     num_replicas: int = Field(default=1, ge=1)
     """Replicas that are always up."""
     max_replicas: int | None = Field(default=None, ge=1)
-    """While batches queue, more are started, up to this many. None: never more than `num_replicas`."""
+    """Largest number of replicas; more are started while batches queue. None: never more than `num_replicas`."""
     upscale_delay_s: float = Field(default=10, ge=0)
     downscale_delay_s: float = Field(default=300, ge=0)
     num_threads: int = Field(default=1, ge=1)
@@ -39,17 +40,19 @@ class ReplicaConfig(Section):
     resources: dict[str, float] = {}
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length_tokens: int = Field(default=256, ge=2)
-    """Prompt + completion; longer inputs are refused with 413."""
+    """Tokens of prompt and completion together. Longer inputs are refused with 413."""
     max_batch_tokens: int = Field(default=2048, ge=1)
-    """Tokens of one forward; a longer input has one of its own. 2,048 keeps a small model's activations in a CPU's cache; GPUs want more."""
+    """Tokens of one forward pass. A longer input has a pass of its own. 2,048 keeps a small model's activations in a
+    CPU's cache; GPUs need more."""
     share_prompts: bool = True
-    """Compute a prompt once for all the requests of a batch that have it."""
+    """Compute a prompt once for all requests of a batch that have it."""
 
     @model_validator(mode="after")
     def _scales_up(self) -> Self:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ValueError(
-                f"max_replicas = {self.max_replicas} is less than num_replicas = {self.num_replicas}; raise it, or leave it out"
+                f"max_replicas = {self.max_replicas} is less than num_replicas = {self.num_replicas}; "
+                "raise it, or leave it out"
             )
         return self
 
@@ -58,8 +61,8 @@ class ServeConfig(Section):
     """The scorers of a run: the proxy reward model and the gold judge."""
 
     gold: str = "embedded"
-    """`embedded`: the world's own judge; a committed reward-model checkpoint directory; or the http(s) URL of a scoring service, whose first model
-    is asked with the key in RM_ROBUST_API_KEY."""
+    """`embedded`: the world's own judge. Otherwise a committed reward-model checkpoint directory, or the http(s) URL of
+    a scoring service, whose first model is asked with the key in RM_ROBUST_API_KEY."""
     proxy_replica: ReplicaConfig = ReplicaConfig()
     gold_replica: ReplicaConfig = ReplicaConfig()
     request_timeout_s: float = Field(default=60, gt=0)
@@ -70,13 +73,14 @@ class ServeConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Experiment trackers beside metrics.jsonl and TensorBoard, which are always written. They need the extra `trackers`."""
+    """Experiment trackers, which need the extra `trackers`. metrics.jsonl and TensorBoard are always written."""
 
     wandb_project: str | None = None
-    """Weights & Biases project; account and server as wandb itself is configured (WANDB_API_KEY, WANDB_MODE=offline, …)."""
+    """Weights & Biases project. Account and server are those that wandb itself is configured with (WANDB_API_KEY,
+    WANDB_MODE=offline, …)."""
     mlflow_experiment: str | None = None
     mlflow_uri: str | None = None
-    """MLflow tracking server; None: as mlflow itself is configured (MLFLOW_TRACKING_URI)."""
+    """MLflow tracking server. None: the one that mlflow itself is configured with (MLFLOW_TRACKING_URI)."""
 
     @model_validator(mode="after")
     def _uri_has_an_experiment(self) -> Self:
@@ -86,7 +90,7 @@ class TrackingConfig(Section):
 
 
 class PipelineConfig(Section):
-    """A whole run. `name` is the run directory's name."""
+    """The config of a whole run. `name` is the name of its run directory."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -105,12 +109,14 @@ class PipelineConfig(Section):
         longest = self.data.max_prompt_tokens + self.data.max_completion_tokens
         if self.model.path is None and longest > self.model.max_position_embeddings:
             raise ValueError(
-                f"data.max_prompt_tokens + data.max_completion_tokens = {longest} exceeds model.max_position_embeddings = {self.model.max_position_embeddings}"
+                f"data.max_prompt_tokens + data.max_completion_tokens = {longest} "
+                f"exceeds model.max_position_embeddings = {self.model.max_position_embeddings}"
             )
         served = min(self.serve.proxy_replica.max_length_tokens, self.serve.gold_replica.max_length_tokens)
-        if self.data.max_prompt_tokens + self.rloo.max_new_tokens + 1 > served:
+        longest_sampled = self.data.max_prompt_tokens + self.rloo.max_new_tokens + 1
+        if longest_sampled > served:
             raise ValueError(
-                f"data.max_prompt_tokens + rloo.max_new_tokens + 1 = {self.data.max_prompt_tokens + self.rloo.max_new_tokens + 1} exceeds the served "
+                f"data.max_prompt_tokens + rloo.max_new_tokens + 1 = {longest_sampled} exceeds the served "
                 f"max_length_tokens = {served}: RLOO could sample completions that the scorers refuse"
             )
         if not self.sft.enabled and self.model.path is None:
@@ -120,6 +126,7 @@ class PipelineConfig(Section):
                 raise ValueError("sft.enabled = true needs data.sft, which is empty")
             if self.data.rloo_prompts and self.serve.gold == "embedded":
                 raise ValueError(
-                    'serve.gold = "embedded" judges only the embedded world; set serve.gold to a reward-model checkpoint directory'
+                    'serve.gold = "embedded" judges only the embedded world; '
+                    "set serve.gold to a reward-model checkpoint directory"
                 )
         return self

@@ -1,4 +1,4 @@
-"""Settings of what is trained before RLOO: the model, SFT and the reward model."""
+"""Settings of the stages before RLOO: the language model, SFT and the reward model."""
 
 from typing import Any, Literal, Self
 
@@ -9,12 +9,13 @@ from rm_robust.config.shared import ComputeConfig, OptimizerConfig, Section, Str
 
 
 class ModelConfig(Section):
-    """The language model under the policy and the reward model."""
+    """The language model from which the policy and the reward model are made."""
 
     path: str | None = None
-    """Hugging Face directory or hub name. None: a small Qwen2 and its byte-level BPE tokenizer are made from scratch in the SFT stage."""
+    """Hugging Face directory or hub name. None: the SFT stage makes a small Qwen2 and its byte-level BPE tokenizer from
+    scratch."""
     vocab_size: int = Field(default=800, ge=300, le=200000)
-    """From-scratch model only, as the next five."""
+    """Tokens of the vocabulary. This setting and the next six are for a model from scratch only."""
     hidden_size: int = Field(default=128, ge=32)
     intermediate_size: int = Field(default=448, ge=32)
     num_layers: int = Field(default=4, ge=1)
@@ -26,7 +27,8 @@ class ModelConfig(Section):
     def _heads_fit(self) -> Self:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 32:
             raise ValueError(
-                f"model.hidden_size = {self.hidden_size} over num_heads = {self.num_heads} must be a multiple of 32 per head (vLLM's CPU kernels)"
+                f"model.hidden_size = {self.hidden_size} over num_heads = {self.num_heads} "
+                "must be a multiple of 32 per head (vLLM's CPU kernels)"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -36,34 +38,38 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (PEFT), without dropout: the decoder's own weights are frozen; the score head is trained whole."""
+    """Low-rank adapters (PEFT) without dropout.
+
+    The decoder's own weights are frozen, and the score head is trained in full.
+    """
 
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
-    """Adapters are scaled by alpha / rank."""
+    """The adapters are scaled by alpha / rank."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of linear layers (q_proj, …)."""
+    """Names of the linear layers that get adapters (q_proj, …)."""
 
 
 def _check_workers(section: str, batch_size: int, workers: WorkersConfig, strategy: StrategyConfig) -> None:
     if batch_size < workers.num_workers:
         raise ValueError(
-            f"{section}.batch_size = {batch_size} leaves some of {section}.workers.num_workers = {workers.num_workers} workers without a row; "
-            "raise the one or lower the other"
+            f"{section}.batch_size = {batch_size} leaves some of {section}.workers.num_workers = {workers.num_workers} "
+            "workers without a row; raise the one or lower the other"
         )
     if workers.min_workers is not None and strategy.kind == "deepspeed":
         raise ValueError(
-            f'{section}.workers.min_workers needs {section}.strategy.kind = "ddp" or "fsdp2": DeepSpeed resumes with the same number of workers only'
+            f'{section}.workers.min_workers needs {section}.strategy.kind = "ddp" or "fsdp2": '
+            "DeepSpeed resumes with the same number of workers only"
         )
 
 
 class SftConfig(Section):
-    """Supervised fine-tuning: the policy before RLOO and the reward model's backbone."""
+    """Settings of supervised fine-tuning, which makes the policy before RLOO and the reward model's backbone."""
 
     enabled: bool = True
-    """False: model.path is already fine-tuned and is used as it is."""
+    """False: model.path is fine-tuned already, and is used as it is."""
     batch_size: int = Field(default=64, ge=1)
-    """Examples per optimiser step, all workers."""
+    """Examples per optimiser step, over all workers."""
     num_epochs: float = Field(default=1.0, gt=0)
     max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, schedule="cosine")
@@ -89,35 +95,38 @@ _READ_BY: dict[str, tuple[Objective, ...]] = {
     "norm_temperature": (Objective.BT_NORM,),
     "centering_coefficient": (Objective.CENTERING,),
 }
-"""Which objectives read a setting: one that is changed for another objective is refused, not ignored."""
+"""The objectives that read a setting. A setting that is changed for another objective is refused, not ignored."""
 
 
 class RewardModelConfig(Section):
-    """Reward-model training on preference pairs."""
+    """Settings of reward-model training on preference pairs."""
 
     base_path: str | None = None
-    """Language model to start from; None: the SFT stage's output."""
+    """Language model to start from. None: the output of the SFT stage."""
     objective: Objective = Objective.BATCH_SUM_TO_ZERO
     preset: Literal["released_code"] | None = None
-    """`released_code`: BSR as the paper's code computes it, bsr_scope = "micro" and bsr_scale = "pairs"; set bsr_micro_pairs to its per-device batch."""
+    """`released_code`: BSR as the paper's code computes it, with bsr_scope = "micro" and bsr_scale = "pairs"; set
+    bsr_micro_pairs to that code's per-device batch."""
     bsr_coefficient: float = Field(default=1e-3, ge=0)
     """lambda of paper Eq. 24."""
     bsr_scale: BsrScale = BsrScale.PAIRS
     bsr_scope: BsrScope = BsrScope.STEP
     bsr_micro_pairs: int | None = Field(default=None, ge=1)
-    """bsr_scope = "micro" only: pairs of a block; a worker's part of the batch must be a multiple."""
+    """Pairs of a block (bsr_scope = "micro" only). A worker's part of the batch must be a multiple of it."""
     margin: float | None = Field(default=None, ge=0)
-    """Score units. objective = "margin": None takes every pair's own, from the data's `margin` column. objective = "hinge": must be set, above 0."""
+    """Margin in score units. With objective = "margin", None takes each pair's own margin from the data's `margin`
+    column. With objective = "hinge" it must be set, above 0."""
     norm_epsilon: float = Field(default=1e-6, gt=0)
-    """objective = "bt_norm" only: added to chosen^2 + rejected^2 (score units squared)."""
+    """Constant that is added to chosen^2 + rejected^2, in score units squared (objective = "bt_norm" only)."""
     norm_temperature: float = Field(default=1.0, gt=0)
-    """objective = "bt_norm" only."""
+    """Temperature of objective = "bt_norm", the only one that reads it."""
     centering_coefficient: float = Field(default=0.01, ge=0)
-    """objective = "centering" only; TRL's center_rewards_coefficient."""
+    """TRL's center_rewards_coefficient (objective = "centering" only)."""
     bt_twin: bool = False
-    """Also train the paper's baseline: Bradley-Terry from the same weights on the same batches in the same order, for the report to compare."""
+    """Train the paper's baseline too, so that the report can compare: Bradley-Terry from the same weights on the same
+    batches in the same order."""
     batch_size: int = Field(default=64, ge=1)
-    """Preference pairs per optimiser step, all workers."""
+    """Preference pairs per optimiser step, over all workers."""
     num_epochs: float = Field(default=1.0, gt=0)
     max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
@@ -130,16 +139,18 @@ class RewardModelConfig(Section):
     evaluation_sets: tuple[Literal["in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint"], ...] = (
         "in_domain",
     )
-    """Scenarios scored during training; each logs <name>_accuracy over all pairs of its completions whose gold scores differ."""
+    """Scenarios that are scored during training. Each logs <name>_accuracy over all pairs of its completions whose gold
+    scores differ."""
     num_evaluation_pairs: int = Field(default=256, ge=1)
-    """Prompts of each scenario scored during training."""
+    """Number of prompts of each scenario that are scored during training."""
     best_metric: str | None = None
-    """<name>_accuracy of an evaluation set: its best evaluation is kept and becomes the checkpoint. None: the last step does."""
+    """<name>_accuracy of an evaluation set. The state of its best evaluation is kept, and becomes the checkpoint. None:
+    the last step becomes the checkpoint."""
     early_stopping_evaluations: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without a new best of best_metric."""
+    """Number of evaluations without a new best of best_metric after which training stops."""
     checkpoint_every_steps: int = Field(default=25, ge=1)
     num_kept_checkpoints: int = Field(default=1, ge=1)
-    """Last training states kept for resuming, beside the best."""
+    """Number of latest training states that are kept for resuming, beside the best one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,11 +159,13 @@ class RewardModelConfig(Section):
             return values
         if values.get("bsr_scale", BsrScale.PAIRS) != BsrScale.PAIRS:
             raise ValueError(
-                'reward_model.preset = "released_code" has bsr_scale = "pairs", and bsr_scale = "none" is set; remove one of them'
+                'reward_model.preset = "released_code" has bsr_scale = "pairs", and bsr_scale = "none" is set; '
+                "remove one of them"
             )
         if values.get("bsr_scope", BsrScope.MICRO) != BsrScope.MICRO:
             raise ValueError(
-                'reward_model.preset = "released_code" has bsr_scope = "micro", and bsr_scope = "step" is set; remove one of them'
+                'reward_model.preset = "released_code" has bsr_scope = "micro", and bsr_scope = "step" is set; '
+                "remove one of them"
             )
         return {**values, "bsr_scope": BsrScope.MICRO}
 
@@ -160,16 +173,17 @@ class RewardModelConfig(Section):
     def _twins_differ(self) -> Self:
         if self.bt_twin and self.objective is Objective.BRADLEY_TERRY:
             raise ValueError(
-                'reward_model.bt_twin = true with objective = "bt" would train the same model twice; choose another objective, or leave it out'
+                'reward_model.bt_twin = true with objective = "bt" would train the same model twice; '
+                "choose another objective, or leave it out"
             )
         return self
 
     def as_bt_twin(self) -> "RewardModelConfig":
-        """The same training with the Bradley-Terry objective, without what other objectives read."""
-        own = {"objective", "bt_twin", *_READ_BY}
+        """Return these settings with the Bradley-Terry objective, and without those that only other objectives read."""
+        left_out = {"objective", "bt_twin", *_READ_BY}
         return RewardModelConfig(
             objective=Objective.BRADLEY_TERRY,
-            **{name: getattr(self, name) for name in type(self).model_fields if name not in own},
+            **{name: getattr(self, name) for name in type(self).model_fields if name not in left_out},
         )
 
     @model_validator(mode="after")
@@ -182,7 +196,8 @@ class RewardModelConfig(Section):
         known = [f"{name}_accuracy" for name in self.evaluation_sets]
         if self.best_metric is not None and self.best_metric not in known:
             raise ValueError(
-                f'reward_model.best_metric = "{self.best_metric}" is not evaluated; choose from {known}, or add to evaluation_sets'
+                f'reward_model.best_metric = "{self.best_metric}" is not evaluated; '
+                f"choose from {known}, or add to evaluation_sets"
             )
         if self.early_stopping_evaluations is not None and self.best_metric is None:
             raise ValueError(
@@ -196,11 +211,13 @@ class RewardModelConfig(Section):
             default = type(self).model_fields[name].default
             if getattr(self, name) != default and self.objective not in readers:
                 raise ValueError(
-                    f'reward_model.{name} = {getattr(self, name)!r} is not read by objective = "{self.objective}"; remove it, or choose {" or ".join(readers)}'
+                    f'reward_model.{name} = {getattr(self, name)!r} is not read by objective = "{self.objective}"; '
+                    f"remove it, or choose {' or '.join(readers)}"
                 )
         if self.objective is Objective.HINGE and not self.margin:
             raise ValueError(
-                'reward_model.objective = "hinge" needs reward_model.margin > 0 (with 0 it stops learning as soon as a pair is ordered)'
+                'reward_model.objective = "hinge" needs reward_model.margin > 0 '
+                "(with 0 it stops learning as soon as a pair is ordered)"
             )
         if self.bsr_scope is BsrScope.MICRO:
             if self.bsr_micro_pairs is None:
@@ -210,8 +227,8 @@ class RewardModelConfig(Section):
             for num_workers in range(self.workers.fewest, self.workers.num_workers + 1):
                 if self.batch_size % (num_workers * self.bsr_micro_pairs):
                     raise ValueError(
-                        f"reward_model.batch_size = {self.batch_size} must be a multiple of workers.num_workers x bsr_micro_pairs = "
-                        f"{num_workers} x {self.bsr_micro_pairs}, so that every block is full"
+                        f"reward_model.batch_size = {self.batch_size} must be a multiple of workers.num_workers x "
+                        f"bsr_micro_pairs = {num_workers} x {self.bsr_micro_pairs}, so that every block is full"
                     )
         elif self.bsr_micro_pairs is not None:
             raise ValueError('reward_model.bsr_micro_pairs is read only with bsr_scope = "micro"')

@@ -1,6 +1,6 @@
-"""Prepare SFT: tokenise the demonstrations through Ray Data, and make a tokenizer and a small Qwen2 where the run names no model.
+"""Prepare SFT: tokenise the demonstrations, and make a tokenizer and a small Qwen2 where the run names no model.
 
-The tokenizer and the model are made from the run's own text alone, for machines without any weights.
+The tokenizer is trained on the run's own text and the model has random weights, so such a run needs no download.
 """
 
 import json
@@ -16,34 +16,35 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from rm_robust.config.run import PipelineConfig
 from rm_robust.config.training import ModelConfig
 from rm_robust.data.files import HUB, list_files, read_lines, read_parquet_rows
-from rm_robust.data.pipeline import Source, tokenise_sources
+from rm_robust.data.pipeline import DataSource, tokenise_sources
 from rm_robust.data.rows import RowKind, parse_demonstration
 from rm_robust.data.token_rows import TokenLimits
 from rm_robust.errors import DataError
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.storage.commits import commit_directory
 
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 INITIALIZER_RANGE = 0.06
-"""Standard deviation of the initial weights. 0.02, usual for wide models, starves one of 128 columns: after 262 steps on the embedded world
-the sampled answers scored 0.28 (gold) with 0.02 and 0.58 with 0.06."""
+"""Standard deviation of the initial weights. 0.02 is usual for wide models and too small for a hidden size of 128:
+after 262 steps on the embedded world, the sampled answers score 0.28 (gold) with 0.02 and 0.58 with 0.06."""
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
 def prepare_sft(config: PipelineConfig, run_dir: Path, limits: TokenLimits) -> dict[str, Any]:
-    """Commit sft/base (from-scratch runs) and sft/tokens. Returns the counts."""
+    """Commit sft/tokens and, for a run from scratch, sft/base. Returns the counts."""
     layout = RunLayout(run_dir)
-    source = Source(
+    source = DataSource(
         "sft",
         (str(layout.world / "sft.jsonl"),) if config.data.source == "embedded" else tuple(config.data.sft),
         RowKind.DEMONSTRATION,
     )
     if config.model.path is None and not layout.base_model.exists():
         tokenizer = make_tokenizer(_texts(source), vocab_size=config.model.vocab_size)
-        commit_directory(
+        run_files.commit(
             layout.base_model, lambda folder: save_base_model(folder, config.model, tokenizer, seed=config.seed)
         )
     chat_dir, resources = Path(layout.base_model_dir(config)), config.data.task_resources
@@ -53,8 +54,11 @@ def prepare_sft(config: PipelineConfig, run_dir: Path, limits: TokenLimits) -> d
     return {"sft": asdict(report)}
 
 
-def _texts(source: Source) -> list[str]:
-    """Every turn and completion of the demonstrations, to train a tokenizer on; malformed rows are counted later, by the pipeline."""
+def _texts(source: DataSource) -> list[str]:
+    """Return every turn and completion of the demonstrations, to train a tokenizer on.
+
+    Malformed rows are skipped here and counted later, by the pipeline.
+    """
     texts: list[str] = []
     for path in source.paths:
         if path.startswith(HUB):
@@ -85,7 +89,10 @@ def _json_or_empty(line: str) -> dict[str, Any]:
 
 
 def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts` with a ChatML template; pad, turn start and turn end are three different special tokens."""
+    """Train a byte-level BPE tokenizer on `texts`, with a ChatML template.
+
+    Pad, turn start and turn end are three different special tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,7 +111,10 @@ def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokeni
 
 
 def save_base_model(folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
-    """A randomly initialised Qwen2 (tied embeddings, as Qwen2.5-0.5B/1.5B) and its tokenizer as a Hugging Face directory."""
+    """Save a randomly initialised Qwen2 and its tokenizer as a Hugging Face directory.
+
+    Its embeddings are tied, as those of Qwen2.5-0.5B and 1.5B.
+    """
     torch.manual_seed(seed)
     architecture = Qwen2Config(
         vocab_size=len(tokenizer),

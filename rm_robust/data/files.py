@@ -1,11 +1,10 @@
-"""The jsonl and parquet files of a source: what lies at a path or URI (filesystems.py), and its lines; and what the hub has."""
+"""Read the rows of a data source: jsonl and parquet files at a path or URI, and data sets of the Hugging Face hub."""
 
-import functools
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -13,18 +12,19 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rm_robust.errors import DataError
-from rm_robust.runs.storage.filesystems import filesystem_of, is_uri, unreachable
-from rm_robust.runs.storage.transfer import pull_folder
+from rm_robust.runs import files as run_files
 
 HUB = "hub:"
+"""The prefix of a hub data set: hub:owner/name or hub:owner/name:split."""
 SUFFIXES = (".jsonl", ".parquet")
 _ROWS_AT_A_TIME = 32
+"""The number of parquet rows that are decoded at once."""
 _READ_AHEAD_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file. `root` (what the user named) tells the filesystem, `path` the file in it."""
+    """One file of a data source. `root` is what the user named and gives the filesystem; `path` is the file in it."""
 
     root: str
     path: str
@@ -36,26 +36,29 @@ class DataFile:
 
 
 def list_files(path: str) -> list[DataFile]:
-    """The jsonl or parquet files that a path or URI names: itself, or those in the folder. Raises DataError when nothing is there or can be reached."""
-    filesystem, inner = filesystem_of(path)
+    """Return the jsonl or parquet files that a path or URI names: the file itself, or all files below the folder.
+
+    Raises DataError when there is no such file, or when the path cannot be reached.
+    """
+    filesystem, inner_path = run_files.filesystem_of(path)
     try:
-        pull_for_reading(path)
-        found = filesystem.get_file_info(inner)
+        run_files.fetch_source(path)
+        path_info = filesystem.get_file_info(inner_path)
         entries = (
-            filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
-            if found.type == pafs.FileType.Directory
-            else [found]
+            filesystem.get_file_info(pafs.FileSelector(inner_path, recursive=True))
+            if path_info.type == pafs.FileType.Directory
+            else [path_info]
         )
-    except Exception as error:  # as in filesystem_of
-        raise unreachable(path, error) from error
-    if found.type == pafs.FileType.NotFound:
-        raise DataError(f"There is no file or folder at {path if is_uri(path) else inner}.")
+    except Exception as error:  # pyarrow passes on the errors of other libraries, see filesystem_of
+        raise run_files.unreachable(path, error) from error
+    if path_info.type == pafs.FileType.NotFound:
+        raise DataError(f"There is no file or folder at {run_files.full_name(path)}.")
     files = [
         DataFile(path, entry.path, entry.size)
         for entry in sorted(entries, key=lambda entry: entry.path)
         if entry.type == pafs.FileType.File
     ]
-    if found.type == pafs.FileType.Directory:
+    if path_info.type == pafs.FileType.Directory:
         files = [file for file in files if file.suffix in SUFFIXES]
     if not files or {file.suffix for file in files} - {*SUFFIXES}:
         raise DataError(f"{path} must be a .jsonl or .parquet file, or a folder with such files.")
@@ -63,34 +66,33 @@ def list_files(path: str) -> list[DataFile]:
 
 
 def open_file(root: str, path: str) -> io.BufferedReader:
-    """A DataFile's bytes, with seek and readline; object stores are asked for a mebibyte at a time."""
-    filesystem, _ = filesystem_of(root)
-    pull_for_reading(root)
+    """Open a DataFile for reading. The reader can seek, and asks an object store for one mebibyte at a time."""
+    filesystem, _ = run_files.filesystem_of(root)
+    run_files.fetch_source(root)
     return io.BufferedReader(filesystem.open_input_file(path), _READ_AHEAD_BYTES)
 
 
-@functools.lru_cache(maxsize=64)
-def pull_for_reading(path: str) -> None:
-    """Files of the run itself, where that lies in an object store and this node is another than the one that wrote them. Once a process: they stay."""
-    if not is_uri(path):
-        pull_folder(Path(path).expanduser().absolute())
-
-
 def read_lines(file: DataFile) -> Iterator[str]:
-    """The lines of a jsonl file. Only "\\n" ends one: JSON texts may hold what str.splitlines takes for a line end, U+2028 for example."""
-    with open_file(file.root, file.path) as lines:
-        for line in lines:
+    """Yield the lines of a jsonl file.
+
+    Only "\\n" ends a line. JSON text may hold other characters that str.splitlines treats as line ends, such as U+2028.
+    """
+    with open_file(file.root, file.path) as stream:
+        for line in stream:
             yield decoded(line)
 
 
 def read_parquet_rows(file: DataFile) -> list[dict[str, Any]]:
-    with open_file(file.root, file.path) as opened:
-        rows: list[dict[str, Any]] = pq.read_table(opened).to_pylist()
+    with open_file(file.root, file.path) as stream:
+        rows: list[dict[str, Any]] = pq.read_table(stream).to_pylist()
     return rows
 
 
 def read_hub_table(path: str) -> pa.Table:
-    """All rows of `hub:owner/name`, or of `hub:owner/name:split`, by default its split "train". Raises DataError with the reason why there are none."""
+    """Return all rows of `hub:owner/name:split`; without a split, those of "train".
+
+    Raises DataError with the reason when the data set cannot be loaded.
+    """
     import datasets
 
     name, _, split = path.removeprefix(HUB).partition(":")
@@ -98,16 +100,20 @@ def read_hub_table(path: str) -> pa.Table:
         return datasets.load_dataset(name, split=split or "train").with_format("arrow")[:]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{path} cannot be loaded: {error}. Check {HUB}owner/name:split, the hub's address (HF_ENDPOINT) and its token (HF_TOKEN)."
+            f"{path} cannot be loaded: {error}. Check {HUB}owner/name:split, the hub's address (HF_ENDPOINT) and its "
+            "token (HF_TOKEN)."
         ) from error
 
 
 def read_rows(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row of a jsonl or parquet file with the number of its line or row, from 1; blank lines are none. Raises DataError naming the first bad one."""
+    """Yield every row of a jsonl or parquet file with the number of its line or row, counted from 1.
+
+    Blank lines are counted and skipped. Raises DataError that names the file and its first bad line.
+    """
     if file.suffix == ".parquet":
         try:
-            with open_file(file.root, file.path) as opened:
-                batches = pq.ParquetFile(opened).iter_batches(_ROWS_AT_A_TIME)
+            with open_file(file.root, file.path) as stream:
+                batches = pq.ParquetFile(stream).iter_batches(_ROWS_AT_A_TIME)
                 yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{file.path} cannot be read: {error}") from error
@@ -118,26 +124,29 @@ def read_rows(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{file.path}, line {number} is not JSON: {error}. Mend or remove the line.") from error
+            raise DataError(f"{file.path}, line {number} is not JSON: {error}. Fix or remove the line.") from error
         if not isinstance(row, dict):
             raise DataError(f"{file.path}, line {number} must be an object, got {row!r:.200}.")
         yield number, row
 
 
 def lines_from(root: str, path: str, *, start: int, num_bytes: int) -> list[str]:
-    """The lines that begin in [start, start + num_bytes) of a jsonl file."""
+    """Return the lines of a jsonl file that begin in the byte range [start, start + num_bytes)."""
     texts: list[str] = []
-    with open_file(root, path) as file:
+    with open_file(root, path) as stream:
         if start:
-            file.seek(start - 1)
-            file.readline()  # the rest of a line that began in an earlier piece
-        while file.tell() < start + num_bytes and (line := file.readline()):
+            stream.seek(start - 1)
+            stream.readline()  # the rest of a line that begins in an earlier piece
+        while stream.tell() < start + num_bytes and (line := stream.readline()):
             texts.append(decoded(line))
     return texts
 
 
 def decoded(line: bytes) -> str:
-    """A line's text without its end; one that is not UTF-8 becomes no JSON, so that it counts as malformed."""
+    """Return a line's text without its line end.
+
+    A line that is not UTF-8 becomes text that is not JSON, so that it counts as malformed.
+    """
     try:
         return line.rstrip(b"\r\n").decode()
     except UnicodeDecodeError:

@@ -1,12 +1,13 @@
-"""Rows whose pair is token ids already, under TRL's names -> ids that are checked against the chat format. Pure.
+"""Parse pairs that are token ids already, under TRL's column names, and check them against the chat format. Pure.
 
-prompt_ids, chosen_ids, rejected_ids      the prompt with its assistant header, and the two completions (TRL's DPOTrainer)
-chosen_ids, rejected_ids                  two whole conversations (TRL's RewardTrainer); the prompt is what comes up to their last assistant header.
-                                          Earlier names: chosen_input_ids, rejected_input_ids; input_ids_chosen, input_ids_rejected
+prompt_ids, chosen_ids, rejected_ids    the prompt with its assistant header, and the two completions (TRL's DPOTrainer)
+chosen_ids, rejected_ids                two conversations (TRL's RewardTrainer), whose prompt ends with their last
+                                        assistant header. Earlier names: chosen_input_ids, rejected_input_ids;
+                                        input_ids_chosen, input_ids_rejected
 
-Nobody can see in an id what is wrong with it, so everything that the other rows have from chat.py is asked of these: one begin-of-sequence
-token where the template writes one, the template's assistant header, and a completion that ends in the end-of-turn token, where the score is
-read, and holds no other. Length limits hold for them as for every row.
+A reader cannot see that an id is wrong, so these rows must have everything that chat.py gives the other rows: one
+begin-of-sequence token if the template writes one, the template's assistant header, and completions that end with the
+end-of-turn token, where the score is read, and hold it only there. The length limits of all rows apply to them too.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ def holds_ids(row: Mapping[str, Any]) -> bool:
 
 
 def parse_id_pair(row: Mapping[str, Any], chat: ChatFormat) -> TokenGroup:
-    """The prompt's ids, and chosen's and rejected's. Raises DataError with the reason."""
+    """Return the ids of the prompt and of both completions, the chosen one first. Raises DataError with the reason."""
     chosen_name, rejected_name = next(
         names for names in ID_COLUMNS if row.get(names[0]) is not None and row.get(names[1]) is not None
     )
@@ -49,7 +50,8 @@ def _ids(row: Mapping[str, Any], name: str, chat: ChatFormat) -> list[int]:
     ]
     if foreign:
         raise DataError(
-            f"{name} holds {foreign[0]!r}, which is no id of the tokenizer in {chat.source} (0 to {vocabulary - 1}); was it made with another?"
+            f"{name} holds {foreign[0]!r}, which is no id of the tokenizer in {chat.source} (0 to {vocabulary - 1}); "
+            "was it made with another tokenizer?"
         )
     if chat.pad_id in ids:
         raise DataError(f"{name} holds the pad token ({chat.pad_id}); give the ids without padding")
@@ -59,22 +61,24 @@ def _ids(row: Mapping[str, Any], name: str, chat: ChatFormat) -> list[int]:
 def _split(
     chosen: list[int], rejected: list[int], chat: ChatFormat, *, names: tuple[str, str]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Cut two conversations after their last assistant header."""
+    """Split two conversations after their last assistant header into one prompt and two completions."""
     cuts = [_end_of_last(chat.header_ids, ids) for ids in (chosen, rejected)]
     for name, cut in zip(names, cuts, strict=True):
         if not cut:
             raise DataError(
-                f"{name} holds no assistant header of {chat.source} {chat.header_ids}; tokenise with its chat template, or give prompt_ids apart"
+                f"{name} holds no assistant header of {chat.source} {chat.header_ids}; tokenise with its chat "
+                "template, or give the prompt in a column prompt_ids"
             )
     if chosen[: cuts[0]] != rejected[: cuts[1]]:
         raise DataError(
-            f"{names[0]} and {names[1]} differ before their last assistant turn, so they are not two answers to one prompt"
+            f"{names[0]} and {names[1]} differ before their last assistant turn, so they are not two answers to one "
+            "prompt"
         )
     return chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :]
 
 
 def _end_of_last(part: list[int], ids: list[int]) -> int:
-    """Where the last occurrence of `part` in `ids` ends; 0 without one."""
+    """Return the index where the last occurrence of `part` in `ids` ends; 0 if there is none."""
     ends = range(len(ids), len(part) - 1, -1) if part else ()
     return next((end for end in ends if ids[end - len(part) : end] == part), 0)
 
@@ -83,11 +87,13 @@ def _check_prompt(prompt: list[int], chat: ChatFormat) -> None:
     num_bos = next((index for index, token in enumerate(prompt) if token != chat.tokenizer.bos_token_id), len(prompt))
     if num_bos != len(chat.bos_ids):
         raise DataError(
-            f"the prompt's ids begin with {num_bos} begin-of-sequence tokens, the template of {chat.source} writes {len(chat.bos_ids)}"
+            f"the prompt's ids begin with {num_bos} begin-of-sequence tokens, but the template of {chat.source} writes "
+            f"{len(chat.bos_ids)}"
         )
     if chat.header_ids and prompt[-len(chat.header_ids) :] != chat.header_ids:
         raise DataError(
-            f"prompt_ids end in {prompt[-len(chat.header_ids) :]}, not in the assistant header of {chat.source} {chat.header_ids}"
+            f"prompt_ids end in {prompt[-len(chat.header_ids) :]}, not in the assistant header of {chat.source} "
+            f"{chat.header_ids}"
         )
 
 
@@ -100,5 +106,6 @@ def _check_completion(completion: list[int], name: str, chat: ChatFormat) -> Non
     num_after = len(completion) - 1 - completion.index(end)
     if num_after:
         raise DataError(
-            f"{name} goes on for {num_after} tokens after the end-of-turn token ({end}), where the score is read; cut it there"
+            f"{name} goes on for {num_after} tokens after the end-of-turn token ({end}), where the score is read; "
+            "cut it there"
         )

@@ -1,6 +1,9 @@
-"""Ray Data: read text rows -> validate -> tokenise -> parquet, with a report of every dropped row (shared by SFT, preferences and RLOO prompts).
+"""Tokenise data sources with Ray Data: read rows, validate, tokenise, write parquet, and report every dropped row.
 
-files ─read (data_files.py)─► rows ─rows_tokenising.py─► token rows, kept or dropped ─► <out>/scenario=<name>/*.parquet + report.json
+SFT, the preferences and the prompts of RLOO all use it.
+
+files ─files.py─► rows of text ─token_rows.py─► token rows, kept or dropped ─► <out>/scenario=<name>/*.parquet
+                                                                            └► <out>/report.json
 """
 
 import json
@@ -23,34 +26,38 @@ from rm_robust.data.rows import RowKind
 from rm_robust.data.token_files import TOKEN_SCHEMA
 from rm_robust.data.token_rows import MALFORMED, STAGED_SCHEMA, TokenLimits, tokenise_text
 from rm_robust.errors import DataError
+from rm_robust.runs import files as run_files
 from rm_robust.runs.directory import require_shared
-from rm_robust.runs.storage.commits import commit_directory
-from rm_robust.runs.storage.copies import uri_of
-from rm_robust.runs.storage.filesystems import filesystem_of
-from rm_robust.runs.storage.transfer import pull_folder, written_by_any_node
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLES_PER_REASON = 20
-_PART_BYTES = 2**20
+"""The number of dropped or truncated rows that the report shows for each source and reason."""
+_PIECE_BYTES = 2**20
+"""The size of the pieces of a jsonl file that tasks read."""
 _BATCH_ROWS = 1024
 _chats: dict[str, ChatFormat] = {}
+"""The chat formats that this worker process has loaded, by folder."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Files, URIs or hub names that hold rows of one scenario (or "sft", "rloo_prompts"). `kind` None: told by the columns."""
+class DataSource:
+    """Files, URIs or hub data sets that hold rows of one scenario (or of "sft" or "rloo_prompts")."""
 
     scenario: str
     paths: tuple[str, ...]
     kind: RowKind | None
+    """The kind of every row; None where each row's columns decide."""
     weight: float = 1.0
-    """What each of its rows counts in the loss."""
+    """The weight of each row in the loss."""
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source's rows. A ranking in training pairs is one row read, and is kept or dropped pair by pair."""
+    """Counts of one source's rows.
+
+    A ranking in training pairs counts as one row read, and each of its pairs as one row kept or dropped.
+    """
 
     scenario: str
     paths: tuple[str, ...]
@@ -58,14 +65,14 @@ class SourceReport:
     num_read: int
     num_kept: int
     num_truncated: int
-    """Of the kept ones: those whose prompt lost tokens on its left."""
+    """Kept rows whose prompt was cut on the left."""
     num_dropped: dict[str, int]
-    """By reason."""
+    """Dropped rows by reason."""
 
 
 @dataclass(frozen=True)
 class TokeniseReport:
-    """Counts by scenario, then by source; with the first dropped and truncated rows of each source and reason."""
+    """Counts by scenario and by source, and the first dropped and truncated rows of each source and reason."""
 
     num_read: dict[str, int]
     num_kept: dict[str, int]
@@ -75,8 +82,8 @@ class TokeniseReport:
     examples: list[dict[str, str]]
 
 
-def check_sources(sources: list[Source]) -> None:
-    """Raise DataError for a path or URI that is missing, out of reach, empty or of an unknown format; needs no Ray."""
+def check_sources(sources: list[DataSource]) -> None:
+    """Raise DataError for a path or URI that is missing, unreachable, empty or of an unknown format. Needs no Ray."""
     for source in sources:
         for path in source.paths:
             if not path.startswith(HUB) and not sum(file.num_bytes for file in list_files(path)):
@@ -84,47 +91,66 @@ def check_sources(sources: list[Source]) -> None:
 
 
 def tokenise_sources(
-    sources: list[Source],
+    sources: list[DataSource],
     *,
     chat_dir: Path,
     out_dir: Path,
     limits: TokenLimits,
     task_resources: Mapping[str, float] | None = None,
 ) -> TokeniseReport:
-    """Run the pipeline and commit `out_dir`. Raises DataError when a source ends empty or too many of its rows are malformed.
+    """Tokenise `sources`, commit the rows and the report to `out_dir`, and return the report.
 
-    Each task that reads, tokenises or writes asks for `task_resources` beside its CPU. Two of Ray Data 2.60's own take none, and a CPU is enough for
-    them anywhere: the listing of parquet files, and the count of a hub data set's blocks.
+    Raises DataError when no row of a source is kept, or when too many of its rows are malformed.
+
+    Each task that reads, tokenises or writes asks for `task_resources` beside its CPU. Two tasks of Ray Data 2.60 take
+    no such request: the listing of parquet files and the count of a hub data set's blocks. A CPU of any node does for
+    them.
     """
     check_sources(sources)
     resources = dict(task_resources or {})
     reports: list[TokeniseReport] = []
 
     def write(folder: Path) -> None:
-        seen = folder if uri_of(out_dir) is None else None
-        rows = [
-            _dataset_of(source, resources, number=number, chat_dir=chat_dir, limits=limits, seen=seen)
-            for number, source in enumerate(sources)
-        ]
-        dataset = rows[0].union(*rows[1:]) if len(rows) > 1 else rows[0]
         staged = folder / "rows"
-        with written_by_any_node(staged, out_dir) as (place, filesystem):
+        with run_files.written_by_any_node(staged, out_dir) as staging:
+            rows = [
+                _dataset_of(
+                    source, resources, number=number, chat_dir=chat_dir, limits=limits, seen_by_all=staging.seen_by_all
+                )
+                for number, source in enumerate(sources)
+            ]
+            dataset = rows[0].union(*rows[1:]) if len(rows) > 1 else rows[0]
             dataset.write_parquet(
-                place, partition_cols=["scenario"], filesystem=filesystem, ray_remote_args={"resources": resources}
+                staging.path,
+                partition_cols=["scenario"],
+                filesystem=staging.filesystem,
+                ray_remote_args={"resources": resources},
             )
         reports.append(_split_kept(staged, folder, sources))
         shutil.rmtree(staged)
         (folder / "report.json").write_text(json.dumps(asdict(reports[0]), indent=2) + "\n")
         _refuse_bad_sources(reports[0], limits)
 
-    commit_directory(out_dir, write)
+    run_files.commit(out_dir, write)
     return reports[0]
 
 
 def _dataset_of(
-    source: Source, resources: dict[str, float], *, number: int, chat_dir: Path, limits: TokenLimits, seen: Path | None
+    source: DataSource,
+    resources: dict[str, float],
+    *,
+    number: int,
+    chat_dir: Path,
+    limits: TokenLimits,
+    seen_by_all: Path | None,
 ) -> Any:
-    settings = {"source": source, "source_number": number, "chat_dir": str(chat_dir), "limits": limits, "seen": seen}
+    settings = {
+        "source": source,
+        "source_number": number,
+        "chat_dir": str(chat_dir),
+        "limits": limits,
+        "seen_by_all": seen_by_all,
+    }
     parts = [_read(path, resources) for path in source.paths]
     texts = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
     return texts.map_batches(
@@ -133,10 +159,13 @@ def _dataset_of(
 
 
 def _read(path: str, resources: dict[str, float]) -> Any:
-    """A dataset of JSON texts (column "text"): jsonl lines as they are, so that one torn line is one malformed row.
+    """Return a dataset of JSON texts (column "text").
 
-    (Not ray.data.read_text: it cuts lines with str.splitlines, see data_files.read_lines. Not from_huggingface: its tasks would download once more
-    what load_dataset has here, and on nodes of any kind.)
+    Lines of jsonl stay as they are, so that a torn line is one malformed row.
+
+    ray.data.read_text is not used, because it splits lines with str.splitlines (see files.read_lines).
+    ray.data.from_huggingface is not used, because its tasks would download again, on any node, what load_dataset has
+    downloaded on this one.
     """
     import ray.data
 
@@ -149,7 +178,7 @@ def _read(path: str, resources: dict[str, float]) -> Any:
         {"root": f.root, "path": f.path, "start": start}
         for f in files
         if f.suffix == ".jsonl"
-        for start in range(0, f.num_bytes, _PART_BYTES)
+        for start in range(0, f.num_bytes, _PIECE_BYTES)
     ]
     parquet = [f.path for f in files if f.suffix == ".parquet"]
     parts = []
@@ -158,16 +187,21 @@ def _read(path: str, resources: dict[str, float]) -> Any:
         parts.append(items.map_batches(_lines_of_pieces, batch_format="pyarrow", batch_size=None, resources=resources))
     if parquet:
         tables = ray.data.read_parquet(
-            parquet, filesystem=filesystem_of(path)[0], override_num_blocks=max(2, len(parquet)), resources=resources
+            parquet,
+            filesystem=run_files.filesystem_of(path)[0],
+            override_num_blocks=max(2, len(parquet)),
+            resources=resources,
         )
         parts.append(tables.map_batches(_rows_as_text, batch_format="pyarrow", resources=resources))
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
 
 
 def _lines_of_pieces(table: pa.Table) -> pa.Table:
-    """The lines that begin in each piece of a file, but for blank ones."""
+    """Return the lines that begin in each piece of a file, without blank ones."""
     pieces = table.to_pylist()
-    texts = [text for p in pieces for text in lines_from(p["root"], p["path"], start=p["start"], num_bytes=_PART_BYTES)]
+    texts = [
+        text for p in pieces for text in lines_from(p["root"], p["path"], start=p["start"], num_bytes=_PIECE_BYTES)
+    ]
     return pa.table({"text": pa.array([text for text in texts if text.strip()], pa.string())})
 
 
@@ -176,12 +210,18 @@ def _rows_as_text(table: pa.Table) -> pa.Table:
 
 
 def _tokenise_batch(
-    table: pa.Table, *, source: Source, source_number: int, chat_dir: str, limits: TokenLimits, seen: Path | None
+    table: pa.Table,
+    *,
+    source: DataSource,
+    source_number: int,
+    chat_dir: str,
+    limits: TokenLimits,
+    seen_by_all: Path | None,
 ) -> pa.Table:
-    if seen is not None:
-        require_shared(seen)
+    if seen_by_all is not None:
+        require_shared(seen_by_all)
     if chat_dir not in _chats:  # one tokenizer a worker process
-        pull_folder(Path(chat_dir))
+        run_files.fetch(Path(chat_dir))
         _chats[chat_dir] = ChatFormat.load(chat_dir)
     rows = [
         token_row | {"source_number": source_number}
@@ -193,11 +233,11 @@ def _tokenise_batch(
     return pa.Table.from_pylist(rows, schema=STAGED_SCHEMA)
 
 
-def _split_kept(staged: Path, folder: Path, sources: list[Source]) -> TokeniseReport:
-    """Write each scenario's kept rows, and count all."""
+def _split_kept(staged: Path, folder: Path, sources: list[DataSource]) -> TokeniseReport:
+    """Write each scenario's kept rows to `folder`, and count the kept and the dropped rows of every source."""
     counts: list[Counter[str]] = [Counter() for _ in sources]
     dropped: list[Counter[str]] = [Counter() for _ in sources]
-    shown: list[Counter[str]] = [Counter() for _ in sources]
+    num_by_reason: list[Counter[str]] = [Counter() for _ in sources]
     examples: list[dict[str, str]] = []
     for scenario in dict.fromkeys(source.scenario for source in sources):
         kept_dir = folder / f"scenario={scenario}"
@@ -211,21 +251,21 @@ def _split_kept(staged: Path, folder: Path, sources: list[Source]) -> TokeniseRe
             for row in table.select(
                 ["source_number", "num_rows_read", "drop_reason", "truncation", "row_text"]
             ).to_pylist():
-                source = row["source_number"]
-                counts[source]["read"] += row["num_rows_read"]
+                source_number = row["source_number"]
+                counts[source_number]["read"] += row["num_rows_read"]
                 if row["drop_reason"]:
-                    dropped[source][_reason(row["drop_reason"])] += 1
+                    dropped[source_number][_reason(row["drop_reason"])] += 1
                 else:
-                    counts[source]["kept"] += 1
-                    counts[source]["truncated"] += bool(row["truncation"])
-                what = row["drop_reason"] or row["truncation"]
-                shown[source][_reason(what)] += 1
-                if what and shown[source][_reason(what)] <= _EXAMPLES_PER_REASON:
+                    counts[source_number]["kept"] += 1
+                    counts[source_number]["truncated"] += bool(row["truncation"])
+                explanation = row["drop_reason"] or row["truncation"]
+                num_by_reason[source_number][_reason(explanation)] += 1
+                if explanation and num_by_reason[source_number][_reason(explanation)] <= _EXAMPLES_PER_REASON:
                     examples.append(
                         {
                             "scenario": scenario,
-                            "source": _names(sources[source].paths),
-                            "reason": what,
+                            "source": _joined(sources[source_number].paths),
+                            "reason": explanation,
                             "row": row["row_text"],
                         }
                     )
@@ -244,28 +284,28 @@ def _split_kept(staged: Path, folder: Path, sources: list[Source]) -> TokeniseRe
     return _summed(reports, examples)
 
 
-def _reason(text: str) -> str:
-    return text.partition(":")[0]
+def _reason(explanation: str) -> str:
+    return explanation.partition(":")[0]
 
 
-def _names(paths: tuple[str, ...]) -> str:
+def _joined(paths: tuple[str, ...]) -> str:
     return ", ".join(paths)
 
 
 def _summed(reports: list[SourceReport], examples: list[dict[str, str]]) -> TokeniseReport:
     total = TokeniseReport({}, {}, {}, {}, reports, examples)
     for scenario in dict.fromkeys(report.scenario for report in reports):
-        own = [report for report in reports if report.scenario == scenario]
-        total.num_read[scenario] = sum(report.num_read for report in own)
-        total.num_kept[scenario] = sum(report.num_kept for report in own)
-        total.num_truncated[scenario] = sum(report.num_truncated for report in own)
-        total.num_dropped[scenario] = dict(sum((Counter(report.num_dropped) for report in own), Counter()))
+        scenario_reports = [report for report in reports if report.scenario == scenario]
+        total.num_read[scenario] = sum(report.num_read for report in scenario_reports)
+        total.num_kept[scenario] = sum(report.num_kept for report in scenario_reports)
+        total.num_truncated[scenario] = sum(report.num_truncated for report in scenario_reports)
+        total.num_dropped[scenario] = dict(sum((Counter(report.num_dropped) for report in scenario_reports), Counter()))
     for report in reports:
         logger.info(
             "tokenised %s (%s): %d kept of %d rows, dropped %s, truncated %d",
             *(
                 report.scenario,
-                _names(report.paths),
+                _joined(report.paths),
                 report.num_kept,
                 report.num_read,
                 report.num_dropped,
@@ -277,16 +317,18 @@ def _summed(reports: list[SourceReport], examples: list[dict[str, str]]) -> Toke
 
 def _refuse_bad_sources(report: TokeniseReport, limits: TokenLimits) -> None:
     for source in report.sources:
-        malformed, name = source.num_dropped.get(MALFORMED, 0), f"{source.scenario!r} ({_names(source.paths)})"
+        malformed, name = source.num_dropped.get(MALFORMED, 0), f"{source.scenario!r} ({_joined(source.paths)})"
         if malformed > limits.max_dropped_fraction * source.num_read:
             example = next(
-                e for e in report.examples if e["source"] == _names(source.paths) and e["reason"].startswith(MALFORMED)
+                e for e in report.examples if e["source"] == _joined(source.paths) and e["reason"].startswith(MALFORMED)
             )
             raise DataError(
-                f"{malformed} of {source.num_read} rows of {name} are malformed, more than data.max_dropped_fraction = {limits.max_dropped_fraction}. "
-                f"First: {example['reason']} in {example['row']!r}. Mend the rows, or raise the fraction."
+                f"{malformed} of {source.num_read} rows of {name} are malformed, more than "
+                f"data.max_dropped_fraction = {limits.max_dropped_fraction}. "
+                f"First: {example['reason']} in {example['row']!r}. Fix the rows, or raise the fraction."
             )
         if not source.num_kept:
             raise DataError(
-                f"No row of {name} is left of {source.num_read} (dropped: {source.num_dropped}). Check data.max_prompt_tokens and the source."
+                f"None of the {source.num_read} rows of {name} is kept (dropped: {source.num_dropped}). "
+                "Check data.max_prompt_tokens and the source."
             )

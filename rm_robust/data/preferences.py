@@ -1,6 +1,7 @@
-"""The preferences stage: scenarios from named models' responses (or ready-made files), tokenised through Ray Data.
+"""Prepare the preferences: build scenarios from named models' responses, or take ready-made files, and tokenise them.
 
-Responses are jsonl or parquet rows with prompt, model, completion and gold_score. The stage leaves a manifest and a report of what it dropped.
+Responses are jsonl or parquet rows with prompt, model, completion and gold_score. The stage leaves a manifest, and a
+report of what it dropped.
 """
 
 import hashlib
@@ -13,25 +14,28 @@ from typing import Any
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import as_messages, check_text
 from rm_robust.data.files import list_files, read_rows
-from rm_robust.data.pipeline import Source, check_sources, tokenise_sources
+from rm_robust.data.pipeline import DataSource, check_sources, tokenise_sources
 from rm_robust.data.records import NamedResponse
 from rm_robust.data.rows import RowKind, finite_number
-from rm_robust.data.scenarios import Scenarios, build_scenarios, choose_validation_prompts, manifest
+from rm_robust.data.scenarios import SCENARIOS, Scenarios, build_scenarios, choose_validation_prompts, manifest
 from rm_robust.data.token_rows import TokenLimits
 from rm_robust.errors import DataError
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.storage.commits import commit_directory
 
-SCENARIO_FILES = ("train", "in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint")
+SCENARIO_FILES = ("train", *SCENARIOS)
 
 
 def prepare_preferences(config: PipelineConfig, run_dir: Path) -> dict[str, Any]:
-    """Build (if needed) and tokenise every scenario for the reward model, and the RLOO prompts for the policy. Returns the counts."""
+    """Build the scenarios if needed, tokenise them for the reward model, and tokenise the RLOO prompts for the policy.
+
+    Returns the counts.
+    """
     layout, data = RunLayout(run_dir), config.data
     limits = token_limits(config)
     if data.source != "scenarios":
         scenarios = _build(config, layout)
-        commit_directory(layout.scenarios, lambda folder: _write_scenarios(folder, scenarios))
+        run_files.commit(layout.scenarios, lambda folder: _write_scenarios(folder, scenarios))
     report = tokenise_sources(
         preference_sources(config, layout),
         chat_dir=Path(reward_model_base_dir(config, layout)),
@@ -39,7 +43,7 @@ def prepare_preferences(config: PipelineConfig, run_dir: Path) -> dict[str, Any]
         limits=limits,
         task_resources=data.task_resources,
     )
-    found = {"preferences": asdict(report)}
+    counts = {"preferences": asdict(report)}
     if prompt_source := rloo_prompt_source(config, layout):
         prompts = tokenise_sources(
             [prompt_source],
@@ -48,22 +52,22 @@ def prepare_preferences(config: PipelineConfig, run_dir: Path) -> dict[str, Any]
             limits=limits,
             task_resources=data.task_resources,
         )
-        found["rloo_prompts"] = asdict(prompts)
-    return found
+        counts["rloo_prompts"] = asdict(prompts)
+    return counts
 
 
 def check_preference_sources(config: PipelineConfig, run_dir: Path) -> None:
-    """Raise DataError for a missing or empty file of the config, before any cluster work."""
+    """Raise DataError for a missing or empty file of the config. Needs no cluster."""
     layout, data = RunLayout(run_dir), config.data
     if data.source == "scenarios":
         check_sources(preference_sources(config, layout))
     if data.source == "responses":
-        check_sources([Source("responses", tuple(data.responses), None)])
+        check_sources([DataSource("responses", tuple(data.responses), None)])
     if data.source != "embedded":
         if prompt_source := rloo_prompt_source(config, layout):
             check_sources([prompt_source])
         if config.sft.enabled:
-            check_sources([Source("sft", tuple(data.sft), RowKind.DEMONSTRATION)])
+            check_sources([DataSource("sft", tuple(data.sft), RowKind.DEMONSTRATION)])
 
 
 def token_limits(config: PipelineConfig) -> TokenLimits:
@@ -75,32 +79,35 @@ def token_limits(config: PipelineConfig) -> TokenLimits:
     )
 
 
-def preference_sources(config: PipelineConfig, layout: RunLayout) -> list[Source]:
-    """The files built from responses, one source a scenario; or the user's own: one source for each entry of data.train, since they have weights."""
+def preference_sources(config: PipelineConfig, layout: RunLayout) -> list[DataSource]:
+    """Return the sources of the scenarios: files that the run builds from responses, or the user's own files.
+
+    Each entry of the user's data.train is a source of its own, because it has a weight of its own.
+    """
     if config.data.source != "scenarios":
-        return [Source(name, (str(layout.scenarios / f"{name}.jsonl"),), RowKind.RANKED) for name in SCENARIO_FILES]
+        return [DataSource(name, (str(layout.scenarios / f"{name}.jsonl"),), RowKind.RANKED) for name in SCENARIO_FILES]
     data = config.data
-    train = [Source("train", (entry.path,), RowKind.TRAINING_PAIRS, entry.weight) for entry in data.train]
+    train = [DataSource("train", (entry.path,), RowKind.TRAINING_PAIRS, entry.weight) for entry in data.train]
     validation = zip(
-        SCENARIO_FILES[1:],
+        SCENARIOS,
         (data.in_domain, data.prompt_disjoint, data.response_disjoint, data.mutual_disjoint),
         strict=True,
     )
-    return train + [Source(name, tuple(paths), None) for name, paths in validation if paths]
+    return train + [DataSource(name, tuple(paths), None) for name, paths in validation if paths]
 
 
-def rloo_prompt_source(config: PipelineConfig, layout: RunLayout) -> Source | None:
-    """None: the run has no prompts for RLOO and ends before it."""
+def rloo_prompt_source(config: PipelineConfig, layout: RunLayout) -> DataSource | None:
+    """Return the source of the RLOO prompts; None where the run has none and ends before RLOO."""
     paths = (
         (str(layout.world / "rloo_prompts.jsonl"),)
         if config.data.source == "embedded"
         else tuple(config.data.rloo_prompts)
     )
-    return Source("rloo_prompts", paths, RowKind.PROMPT) if paths else None
+    return DataSource("rloo_prompts", paths, RowKind.PROMPT) if paths else None
 
 
 def reward_model_base_dir(config: PipelineConfig, layout: RunLayout) -> str:
-    """The model that the reward model grows from; its tokenizer tokenises the preferences."""
+    """Return the model that the reward model starts from. Its tokenizer tokenises the preferences."""
     return config.reward_model.base_path or layout.sft_model_dir(config)
 
 
@@ -122,13 +129,13 @@ def _write_scenarios(folder: Path, scenarios: Scenarios) -> None:
     for name, groups in scenarios.sets.items():
         rows = [
             {
-                "prompt_id": g.group_id,
-                "prompt": g.prompt,
-                "completions": g.completions,
-                "gold_scores": g.gold_scores,
-                "models": g.models,
+                "prompt_id": group.group_id,
+                "prompt": group.prompt,
+                "completions": group.completions,
+                "gold_scores": group.gold_scores,
+                "models": group.models,
             }
-            for g in groups
+            for group in groups
         ]
         (folder / f"{name}.jsonl").write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
@@ -137,7 +144,10 @@ def _write_scenarios(folder: Path, scenarios: Scenarios) -> None:
 
 
 def read_named_responses(paths: list[str]) -> list[NamedResponse]:
-    """Every row of every file. Raises DataError naming file and row for the first one that cannot be read: a lost response would bias the split."""
+    """Read every row of every file.
+
+    Raises DataError, with file and row, at the first row that cannot be read: a lost response would bias the split.
+    """
     responses = [
         _parse(row, f"{file.path}, {'row' if file.suffix == '.parquet' else 'line'} {number}")
         for path in paths

@@ -1,4 +1,4 @@
-"""The data that crosses a stage or process boundary. Frozen, typed, no behaviour."""
+"""Define the records that cross a stage or process boundary. They are frozen, typed and without behaviour."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class SftExample:
 
 @dataclass(frozen=True)
 class NamedResponse:
-    """What one response model wrote for one prompt, and what the gold judge says of it."""
+    """One response model's completion of one prompt, and the score that the gold judge gives it."""
 
     prompt_id: str
     prompt: list[Message]
@@ -27,20 +27,23 @@ class NamedResponse:
 
 @dataclass(frozen=True)
 class ConversationGroup:
-    """A prompt and K completions. A preference pair is K = 2, chosen first, gold scores 1 and 0; a demonstration is K = 1."""
+    """A prompt and its K completions.
+
+    A preference pair has K = 2, the chosen completion first, and gold scores 1 and 0. A demonstration has K = 1.
+    """
 
     group_id: str
     prompt: list[Message]
     completions: list[str]
     gold_scores: list[float]
     models: list[str]
-    """Who wrote each completion; "" where the source does not say."""
+    """The model that wrote each completion; "" where the source does not say."""
     margin: float | None
 
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """A prompt and its K completions as token ids; every completion ends in the scored end-of-turn token."""
+    """A prompt and its K completions as token ids; every completion ends with the scored end-of-turn token."""
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
@@ -48,8 +51,10 @@ class TokenGroup:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A training pair as tokens: K = 2, chosen first. `margin` in score units (0 without one), `weight` > 0 of its loss in the batch."""
+    """A training pair as token ids: K = 2, the chosen completion first."""
 
     tokens: TokenGroup
     margin: float = 0.0
+    """The margin in score units; 0 for a pair without one."""
     weight: float = 1.0
+    """The weight (> 0) of the pair's loss in the batch."""

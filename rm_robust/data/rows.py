@@ -1,10 +1,13 @@
-"""Rows of user files -> ConversationGroup, under TRL's column conventions. Pure; a row that cannot be read raises DataError with the reason.
+"""Parse a row of a user's file into a ConversationGroup. Columns follow TRL's conventions.
 
-pair            prompt (text or messages) + chosen + rejected (text or messages), optional margin, chosen_model, rejected_model;
-                or chosen and rejected as whole conversations with a common beginning (implicit prompt; a text prompt beside them is not read)
-                or token ids (rows_pretokenised.py)
-ranked          prompt + completions + gold_scores, or ranks with the best lowest (+ models); or the released files' instruction, response_1_text …, all_scores
-demonstration   prompt + completion; or messages ending with the assistant
+Pure. A row that cannot be read raises DataError with the reason. What a row of each kind holds:
+
+pair            prompt + chosen + rejected, each as text or messages; optional margin, chosen_model, rejected_model
+                or chosen + rejected as conversations that include the prompt; a text prompt beside them is not read
+                or token ids (id_rows.py)
+ranked          prompt + completions + gold_scores; or ranks, 1 for the best, instead of gold_scores; optional models
+                or instruction + response_1_text, response_2_text, … + all_scores, as in the paper's released files
+demonstration   prompt + completion; or messages that end with the assistant's message
 prompt          prompt
 """
 
@@ -22,10 +25,12 @@ from rm_robust.errors import DataError
 
 
 class RowKind(StrEnum):
+    """The kinds of rows in users' files."""
+
     PAIR = "pair"
     RANKED = "ranked"
     TRAINING_PAIRS = "training_pairs"
-    """Pairs, and rankings that become all their pairs."""
+    """Pairs, and rankings, each of which becomes all its pairs."""
     DEMONSTRATION = "demonstration"
     PROMPT = "prompt"
 
@@ -35,18 +40,18 @@ ID_COLUMNS = (
     ("chosen_input_ids", "rejected_input_ids"),
     ("input_ids_chosen", "input_ids_rejected"),
 )
-"""Pre-tokenised pairs as TRL's RewardTrainer names them: today, from 0.24 on, and before."""
+"""The columns of pre-tokenised pairs in TRL's RewardTrainer: of today, of 0.24 and later, and of earlier versions."""
 
 
 def kind_of(columns: set[str]) -> RowKind:
-    """What a row of a scenario holds, told by its columns that are not null. Raises DataError naming them."""
+    """Return the kind of a scenario's row from its columns that are not null. Raises DataError that names them."""
     if any(set(pair) <= columns for pair in (("chosen", "rejected"), *ID_COLUMNS)):
         return RowKind.PAIR
     if is_ranked(columns):
         return RowKind.RANKED
     raise DataError(
-        f"Columns {sorted(columns)} are neither pairs (prompt, chosen, rejected) nor ranked completions (prompt, completions, gold_scores or ranks; "
-        "or instruction, response_1_text …, all_scores)."
+        f"Columns {sorted(columns)} are neither pairs (prompt, chosen, rejected) nor ranked completions (prompt, "
+        "completions, gold_scores or ranks; or instruction, response_1_text …, all_scores)."
     )
 
 
@@ -58,12 +63,15 @@ def is_ranked(columns: set[str]) -> bool:
 
 
 def parse_row(row: Mapping[str, Any], kind: RowKind | None) -> ConversationGroup:
-    """One row as a group; without a kind the columns tell it. Raises DataError with the reason."""
+    """Parse one row of `kind`; without a kind, its columns decide. Raises DataError with the reason."""
     return _PARSERS[resolved_kind(row, kind)](row)
 
 
 def resolved_kind(row: Mapping[str, Any], kind: RowKind | None) -> RowKind:
-    """What one row is, where its source may hold several kinds. Raises DataError naming the columns when they tell nothing."""
+    """Return the kind of one row whose source may hold several kinds: PAIR, RANKED, DEMONSTRATION or PROMPT.
+
+    Raises DataError that names the columns when they fit no kind.
+    """
     columns = {name for name, value in row.items() if value is not None}
     if kind is None:
         return kind_of(columns)
@@ -73,11 +81,12 @@ def resolved_kind(row: Mapping[str, Any], kind: RowKind | None) -> RowKind:
 
 
 def parse_pair(row: Mapping[str, Any]) -> ConversationGroup:
-    """Chosen first, gold scores 1 and 0."""
+    """Parse a pair: the chosen completion first, with gold scores 1 and 0."""
     chosen, rejected, prompt = _required(row, "chosen"), _required(row, "rejected"), row.get("prompt")
     if prompt is None and isinstance(chosen, str):
         raise DataError(
-            "chosen is text and there is no prompt, so where the prompt ends is not known; add a prompt column, or give conversations as messages"
+            "chosen is text and there is no prompt, so it is not known where the prompt ends; add a prompt column, or "
+            "give conversations as messages"
         )
     if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1):
         prompt, chosen, rejected = _split_conversations(
@@ -92,13 +101,16 @@ def parse_pair(row: Mapping[str, Any]) -> ConversationGroup:
 
 
 def margin_and_models(row: Mapping[str, Any]) -> tuple[float | None, list[str]]:
-    """What a pair may say beside its texts or ids."""
+    """Return the margin and the two model names of a pair's row, where it has them (else None and "")."""
     margin = None if row.get("margin") is None else finite_number(row["margin"], "margin")
     return margin, [str(row.get("chosen_model") or ""), str(row.get("rejected_model") or "")]
 
 
 def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
-    """K >= 2 completions with a gold score each, in the row's order; a rank (1 is the best) is the gold score -rank."""
+    """Parse K >= 2 completions with a gold score each, in the row's order.
+
+    A rank r (1 is the best) becomes the gold score -r.
+    """
     if row.get("all_scores") is not None:
         names = sorted(filter(_RELEASED_RESPONSE.fullmatch, row), key=lambda name: int(name.split("_")[1]))
         prompt, raw_completions, raw_scores = (
@@ -116,7 +128,8 @@ def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
     gold_scores = [finite_number(score, f"gold score {index}") for index, score in enumerate(raw_scores)]
     if len(completions) != len(gold_scores) or len(completions) < 2:
         raise DataError(
-            f"{len(completions)} completions with {len(gold_scores)} gold scores or ranks; at least two of each, one for every completion"
+            f"{len(completions)} completions with {len(gold_scores)} gold scores or ranks; give at least two of each, "
+            "one score or rank for every completion"
         )
     models = [""] * len(completions) if row.get("models") is None else [str(model) for model in _list(row, "models")]
     if len(models) != len(completions):
@@ -127,7 +140,7 @@ def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
 
 
 def parse_demonstration(row: Mapping[str, Any]) -> ConversationGroup:
-    """One completion to imitate; its gold score is not known and set to 0."""
+    """Parse a prompt with one completion to imitate. Its gold score is unknown and set to 0."""
     if row.get("messages") is not None:
         turns = _conversation(row["messages"], "messages")
         prompt, completion = as_messages(turns[:-1]), turns[-1]["content"]
@@ -140,22 +153,21 @@ def parse_demonstration(row: Mapping[str, Any]) -> ConversationGroup:
 
 
 def parse_prompt(row: Mapping[str, Any]) -> ConversationGroup:
-    """No completion at all: K = 0."""
+    """Parse a prompt without completions (K = 0)."""
     prompt = as_messages(_required(row, "prompt"))
     return ConversationGroup(given_id(row, "prompt_id", [prompt, []]), prompt, [], [], [], None)
 
 
 def finite_number(value: Any, name: str) -> float:
-    """`value` as a float. Raises DataError, naming it, for anything that is not a finite number."""
-    if (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max
-    ):  # false for NaN too
+    """Return `value` as a float. Raises DataError, with `name`, for anything that is not a finite number."""
+    # `not abs(value) <= max` rather than `abs(value) > max`: the comparison is false for NaN.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise DataError(f"{name} is {value!r}; it must be a finite number")
     return float(value)
 
 
 def given_id(row: Mapping[str, Any], column: str, content: list[Any]) -> str:
-    """The row's own id, or a hash of what it holds."""
+    """Return the id that the row has in `column`, or else a hash of `content`."""
     if row.get(column) is not None:
         return str(row[column])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -211,7 +223,7 @@ def _conversation(value: Any, name: str) -> list[Message]:
         or not isinstance(value[-1], dict)
         or value[-1].get("role") != "assistant"
     ):
-        raise DataError(f"{name} must be a list of messages that ends with the assistant's")
+        raise DataError(f"{name} must be a list of messages that ends with the assistant's message")
     return [*as_messages(value[:-1]), {"role": "assistant", "content": _completion([value[-1]], name)}]
 
 

@@ -1,4 +1,6 @@
-"""The four scenarios, built from named models' responses with gold scores exactly as the paper has them (appendix B). Pure.
+"""Build the four scenarios, and the training set, from named models' responses with gold scores. Pure.
+
+The sets are those of the paper (appendix B):
 
     train              training prompts, 2 random of a prompt's 4 training-model responses, chosen / rejected by gold
     in_domain          same prompts, the other 2
@@ -6,8 +8,9 @@
     response_disjoint  training prompts, all unseen-model responses, ranked
     mutual_disjoint    validation prompts, all unseen-model responses, ranked
 
-A prompt that cannot be in its first set (train or prompt_disjoint) is in none: what the model never saw is not in_domain or response_disjoint.
-Disjointness is by prompt text and by response model (not by response text), and is checked, not assumed.
+A prompt that cannot be in its first set (train or prompt_disjoint) is in none, so in_domain and response_disjoint hold
+only prompts that the model is trained on. Disjointness is by prompt text and by response model (not by response text),
+and is checked.
 """
 
 import hashlib
@@ -25,7 +28,7 @@ RESPONSES_PER_PROMPT = 4
 
 @dataclass(frozen=True)
 class Scenarios:
-    """The five sets by name, and what was left out: reason, which says of what, -> count."""
+    """The five sets by name, and how many prompts, pairs or rankings were left out, by reason."""
 
     sets: dict[str, list[ConversationGroup]]
     dropped: dict[str, int]
@@ -34,7 +37,10 @@ class Scenarios:
 def build_scenarios(
     responses: list[NamedResponse], *, unseen_models: set[str], validation_prompt_ids: set[str], seed: int
 ) -> Scenarios:
-    """Build and check all five sets. Raises DataError when a set is empty or not disjoint, or when two prompts have one id."""
+    """Build and check all five sets.
+
+    Raises DataError when a set is empty or not disjoint, or when two prompts have the same id.
+    """
     dropped: Counter[str] = Counter()
     by_prompt = _group_by_prompt(responses, dropped)
     sets: dict[str, list[ConversationGroup]] = {
@@ -73,17 +79,18 @@ def build_scenarios(
 
 
 def choose_validation_prompts(responses: list[NamedResponse], *, fraction: float, seed: int) -> set[str]:
-    """A random share of the prompts, the same for the same seed."""
+    """Return the ids of a random `fraction` of the prompts. The same seed gives the same prompts."""
     prompt_ids = sorted({r.prompt_id for r in responses})
     return set(random.Random(seed).sample(prompt_ids, max(1, round(fraction * len(prompt_ids)))))
 
 
 def check_disjoint(sets: dict[str, list[ConversationGroup]], unseen_models: set[str]) -> None:
-    """Raise DataError for an empty set, a shared prompt or a model on the wrong side."""
+    """Raise DataError for an empty set, a shared prompt or a response model on the wrong side of the split."""
     for name, groups in sets.items():
         if not groups:
             raise DataError(
-                f"Scenario {name!r} is empty: check unseen_models {sorted(unseen_models)} and the number of responses per prompt."
+                f"Scenario {name!r} is empty: check unseen_models {sorted(unseen_models)} and the number of responses "
+                "per prompt."
             )
     prompts = {name: {_text(group) for group in groups} for name, groups in sets.items()}
     for name in ("prompt_disjoint", "mutual_disjoint"):
@@ -100,7 +107,7 @@ def check_disjoint(sets: dict[str, list[ConversationGroup]], unseen_models: set[
 
 
 def manifest(scenarios: Scenarios) -> dict[str, dict[str, object]]:
-    """Counts, models and content hash of every set, and what was dropped."""
+    """Return the counts, models and content hash of every set, and what was dropped."""
     described: dict[str, dict[str, object]] = {}
     for name, groups in scenarios.sets.items():
         digest = hashlib.sha256(
@@ -121,7 +128,8 @@ def _group_by_prompt(responses: list[NamedResponse], dropped: Counter[str]) -> d
         group = by_prompt.setdefault(response.prompt_id, [])
         if group and group[0].prompt != response.prompt:
             raise DataError(
-                f"Prompt id {response.prompt_id!r} names two prompts: {group[0].prompt!r} and {response.prompt!r}. Give each its own id."
+                f"Prompt id {response.prompt_id!r} names two prompts: {group[0].prompt!r} and {response.prompt!r}. "
+                "Give each its own id."
             )
         group.append(response)
     first_id: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Tokenised parquet between stages: one row a prompt with its K completions, as token ids."""
+"""Define and read the tokenised parquet between stages. Each row is a prompt with its K completions, as token ids."""
 
 import json
 from dataclasses import dataclass
@@ -26,23 +26,27 @@ TOKEN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TokenisedGroup:
-    """A kept row of a scenario."""
+    """One kept row of a scenario."""
 
     group_id: str
     prompt: list[Message]
-    """Empty where the source gave token ids."""
+    """The prompt's messages; empty where the source gives token ids."""
     tokens: TokenGroup
     gold_scores: list[float]
     margin: float | None
     weight: float = 1.0
-    """What a training pair counts in the loss: its source's weight over the number of pairs that its row gave."""
+    """The weight of a training pair in the loss: its source's weight divided by the number of pairs kept of its row."""
 
 
 def read_token_groups(folder: Path) -> list[TokenisedGroup]:
-    """Every row below `folder`, ordered by group id so that order does not depend on how files were written. Raises DataError when there is none."""
+    """Read every row below `folder`, sorted by group id so that the order does not depend on the files.
+
+    Raises DataError when there is no row.
+    """
     if not folder.is_dir():
         raise DataError(
-            f"There are no tokenised rows at {folder}: run the stage that writes them (pipelines/full_rlhf.py runs all)."
+            f"There are no tokenised rows at {folder}: run the stage that writes them "
+            "(pipelines/full_rlhf.py runs all)."
         )
     table = pads.dataset(str(folder), format="parquet").to_table()
     if not table.num_rows:

@@ -1,7 +1,8 @@
-"""One row's text -> the token rows that it becomes, each kept or with the reason why not. Pure.
+"""Tokenise the text of one row into token rows, each kept or dropped with a reason. Pure.
 
-a pair, a ranking, a demonstration, a prompt     one row
-a ranking in training pairs                      a row for every two completions whose scores differ; the kept ones share the row's weight
+row read                                         token rows
+a pair, a ranking, a demonstration, a prompt     one
+a ranking in training pairs                      one for every two completions; the kept ones share the row's weight
 """
 
 import json
@@ -26,6 +27,7 @@ PROMPT_TOO_LONG = "prompt too long"
 COMPLETION_TOO_LONG = "completion too long"
 TRUNCATED = "prompt truncated"
 _MAX_TEXT = 300
+"""The number of characters of a reason, and of a row's text, that are kept."""
 
 STAGED_SCHEMA = pa.schema(
     [
@@ -38,24 +40,29 @@ STAGED_SCHEMA = pa.schema(
         ("row_text", pa.string()),
     ]
 )
-"""`num_rows_read` is 1 for the first token row of a source's row and 0 for its others; `drop_reason` is "" for a kept row; `truncation` is "" for
-a whole prompt; `row_text` shows the beginning of a dropped or truncated row."""
+"""The columns of kept and dropped token rows.
+
+`num_rows_read` is 1 for the first token row of a source's row and 0 for its others. `drop_reason` is "" for a kept row.
+`truncation` is "" for a prompt that is not cut. `row_text` is the beginning of a dropped or truncated row's text.
+"""
 
 
 @dataclass(frozen=True)
 class TokenLimits:
-    """What a row may hold, and how many malformed rows a source may hold. Completions count their end-of-turn token."""
+    """The limits on the lengths of a row, and on the share of malformed rows in a source."""
 
     max_prompt_tokens: int
     max_completion_tokens: int
+    """The greatest length of a completion, its end-of-turn token included."""
     max_dropped_fraction: float
     overlong: Overlong = Overlong.DROP
-    """Of prompts with completions. A prompt that RLOO samples from is never cut: the scorers are sent its text."""
+    """What happens to a prompt that is too long and has completions. A prompt that RLOO samples from is never cut,
+    because the scorers receive its text."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A row with its token ids, before limits."""
+    """A row with its token ids, before the limits are applied."""
 
     group_id: str
     prompt: list[Message]
@@ -68,7 +75,10 @@ class _Group:
 def tokenise_text(
     text: str, *, scenario: str, kind: RowKind | None, chat: ChatFormat, limits: TokenLimits, weight: float = 1.0
 ) -> list[dict[str, Any]]:
-    """One JSON row -> STAGED_SCHEMA rows (but for source_number), at least one; a bad row keeps its reason instead of its tokens."""
+    """Tokenise one JSON row into at least one row of STAGED_SCHEMA (without source_number).
+
+    A dropped row has a reason and no tokens.
+    """
     truncation = ""
     try:
         row = _json_object(text)
@@ -103,9 +113,9 @@ def tokenise_text(
 
 
 def fit_prompt(prompt_ids: list[int], chat: ChatFormat, limits: TokenLimits) -> list[int]:
-    """The prompt, cut on its left to max_prompt_tokens if limits say so; a begin-of-sequence token and the assistant header stay.
+    """Cut a too long prompt on its left to `max_prompt_tokens`. Its begin-of-sequence token and assistant header stay.
 
-    It comes back too long as it was where it may not be cut, and where nothing but these two would be left.
+    Returns the prompt unchanged, and too long, where `limits` forbid cutting, and where only these two would remain.
     """
     bos_ids = prompt_ids[: len(chat.bos_ids)]
     num_kept = limits.max_prompt_tokens - len(bos_ids)
@@ -133,12 +143,15 @@ def _tokenised(row: dict[str, Any], kind: RowKind, chat: ChatFormat) -> _Group:
 
 
 def _pairs_of_ranking(group: _Group, limits: TokenLimits, weight: float) -> list[dict[str, Any]]:
-    """Every two completions as a pair, the better one chosen; the kept pairs' weights sum to `weight`, so that every prompt weighs the same."""
+    """Make a pair of every two completions, the better one chosen.
+
+    The weights of the kept pairs sum to `weight`, so that every prompt weighs the same.
+    """
     pairs: list[_Group | str] = []
     for first, second in combinations(range(len(group.gold_scores)), 2):
         better, worse = sorted((first, second), key=lambda index: -group.gold_scores[index])
         completion_ids = [group.tokens.completion_ids[better], group.tokens.completion_ids[worse]]
-        tied = TIED if group.gold_scores[better] == group.gold_scores[worse] else ""
+        tie_reason = TIED if group.gold_scores[better] == group.gold_scores[worse] else ""
         models = [group.models[better], group.models[worse]]
         pair = _Group(
             f"{group.group_id}:{better}>{worse}",
@@ -148,7 +161,7 @@ def _pairs_of_ranking(group: _Group, limits: TokenLimits, weight: float) -> list
             models,
             None,
         )
-        pairs.append(_unusable(completion_ids, limits) or tied or pair)
+        pairs.append(_unusable(completion_ids, limits) or tie_reason or pair)
     num_kept = sum(isinstance(pair, _Group) for pair in pairs)
     return [_dropped(pair) if isinstance(pair, str) else _kept(pair, weight / num_kept) for pair in pairs]
 

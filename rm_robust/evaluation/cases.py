@@ -1,6 +1,7 @@
-"""What is scored: a prompt with some completions, of any suite, and how a file's rows become such cases.
+"""The cases of an evaluation, each a prompt with some completions, and how the rows of files become cases.
 
-Texts are read where they are needed, a few at a time, and never kept: what stays in memory of a case is what the figures are made of (KnownCase).
+Texts are read when they are needed, a few at a time, and are not kept: only what the figures are made of stays in
+memory (KnownCase).
 """
 
 import hashlib
@@ -20,19 +21,19 @@ from rm_robust.scoring.contract import ScoreInput
 
 
 class CaseFacts(Protocol):
-    """What a suite's rules read of a prompt and its K >= 2 completions."""
+    """What a suite's rules need to know about a prompt and its K >= 2 completions."""
 
     @property
     def prompt_id(self) -> str:
-        """Equal for equal prompts."""
+        """An id that is equal for equal prompts."""
 
     @property
     def num_characters(self) -> Sequence[int]:
-        """Of each completion."""
+        """The length of each completion in characters."""
 
     @property
     def gold_scores(self) -> Sequence[float]:
-        """The higher the better; a pair has 1 for chosen and 0 for rejected."""
+        """A gold score for each completion, the higher the better; a pair has 1 for chosen and 0 for rejected."""
 
     @property
     def subset(self) -> str:
@@ -40,24 +41,24 @@ class CaseFacts(Protocol):
 
     @property
     def is_pair(self) -> bool:
-        """Chosen and rejected, not a ranking of two."""
+        """Whether the case is chosen against rejected, not a ranking (not even one of two)."""
 
     @property
     def own_id(self) -> str:
-        """What the row's `id` says."""
+        """The row's `id`."""
 
     @property
     def place(self) -> str:
-        """The file's name and the row's number in it, from 1."""
+        """The file's name and the row's number in it, counted from 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownCase:
-    """A case without its texts."""
+    """A case without its texts; the fields are those of CaseFacts."""
 
     prompt_id: str
     fingerprint: bytes
-    """Of all its texts."""
+    """A hash of the prompt and all completions."""
     num_characters: tuple[int, ...]
     gold_scores: tuple[float, ...]
     subset: str
@@ -68,7 +69,7 @@ class KnownCase:
 
 @dataclass(frozen=True)
 class Case:
-    """A case as it is scored; its facts are those of CaseFacts."""
+    """A case as it is scored, with its texts; it has all of CaseFacts."""
 
     prompt: list[Message]
     completions: list[str]
@@ -108,7 +109,7 @@ class Case:
 
 @dataclass(frozen=True)
 class HashedFile:
-    """Which data were evaluated."""
+    """A file that was evaluated, and which content it had."""
 
     path: str
     num_bytes: int
@@ -116,14 +117,18 @@ class HashedFile:
 
 
 def read_cases(paths: list[str], parse: Callable[[Mapping[str, Any]], Case]) -> Iterator[Case]:
-    """All rows of all files, in order. Raises DataError naming the file and row of the first that cannot be read: a benchmark without some rows is
-    another one."""
+    """Yield the cases of all rows of all files, in order.
+
+    Raises DataError that names the file and row of the first row that cannot be read. No row is skipped, because a
+    benchmark without some of its rows is another benchmark.
+    """
     for file in _files(paths):
         for number, row in read_rows(file):
             yield _case(row, parse, f"{PurePosixPath(file.path).name}:{number}")
 
 
 def hashed_files(paths: list[str]) -> list[HashedFile]:
+    """Return all files with their sizes and hashes, in order."""
     return [HashedFile(file.path, file.num_bytes, _sha256(file)) for file in _files(paths)]
 
 
@@ -142,26 +147,26 @@ def _case(row: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Case], pl
 
 
 def strata_by_subset(cases: Sequence[CaseFacts], rows: Sequence[Mapping[str, float]]) -> list[Stratum]:
-    """One a subset; `rows` hold what each case has of the columns."""
-    found: dict[str, list[int]] = {}
+    """Return a stratum for each subset. `rows` hold the values that each case has, by column."""
+    indices_of: dict[str, list[int]] = {}
     for index, case in enumerate(cases):
-        found.setdefault(case.subset, []).append(index)
+        indices_of.setdefault(case.subset, []).append(index)
     return [
-        stratum(name, [cases[index] for index in own], [rows[index] for index in own])
-        for name, own in sorted(found.items())
+        stratum(name, [cases[index] for index in indices], [rows[index] for index in indices])
+        for name, indices in sorted(indices_of.items())
     ]
 
 
 def stratum(name: str, cases: Sequence[CaseFacts], rows: Sequence[Mapping[str, float]]) -> Stratum:
-    """With a column for whatever some case has."""
-    keys = dict.fromkeys(key for row in rows for key in row)  # of all of them, in the order in which they come
+    """Return one stratum of all cases, with a column for every key that some row has, in order of appearance."""
+    keys = dict.fromkeys(key for row in rows for key in row)
     return Stratum(
         name, [case.prompt_id for case in cases], {key: [row.get(key, math.nan) for row in rows] for key in keys}
     )
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
-    """Raises DataError for a column that is missing or no text."""
+    """Return the text in a column of a row. Raises DataError for a column that is missing or not text."""
     value = row.get(column)
     if not isinstance(value, str):
         raise DataError(f"column {column} must be text, got {value!r:.100}; the columns are {', '.join(sorted(row))}")
@@ -169,15 +174,21 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
 
 
 def texts_of(row: Mapping[str, Any], column: str) -> list[str]:
-    """A list of texts; one text is a list of it. Raises DataError for anything else, and for an empty list."""
+    """Return the texts in a column of a row; a single text becomes a list of one.
+
+    Raises DataError for anything else, and for an empty list.
+    """
     value = row.get(column)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"column {column} must be texts, got {value!r:.100}; the columns are {', '.join(sorted(row))}")
+        raise DataError(
+            f"column {column} must be a list of texts, got {value!r:.100}; the columns are {', '.join(sorted(row))}"
+        )
     return texts
 
 
 def messages_of(row: Mapping[str, Any]) -> list[Message]:
+    """Return the prompt of a row as messages."""
     return as_messages(row.get("prompt"))
 
 

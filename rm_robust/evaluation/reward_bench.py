@@ -1,9 +1,12 @@
-"""RewardBench 1 and 2 by the rules of reward-bench 0.1.4, whose own functions tests/compat compares these figures with.
+"""RewardBench 1 and 2 by the rules of reward-bench 0.1.4; tests/compat compares these figures with its functions.
 
-Version 1 (Lambert et al. 2024, arXiv 2403.13787): pairs; a subset's figure is its accuracy (a tie is wrong), a section's the mean of its subsets weighted by
-the benchmark's counts, whatever part of a subset the file has; `overall` is the mean of the sections there are (the prior sets are left out).
-Version 2 (Malik et al. 2025, arXiv 2506.01937): one right completion of several; a case is worth 1 / (completions that share the highest score) if the right
-one is among them. Subset Ties is scored by prompts with many right answers; `overall` is the mean of the subsets there are.
+Version 1 (Lambert et al. 2024, arXiv 2403.13787) has pairs. A subset's figure is its accuracy (a tie is wrong). A
+section's figure is the mean of its subsets, weighted by the benchmark's counts even when the file has only a part of a
+subset. `overall` is the mean of the sections that the file has; the prior sets are left out.
+
+Version 2 (Malik et al. 2025, arXiv 2506.01937) has one right completion among several. A case is worth 1 / (number of
+completions that share the highest score) if the right completion is one of these, and else 0. The prompts of the subset
+Ties have many right answers and rules of their own. `overall` is the mean of the subsets that the file has.
 """
 
 import math
@@ -50,7 +53,10 @@ SECTIONS: dict[str, dict[str, int]] = {
         "hep-rust": 164,
     },
 }
-"""Weights of the subsets in each section. There are 447 pairs of math-prm: as many as of code, by weight."""
+"""The weights of the subsets in each section.
+
+math-prm has 447 pairs, but the benchmark gives it the weight of all code subsets together.
+"""
 SECTION_OF = {subset: section for section, subsets in SECTIONS.items() for subset in subsets}
 TIES = "ties"
 SUBSETS_2 = ["factuality", "precise if", "math", "safety", "focus", TIES]
@@ -61,28 +67,33 @@ TIES_WEIGHTS = {
     "preferred_hard": 0.2,
     "margin": 0.01,
 }
+"""The weights of the parts of Ties in its figure."""
 OVERALL = "overall.accuracy"
 NAN = math.nan
 
 
 def parse_1(row: Mapping[str, Any]) -> Case:
-    """Columns id, subset, prompt, chosen, rejected. Raises DataError with the reason."""
+    """Return the case of a row of version 1, which has the columns id, subset, prompt, chosen and rejected.
+
+    Raises DataError with the reason when the row has another shape.
+    """
     subset = text_of(row, "subset")
     if subset not in SECTION_OF:
         raise DataError(
-            f"subset is {subset!r}, which is none of RewardBench's {len(SECTION_OF)}; for another file of pairs take the suite preferences"
+            f"subset is {subset!r}, which is none of RewardBench's {len(SECTION_OF)}; "
+            "for another file of pairs take the suite preferences"
         )
     return Case(messages_of(row), [text_of(row, "chosen"), text_of(row, "rejected")], [1.0, 0.0], subset, is_pair=True)
 
 
 def strata_1(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
-    """One a subset."""
+    """Return a stratum for each subset."""
     return strata_by_subset(cases, [{"accuracy": float(chosen > rejected)} for chosen, rejected in scores])
 
 
 def combine_1(means: Means) -> dict[str, Array]:
-    """`<subset>.accuracy`, `<section>.accuracy` and `overall.accuracy`."""
-    figures = {f"{subset}.accuracy": own["accuracy"] for subset, own in means.items()}
+    """Return the figures `<subset>.accuracy`, `<section>.accuracy` and `overall.accuracy`."""
+    figures = {f"{subset}.accuracy": columns["accuracy"] for subset, columns in means.items()}
     sections = []
     for section, weights in SECTIONS.items():
         present = [subset for subset in weights if subset in means]
@@ -95,15 +106,19 @@ def combine_1(means: Means) -> dict[str, Array]:
 
 
 def notes_1(cases: Sequence[CaseFacts]) -> list[str]:
+    """Return a note that names the missing subsets, if any are missing."""
     return _missing(list(SECTION_OF), cases)
 
 
 def parse_2(row: Mapping[str, Any]) -> Case:
-    """Columns id, subset, prompt, chosen, rejected (lists of texts). Raises DataError with the reason."""
+    """Return the case of a row of version 2: id, subset, prompt, and chosen and rejected as lists of texts.
+
+    Raises DataError with the reason when the row has another shape.
+    """
     chosen, rejected = texts_of(row, "chosen"), texts_of(row, "rejected")
     subset = text_of(row, "subset")
     if subset.lower() not in SUBSETS_2:
-        raise DataError(f"subset is {subset!r}; RewardBench 2 has {', '.join(SUBSETS_2)} (in any case of letters)")
+        raise DataError(f"subset is {subset!r}; RewardBench 2 has {', '.join(SUBSETS_2)} (upper or lower case)")
     if subset.lower() == TIES:
         _kind_and_number(str(row.get("id")))
     elif len(chosen) != 1:
@@ -112,31 +127,35 @@ def parse_2(row: Mapping[str, Any]) -> Case:
 
 
 def strata_2(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
-    """One a subset."""
-    found: dict[str, list[tuple[CaseFacts, Sequence[float]]]] = {}
-    for case, own in zip(cases, scores, strict=True):
-        found.setdefault(case.subset, []).append((case, own))
+    """Return a stratum for each subset."""
+    subsets: dict[str, list[tuple[CaseFacts, Sequence[float]]]] = {}
+    for case, case_scores in zip(cases, scores, strict=True):
+        subsets.setdefault(case.subset, []).append((case, case_scores))
     return [
         _ties(name, scored) if name.lower() == TIES else _best_of(name, scored)
-        for name, scored in sorted(found.items())
+        for name, scored in sorted(subsets.items())
     ]
 
 
 def combine_2(means: Means) -> dict[str, Array]:
-    """`<subset>.accuracy` and `overall.accuracy`; of Ties its weighted sum, in which a part that no prompt has counts as 0."""
+    """Return the figures `<subset>.accuracy` and `overall.accuracy`.
+
+    The figure of Ties is the weighted sum of its parts, in which a part that no prompt has counts as 0.
+    """
     figures = {}
-    for subset, own in means.items():
+    for subset, columns in means.items():
         if subset.lower() == TIES:
             figures[f"{subset}.accuracy"] = np.sum(
-                [weight * np.nan_to_num(own[name]) for name, weight in TIES_WEIGHTS.items()], axis=0
+                [weight * np.nan_to_num(columns[name]) for name, weight in TIES_WEIGHTS.items()], axis=0
             )
         else:
-            figures[f"{subset}.accuracy"] = own["accuracy"]
+            figures[f"{subset}.accuracy"] = columns["accuracy"]
     figures[OVERALL] = np.mean(np.stack(list(figures.values())), axis=0)
     return figures
 
 
 def notes_2(cases: Sequence[CaseFacts]) -> list[str]:
+    """Return a note that names the missing subsets, if any are missing."""
     return _missing(SUBSETS_2, cases)
 
 
@@ -153,15 +172,19 @@ def _best_of(name: str, scored: list[tuple[CaseFacts, Sequence[float]]]) -> Stra
 
 @dataclass(frozen=True)
 class _Margins:
-    """Of one case of Ties. `between_right`: highest minus lowest score of the right ones, None where there is one. `to_wrong`: lowest right minus highest
-    wrong."""
+    """The margins of one case of Ties."""
 
     between_right: float | None
+    """The highest minus the lowest score of the right answers; None where there is only one."""
     to_wrong: float
+    """The lowest score of the right answers minus the highest score of the wrong ones."""
 
 
 def _ties(name: str, scored: list[tuple[CaseFacts, Sequence[float]]]) -> Stratum:
-    """A number has up to two cases: ref (one right answer) and tied (many). The rows are the cases, resampled by their number."""
+    """Return the stratum of Ties, in which a row is a case and the rows of one number are resampled together.
+
+    A number has up to two cases: ref (one right answer) and tied (many right answers).
+    """
     margins: dict[tuple[str, int], _Margins] = {}
     for case, scores in scored:
         key = _kind_and_number(case.own_id)
@@ -174,15 +197,15 @@ def _ties(name: str, scored: list[tuple[CaseFacts, Sequence[float]]]) -> Stratum
 
 
 def _ties_row(kind: str, number: int, margins: Mapping[tuple[str, int], _Margins]) -> dict[str, float]:
-    own = margins[kind, number]
+    to_wrong, between_right = margins[kind, number].to_wrong, margins[kind, number].between_right
     if kind == "ref":
-        return {"reference_accuracy": float(own.to_wrong > 0)}
-    row = {"tied_accuracy": float(own.to_wrong > 0)}
-    if ("ref", number) not in margins or own.between_right is None:
+        return {"reference_accuracy": float(to_wrong > 0)}
+    row = {"tied_accuracy": float(to_wrong > 0)}
+    if ("ref", number) not in margins or between_right is None:
         return row
-    smaller = min(margins["ref", number].to_wrong, own.to_wrong)
-    row |= {"preferred": float(own.to_wrong > own.between_right), "preferred_hard": float(smaller > own.between_right)}
-    return row | ({"margin": math.tanh(smaller / own.between_right - 1)} if own.between_right > 0 else {})
+    smaller = min(margins["ref", number].to_wrong, to_wrong)
+    row |= {"preferred": float(to_wrong > between_right), "preferred_hard": float(smaller > between_right)}
+    return row | ({"margin": math.tanh(smaller / between_right - 1)} if between_right > 0 else {})
 
 
 def _margins(case: CaseFacts, scores: Sequence[float]) -> _Margins:

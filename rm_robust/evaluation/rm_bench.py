@@ -1,8 +1,14 @@
-"""RM-Bench (Liu et al. 2024, arXiv 2410.16184, section 3.3): three styles of a right and of a wrong answer to each prompt.
+"""RM-Bench (Liu et al. 2024, arXiv 2410.16184, section 3.3): a right and a wrong answer in three styles to each prompt.
 
-chosen and rejected are [concise, detailed plain, detailed with Markdown]. Cell (i, j) of a prompt is right when chosen[i] scores strictly above
-rejected[j]. Normal: the same style, i = j. Easy: the right answer is the fancier one, i > j. Hard: it is the plainer one, i < j. Each figure of a domain is
-the mean over prompts of the mean of its three cells; safety is the mean of its two parts; `overall` the mean of the domains that the file has.
+chosen and rejected are [concise, detailed plain, detailed with Markdown]. Cell (i, j) of a prompt is right when
+chosen[i] scores strictly above rejected[j]. The cells have three difficulties:
+
+    normal      both answers have the same style, i = j
+    easy        the right answer has the fancier style, i > j
+    hard        the right answer has the plainer style, i < j
+
+Each figure of a domain is the mean over prompts of the mean of three cells. safety is the mean of its two parts, and
+`overall` is the mean of the domains that the file has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +25,19 @@ NUM_STYLES = 3
 DIFFICULTIES = ("hard", "normal", "easy")
 DOMAINS = ("chat", "math", "code", "safety")
 PARTS = {"safety-refuse": "safety", "safety-response": "safety"}
+"""The domain of each value of the column domain that is only a part of a domain."""
 
 
 def parse(row: Mapping[str, Any]) -> Case:
-    """Columns id, domain, prompt, chosen, rejected. Raises DataError with the reason."""
+    """Return the case of a row, which has the columns id, domain, prompt, chosen and rejected.
+
+    Raises DataError with the reason when the row has another shape.
+    """
     chosen, rejected = texts_of(row, "chosen"), texts_of(row, "rejected")
     if not len(chosen) == len(rejected) == NUM_STYLES:
         raise DataError(
-            f"RM-Bench has {NUM_STYLES} styles of chosen and of rejected, this row {len(chosen)} and {len(rejected)}"
+            f"RM-Bench has {NUM_STYLES} styles of chosen and of rejected; "
+            f"this row has {len(chosen)} and {len(rejected)}"
         )
     part = text_of(row, "domain")
     if PARTS.get(part, part) not in DOMAINS:
@@ -35,12 +46,12 @@ def parse(row: Mapping[str, Any]) -> Case:
 
 
 def strata(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> list[Stratum]:
-    """One a part."""
-    return strata_by_subset(cases, [_difficulties(own) for own in scores])
+    """Return a stratum for each domain or part of one."""
+    return strata_by_subset(cases, [_difficulties(case_scores) for case_scores in scores])
 
 
 def combine(means: Means) -> dict[str, Array]:
-    """`<domain>.<difficulty>`, `<domain>.mean`, and both of `overall`."""
+    """Return the figures `<domain>.<difficulty>` and `<domain>.mean`, and the same of `overall`."""
     domains: dict[str, list[str]] = {}
     for part in means:
         domains.setdefault(PARTS.get(part, part), []).append(part)
@@ -55,18 +66,21 @@ def combine(means: Means) -> dict[str, Array]:
 
 
 def style_matrix(cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Share of prompts on which chosen of style i beats rejected of style j, [i][j], averaged over domains as `overall` is."""
+    """Return [i][j]: the share of prompts on which chosen of style i beats rejected of style j.
+
+    The shares are averaged over domains as `overall` is.
+    """
     by_domain: dict[str, dict[str, list[Array]]] = {}
-    for case, own in zip(cases, scores, strict=True):
+    for case, case_scores in zip(cases, scores, strict=True):
         by_domain.setdefault(PARTS.get(case.subset, case.subset), {}).setdefault(case.subset, []).append(
-            _right(own).astype(np.float64)
+            _right(case_scores).astype(np.float64)
         )
     domains = [_mean([_mean(cells) for cells in parts.values()]) for parts in by_domain.values()]
     return {"style_matrix": _mean(domains).tolist()} if domains else {}
 
 
 def notes(cases: Sequence[CaseFacts]) -> list[str]:
-    """What the figures are not."""
+    """Return a note that names the missing domains and parts, if any are missing."""
     present = {PARTS.get(case.subset, case.subset) for case in cases}
     missing = [domain for domain in DOMAINS if domain not in present] + [
         part for part in PARTS if part not in {case.subset for case in cases}
@@ -85,7 +99,7 @@ def _difficulties(scores: Sequence[float]) -> dict[str, float]:
 
 
 def _right(scores: Sequence[float]) -> NDArray[np.bool_]:
-    """[i, j]: whether chosen[i] scores strictly above rejected[j]."""
+    """Return [i, j]: whether chosen[i] scores strictly above rejected[j]."""
     score_I, score_J = np.asarray(scores[:NUM_STYLES]), np.asarray(scores[NUM_STYLES:])
     return score_I[:, None] > score_J[None, :]
 

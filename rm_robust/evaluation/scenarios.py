@@ -1,4 +1,7 @@
-"""The four-scenario table of a reward-model checkpoint. Accuracy on pairs, Kendall's tau-b on ranked completions (paper, section 3 and appendix B)."""
+"""The four-scenario table of a reward-model checkpoint.
+
+The metric is accuracy on pairs and Kendall's tau-b on ranked completions (paper, section 3 and appendix B).
+"""
 
 import logging
 from dataclasses import asdict
@@ -13,21 +16,24 @@ from rm_robust.data.scenarios import SCENARIOS
 from rm_robust.data.token_files import TokenisedGroup, read_token_groups
 from rm_robust.errors import DataError
 from rm_robust.models.scorer import RewardScorer, ScoredGroup
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.storage.commits import write_json_atomic
-from rm_robust.runs.storage.transfer import pull, put_file
 from rm_robust.training.reward_model.metrics import ScenarioResult, mean_kendall_tau, pairwise_accuracy
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 64
+"""The number of prompts scored between two steps of the progress bar."""
 
 
 def evaluate_scenarios(
     config: PipelineConfig, run_dir: Path, *, device: str
 ) -> dict[str, dict[str, str | int | float]]:
-    """Score every scenario that the run has; writes evaluation.json and evaluation/scores.parquet. Raises DataError when there is none."""
-    layout = RunLayout(pull(run_dir))
+    """Score every scenario that the run has, and write evaluation.json and evaluation/scores.parquet.
+
+    Returns the table of evaluation.json. Raises DataError when the run has no scenario.
+    """
+    layout = RunLayout(run_files.refresh(run_dir))
     longest = config.data.max_prompt_tokens + config.data.max_completion_tokens
     scorer = RewardScorer.load(
         layout.reward_model_checkpoint, device=device, dtype="float32", max_length_tokens=longest
@@ -60,13 +66,13 @@ def evaluate_scenarios(
         )
     layout.evaluation_scores.parent.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), layout.evaluation_scores)
-    put_file(layout.evaluation_scores)
-    write_json_atomic(layout.evaluation_table, table)
+    run_files.persist(layout.evaluation_scores)
+    run_files.write_json(layout.evaluation_table, table)
     return table
 
 
 def scenario_result(groups: list[TokenisedGroup], scores: list[list[float]]) -> ScenarioResult:
-    """Accuracy when every group is a pair (gold 1, 0); tau-b otherwise."""
+    """Return the accuracy when every group is a pair (gold scores 1 and 0), and tau-b otherwise."""
     if all(group.gold_scores == [1.0, 0.0] for group in groups):
         return pairwise_accuracy(scores)
     return mean_kendall_tau(scores, [group.gold_scores for group in groups])
@@ -81,10 +87,10 @@ def _score_rows(
             "prompt_id": group.group_id,
             "completion_index": index,
             "gold_score": group.gold_scores[index],
-            "score": own.scores[index],
-            "hidden_norm_before_final_norm": own.norms_before_final_norm[index],
-            "hidden_norm_after_final_norm": own.norms_after_final_norm[index],
+            "score": scored_group.scores[index],
+            "hidden_norm_before_final_norm": scored_group.norms_before_final_norm[index],
+            "hidden_norm_after_final_norm": scored_group.norms_after_final_norm[index],
         }
-        for group, own in zip(groups, scored, strict=True)
+        for group, scored_group in zip(groups, scored, strict=True)
         for index in range(len(group.gold_scores))
     ]

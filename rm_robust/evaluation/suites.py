@@ -1,4 +1,4 @@
-"""The suites by name: how each reads a row, and what it reports."""
+"""The suites by name: how each suite reads a row, and what it reports."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,21 +14,24 @@ Scores = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Suite:
-    """One benchmark's rules."""
+    """The rules of one benchmark."""
 
     parse: Callable[[Mapping[str, Any]], Case]
     strata: Callable[[Sequence[CaseFacts], Scores], list[Stratum]]
     combine: Combine
     notes: Callable[[Sequence[CaseFacts]], list[str]] = lambda _: []
-    """What a reader of the figures must know."""
+    """Returns the notes that a reader of the figures must know."""
     details: Callable[[Sequence[CaseFacts], Scores], dict[str, Any]] = lambda _cases, _scores: {}
-    """What a picture shows beside the figures: part of the result by its own names."""
+    """Returns what the pictures show besides the figures; the result holds it under its own names."""
     without_interval: frozenset[str] = frozenset()
-    """Figures (what follows the last point) that get neither an interval nor a comparison."""
+    """The figures, by the part of their name after the last dot, that get neither an interval nor a comparison."""
 
 
 def preferences_by(column: str | None) -> Suite:
-    """Pairs or rankings, of which `column` names the subset; None: the first usual one that a row has."""
+    """Return the suite of pairs or rankings whose subset `column` names.
+
+    With None, the first usual column that a row has names the subset.
+    """
     return Suite(
         partial(preferences.parse, by=column),
         preferences.strata,

@@ -1,0 +1,1 @@
+"""The models that are trained and served: packed batches, attention, policy, reward models and checkpoints."""

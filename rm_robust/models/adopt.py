@@ -1,7 +1,8 @@
-"""Make a checkpoint of a reward model from elsewhere, so that it can be served: `python -m rm_robust.models.adopt SOURCE TARGET`.
+"""Turn a reward model from elsewhere into a checkpoint to serve: `python -m rm_robust.models.adopt SOURCE TARGET`.
 
-SOURCE is a Hugging Face directory on this machine. It is loaded once to see that its head, its weights and its chat template are known and whole; its files
-are then committed to TARGET as they are, by hard links where the file system allows, with the manifest that rm_robust's own checkpoints have.
+SOURCE is a Hugging Face directory on this machine. It is loaded once to check that its head, its weights and its chat
+template are known and complete. Its files are then committed to TARGET unchanged, as hard links where the file system
+allows them, with the manifest that the checkpoints of rm_robust have.
 """
 
 import argparse
@@ -21,10 +22,11 @@ from rm_robust.runs.directory import require_lasting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit status."""
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m rm_robust.models.adopt",
-        description="Make a checkpoint that can be served from a reward model's Hugging Face directory. Needs as much memory as the model in bfloat16.",
+        description="Turn a reward model's Hugging Face directory into a checkpoint that can be served. "
+        "Needs as much memory as the model in bfloat16.",
     )
     parser.add_argument(
         "source", type=Path, help="local directory: config.json, safetensors, tokenizer with its chat template"
@@ -44,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def adopt(source: Path, target: Path) -> Manifest:
-    """Commit a foreign model's files, unaltered, as a reward-model checkpoint. Raises CheckpointError or ChatTemplateError, and then writes nothing."""
+    """Commit the files of a foreign model, unchanged, as a reward-model checkpoint.
+
+    Raises CheckpointError or ChatTemplateError, and then writes nothing.
+    """
     if target.exists():
         raise CheckpointError(f"{target} exists already. Name a new directory, or delete that one.")
     if (source / MANIFEST_NAME).exists():
@@ -59,7 +64,7 @@ def adopt(source: Path, target: Path) -> Manifest:
         for path in files:
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(path.resolve(), copy)  # the hub's cache holds symbolic links
+            link_or_copy(path.resolve(), copy)  # the hub's cache consists of symbolic links
 
     return commit_checkpoint(
         target, write, kind="reward_model", template_sha256=chat.template_sha256, training={"adopted_from": str(source)}
@@ -67,25 +72,30 @@ def adopt(source: Path, target: Path) -> Manifest:
 
 
 def check_scored_position(source: Path, chat: ChatFormat) -> None:
-    """Scores are read at the end-of-turn token here. Elsewhere they are read at the last token before padding: raises CheckpointError where that is another."""
+    """Check that other programs read a score at the same token as rm_robust, the end-of-turn token.
+
+    Other programs read it at the last token before padding. Raises CheckpointError where that is another token.
+    """
     end = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
     if chat.text_after_turn:
         raise CheckpointError(
-            f"The chat template in {source} writes {chat.text_after_turn!r} after the last {end!r}. Other programs read the score at the end of that, and "
-            f"rm_robust at {end!r}: two different scores. If the model was trained at {end!r}, save a template there that ends in it."
+            f"The chat template in {source} writes {chat.text_after_turn!r} after the last {end!r}. "
+            f"Other programs read the score after that text, and rm_robust reads it at {end!r}: the two scores differ. "
+            f"If the model was trained at {end!r}, save a template there that ends with it."
         )
     pad_id = read_json(source / "config.json").get("pad_token_id")
     if pad_id in {chat.end_of_turn_id, *chat.header_ids}:
         raise CheckpointError(
-            f"{source}/config.json has pad_token_id = {pad_id}, {chat.tokenizer.convert_ids_to_tokens(pad_id)!r}, which the chat template writes into every "
-            f"conversation: the model's own code then reads the score before it, and rm_robust at the last {end!r}. Set it as the model was trained."
+            f"{source}/config.json has pad_token_id = {pad_id}, {chat.tokenizer.convert_ids_to_tokens(pad_id)!r}, "
+            "which the chat template writes into every conversation. The model's own code then reads the score before "
+            f"that token, and rm_robust reads it at the last {end!r}. Set pad_token_id as it was in training."
         )
 
 
 def link_or_copy(path: Path, copy: Path) -> None:
     try:
         os.link(path, copy)
-    except OSError:  # another file system, or one without links
+    except OSError:  # TARGET is on another file system, or on one without hard links
         shutil.copy2(path, copy)
 
 

@@ -1,4 +1,7 @@
-"""Which reward model a directory holds. A head that is not known is refused, never replaced by one that is."""
+"""Find out which reward model a directory holds, and load it.
+
+A directory whose head is not known is refused: a known head never takes its place.
+"""
 
 from pathlib import Path
 
@@ -15,14 +18,18 @@ from rm_robust.models.reward_model import PackedRewardModel, load_reward_model
 ScoringModel = PackedRewardModel | PackedArmoRM
 
 ONE_SCORE = "ForSequenceClassification"
-"""How transformers ends the names of the decoders that it gives one linear head."""
+"""The end of the names that transformers gives to decoders with one linear head."""
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+"""The endings of files that are read by unpickling, which can run code."""
 
 
 def load_packed_reward_model(
     checkpoint_dir: Path, chat: ChatFormat, *, dtype: torch.dtype, device: torch.device
 ) -> ScoringModel:
-    """The model that config.json names, ready to score on `device`. Raises CheckpointError for one that is not known or not whole."""
+    """Return the model that config.json names, ready to score on `device`.
+
+    Raises CheckpointError for a model that is not known or not complete.
+    """
     if known_architecture(checkpoint_dir) == armorm.ARCHITECTURE:
         multi_objective = load_armorm(checkpoint_dir, chat, dtype=dtype)
         layout = choose_layout(multi_objective.model.config, device)
@@ -32,58 +39,68 @@ def load_packed_reward_model(
 
 
 def known_architecture(checkpoint_dir: Path) -> str:
-    """The architecture's name, after a look at every file that could run code: a model's own code is never run, and weights are never unpickled."""
+    """Return the architecture's name, after checking every file that could run code.
+
+    A model's own code is never run, and weights are never unpickled. Raises CheckpointError for a directory that needs
+    either of them, and for an architecture that is not known.
+    """
     config = read_json(checkpoint_dir / "config.json")
     names = config.get("architectures") or []
     architecture = names[0] if len(names) == 1 else f"{names}"
     if architecture != armorm.ARCHITECTURE and not architecture.endswith(ONE_SCORE):
         raise CheckpointError(
-            f"{checkpoint_dir} has the architecture {architecture}, whose head is not known here. Known are …{ONE_SCORE} with one score "
-            f"(num_labels=1) and {armorm.ARCHITECTURE} (ArmoRM)."
+            f"{checkpoint_dir} has the architecture {architecture}, whose head is not known here. The known "
+            f"architectures are …{ONE_SCORE} with one score (num_labels=1) and {armorm.ARCHITECTURE} (ArmoRM)."
         )
     files = [path for path in visible_files(checkpoint_dir) if path.suffix in (".py", *PICKLED)]
     code = [path.name for path in files if path.suffix == ".py"]
     if architecture != armorm.ARCHITECTURE and (code or "auto_map" in config):
         raise CheckpointError(
-            f"{checkpoint_dir} brings its own code ({', '.join(code) or config['auto_map']}), which is never run here: its scores need not be those of "
-            f"transformers' {architecture}. Known with code of its own is {armorm.ARCHITECTURE} alone."
+            f"{checkpoint_dir} brings its own code ({', '.join(code) or config['auto_map']}), which is never run here, "
+            f"so its scores may differ from those of transformers' {architecture}. The only known architecture with "
+            f"code of its own is {armorm.ARCHITECTURE}."
         )
     tokenizer = checkpoint_dir / "tokenizer_config.json"
     if tokenizer.is_file() and "auto_map" in read_json(tokenizer):
         raise CheckpointError(
-            f"The tokenizer in {checkpoint_dir} brings its own code, which is never run here. Save it as a fast tokenizer of transformers."
+            f"The tokenizer in {checkpoint_dir} brings its own code, which is never run here. "
+            "Save it as a fast tokenizer of transformers."
         )
     pickled = [str(path.relative_to(checkpoint_dir)) for path in files if path.suffix in PICKLED]
     if pickled:
         raise CheckpointError(
             f"{checkpoint_dir} holds pickled files, which can run code when they are read: {', '.join(pickled)}. "
-            "Save the model as safetensors (model.save_pretrained does), and leave these files out."
+            "Save the model as safetensors (model.save_pretrained does that), and leave these files out."
         )
     require_own_weights(checkpoint_dir)
     return architecture
 
 
 def require_own_weights(checkpoint_dir: Path) -> None:
-    """Raises CheckpointError where weights would be read that the look at the files, and the manifest's hash, leave out."""
+    """Check that every weight to load is in a visible safetensors file of the directory itself.
+
+    The check of the files and the manifest's hash cover no others. Raises CheckpointError.
+    """
     if (checkpoint_dir / "adapter_config.json").exists():  # transformers follows it to the base model that it names
         raise CheckpointError(
-            f"{checkpoint_dir} holds an adapter (adapter_config.json), not a whole model. Merge it into its base, and save that."
+            f"{checkpoint_dir} holds an adapter (adapter_config.json), not a whole model. "
+            "Merge it into its base, and save that."
         )
     files = visible_files(checkpoint_dir)
-    own = {path.relative_to(checkpoint_dir).as_posix() for path in files if path.suffix == ".safetensors"}
+    weight_files = {path.relative_to(checkpoint_dir).as_posix() for path in files if path.suffix == ".safetensors"}
     for index in [path for path in files if path.name.endswith(".index.json")]:
         named = {str(name) for name in read_json(index).get("weight_map", {}).values()}
-        others = sorted(
-            name for name in named - own if (checkpoint_dir / name).is_file()
-        )  # one that is missing is the loader's to refuse
+        # the loader refuses a file that is missing
+        others = sorted(name for name in named - weight_files if (checkpoint_dir / name).is_file())
         if others:
             raise CheckpointError(
-                f"{index} names weights that are no safetensors files of this directory: {', '.join(others)}. Put them into it."
+                f"{index} names weights that are not safetensors files of this directory: {', '.join(others)}. "
+                "Put them into this directory."
             )
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Every file below, without those that tools hide there (.git, .cache)."""
+    """Return every file below `folder`, without the hidden files and folders of tools (.git, .cache)."""
     paths = [
         path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]

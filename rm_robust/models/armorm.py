@@ -1,15 +1,19 @@
-"""ArmoRM (Wang et al. 2024, arXiv 2406.12845), the paper's gold model: RLHFlow/ArmoRM-Llama3-8B-v0.1, read from its safetensors by our own code.
+"""ArmoRM (Wang et al. 2024, arXiv 2406.12845), the paper's gold model, read from its safetensors by our own code.
 
-A Llama decoder with two heads. At the last token of the conversation a linear layer gives the rewards of 19 objectives. At the first token of the last
-"<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n", which sees the prompt alone, a small network gives the weight of each objective. The score
-is their weighted sum, after a fixed matrix has taken the effect of length out of the rewards.
+The published model is RLHFlow/ArmoRM-Llama3-8B-v0.1, a Llama decoder with two heads. At the last token of the
+conversation, a linear layer gives the rewards of 19 objectives. At the first token of the last
+"<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n", which sees the prompt alone, a small network gives the
+weight of each objective. The score is the weighted sum of the rewards, after a fixed matrix has removed the effect of
+length from them.
 
-It follows the model's modeling_custom.py as published beside the weights (read in a copy that does not name its commit). Its gating network is that of
-RLHFlow/RLHF-Reward-Modeling, armo-rm/stage-2_train.py at commit 4cc54482, and where that is read, armo-rm/stage-2_prepare.py at 33e07d27. Two things
-differ from the published example: the heads compute in float32, as their weights are stored, where it casts them to bfloat16; and a completion is
-scored with the white space at its ends, which the template would trim.
+The code follows modeling_custom.py, which is published beside the weights (the copy that we read does not name its
+commit). The gating network is that of RLHFlow/RLHF-Reward-Modeling, armo-rm/stage-2_train.py at commit 4cc54482; the
+token at which it is read is that of armo-rm/stage-2_prepare.py at 33e07d27. Two things differ from the published
+example. The heads compute in float32, in which their weights are stored, and the example casts them to bfloat16. A
+completion is scored with the white space at its ends, which the published template would trim.
 
-Shapes: N completions, J objectives, H hidden, L tokens of the assistant header, T columns and M completion tokens of a packed batch.
+Shapes: N completions, J objectives, H hidden, L tokens of the assistant header, T columns and M completion tokens of a
+packed batch.
 """
 
 import json
@@ -31,12 +35,12 @@ from rm_robust.models.reward_model import ScoredBatch, states_around_final_norm
 
 ARCHITECTURE = "LlamaForRewardModelWithGating"
 GATE_TEXT = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-"""Where the gate is read: at the first of these tokens, the end of the user's turn."""
+"""The text at whose first token, the end of the user's turn, the gate is read."""
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Sizes of the gating network, and what its logits are divided by."""
+    """The sizes of the gating network, and the temperature that divides its logits."""
 
     num_objectives: int
     hidden_size: int
@@ -45,7 +49,10 @@ class GateConfig:
 
     @classmethod
     def read(cls, checkpoint_dir: Path) -> "GateConfig":
-        """From config.json, with modeling_custom.py's defaults. Raises CheckpointError for a value that is not a positive number."""
+        """Read config.json, with the defaults of modeling_custom.py.
+
+        Raises CheckpointError for a value that is not a positive number.
+        """
         config: dict[str, Any] = json.loads((checkpoint_dir / "config.json").read_text())
         defaults = {"num_objectives": 19, "gating_hidden_dim": 1024, "gating_n_hidden": 3, "gating_temperature": 10}
         values = {name: config.get(name, default) for name, default in defaults.items()}
@@ -53,13 +60,14 @@ class GateConfig:
             is_number = isinstance(value, int) or (name == "gating_temperature" and isinstance(value, float))
             if not is_number or not value > 0:
                 raise CheckpointError(
-                    f"{checkpoint_dir}/config.json has {name} = {value!r}; it must be a positive number. Restore the published file."
+                    f"{checkpoint_dir}/config.json has {name} = {value!r}; it must be a positive number. "
+                    "Restore the published file."
                 )
         return cls(*values.values())
 
 
 class GatingNetwork(nn.Module):
-    """The weight of every objective, from the hidden state at the end of the prompt."""
+    """The network that gives the weight of every objective from the hidden state at the end of the prompt."""
 
     def __init__(self, in_size: int, config: GateConfig) -> None:
         super().__init__()
@@ -69,7 +77,7 @@ class GatingNetwork(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(1))
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
-        """[N, J], not negative; a row adds up to logit_scale."""
+        """Return the weights [N, J]. They are not negative, and each row adds up to logit_scale."""
         *hidden_layers, last = self.layers
         for layer in hidden_layers:
             hidden_NH = F.relu(layer(hidden_NH))
@@ -77,7 +85,7 @@ class GatingNetwork(nn.Module):
 
 
 class ArmoRM(nn.Module):
-    """The weights under their published names, without values until they are loaded."""
+    """The decoder and the heads under their published names, without values until they are loaded."""
 
     def __init__(self, config: LlamaConfig, gate: GateConfig) -> None:
         super().__init__()
@@ -87,15 +95,17 @@ class ArmoRM(nn.Module):
         self.gating = GatingNetwork(config.hidden_size, gate)
 
     def scores(self, scored_NH: Tensor, gate_NH: Tensor) -> Tensor:
-        """[N], from the hidden states at the end of the conversation and at the gate."""
+        """Return the scores [N] from the hidden states at the end of the conversation and at the gate."""
         rewards_NJ: Tensor = self.regression_layer(scored_NH)
         coefficients_NJ: Tensor = self.gating(gate_NH) @ self.reward_transform_matrix.T
         return (coefficients_NJ * rewards_NJ).sum(1)
 
 
 class PackedArmoRM(nn.Module):
-    """ArmoRM over packed batches, as PackedRewardModel calls a reward model with one head. A prompt, and with it the gate's hidden state, is computed
-    once for all its completions."""
+    """ArmoRM over packed batches, with the same interface as PackedRewardModel.
+
+    A prompt, and with it the gate's hidden state, is computed once for all its completions.
+    """
 
     def __init__(self, model: ArmoRM, layout: Layout, header_ids: list[int]) -> None:
         super().__init__()
@@ -117,34 +127,37 @@ class PackedArmoRM(nn.Module):
 
 
 def gate_index(batch: PackedBatch, header_ids_L: Tensor) -> Tensor:
-    """[N]: the column at which the assistant header that closes a completion's prompt starts.
+    """Return the columns [N] at which the assistant headers that end the completions' prompts start.
 
-    modeling_custom.py takes the last header of the conversation. It is this one, since chat.py lets no completion hold control tokens.
-    Raises ScoringError for a prompt that does not end in the header.
+    modeling_custom.py takes the last header of the conversation. It is this one, because chat.py lets no completion
+    hold control tokens. Raises ScoringError for a prompt that does not end in the header.
     """
     owners = torch.arange(len(batch.scored_index_N), device=batch.completion_of_M.device)
     prompt_end_N = batch.predictor_index_M[torch.searchsorted(batch.completion_of_M, owners)]
     start_N = prompt_end_N - (len(header_ids_L) - 1)
     columns_NL = start_N[:, None] + torch.arange(len(header_ids_L), device=start_N.device)
     is_header_N = (batch.input_ids_RT.flatten()[columns_NL.clamp_min(0)] == header_ids_L).all(1)
-    is_header_N &= (
-        batch.position_ids_RT.flatten()[prompt_end_N] >= len(header_ids_L) - 1
-    )  # or it would begin in what lies before the prompt
+    # the header of a shorter prompt would start before the prompt
+    is_header_N &= batch.position_ids_RT.flatten()[prompt_end_N] >= len(header_ids_L) - 1
     if not is_header_N.all():
         others = (~is_header_N).nonzero().flatten().tolist()
         raise ScoringError(
-            f"The prompts of completions {others} of a batch do not end in the assistant header {header_ids_L.tolist()}, where ArmoRM reads its gate. "
+            f"The prompts of completions {others} of a batch do not end in the assistant header "
+            f"{header_ids_L.tolist()}, where ArmoRM reads its gate. "
             "Make their token ids with the model's own chat template."
         )
     return start_N
 
 
 def load_armorm(checkpoint_dir: Path, chat: ChatFormat, *, dtype: torch.dtype) -> ArmoRM:
-    """The decoder in `dtype`, the heads in float32. Raises CheckpointError unless the template writes the header that the gate is read at, and the
-    files hold exactly the published weights by name and shape."""
+    """Load ArmoRM with its decoder in `dtype` and its heads in float32.
+
+    Raises CheckpointError unless the template writes the header at which the gate is read, and the files hold exactly
+    the published weights by name and shape.
+    """
     _check_header(checkpoint_dir, chat)
     config = LlamaConfig.from_pretrained(str(checkpoint_dir))
-    with torch.device("meta"):  # shapes without numbers: what is not in the files cannot be used
+    with torch.device("meta"):  # shapes without values: a weight that the files lack cannot be used
         model = ArmoRM(config, GateConfig.read(checkpoint_dir))
     files = _weight_files(checkpoint_dir)
     expected = {name: list(weight.shape) for name, weight in model.state_dict().items()}
@@ -163,8 +176,9 @@ def _check_header(checkpoint_dir: Path, chat: ChatFormat) -> None:
     gate_ids = chat.tokenizer(GATE_TEXT, add_special_tokens=False)["input_ids"]
     if chat.header_ids != gate_ids or chat.text_after_turn:
         raise CheckpointError(
-            f"ArmoRM reads its gate at {GATE_TEXT!r} {gate_ids} and its rewards at the <|eot_id|> that ends the conversation; the chat template in "
-            f"{checkpoint_dir} ends a prompt in {chat.header_text!r} {chat.header_ids} and writes {chat.text_after_turn!r} after the last turn. "
+            f"ArmoRM reads its gate at {GATE_TEXT!r} {gate_ids} and its rewards at the <|eot_id|> that ends the "
+            f"conversation; the chat template in {checkpoint_dir} ends a prompt in {chat.header_text!r} "
+            f"{chat.header_ids} and writes {chat.text_after_turn!r} after the last turn. "
             "Save Llama 3's template there, with a generation prompt."
         )
 
@@ -190,23 +204,24 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         ) from error
 
 
-def _compare_weights(checkpoint_dir: Path, expected: dict[str, list[int]], found: dict[str, list[int]]) -> None:
-    other = [
-        f"{name} {found[name]} instead of {shape}"
+def _compare_weights(checkpoint_dir: Path, expected: dict[str, list[int]], stored: dict[str, list[int]]) -> None:
+    reshaped = [
+        f"{name} {stored[name]} instead of {shape}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in stored and stored[name] != shape
     ]
     problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": other,
+        "missing": sorted(expected.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - expected.keys()),
+        "of another shape": reshaped,
     }
-    named = [
+    descriptions = [
         f"{len(names)} {problem}: {', '.join(names[:5])}{', …' if names[5:] else ''}"
         for problem, names in problems.items()
         if names
     ]
-    if named:
+    if descriptions:
         raise CheckpointError(
-            f"{checkpoint_dir} is not the {ARCHITECTURE} that its config.json says. Weights {'; '.join(named)}. Nothing is made up for them."
+            f"{checkpoint_dir} is not the {ARCHITECTURE} that its config.json names. "
+            f"Weights {'; '.join(descriptions)}. No weight is made up. Restore the published files."
         )

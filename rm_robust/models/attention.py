@@ -1,10 +1,17 @@
-"""Attention over packed rows: a completion sees its prompt and, causally, itself. Two kernels of the same numbers, registered with transformers.
+"""Attention over packed rows: a completion sees its prompt and, causally, itself.
 
-  segments  for CPUs: flash attention of every segment on its own; a prompt's further completions meet it in one call, without a mask, and the two
-            softmaxes are joined by their log-sum-exps. No row is computed twice, none thrown away.
-  flex      for CUDA: one FlexAttention kernel that skips blocks in which nothing is seen.
+Two kernels with the same results are registered with transformers:
+  segments  for CPUs only: flash attention over each segment on its own. The further completions of a prompt attend to
+            it in one call, without a mask, and the two softmaxes are joined by their log-sum-exps. No row is computed
+            twice, and none is thrown away.
+  flex      for CUDA: one FlexAttention kernel that skips the blocks in which nothing is seen.
 
-Shapes: T columns of a row, D of a head.
+SegmentAttention is speed work for CPUs only, and it relies on private names of torch: the operators
+`_scaled_dot_product_flash_attention_for_cpu` and `_scaled_dot_product_flash_attention_for_cpu_backward` of
+`torch.ops.aten`, with their arguments and the log-sum-exp that the first of them returns. When a version of torch
+changes them, tests/unit/models/test_packing.py fails: it compares the results with those of plain transformers.
+
+Shapes: T columns of a row, Q queries, D of a head.
 """
 
 import functools
@@ -18,13 +25,19 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""What scaled_dot_product_attention calls on CPUs; it alone gives the log-sum-exp. (out, log-sum-exp) of query, key, value."""
+"""The operator that scaled_dot_product_attention calls on CPUs: query, key, value -> (out, log-sum-exp).
+
+scaled_dot_product_attention itself does not return the log-sum-exp.
+"""
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Columns [start, end) attend causally to themselves and fully to [prompt_start, prompt_end) (empty for a prompt with its first completion)."""
+    """Columns [start, end), which attend causally to themselves and fully to the columns [prompt_start, prompt_end).
+
+    The second range is empty for a prompt with its first completion, which are one segment.
+    """
 
     start: int
     end: int
@@ -33,18 +46,18 @@ class Segment:
 
 
 def every_column(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
-    """The queries of each segment, where every column of the row has one."""
+    """Return the slice of each segment's queries when every column of the row has a query."""
     return tuple(slice(segment.start, segment.end) for segment in segments)
 
 
 def last_columns(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
-    """The queries of each segment, where only its last column has one."""
+    """Return the slice of each segment's queries when only its last column has a query."""
     return tuple(slice(number, number + 1) for number in range(len(segments)))
 
 
 @dataclass(frozen=True)
 class Family:
-    """A prompt with its first completion, and the further ones, which follow it in the row; where the queries of each are."""
+    """A prompt with its first completion, the further completions, which follow in the row, and the queries of each."""
 
     first: Segment
     others: tuple[Segment, ...]
@@ -56,7 +69,7 @@ class Family:
 
     @property
     def prompt(self) -> slice:
-        """Columns of the prompt. There are others."""
+        """Return the columns of the prompt. The family must have further completions."""
         return slice(self.others[0].prompt_start, self.others[0].prompt_end)
 
     @property
@@ -65,24 +78,29 @@ class Family:
 
 
 def families(segments: tuple[Segment, ...], queries: tuple[slice, ...]) -> Iterator[Family]:
-    heads = [number for number, s in enumerate(segments) if s.prompt_start == s.prompt_end]
-    for at, after in zip(heads, [*heads[1:], len(segments)], strict=True):
-        assert all(s.prompt_start == segments[at].start for s in segments[at + 1 : after]), (
-            "a completion stands beside another prompt"
+    """Yield the families of a row in their order."""
+    starts = [number for number, s in enumerate(segments) if s.prompt_start == s.prompt_end]
+    for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):
+        assert all(s.prompt_start == segments[start].start for s in segments[start + 1 : end]), (
+            "a completion follows the prompt of another one"
         )
-        yield Family(segments[at], segments[at + 1 : after], queries[at:after])
+        yield Family(segments[start], segments[start + 1 : end], queries[start:end])
 
 
 def is_causal(queries: slice) -> bool:
-    """A single query is the last of its segment and sees all of it."""
+    """Return whether the queries need a causal mask. A single query is its segment's last column and sees all of it."""
     return bool(queries.stop - queries.start > 1)
 
 
 class SegmentAttention(torch.autograd.Function):
-    """query [1, heads, Q, D], key and value [1, heads, T, D] -> [1, heads, Q, D]; `queries`: every column's, or each segment's last.
+    """The attention of queries to their segments and prompts, with its gradient.
 
-    A softmax over two sets of keys is the mean of the softmaxes over each, weighted by exp(log-sum-exp). Its gradient is the sum of each set's own,
-    where the flash kernel is told the whole softmax's output and log-sum-exp (Dao, FlashAttention-2, 2023, section 3; as in ring attention).
+    query [1, heads, Q, D], key and value [1, heads, T, D] -> [1, heads, Q, D]. `queries` are those of every column, or
+    those of each segment's last column.
+
+    A softmax over two sets of keys is the mean of the softmaxes over each set, weighted by exp(log-sum-exp). Its
+    gradient is the sum of the gradients of each set, if the flash kernel is given the output and the log-sum-exp of the
+    whole softmax (Dao, FlashAttention-2, 2023, section 3; as in ring attention).
     """
 
     @staticmethod
@@ -98,30 +116,31 @@ class SegmentAttention(torch.autograd.Function):
         outs, normalisers = [], []
         for family in families(segments, queries):
             for s, columns in family.parts:
-                own_parts = (query[:, :, columns], key[:, :, s.start : s.end], value[:, :, s.start : s.end])
-                out, normaliser = flash(*own_parts, 0.0, is_causal(columns), attn_mask=None, scale=scale)
+                inputs = (query[:, :, columns], key[:, :, s.start : s.end], value[:, :, s.start : s.end])
+                out, normaliser = flash(*inputs, 0.0, is_causal(columns), attn_mask=None, scale=scale)
                 outs.append(out)
                 normalisers.append(normaliser)
             if family.others:
-                own, own_normaliser = (torch.cat(parts[-len(family.others) :], 2) for parts in (outs, normalisers))
-                seen, seen_normaliser = flash(
+                own_out, own_normaliser = (torch.cat(parts[-len(family.others) :], 2) for parts in (outs, normalisers))
+                prompt_out, prompt_normaliser = flash(
                     *(query[:, :, family.queries_of_others], key[:, :, family.prompt], value[:, :, family.prompt]),
                     0.0,
                     False,
                     attn_mask=None,
                     scale=scale,
                 )
-                share_of_own = torch.sigmoid(own_normaliser - seen_normaliser)[..., None]
-                outs[-len(family.others) :] = [torch.lerp(seen.float(), own.float(), share_of_own).to(query.dtype)]
-                normalisers[-len(family.others) :] = [torch.logaddexp(own_normaliser, seen_normaliser)]
-        whole, normaliser = torch.cat(outs, 2), torch.cat(normalisers, 2)
-        ctx.save_for_backward(query, key, value, whole, normaliser)
+                own_share = torch.sigmoid(own_normaliser - prompt_normaliser)[..., None]
+                joined_out = torch.lerp(prompt_out.float(), own_out.float(), own_share).to(query.dtype)
+                outs[-len(family.others) :] = [joined_out]
+                normalisers[-len(family.others) :] = [torch.logaddexp(own_normaliser, prompt_normaliser)]
+        all_out, normaliser = torch.cat(outs, 2), torch.cat(normalisers, 2)
+        ctx.save_for_backward(query, key, value, all_out, normaliser)
         ctx.segments, ctx.queries, ctx.scale = segments, queries, scale
-        return whole
+        return all_out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, whole, normaliser = ctx.saved_tensors
+        query, key, value, all_out, normaliser = ctx.saved_tensors
         [gradient] = gradients
         totals = [torch.zeros_like(part, dtype=torch.float32) for part in (query, key, value)]
 
@@ -132,15 +151,15 @@ class SegmentAttention(torch.autograd.Function):
                     query[:, :, columns],
                     key[:, :, keys],
                     value[:, :, keys],
-                    whole[:, :, columns],
+                    all_out[:, :, columns],
                     normaliser[:, :, columns],
                 ),
                 *(0.0, is_causal),
                 attn_mask=None,
                 scale=ctx.scale,
             )
-            for total, part, where in zip(totals, parts, (columns, keys, keys), strict=True):
-                total[:, :, where] += part
+            for total, part, part_columns in zip(totals, parts, (columns, keys, keys), strict=True):
+                total[:, :, part_columns] += part
 
         for family in families(ctx.segments, ctx.queries):
             for s, columns in family.parts:
@@ -159,7 +178,7 @@ def attend(
     *,
     scale: float,
 ) -> Tensor:
-    """query [1, heads, Q, D], key and value [1, kv_heads, T, D] -> [1, Q, heads, D]."""
+    """Run SegmentAttention: query [1, heads, Q, D], key and value [1, kv_heads, T, D] -> [1, Q, heads, D]."""
     query, key, value = of_autocast(query, key, value)
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -177,14 +196,20 @@ def segment_attention(
     segments: tuple[Segment, ...] = (),
     **_: object,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D]: the form that transformers expects of an attention function."""
+    """Run SegmentAttention for every column, in the form that transformers expects of an attention function.
+
+    query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
+    """
     assert segments, "segment attention needs its segments: the batch was laid out padded"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, segments, every_column(segments), scale=scale), None
 
 
 def of_autocast(*parts: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's dtype, which kernels called by name do not get by themselves: rotary positions have made queries and keys float32."""
+    """Return the tensors in autocast's dtype.
+
+    Kernels that are called by name do not convert by themselves, and rotary positions make queries and keys float32.
+    """
     device = parts[0].device.type
     return (
         tuple(part.to(torch.get_autocast_dtype(device)) for part in parts)
@@ -194,7 +219,10 @@ def of_autocast(*parts: Tensor) -> tuple[Tensor, ...]:
 
 
 def tree_mask(segments: tuple[Segment, ...], device: torch.device) -> BlockMask:
-    """Who sees whom in a row, for FlexAttention: a column sees those before it in its own segment and all of its prompt."""
+    """Return FlexAttention's mask of a row.
+
+    A column sees itself, the columns before it in its own segment, and all of its prompt.
+    """
     lengths = torch.tensor([s.end - s.start for s in segments])
     own_start_T = torch.tensor([s.start for s in segments]).repeat_interleave(lengths).to(device)
     prompt_start_T = torch.tensor([s.prompt_start for s in segments]).repeat_interleave(lengths).to(device)
@@ -205,7 +233,7 @@ def tree_mask(segments: tuple[Segment, ...], device: torch.device) -> BlockMask:
         return in_own | ((key >= prompt_start_T[query]) & (key < prompt_end_T[query]))
 
     length = len(own_start_T)
-    # compiled, it never holds the whole square
+    # a compiled create_block_mask never holds the whole T x T square
     return create_block_mask(
         sees, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device.type, _compile=device.type == "cuda"
     )
@@ -221,7 +249,10 @@ def tree_attention(
     tree_mask: BlockMask | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """As segment_attention, by one kernel. Compiled on CUDA; elsewhere the slow reference, which tests compare it with."""
+    """Do the same as segment_attention with one kernel.
+
+    The kernel is compiled on CUDA. Elsewhere it is the slow reference that tests compare with.
+    """
     assert tree_mask is not None, "flex attention needs its mask: the batch was laid out padded"
     query, key, value = of_autocast(query, key, value)
     attend = _compiled_flex_attention() if query.is_cuda else flex_attention

@@ -1,4 +1,6 @@
-"""A checkpoint is a plain Hugging Face directory plus one manifest, committed atomically: written beside, synced, renamed.
+"""A checkpoint: a plain Hugging Face directory plus one manifest, committed atomically.
+
+It is written beside its place, synced and renamed.
 
 checkpoints/reward_model/            what transformers, vLLM and reward-bench load unchanged
     config.json  model.safetensors  tokenizer.json  …
@@ -13,9 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rm_robust.errors import CheckpointError
-from rm_robust.runs.storage.commits import commit_directory
-from rm_robust.runs.storage.copies import shown
-from rm_robust.runs.storage.transfer import pull_folder
+from rm_robust.runs import files as run_files
 
 MANIFEST_NAME = "rm_robust_manifest.json"
 CheckpointKind = Literal["reward_model", "policy"]
@@ -23,7 +23,7 @@ CheckpointKind = Literal["reward_model", "policy"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed checkpoint says of itself. `content_sha256` covers every other file of the directory."""
+    """What a committed checkpoint says about itself. `content_sha256` covers every other file of the directory."""
 
     kind: CheckpointKind
     content_sha256: str
@@ -32,7 +32,10 @@ class Manifest:
 
     @property
     def calibration(self) -> tuple[float, float] | None:
-        """Mean and standard deviation of a reward model's scores on held-out pairs; None where they were not measured."""
+        """Return the mean and the standard deviation of a reward model's scores on held-out pairs.
+
+        None: they were not measured.
+        """
         mean, std = self.training.get("score_mean"), self.training.get("score_std")
         return (float(mean), float(std)) if mean is not None and std is not None and float(std) > 0 else None
 
@@ -56,20 +59,25 @@ def commit_checkpoint(
         (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
         manifests.append(manifest)
 
-    commit_directory(target, write_with_manifest)
+    run_files.commit(target, write_with_manifest)
     return manifests[0]
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a committed checkpoint. Raises CheckpointError when the folder or its manifest is missing or malformed."""
-    path = pull_folder(folder) / MANIFEST_NAME
+    """Return the manifest of a committed checkpoint.
+
+    Raises CheckpointError when the folder or its manifest is missing or malformed.
+    """
+    path = run_files.fetch(folder) / MANIFEST_NAME
     if not folder.is_dir():
         raise CheckpointError(
-            f"There is no checkpoint directory at {shown(folder)}. Run the stage that commits it, or correct the path."
+            f"There is no checkpoint directory at {run_files.shown(folder)}. "
+            "Run the stage that commits it, or correct the path."
         )
     if not path.is_file():
         raise CheckpointError(
-            f"{shown(folder)} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half copied. Copy the whole directory."
+            f"{run_files.shown(folder)} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half of it "
+            "was copied. Copy the whole directory."
         )
     try:
         return Manifest(**json.loads(path.read_text()))
@@ -80,30 +88,32 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_checkpoint(folder: Path, kind: CheckpointKind) -> Manifest:
-    """The manifest, after checking the kind and that no file changed since the commit."""
+    """Return the manifest, after checking the kind and that no file has changed since the commit."""
     manifest = read_manifest(folder)
     if manifest.kind != kind:
-        raise CheckpointError(f"{shown(folder)} is a {manifest.kind} checkpoint, and a {kind} is needed here.")
-    found = content_sha256(folder)
-    if found != manifest.content_sha256:
         raise CheckpointError(
-            f"{folder} was altered after its commit: content is {found}, the manifest says {manifest.content_sha256}. Restore it."
+            f"{run_files.shown(folder)} is a {manifest.kind} checkpoint, and a {kind} is needed here."
+        )
+    content_hash = content_sha256(folder)
+    if content_hash != manifest.content_sha256:
+        raise CheckpointError(
+            f"{folder} was altered after its commit: its content is {content_hash}, and the manifest says "
+            f"{manifest.content_sha256}. Restore it."
         )
     return manifest
 
 
 def content_sha256(folder: Path) -> str:
-    """sha256 over names and bytes of every file below `folder` except the manifest, in sorted order."""
+    """Return the sha256 over names and bytes of every file below `folder` except the manifest, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_NAME):
         digest.update(str(path.relative_to(folder)).encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(run_files.sha256(path)))
     return "sha256:" + digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError when the file is missing or no JSON object."""
+    """Return the JSON object of a file. Raises CheckpointError when the file is missing or holds no JSON object."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

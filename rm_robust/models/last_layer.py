@@ -1,7 +1,19 @@
-"""The decoder's last layer at the scored columns alone: the same scores and gradients with less work, in training, evaluation and serving on CPUs.
+"""Compute the decoder's last layer at the scored columns alone: the same scores and gradients with less work.
 
-A score is read at one column a completion. Of the last layer everything but keys and values is needed there only: a query, an attention row and an MLP
-row a completion instead of one a token. In a model of two layers that is almost half of the arithmetic, in one of thirty a thirtieth.
+Training, evaluation and serving on CPUs use it. A score is read at one column of each completion. Except for keys and
+values, the last layer is needed there only: one query, one attention row and one MLP row for each completion instead of
+one for each token. This saves almost half of the arithmetic in a model of two layers, and a thirtieth in one of thirty.
+
+It is speed work for CPUs only (Layout.SEGMENTS); other layouts run the whole layer. It repeats the decoder layer of
+transformers and relies on names that transformers does not promise:
+  - the backbone's `layers`, and that it hands keyword arguments that it does not know to every one of them;
+  - the layer's `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`, and its argument
+    `position_embeddings`;
+  - the attention's `q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim` and `scaling`, and for Qwen 3 its `q_norm` and
+    `k_norm`;
+  - `rotate_half` of modeling_llama.
+When a version of transformers changes them, tests/unit/models/test_last_layer.py fails: it compares every family of
+decoders with the whole layer.
 
 Shapes: T columns of a packed row, N completions, H hidden, D of a head.
 """
@@ -17,21 +29,22 @@ from rm_robust.models.attention import Segment, attend, last_columns
 
 
 def compute_last_layer_at_scored_columns(backbone: PreTrainedModel) -> None:
-    """Let the last layer return [1, N, H] where a forward pass gives its layers `scored_index_N`; any other pass is as before.
+    """Make the last layer return [1, N, H] in a forward pass that gives its layers `scored_index_N`.
 
-    For the decoders that have segments (packing.SEGMENT_MODEL_TYPES). The layer keeps its weights' names, hooks and type, so that checkpoints, FSDP2,
-    ZeRO-3, adapters and gradient checkpointing find what they look for.
+    Other passes stay as they are. `backbone` must be a decoder that has segments (packing.SEGMENT_MODEL_TYPES). The
+    layer keeps the names of its weights, its hooks and its type, so that checkpoints, FSDP2, ZeRO-3, adapters and
+    gradient checkpointing find what they look for.
     """
     layers: Any = backbone.layers
     layers[-1].forward = MethodType(_forward, layers[-1])
 
 
 def _forward(layer: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:
-    """As transformers calls a decoder layer."""
+    """Take the place of the layer's forward, with the arguments that transformers gives to a decoder layer."""
     if "scored_index_N" in arguments:
         return scored_columns(layer, hidden_states, **arguments)
-    whole: Tensor = type(layer).forward(layer, hidden_states, **arguments)
-    return whole
+    output_1TH: Tensor = type(layer).forward(layer, hidden_states, **arguments)
+    return output_1TH
 
 
 def scored_columns(
@@ -43,7 +56,10 @@ def scored_columns(
     position_embeddings: tuple[Tensor, Tensor],
     **_: object,
 ) -> Tensor:
-    """The layer's output at the last column of each segment, [1, N, H]. Every weight is used by calling its module."""
+    """Return the layer's output at the last column of each segment, [1, N, H].
+
+    Every weight is used by calling its module.
+    """
     attention = layer.self_attn
     normed_1TH = layer.input_layernorm(hidden_1TH)
 
@@ -68,6 +84,6 @@ def scored_columns(
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on [1, columns, heads, D]."""
+    """Return [1, columns, heads, D] with rotary positions applied."""
     turned: Tensor = heads * cos.unsqueeze(2) + rotate_half(heads) * sin.unsqueeze(2)
     return turned

@@ -10,16 +10,20 @@ from rm_robust.config.training import LoraConfig
 from rm_robust.errors import CheckpointError
 
 ADAPTER_DIR = "adapter"
-"""Inside a merged checkpoint: the adapter and the head alone, as PEFT loads them."""
+"""The folder in a merged checkpoint that holds the adapter and the head alone, as PEFT loads them."""
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
-    """Freeze `model` and put trainable adapters into it; its head is trained whole. `model` itself now holds the adapters."""
+    """Freeze `model` and put trainable adapters into it. Its head is trained whole.
+
+    `model` itself then holds the adapters.
+    """
     settings = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
         r=config.rank,
         lora_alpha=config.alpha,
-        lora_dropout=0.0,  # scores would differ between the passes of one step, and between a run and its resumption
+        # with dropout, scores would differ between the passes of one step, and between a run and its resumption
+        lora_dropout=0.0,
         target_modules=config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules),
         modules_to_save=["score"],
     )
@@ -29,13 +33,15 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
 def save_merged(adapted: peft.PeftModel, state: dict[str, Tensor], folder: Path) -> None:
     """Save the merged model as plain transformers loads it, and the adapter with its head in `folder`/adapter.
 
-    `adapted`: a model with untrained adapters of the same shape, which is used up. `state`: trained weights under its inner model's names.
-    Raises CheckpointError when `state` lacks a weight: an untrained head or adapter must not be saved.
+    `adapted` is a model with untrained adapters of the same shape, which is used up. `state` holds the trained weights
+    under the names of its inner model. Raises CheckpointError when `state` lacks a weight, because an untrained head or
+    adapter must not be saved.
     """
     problems = adapted.get_base_model().load_state_dict(state, strict=False)
     if problems.missing_keys or problems.unexpected_keys:
         raise CheckpointError(
-            f"The trained weights do not fit the adapted model: missing {problems.missing_keys}, unknown {problems.unexpected_keys}."
+            f"The trained weights do not fit the adapted model: missing {problems.missing_keys}, "
+            f"unknown {problems.unexpected_keys}."
         )
     adapted.save_pretrained(str(folder / ADAPTER_DIR))
     merged = adapted.merge_and_unload()

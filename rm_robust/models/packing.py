@@ -1,10 +1,12 @@
-"""Prompt + K completions -> tensors in which a prompt is computed once (shared by SFT, reward model, RLOO and serving).
+"""Lay out prompts with K completions as tensors in which a prompt is computed once.
 
-Three layouts, same numbers to float tolerance:
-  segments  one row without padding: [prompt | completion 1 | … | completion K | next prompt | …], position ids restarting at each prompt.
-            Attention runs segment by segment, so its cost never grows with the row. For full-attention decoders on CPU.
-  flex      the same row, its attention one FlexAttention kernel that skips blocks in which nothing is seen. For them on CUDA.
-  padded    one right-padded row a completion, [prompt, completion]. Any model, any device.
+SFT, reward-model training, RLOO and serving use it. Three layouts give the same numbers to float tolerance:
+  segments  one row without padding: [prompt | completion 1 | … | completion K | next prompt | …], with position ids
+            that restart at each prompt. Attention runs segment by segment, so its cost does not grow with the length of
+            the row. For full-attention decoders on CPUs.
+  flex      the same row, with one FlexAttention kernel that skips the blocks in which nothing is seen. For the same
+            decoders on CUDA.
+  padded    one right-padded row for each completion: [prompt, completion]. For any model on any device.
 
 Shapes: R rows, T columns, N completions, M completion tokens, H hidden. Indices are into the flattened [R*T] columns.
 """
@@ -25,11 +27,17 @@ from rm_robust.models.attention import Segment, tree_mask
 logger = logging.getLogger(__name__)
 
 SEGMENT_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")
-"""Decoder families whose every layer is full causal attention with rotary positions, checked against one-at-a-time scores by tests."""
+"""Decoder families whose layers all have full causal attention with rotary positions.
+
+Tests compare each family with scores of one completion at a time.
+"""
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Kinds of rotary positions that depend on the longest text of a batch."""
 
 
 class Layout(StrEnum):
+    """The layouts that the head of this file describes."""
+
     SEGMENTS = "segments"
     FLEX = "flex"
     PADDED = "padded"
@@ -37,14 +45,14 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Groups laid out for one forward pass; completions in group order."""
+    """Groups laid out for one forward pass, with their completions in group order."""
 
     input_ids_RT: Tensor
     position_ids_RT: Tensor
     attention_mask_RT: Tensor | None
     segments: tuple[Segment, ...]
     scored_index_N: Tensor
-    """Column of every completion's last token: where a reward model reads its score."""
+    """Column of every completion's last token, at which a reward model reads its score."""
     predictor_index_M: Tensor
     """Column whose hidden state predicts each completion token."""
     target_ids_M: Tensor
@@ -73,15 +81,16 @@ class PackedBatch:
 
 
 def choose_layout(config: PretrainedConfig, device: torch.device) -> Layout:
-    """Packed where that is exact (full attention): segments on CPU, flex on CUDA. Padded for the rest, with one log line that says why.
+    """Return a packed layout for full attention, where it is exact: segments on CPU, flex on CUDA.
 
-    Raises CheckpointError for position encodings that depend on the longest row of a batch: no layout can then give one score to one text.
+    Other models get the padded layout, and one log line says why. Raises CheckpointError for position encodings that
+    depend on the longest row of a batch, because then no layout can give one score to one text.
     """
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type in LENGTH_DEPENDENT_ROPE:
         raise CheckpointError(
-            f"rope_type = {rope_type!r} scales positions by the longest text of a batch, so a score would depend on what it is computed beside. "
-            "Use a model with a fixed scaling (default, linear, yarn, llama3)."
+            f"rope_type = {rope_type!r} scales positions by the longest text of a batch, so a score would depend on "
+            "the other texts of its batch. Use a model with a fixed scaling (default, linear, yarn, llama3)."
         )
     full_attention = (
         not getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None) is None
@@ -90,56 +99,66 @@ def choose_layout(config: PretrainedConfig, device: torch.device) -> Layout:
     full_attention = full_attention and all(kind == "full_attention" for kind in layer_types)
     if config.model_type in SEGMENT_MODEL_TYPES and full_attention:
         return Layout.FLEX if device.type == "cuda" else Layout.SEGMENTS
-    why = (
+    reason = (
         "has sliding-window or hybrid layers"
         if config.model_type in SEGMENT_MODEL_TYPES
         else f"is not one of {', '.join(SEGMENT_MODEL_TYPES)}"
     )
     logger.warning(
-        "%s %s: prompts are not shared, completions are computed in padded rows of like lengths", config.model_type, why
+        "%s %s: prompts are not shared, and completions are computed in padded rows of similar lengths",
+        config.model_type,
+        reason,
     )
     return Layout.PADDED
 
 
 def group_length(group: TokenGroup) -> int:
-    """Tokens of a group with its prompt counted once."""
+    """Return the number of tokens of a group, with its prompt counted once."""
     return len(group.prompt_ids) + sum(len(ids) for ids in group.completion_ids)
 
 
 def fill_bins(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """First-fit-decreasing: indices into `lengths`, each bin within `max_tokens` (a longer item gets a bin of its own)."""
+    """Fill bins by first-fit-decreasing; return the indices into `lengths` of each bin.
+
+    A bin holds at most `max_tokens`. A longer item gets a bin of its own.
+    """
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        home = next((b for b in range(len(bins)) if room[b] >= lengths[index]), None)
-        if home is None:
+        bin_index = next((b for b in range(len(bins)) if room[b] >= lengths[index]), None)
+        if bin_index is None:
             bins.append([])
             room.append(max_tokens)
-            home = len(bins) - 1
-        bins[home].append(index)
-        room[home] -= lengths[index]
+            bin_index = len(bins) - 1
+        bins[bin_index].append(index)
+        room[bin_index] -= lengths[index]
     return [sorted(members) for members in bins]
 
 
 def share_prompts(groups: list[TokenGroup]) -> tuple[list[TokenGroup], list[tuple[int, int]]]:
-    """Groups of equal prompts as one, and where each one's completions are now: (index of its group, number of its first completion there)."""
+    """Merge groups of equal prompts; return the merged groups and where the completions of each given group are now.
+
+    That is (index of the merged group, number of the given group's first completion in it).
+    """
     shared: dict[tuple[int, ...], TokenGroup] = {}
     index_of: dict[tuple[int, ...], int] = {}
-    places = []
+    locations = []
     for group in groups:
         key = tuple(group.prompt_ids)
         if key not in shared:
             index_of[key] = len(shared)
             shared[key] = TokenGroup(group.prompt_ids, [])
-        places.append((index_of[key], len(shared[key].completion_ids)))
+        locations.append((index_of[key], len(shared[key].completion_ids)))
         shared[key].completion_ids.extend(group.completion_ids)
-    return list(shared.values()), places
+    return list(shared.values()), locations
 
 
 def micro_batches(groups: list[TokenGroup], layout: Layout, max_tokens: int) -> list[list[int]]:
-    """Indices into `groups`, each batch within `max_tokens` columns, padding included (a larger group gets a batch of its own).
+    """Return the indices into `groups` of each batch.
 
-    Padded, groups of like lengths come together; in the other layouts there is nothing to pad, and bins are filled as full as they get.
+    A batch has at most `max_tokens` columns, padding included. A larger group gets a batch of its own. In the padded
+    layout, groups of similar lengths come together. The other layouts have no padding, and their batches are filled as
+    far as possible.
     """
     if layout is not Layout.PADDED:
         return fill_bins([group_length(group) for group in groups], max_tokens)
@@ -156,7 +175,7 @@ def micro_batches(groups: list[TokenGroup], layout: Layout, max_tokens: int) -> 
 
 
 def lay_out(groups: list[TokenGroup], layout: Layout, *, pad_id: int) -> PackedBatch:
-    """Tensors of `groups`; every group needs a prompt token, a completion and no empty one (which only we can cause)."""
+    """Return the tensors of `groups`. Every group must have a prompt token and completions, none of them empty."""
     assert groups, "nothing to lay out"
     assert all(g.prompt_ids and g.completion_ids and all(g.completion_ids) for g in groups), (
         "an empty prompt or completion"
@@ -227,13 +246,16 @@ def _lay_out_padded(groups: list[TokenGroup], pad_id: int) -> PackedBatch:
 
 
 def prepare_backbone(backbone: nn.Module, layout: Layout) -> None:
-    """Make a transformers decoder (the module without its head) run `layout`; undone by setting another attention implementation."""
+    """Make a transformers decoder (the module without its head) run `layout`.
+
+    Setting another attention implementation undoes it.
+    """
     assert isinstance(backbone, PreTrainedModel)
     backbone.config._attn_implementation = "sdpa" if layout is Layout.PADDED else str(layout)
 
 
 def hidden_states(backbone: nn.Module, batch: PackedBatch, **for_layers: object) -> Tensor:
-    """Last hidden states, [R*T, H], after the final norm. The decoder's layers get `for_layers` too."""
+    """Return the last hidden states after the final norm, [R*T, H]. The decoder's layers get `for_layers` too."""
     extra = {"segments": batch.segments, **for_layers} if batch.segments else for_layers
     if getattr(backbone.config, "_attn_implementation", "") == Layout.FLEX:
         extra["tree_mask"] = tree_mask(batch.segments, batch.input_ids_RT.device)  # once for all layers
@@ -251,7 +273,10 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch, **for_layers: object)
 def token_logprobs(
     head: nn.Module, hidden_TH: Tensor, batch: PackedBatch, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability (nats) of every completion token and the entropy of its distribution, both [M] float32; the head runs on those columns only."""
+    """Return the log-probability (nats) of every completion token and the entropy of its distribution.
+
+    Both are [M] float32. The head runs only on the columns that predict completion tokens.
+    """
     logits_MV = head(hidden_TH[batch.predictor_index_M]).float() / temperature
     logprobs_MV = F.log_softmax(logits_MV, dim=-1)
     with torch.no_grad():

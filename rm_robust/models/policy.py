@@ -1,4 +1,7 @@
-"""The causal language model of SFT and RLOO over packed batches. Shapes: M completion tokens, T columns."""
+"""The causal language model of SFT and RLOO over packed batches.
+
+Shapes: M completion tokens, T columns.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,10 @@ from rm_robust.models.packing import Layout, PackedBatch, hidden_states, prepare
 
 
 class PackedPolicy(nn.Module):
-    """Wraps a transformers causal language model: packed batch -> log-probabilities and entropies of its completion tokens, [M] float32 nats."""
+    """A transformers causal language model over packed batches.
+
+    A batch gives the log-probabilities and entropies of its completion tokens, [M] float32 nats.
+    """
 
     def __init__(
         self, model: PreTrainedModel, layout: Layout, *, temperature: float, compute: ComputeConfig = EXACT
@@ -35,7 +41,10 @@ class PackedPolicy(nn.Module):
 
 
 def load_policy(model_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model as transformers loads it. Raises CheckpointError unless every weight came from the files."""
+    """Load a causal language model as transformers does.
+
+    Raises CheckpointError unless every weight comes from the files.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=dtype, output_loading_info=True)
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -52,7 +61,7 @@ def commit_policy(
     *,
     training: dict[str, str | int | float],
 ) -> None:
-    """Commit a policy checkpoint from an engine's whole weights (names of PackedPolicy, "model." in front)."""
+    """Commit a policy checkpoint from an engine's whole weights, whose names are PackedPolicy's ("model." in front)."""
     state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
     def write(folder: Path) -> None:

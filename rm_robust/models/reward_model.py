@@ -20,21 +20,25 @@ from rm_robust.models.packing import Layout, PackedBatch, hidden_states, prepare
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """`scores_N` (float32, raw); the hidden state at the scored token before and after the decoder's final norm (float32, no gradient)."""
+    """The scores of a batch (float32, raw), and the hidden states at the scored tokens (float32, no gradient).
+
+    The hidden states are those before and after the decoder's final norm.
+    """
 
     scores_N: Tensor
     hidden_before_final_norm_NH: Tensor
     hidden_after_final_norm_NH: Tensor
 
     def detached(self) -> "ScoredBatch":
-        """The same numbers without the graph that keeps every activation."""
+        """Return the same numbers without the graph that keeps every activation."""
         return replace(self, scores_N=self.scores_N.detach())
 
 
 def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrainedModel:
-    """A sequence-classification model on top of a causal language model; head drawn from N(0, 1/(H+1)) per weight (paper, after Eq. 2).
+    """Return a sequence-classification model on top of a causal language model.
 
-    A trained reward model keeps its head. Raises CheckpointError when the directory lacks a backbone weight or has another number of scores.
+    Each weight of the head is drawn from N(0, 1/(H+1)) (paper, after Eq. 2). A trained reward model keeps its head.
+    Raises CheckpointError when the directory lacks a backbone weight or has another number of scores.
     """
     config = AutoConfig.from_pretrained(str(base_dir))
     config.num_labels = 1
@@ -44,7 +48,8 @@ def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrai
     )
     if info["mismatched_keys"]:
         raise CheckpointError(
-            f"{base_dir} has weights of other shapes: {sorted(info['mismatched_keys'])}; a reward model has one score (num_labels=1)."
+            f"{base_dir} has weights of other shapes: {sorted(info['mismatched_keys'])}; "
+            "a reward model has one score (num_labels=1)."
         )
     missing = sorted(info["missing_keys"])
     if missing and missing != ["score.weight"]:
@@ -61,9 +66,10 @@ def new_reward_model(base_dir: str | Path, *, pad_id: int, seed: int) -> PreTrai
 
 
 def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A trained reward model as transformers loads it.
+    """Load a trained reward model as transformers does.
 
-    Raises CheckpointError unless every weight, the head above all, came from the files, and every weight of the files is used.
+    Raises CheckpointError unless every weight, the head above all, comes from the files, and the model uses every
+    weight of the files.
     """
     config = AutoConfig.from_pretrained(str(checkpoint_dir))
     if config.num_labels != 1:
@@ -75,28 +81,31 @@ def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreT
     )
     if info["mismatched_keys"]:
         raise CheckpointError(
-            f"{checkpoint_dir} has weights of other shapes than its config.json says: {sorted(info['mismatched_keys'])}."
+            f"{checkpoint_dir} has weights of other shapes than its config.json says: "
+            f"{sorted(info['mismatched_keys'])}."
         )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{checkpoint_dir} lacks trained weights for {missing}: a score from them would be random. Save the whole model."
+            f"{checkpoint_dir} lacks trained weights for {missing}: a score from them would be random. "
+            "Save the whole model."
         )
     unused = sorted(info["unexpected_keys"])
     if unused:
         raise CheckpointError(
-            f"{checkpoint_dir} has weights that {type(model).__name__} does not use: {unused}. It is another model than its config.json says."
+            f"{checkpoint_dir} has weights that {type(model).__name__} does not use: {unused}. "
+            "It is not the model that its config.json names."
         )
     return model  # type: ignore[no-any-return]
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
-    """The H -> 1 linear layer that is trained and read. Raises CheckpointError for a head of another shape."""
+    """Return the H -> 1 linear layer that is trained and read. Raises CheckpointError for a head of another shape."""
     head = model.score
     if not isinstance(head, nn.Linear):
         from peft.utils.other import ModulesToSaveWrapper  # slow to import, and only adapters need it
 
-        if isinstance(head, ModulesToSaveWrapper):  # the untrained head beside the trained one
+        if isinstance(head, ModulesToSaveWrapper):  # it holds the untrained head beside the trained one
             head = head.modules_to_save[str(head.active_adapter)]
     if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
         raise CheckpointError(
@@ -106,9 +115,10 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
 
 
 class PackedRewardModel(nn.Module):
-    """Wraps a transformers reward model so that DDP, DeepSpeed and plain inference all call the same packed forward.
+    """A transformers reward model over packed batches: DDP, DeepSpeed and plain inference call the same forward.
 
-    Makes the model's head float32, whatever the backbone is. Every weight is used by calling its module: ZeRO-3 gathers it only then.
+    The head becomes float32, whatever the backbone is. Every weight is used by calling its module, because ZeRO-3
+    gathers a weight only then.
     """
 
     def __init__(self, model: PreTrainedModel, layout: Layout, compute: ComputeConfig = EXACT) -> None:
@@ -145,7 +155,10 @@ class PackedRewardModel(nn.Module):
 def states_around_final_norm(
     backbone: PreTrainedModel, batch: PackedBatch, **for_layers: object
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states before the decoder's final norm (no gradient) and after it, both [R*T, H], or of the columns that the last layer computed."""
+    """Return the hidden states before the decoder's final norm (no gradient) and after it.
+
+    Both are [R*T, H], or have one row for each column that the last layer computed.
+    """
     before: list[Tensor] = []
     final_norm = backbone.norm
     assert isinstance(final_norm, nn.Module), f"{type(backbone).__name__} has no final norm to read hidden norms at"

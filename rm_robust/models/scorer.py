@@ -1,4 +1,4 @@
-"""Scores token groups with a committed reward-model checkpoint: the one inference path of evaluation and serving."""
+"""Score token groups with a committed reward-model checkpoint: the one inference path of evaluation and serving."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from rm_robust.models.packing import lay_out, micro_batches
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """Raw float32 scores of a prompt's K completions and the hidden norms at the scored token."""
+    """Raw float32 scores of a prompt's K completions, and the hidden norms at the scored tokens."""
 
     scores: list[float]
     norms_before_final_norm: list[float]
@@ -23,7 +23,7 @@ class ScoredGroup:
 
 
 class RewardScorer:
-    """A loaded reward model with its chat format and identity."""
+    """A loaded reward model with its chat format and its identity."""
 
     def __init__(
         self,
@@ -46,15 +46,18 @@ class RewardScorer:
     def load(
         cls, checkpoint_dir: Path, *, device: str, dtype: str, max_length_tokens: int | None, model_name: str = ""
     ) -> "RewardScorer":
-        """Load and verify a committed checkpoint. `max_length_tokens` bounds prompt + one completion; None: the model's positions do.
+        """Load and verify a committed checkpoint.
 
-        Raises CheckpointError for an altered, foreign or too short-sighted checkpoint and when its template is not the one it was trained with.
+        `max_length_tokens` bounds a prompt with one completion; None: the model's positions bound it. Raises
+        CheckpointError for a checkpoint that was altered, is foreign or has too few positions, and when its template is
+        not the one with which it was trained.
         """
         manifest = verify_checkpoint(checkpoint_dir, "reward_model")
         chat = ChatFormat.load(checkpoint_dir)
         if chat.template_sha256 != manifest.template_sha256:
             raise CheckpointError(
-                f"{checkpoint_dir} was trained with template {manifest.template_sha256}, its tokenizer now has {chat.template_sha256}."
+                f"{checkpoint_dir} was trained with template {manifest.template_sha256}, "
+                f"its tokenizer now has {chat.template_sha256}."
             )
         model = load_packed_reward_model(checkpoint_dir, chat, dtype=getattr(torch, dtype), device=torch.device(device))
         limit = model.backbone.config.max_position_embeddings
@@ -74,13 +77,19 @@ class RewardScorer:
         )
 
     def score_groups(self, groups: list[TokenGroup], *, max_tokens_per_batch: int = 8192) -> list[list[float]]:
-        """Raw scores, one list a group, in order. Raises ScoringError for an over-long input or a non-finite score."""
+        """Return raw scores, one list for each group, in order.
+
+        Raises ScoringError for an over-long input or a non-finite score.
+        """
         return [
             scored.scores for scored in self.score_groups_with_norms(groups, max_tokens_per_batch=max_tokens_per_batch)
         ]
 
     def score_groups_with_norms(self, groups: list[TokenGroup], *, max_tokens_per_batch: int) -> list[ScoredGroup]:
-        """As score_groups, with hidden norms; batches hold at most `max_tokens_per_batch` tokens (or one group)."""
+        """Do the same as score_groups, and return the hidden norms too.
+
+        A batch holds at most `max_tokens_per_batch` tokens, or one group.
+        """
         for index, group in enumerate(groups):
             longest = len(group.prompt_ids) + max(len(ids) for ids in group.completion_ids)
             if longest > self.max_length_tokens:
@@ -100,13 +109,13 @@ class RewardScorer:
                     scored.hidden_after_final_norm_NH.norm(dim=1),
                 )
             ]
-            at = 0
+            start = 0
             for i in members:
-                end = at + len(groups[i].completion_ids)
-                if not torch.isfinite(columns[0][at:end]).all():
+                end = start + len(groups[i].completion_ids)
+                if not torch.isfinite(columns[0][start:end]).all():
                     raise ScoringError(
-                        f"Input {i} got the scores {columns[0][at:end].tolist()} from {self.model_name}: not finite."
+                        f"Input {i} got the scores {columns[0][start:end].tolist()} from {self.model_name}: not finite."
                     )
-                results[i] = ScoredGroup(*(column[at:end].tolist() for column in columns))
-                at = end
+                results[i] = ScoredGroup(*(column[start:end].tolist() for column in columns))
+                start = end
         return [results[i] for i in range(len(groups))]

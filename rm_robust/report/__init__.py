@@ -1,0 +1,1 @@
+"""The report of a run: report.html with its pictures, and summary.json."""

@@ -1,4 +1,7 @@
-"""Reads a run directory back: everything the report shows, typed, with None or empty for a part that has not run."""
+"""Everything that the report shows, read back from a run directory.
+
+A part that has not run is None or empty.
+"""
 
 import json
 from dataclasses import dataclass
@@ -11,14 +14,13 @@ from numpy.typing import NDArray
 
 from rm_robust.data.scenarios import SCENARIOS
 from rm_robust.errors import DataError
-from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.directory import RESOLVED_NAME
+from rm_robust.runs.layout import STAGES_WITH_STEPS, TWIN_STAGES, RunLayout
+from rm_robust.runs.lines import rows_of
 from rm_robust.runs.metrics import MetricsLine, read_metrics
 from rm_robust.training.reward_model.metrics import ScenarioResult
 
 FloatArray = NDArray[np.float64]
-TRAINING_STAGES = ("sft", "reward_model", "rloo")
-TWIN_STAGES = ("reward_model", "evaluation")
-"""What a Bradley-Terry twin does itself; it shares the stages before."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class ResponseModels:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled completion of an RLOO step, as text. A score is None where it failed; gold's also when the judge was not asked."""
+    """One sampled completion of an RLOO step, as text.
+
+    A score is None where scoring failed; the gold score is also None where the judge was not asked.
+    """
 
     step: int
     prompt: str
@@ -52,10 +57,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run directory holds. `config` is flat: "rloo.learning_rate" -> value."""
+    """What one run directory holds."""
 
     name: str
     config: dict[str, object]
+    """The settings by their dotted names, such as "rloo.learning_rate"."""
     metrics: dict[str, list[MetricsLine]]
     evaluation: dict[str, ScenarioResult]
     scores: dict[str, ScenarioScores]
@@ -63,15 +69,15 @@ class RunRecord:
     samples: list[Sample]
     stage_seconds: dict[str, float]
     bt_twin: "RunRecord | None"
-    """The reward model's Bradley-Terry twin, where one was trained."""
+    """The run of the reward model's Bradley-Terry twin, where one was trained."""
 
     @property
     def all_stage_seconds(self) -> dict[str, float]:
-        """Seconds per committed stage; the twin's own stages come before RLOO."""
+        """Seconds per committed stage. The twin's own stages come before RLOO."""
         twin = self.bt_twin.stage_seconds if self.bt_twin else {}
-        twins = {f"{stage}, BT twin": twin[stage] for stage in TWIN_STAGES if stage in twin}
+        twin_stages = {f"{stage}, BT twin": twin[stage] for stage in TWIN_STAGES if stage in twin}
         before = {stage: seconds for stage, seconds in self.stage_seconds.items() if stage != "rloo"}
-        return before | twins | self.stage_seconds
+        return before | twin_stages | self.stage_seconds
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,10 @@ class Series:
 
 @dataclass(frozen=True)
 class JudgedStep:
-    """What the over-optimisation monitor said of the window that ends at `step`; rises in standard deviations of the first step's scores."""
+    """What the over-optimisation monitor said of the window that ends at `step`.
+
+    The rises are in standard deviations of the first step's scores.
+    """
 
     step: int
     proxy_rise: float
@@ -93,42 +102,47 @@ class JudgedStep:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read all that is there. Raises DataError for a run directory that does not exist or a file that cannot be understood."""
+    """Read everything that the run directory holds.
+
+    Raises DataError for a run directory that does not exist or a file that cannot be understood.
+    """
     if not run_dir.is_dir():
         raise DataError(
             f"There is no run directory at {run_dir}. Give the directory of a run (it holds config.resolved.json)."
         )
+    layout = RunLayout(run_dir)
     return RunRecord(
         name=run_dir.resolve().name,
-        config=_flatten(_read_json(run_dir / "config.resolved.json") or {}),
-        metrics={stage: read_metrics(run_dir, stage) for stage in TRAINING_STAGES},
-        evaluation=_read_evaluation(run_dir / "evaluation.json"),
-        scores=_read_scores(run_dir / "evaluation" / "scores.parquet"),
-        response_models=_read_response_models(run_dir / "world" / "response_models.json"),
-        samples=_read_samples(run_dir / "rloo" / "samples.jsonl"),
-        stage_seconds=_read_stage_seconds(run_dir / "stages"),
-        bt_twin=read_run(twin_dir) if (twin_dir := RunLayout(run_dir).bt_twin).is_dir() else None,
+        config=_flatten(_read_json(run_dir / RESOLVED_NAME) or {}),
+        metrics={stage: read_metrics(run_dir, stage) for stage in STAGES_WITH_STEPS},
+        evaluation=_read_evaluation(layout.evaluation_table),
+        scores=_read_scores(layout.evaluation_scores),
+        response_models=_read_response_models(layout.response_models),
+        samples=_read_samples(layout.rloo_samples),
+        stage_seconds=_read_stage_seconds(layout.stage_records),
+        bt_twin=read_run(layout.bt_twin) if layout.bt_twin.is_dir() else None,
     )
 
 
 def metric_series(lines: list[MetricsLine], key: str) -> Series:
-    """The values of `key` against step; empty when no line has it."""
+    """Return the values of `key` against step; empty when no line has it."""
     points = [(float(line["step"]), float(line[key])) for line in lines if key in line]
     array = np.array(points, dtype=np.float64).reshape(len(points), 2)
     return Series(array[:, 0], array[:, 1])
 
 
 def first_and_last_tenth(values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The first and the last tenth of the steps (at least one step each); [n] -> two of [max(1, n // 10)]."""
+    """Return the first and the last tenth of the steps, at least one step each: [n] -> two of [max(1, n // 10)]."""
     num_steps = max(1, len(values) // 10)
     return values[:num_steps], values[-num_steps:]
 
 
 def gold_gain(lines: list[MetricsLine]) -> float | None:
-    """(mean gold of the last tenth - of the first tenth) / standard deviation of the first tenth's completions.
+    """Return the gain in mean gold score from the first to the last tenth of the steps.
 
-    That deviation is pooled over the tenth's steps, all of the same size: sqrt(mean of the steps' variances + variance of their means).
-    None when the gold score or its deviation was not logged, or the deviation is 0.
+    The unit is the standard deviation of the first tenth's completions. It is pooled over the tenth's steps, which all
+    have the same size: sqrt(mean of the steps' variances + variance of their means). The gain is None when the gold
+    score or its deviation was not logged, or the deviation is 0.
     """
     means = metric_series(lines, "rloo/gold_score_mean").values
     stds = metric_series(lines, "rloo/gold_score_std").values
@@ -141,7 +155,7 @@ def gold_gain(lines: list[MetricsLine]) -> float | None:
 
 
 def judged_steps(lines: list[MetricsLine]) -> list[JudgedStep]:
-    """The steps that the monitor judged, as it logged them; empty when its window was never full."""
+    """Return the steps that the monitor judged, as it logged them; empty when its window was never full."""
     keys = ("step", "rloo/monitor/proxy_rise", "rloo/monitor/gold_rise")
     judged = [
         ([float(line[key]) for key in keys], line["rloo/overoptimised"])
@@ -154,7 +168,10 @@ def judged_steps(lines: list[MetricsLine]) -> list[JudgedStep]:
 
 
 def policy_evaluations(lines: list[MetricsLine]) -> list[dict[str, int | float]]:
-    """The evaluations of the policy in the order of their steps: "step", and every metric rloo/eval/<name> that was logged as <name>."""
+    """Return the evaluations of the policy in the order of their steps.
+
+    Each has its "step", and every logged metric rloo/eval/<name> under <name>.
+    """
     evaluations: dict[int, dict[str, int | float]] = {}
     for line in lines:
         if "rloo/eval/gold_mean" in line:
@@ -236,25 +253,18 @@ def _read_response_models(path: Path) -> ResponseModels | None:
 
 
 def _read_samples(path: Path) -> list[Sample]:
-    """A torn last line, from a killed process, is left out."""
-    if not path.is_file():
-        return []
-    texts = (
-        path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    )  # not splitlines: a completion may hold U+2028
+    """Return the samples, without the last one where a killed process left it torn."""
     samples = []
-    for number, text in enumerate(texts, start=1):
+    for _, row in rows_of(path, row_name="a sample"):
         try:
-            row = json.loads(text)
             samples.append(Sample(**{field: row[field] for field in Sample.__annotations__}))
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(texts):
-                raise _malformed(path, error) from error
+        except (KeyError, TypeError) as error:
+            raise _malformed(path, error) from error
     return samples
 
 
 def _read_stage_seconds(folder: Path) -> dict[str, float]:
-    """Seconds per committed stage, in the order in which the stages finished."""
+    """Return the seconds per committed stage, in the order in which the stages finished."""
     stages: list[tuple[float, str, float]] = []
     for path in sorted(folder.glob("*.json")):
         content = _read_json(path) or {}

@@ -1,4 +1,7 @@
-"""The end of a run in one small JSON file and on the terminal: scenario table, first and last proxy and gold score, where the report is."""
+"""The summary of a run, for summary.json and the terminal.
+
+It has the scenario table, the first and last proxy and gold scores, and where the report is.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,20 +16,19 @@ from rm_robust.report.record import (
     policy_evaluations,
     read_run,
 )
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.storage.commits import write_json_atomic
-from rm_robust.runs.storage.copies import shown
 
 
 def write_summary(run_dir: Path) -> dict[str, Any]:
-    """Write report.html and summary.json from the run's own files; returns the summary."""
+    """Write report.html and summary.json from the run's own files, and return the summary."""
     run = read_run(run_dir)
     report_path = write_report(run_dir)
     summary = {
         "name": run.name,
         "scenarios": {
-            name: {"metric": r.metric, "value": r.value, "num_prompts": r.num_prompts}
-            for name, r in run.evaluation.items()
+            name: {"metric": result.metric, "value": result.value, "num_prompts": result.num_prompts}
+            for name, result in run.evaluation.items()
         },
         "rloo": _rloo_summary(run),
         "response_models": None
@@ -34,16 +36,18 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
         else {"training": run.response_models.training, "unseen": run.response_models.unseen},
         "bt_twin": None
         if run.bt_twin is None
-        else {name: {"metric": r.metric, "value": r.value} for name, r in run.bt_twin.evaluation.items()},
+        else {
+            name: {"metric": result.metric, "value": result.value} for name, result in run.bt_twin.evaluation.items()
+        },
         "stage_seconds": run.all_stage_seconds,
-        "report": shown(report_path),
+        "report": run_files.shown(report_path),
     }
-    write_json_atomic(RunLayout(run_dir).summary, summary)
+    run_files.write_json(RunLayout(run_dir).summary, summary)
     return summary
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """What a pipeline prints last."""
+    """Return the lines that a pipeline prints last."""
     twin = summary["bt_twin"] or {}
     lines = ["scenario            metric          value   prompts" + ("   BT twin" if twin else "")]
     for name, row in summary["scenarios"].items():
@@ -60,7 +64,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if rloo["overoptimised_steps"]:
         steps = rloo["overoptimised_steps"]
         lines.append(
-            f"OVER-OPTIMISED at {len(steps)} steps, {steps[0]} the first and {steps[-1]} the last; the report has the numbers"
+            f"OVER-OPTIMISED at {len(steps)} steps, {steps[0]} the first and {steps[-1]} the last; "
+            "the report has the numbers"
         )
     if rloo["last_evaluation"] is not None:
         lines.append(_evaluation_line(rloo["last_evaluation"]))
@@ -69,8 +74,10 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _evaluation_line(row: dict[str, float]) -> str:
-    rates = f"{row['win_rate']:.3f} (standard error {row['win_rate_se']:.3f}), at equal length {row['length_controlled_win_rate']:.3f}"
-    return f"win rate against the SFT policy by gold after step {row['step']}: {rates}"
+    return (
+        f"win rate against the SFT policy by gold after step {row['step']}: {row['win_rate']:.3f} "
+        f"(standard error {row['win_rate_se']:.3f}), at equal length {row['length_controlled_win_rate']:.3f}"
+    )
 
 
 def _rloo_summary(run: RunRecord) -> dict[str, Any]:

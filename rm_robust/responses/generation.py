@@ -1,8 +1,8 @@
-"""Responses of named models to prompts: vLLM engines under Ray Data, a file a chunk of prompts.
+"""Responses of named models to prompts. vLLM engines under Ray Data write one file for each chunk of prompts.
 
-prompts ─chunks─► Dataset.map(ResponseGenerator, one engine each) ─► <folder>/<model>/chunk_00000.jsonl, one line a prompt
+prompts ─chunks─► Dataset.map(ResponseGenerator, an engine each) ─a line a prompt─► responses/<model>/chunk_00000.jsonl
 
-A chunk's file is whole or not there, so that the same call goes on where a killed one stopped.
+A chunk's file is complete or does not exist, so the same call goes on where a killed one stopped.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from rm_robust.cluster.environment import cpu_environment
 from rm_robust.errors import ConfigError
 from rm_robust.responses.config import EnginesConfig, ResponseModel, ResponsesConfig, SamplingConfig
 from rm_robust.responses.response_files import Prompt, Response, chunk_path, lines_of
-from rm_robust.runs.storage.commits import write_text_atomic
+from rm_robust.runs import files as run_files
 
 
 def check_models(models: Sequence[ResponseModel]) -> None:
-    """Raise ConfigError for a model that cannot be had, or has no chat template, before any engine starts."""
+    """Raise ConfigError for a model that cannot be loaded or has no chat template, before any engine starts."""
     for model in models:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.path)
@@ -34,18 +34,19 @@ def check_models(models: Sequence[ResponseModel]) -> None:
             ) from error
         if tokenizer.chat_template is None:
             raise ConfigError(
-                f"Response model {model.name}: the tokenizer of {model.path!r} has no chat template, without which it cannot be asked anything."
+                f"Response model {model.name}: the tokenizer of {model.path!r} has no chat template, "
+                "without which it cannot be asked anything."
             )
 
 
 def generate(model: ResponseModel, chunks: Sequence[Sequence[Prompt]], folder: Path, config: ResponsesConfig) -> None:
-    """Write the files of the chunks that are not there yet."""
+    """Write the files of the chunks that do not exist yet."""
     missing = [number for number in range(len(chunks)) if not chunk_path(folder, model.name, number).exists()]
     if not missing:
         return
     engines = config.engines
     on_cpu = engines.num_gpus_per_engine == 0
-    generator: Any = ResponseGenerator  # Dataset.map builds it in its workers
+    generator: Any = ResponseGenerator  # Dataset.map creates it in its workers
     rows = [
         {"chunk": number, "prompts": json.dumps([asdict(prompt) for prompt in chunks[number]])} for number in missing
     ]
@@ -63,12 +64,12 @@ def generate(model: ResponseModel, chunks: Sequence[Sequence[Prompt]], folder: P
         for row in answered.iter_rows():
             path = chunk_path(folder, model.name, row["chunk"])
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(path, row["responses"])
+            run_files.write_text(path, row["responses"])
             progress.update(len(chunks[row["chunk"]]))
 
 
 class ResponseGenerator:
-    """One vLLM engine in a worker of Ray Data: a chunk's prompts in, the lines of its file out."""
+    """One vLLM engine in a worker of Ray Data. It takes a chunk's prompts and returns the lines of the chunk's file."""
 
     def __init__(self, *, model: ResponseModel, sampling: SamplingConfig, engines: EnginesConfig, seed: int) -> None:
         from vllm import LLM
@@ -100,10 +101,10 @@ class ResponseGenerator:
         return {"chunk": row["chunk"], "responses": lines_of(responses)}
 
     def _responses(self, prompts: list[Prompt], token_ids: list[list[int]]) -> list[Response]:
-        """In the order of the prompts."""
+        """Return the responses in the order of the prompts."""
         from vllm import TokensPrompt
 
-        fitting = [index for index, own in enumerate(token_ids) if len(own) <= self._max_prompt_tokens]
+        fitting = [index for index, ids in enumerate(token_ids) if len(ids) <= self._max_prompt_tokens]
         inputs = [TokensPrompt(prompt_token_ids=token_ids[index]) for index in fitting]
         outputs = (
             self._llm.generate(inputs, [self._params(prompts[index]) for index in fitting], use_tqdm=False)
@@ -130,7 +131,7 @@ class ResponseGenerator:
         return list(token_ids)
 
     def _params(self, prompt: Prompt) -> Any:
-        """A seed of the prompt's own, so that the response does not depend on the chunk it is in."""
+        """Return sampling parameters with a seed for this prompt, so that the response does not depend on the chunk."""
         from vllm import SamplingParams
 
         identity = hashlib.sha256(f"{self._seed}:{self._model.name}:{prompt.prompt_id}".encode()).digest()

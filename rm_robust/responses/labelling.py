@@ -1,8 +1,10 @@
-"""Gold scores for generated responses, from any Scorer: rows of prompt, model, completion and gold_score, as data.source = "responses" reads them.
+"""Gold scores for generated responses, from any Scorer.
 
-responses/<model>/chunk_00000.jsonl of all models ─a prompt's completions in one request─► <folder>/labelled/chunk_00000.jsonl
+The result is rows of prompt, model, completion and gold_score, as data.source = "responses" reads them.
 
-A prompt's completions that get no score (too long for the scorer, not finite) and those that are empty are left out and counted.
+responses/<model>/chunk_00000.jsonl of all models ─a prompt's completions in one request─► labelled/chunk_00000.jsonl
+
+Completions that get no score (too long for the scorer, not finite) and empty completions are left out and counted.
 """
 
 import json
@@ -14,16 +16,17 @@ from tqdm import tqdm
 
 from rm_robust.errors import DataError, RefusedInputError, ScoringError
 from rm_robust.responses.response_files import Response, chunk_path, read_responses
-from rm_robust.runs.storage.commits import write_json_atomic, write_text_atomic
+from rm_robust.runs import files as run_files
 from rm_robust.scoring.contract import ScoreInput, Scorer
 
 PROMPTS_AT_A_TIME = 32
 
 
 def label(models: Sequence[str], num_chunks: int, folder: Path, scorer: Scorer) -> str:
-    """Write the files of the chunks that are not there yet; returns the checkpoint that all labels are of.
+    """Write the files of the chunks that do not exist yet, and return the checkpoint that gave all labels.
 
-    Raises ScoringError when scoring fails or another checkpoint answers, DataError when the folder has labels of another.
+    Raises ScoringError when scoring fails or another checkpoint answers, and DataError when the folder has labels of
+    another checkpoint.
     """
     labelled = folder / "labelled"
     labelled.mkdir(exist_ok=True)
@@ -32,26 +35,26 @@ def label(models: Sequence[str], num_chunks: int, folder: Path, scorer: Scorer) 
         path = labelled / f"chunk_{number:05}.jsonl"
         rows, left_out = None, dict[str, int]()
         if path.exists():
-            own = json.loads(_report_path(path).read_text())["checkpoint"]
+            chunk_checkpoint = json.loads(_report_path(path).read_text())["checkpoint"]
         else:
-            rows, own, left_out = _labelled(
-                [response for model in models for response in read_responses(chunk_path(folder, model, number))], scorer
-            )
-        if checkpoint and own and own != checkpoint:
+            paths = [chunk_path(folder, model, number) for model in models]
+            responses = [response for responses_path in paths for response in read_responses(responses_path)]
+            rows, chunk_checkpoint, left_out = _labelled(responses, scorer)
+        if checkpoint and chunk_checkpoint and chunk_checkpoint != checkpoint:
             raise DataError(
-                f"Chunk {number} has labels of {own}, those before it are of {checkpoint}. Delete {labelled} to label with one scorer."
+                f"Chunk {number} has labels of {chunk_checkpoint}, those before it are of {checkpoint}. "
+                f"Delete {labelled} to label with one scorer."
             )
-        checkpoint = checkpoint or own
+        checkpoint = checkpoint or chunk_checkpoint
         if rows is not None:
-            write_json_atomic(
-                _report_path(path), {"checkpoint": own, "num_left_out": left_out}
-            )  # before the rows, which say that the chunk is done
-            write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            # The report is written before the rows, because the file of rows says that the chunk is done.
+            run_files.write_json(_report_path(path), {"checkpoint": chunk_checkpoint, "num_left_out": left_out})
+            run_files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return checkpoint
 
 
 def num_left_out(folder: Path) -> dict[str, int]:
-    """By reason, of all chunks."""
+    """Return how many completions of all chunks were left out, by reason."""
     counts: Counter[str] = Counter()
     for path in (folder / "labelled").glob("chunk_*.jsonl"):
         counts.update(json.loads(_report_path(path).read_text())["num_left_out"])
@@ -59,12 +62,15 @@ def num_left_out(folder: Path) -> dict[str, int]:
 
 
 def _report_path(path: Path) -> Path:
-    """Beside the rows, and not a file that a reader of the folder takes for rows."""
+    """Return the report's path: beside the rows, but with a name that no reader of the folder takes for rows."""
     return path.with_suffix(".report.json")
 
 
 def _labelled(responses: Sequence[Response], scorer: Scorer) -> tuple[list[dict[str, object]], str, dict[str, int]]:
-    """Rows of a chunk, the checkpoint that scored them ("" when there was nothing to score), and what was left out."""
+    """Return the rows of a chunk, the checkpoint that scored them, and how many completions were left out, by reason.
+
+    The checkpoint is "" when there was nothing to score.
+    """
     left_out: Counter[str] = Counter()
     by_prompt: dict[str, list[Response]] = {}
     for response in responses:
@@ -82,17 +88,18 @@ def _labelled(responses: Sequence[Response], scorer: Scorer) -> tuple[list[dict[
             checkpoints.add(checkpoint)
             rows += [
                 {
-                    "prompt_id": own.prompt_id,
-                    "prompt": own.prompt,
-                    "model": own.model,
-                    "completion": own.completion,
+                    "prompt_id": response.prompt_id,
+                    "prompt": response.prompt,
+                    "model": response.model,
+                    "completion": response.completion,
                     "gold_score": score,
                 }
-                for own, score in zip(group, scores, strict=True)
+                for response, score in zip(group, scores, strict=True)
             ]
     if len(checkpoints) > 1:
         raise ScoringError(
-            f"The scorer has changed from {' to '.join(sorted(checkpoints))}: gold scores of two checkpoints cannot be compared. Label again."
+            f"The scorer has changed from {' to '.join(sorted(checkpoints))}: "
+            "gold scores of two checkpoints cannot be compared. Label again."
         )
     return rows, next(iter(checkpoints), ""), dict(left_out)
 
@@ -100,9 +107,13 @@ def _labelled(responses: Sequence[Response], scorer: Scorer) -> tuple[list[dict[
 def _scored(
     groups: list[list[Response]], scorer: Scorer, left_out: Counter[str]
 ) -> list[tuple[list[Response], list[float], str]]:
-    """Groups with their scores; what is refused is asked in smaller parts, down to one completion."""
+    """Return the groups with their scores and checkpoint.
+
+    A refused request is split and asked again, down to single completions, so that only those to blame are left out.
+    """
     inputs = [
-        ScoreInput(prompt=group[0].prompt, completions=[str(own.completion) for own in group]) for group in groups
+        ScoreInput(prompt=group[0].prompt, completions=[str(response.completion) for response in group])
+        for group in groups
     ]
     try:
         reply = scorer.score(inputs)

@@ -1,4 +1,7 @@
-"""Prompts, and the files of responses to them: a file a model and chunk of prompts, whole or not there."""
+"""Prompts, and the files of responses to them.
+
+There is one file for each model and chunk of prompts; it is complete or does not exist.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +15,15 @@ from rm_robust.data.records import Message
 from rm_robust.data.rows import parse_prompt
 from rm_robust.errors import DataError
 from rm_robust.responses.config import ResponsesConfig
-from rm_robust.runs.storage.commits import write_text_atomic
+from rm_robust.runs import files as run_files
 
 EXISTING = "_existing"
-"""Stands for a model's name in the folder of responses that were there already; no model may be called that."""
+"""The folder of the existing responses, in place of a model's name; no model may have this name."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What all models answer."""
+    """A prompt that all models respond to."""
 
     prompt_id: str
     messages: list[Message]
@@ -28,30 +31,36 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """One model's answer. `completion` None: the prompt does not leave max_new_tokens in the engine's context."""
+    """One model's response to a prompt."""
 
     prompt_id: str
     prompt: list[Message]
     model: str
     completion: str | None
+    """The text; None where the prompt does not leave max_new_tokens in the engine's context."""
     num_tokens: int
-    """Of the completion, or of the prompt where there is none; 0 where nobody counted."""
+    """Tokens of the completion, or of the prompt where there is no completion; 0 where nobody counted."""
     is_truncated: bool
-    """It did not end by itself."""
+    """Whether the completion was cut off instead of ending by itself."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What there is to respond to, and what is responded already: responses by prompt id."""
+    """The prompts, and the responses that exist already."""
 
     prompts: list[Prompt]
     existing: dict[str, list[Response]]
+    """The existing responses by prompt id."""
     num_repeated: int
-    """Prompts that came again."""
+    """How often a prompt came again in the files of prompts."""
 
 
 def read_material(config: ResponsesConfig) -> Material:
-    """Raises DataError naming file and row of the first that cannot be read, and when two prompts have one id."""
+    """Read the prompts and the existing responses.
+
+    Raises DataError that names the file and row of the first row that cannot be read, and of a prompt that has the id
+    of another prompt.
+    """
     prompts: dict[str, Prompt] = {}
     existing: dict[str, list[Response]] = {}
     text_of_id: dict[str, str] = {}
@@ -72,34 +81,38 @@ def read_material(config: ResponsesConfig) -> Material:
             prompt = prompts.setdefault(text, Prompt(group.group_id, group.prompt))
             existing.setdefault(prompt.prompt_id, []).extend(responses)
     if not prompts:
-        raise DataError(f"{', '.join(config.prompts + config.existing)} hold no prompt.")
+        raise DataError(f"There is no prompt in {', '.join(config.prompts + config.existing)}.")
     return Material(list(prompts.values()), existing, num_repeated)
 
 
 def write_existing(material: Material, chunks: Sequence[Sequence[Prompt]], folder: Path) -> None:
-    """As if a model had generated them."""
+    """Write the existing responses into files as if a model had generated them."""
     for number, chunk in enumerate(chunks):
         path = chunk_path(folder, EXISTING, number)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(
+            run_files.write_text(
                 path, lines_of([response for prompt in chunk for response in material.existing[prompt.prompt_id]])
             )
 
 
 def chunks_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+    """Return the prompts in chunks of `size`; the last one may be smaller."""
     return [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
 
 
 def chunk_path(folder: Path, model: str, chunk: int) -> Path:
+    """Return the path of the file of a model's responses to a chunk of prompts."""
     return folder / "responses" / model / f"chunk_{chunk:05}.jsonl"
 
 
 def read_responses(path: Path) -> list[Response]:
+    """Return the responses of one file."""
     return [Response(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def lines_of(responses: Sequence[Response]) -> str:
+    """Return the content of a file of responses, one JSON line for each."""
     return "".join(json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in responses)
 
 
@@ -110,7 +123,7 @@ def _rows(paths: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _responses_of(row: Mapping[str, Any], prompt_id: str, prompt: list[Message]) -> Iterator[Response]:
-    """Of a row of one response, or of UltraFeedback's several."""
+    """Yield the responses of a row, which has one response, or several in the form of UltraFeedback."""
     completions = (
         [{"model": row.get("model"), "response": row.get("completion")}]
         if row.get("completions") is None
@@ -120,7 +133,8 @@ def _responses_of(row: Mapping[str, Any], prompt_id: str, prompt: list[Message])
         model, completion = (entry.get("model"), entry.get("response")) if isinstance(entry, dict) else (None, entry)
         if not isinstance(model, str) or not isinstance(completion, str):
             raise DataError(
-                f"a response needs the names of its model and its text, got model {model!r} and response {completion!r:.80} (columns: {sorted(row)})"
+                f"a response needs the name of its model and its text, got model {model!r} and response "
+                f"{completion!r:.80} (columns: {sorted(row)})"
             )
         check_text(completion, "completion")
         yield Response(prompt_id, as_messages(prompt), model, completion, num_tokens=0, is_truncated=False)

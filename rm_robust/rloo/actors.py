@@ -1,4 +1,4 @@
-"""The Ray actors of RLOO: vLLM engines and policy trainers, their resources, and calls to all of them. No formula lives here."""
+"""Start, call and end the Ray actors of RLOO: vLLM engines and policy trainers. No formula lives here."""
 
 import contextlib
 import logging
@@ -23,14 +23,17 @@ from rm_robust.runs.layout import RunLayout
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1800
-"""An autoscaler may have to start the nodes first."""
+"""Seconds to wait until the actors have started; an autoscaler may have to start their nodes first."""
 SYNC_TIMEOUT_S = 300
+"""Seconds to wait for one call or one broadcast of a weight update."""
 ANSWER_TIMEOUT_S = 30
+"""Seconds after which an idle engine that does not answer counts as lost."""
 SHUTDOWN_TIMEOUT_S = 10
+"""Seconds that the engines get to shut down before they are killed."""
 
 
 class TrainersLostError(Exception):
-    """The policy under training is gone, or never came to be; what was committed is not lost."""
+    """A trainer is lost or failed to start, so the policy in memory is gone. Committed steps are not lost."""
 
 
 class RlooActors:
@@ -44,28 +47,31 @@ class RlooActors:
             self.engines = [_new_engine(config, run_dir, index) for index in range(config.rloo.num_engines)]
             self.trainers = [_new_trainer(config, run_dir, rank) for rank in range(config.rloo.trainers.num_workers)]
             address, port = _started(self.trainers[0].rendezvous.remote())
-            done = _started([trainer.start.remote(address, port) for trainer in self.trainers])
-            assert len(set(done)) == 1, f"trainers resumed at different steps: {done}"
-            self.num_steps_done: int = done[0]
+            steps_by_rank = _started([trainer.start.remote(address, port) for trainer in self.trainers])
+            assert len(set(steps_by_rank)) == 1, f"trainers resumed at different steps: {steps_by_rank}"
+            self.num_steps_done: int = steps_by_rank[0]
             self._connect()
         except BaseException:
             self.kill()
             raise
 
     def measure(self, completions: list[PromptCompletions], *, keep_graph: bool = True) -> list[Measurement]:
-        """Each trainer measures its share of the prompts, in order; `keep_graph` where `update` comes next."""
+        """Have each trainer measure its share of the prompts, in order. Set `keep_graph` when `update` follows."""
         shares = split_evenly(len(completions), len(self.trainers))
-        return self._of_trainers("measure", [((completions[share],), {"keep_graph": keep_graph}) for share in shares])
+        return self._call_trainers("measure", [((completions[share],), {"keep_graph": keep_graph}) for share in shares])
 
     def update(self, advantages_PK: Tensor, *, step: int, learning_rate_factor: float) -> dict[str, float]:
-        """The optimiser steps of one step over all trainers; `advantages_PK` in the order of `measure`."""
+        """Run the optimiser steps of RLOO step `step` on all trainers and return the metrics of the update.
+
+        `advantages_PK` is in the order of the completions that `measure` got.
+        """
         shares = split_evenly(len(advantages_PK), len(self.trainers))
         common = {
             "step": step,
             "num_completions_all_ranks": advantages_PK.numel(),
             "learning_rate_factor": learning_rate_factor,
         }
-        updates: list[Update] = self._of_trainers(
+        updates: list[Update] = self._call_trainers(
             "update", [((advantages_PK[share].flatten().tolist(),), common) for share in shares]
         )
         return {
@@ -75,9 +81,9 @@ class RlooActors:
             "rloo/learning_rate": updates[0].learning_rate,
         }
 
-    def publish(self, *, version: int) -> None:
-        """Every engine has confirmed `version` when this returns. Raises RolloutError when one has not."""
-        report = self._of_trainers("publish", [((version,), {})] * len(self.trainers))[0]
+    def publish_weights(self, *, version: int) -> None:
+        """Send the policy's weights to every engine as `version`. Raises RolloutError unless all engines confirm it."""
+        report = self._call_trainers("publish_weights", [((version,), {})] * len(self.trainers))[0]
         logger.debug(
             "published version %d: %d bytes to %d engines in %.3f s",
             version,
@@ -87,7 +93,7 @@ class RlooActors:
         )
 
     def lost_engines(self) -> list[Any]:
-        """Those that do not answer. No engine may be generating."""
+        """Return the engines that do not answer. Call it while no engine generates."""
         lost = []
         for engine, call in [(engine, engine.policy_version.remote()) for engine in self.engines]:
             try:
@@ -97,26 +103,34 @@ class RlooActors:
         return lost
 
     def replace_engines(self, lost: list[Any]) -> int:
-        """New engines for those of `lost` that are still in use; they refuse to generate until the next `publish`. Returns their number."""
-        places = [place for place, engine in enumerate(self.engines) if any(engine is gone for gone in lost)]
-        for place in places:
-            ray.kill(self.engines[place])
-            self.engines[place] = _new_engine(self.config, self.run_dir, place)
-        if places:
+        """Replace those of the `lost` engines that are still in use, and return how many these are.
+
+        The new engines refuse to generate until the next `publish_weights`.
+        """
+        lost_indices = [index for index, engine in enumerate(self.engines) if any(engine is gone for gone in lost)]
+        for index in lost_indices:
+            ray.kill(self.engines[index])
+            self.engines[index] = _new_engine(self.config, self.run_dir, index)
+        if lost_indices:
             self._connect()
-        return len(places)
+        return len(lost_indices)
 
     def save(self, num_steps_done: int) -> None:
-        self._of_trainers("save", [((num_steps_done,), {})] * len(self.trainers))
+        """Commit the training state."""
+        self._call_trainers("save", [((num_steps_done,), {})] * len(self.trainers))
 
     def commit(self, target: Path, num_steps_done: int) -> None:
-        self._of_trainers("commit", [((target, num_steps_done), {})] * len(self.trainers))
+        """Commit the policy as a checkpoint in `target`."""
+        self._call_trainers("commit", [((target, num_steps_done), {})] * len(self.trainers))
 
     def _connect(self) -> None:
         _started(self.trainers[0].connect.remote(self.engines, SYNC_TIMEOUT_S))
 
-    def _of_trainers(self, method: str, arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
-        """One call to each, and their answers in order. Raises TrainersLostError when one has gone: the others then wait for it in vain."""
+    def _call_trainers(self, method: str, arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+        """Call the method once on each trainer and return the answers in the order of the ranks.
+
+        Raises TrainersLostError when one trainer is gone: the others would wait for it forever.
+        """
         try:
             return ray.get(
                 [
@@ -128,13 +142,13 @@ class RlooActors:
             raise TrainersLostError(f"A trainer was lost in {method} ({type(error).__name__}).") from error
 
     def close(self) -> None:
-        """Shut the engines down and kill every actor; nothing is left behind."""
+        """Shut the engines down and kill every actor."""
         with contextlib.suppress(RayError):
             ray.get([engine.shutdown.remote() for engine in self.engines], timeout=SHUTDOWN_TIMEOUT_S)
         self.kill()
 
     def kill(self) -> None:
-        """Every actor, whatever it is at."""
+        """Kill every actor at once, even one that is working."""
         for actor in [*self.engines, *self.trainers]:
             ray.kill(actor)
         self.engines, self.trainers = [], []
@@ -147,18 +161,22 @@ class RlooActors:
     ) -> None:
         if error is None:
             self.close()
-        else:  # an engine that samples would answer late, and a job that is stopped has seconds
+        else:  # an engine that samples would answer too late: a job that is stopped has only seconds left
             self.kill()
 
 
 def _started(calls: Any) -> Any:
-    """The answers of actors that may wait for a node first. Raises ClusterError when none comes, TrainersLostError for an actor that ends instead."""
+    """Return the answers to `calls` of actors that are starting and may have to wait for a node.
+
+    Raises ClusterError after START_TIMEOUT_S without an answer, and TrainersLostError when an actor ends instead.
+    """
     try:
         return ray.get(calls, timeout=START_TIMEOUT_S)
     except GetTimeoutError as error:
         raise ClusterError(
-            f"RLOO's trainers and engines were not all up after {START_TIMEOUT_S} s: the nodes that rloo.trainers and rloo.engine_* ask for did not come, "
-            "or a model takes longer to load. `ray status` shows what waits; the same command resumes."
+            f"RLOO's trainers and engines were not all up after {START_TIMEOUT_S} s: the nodes that rloo.trainers and "
+            "rloo.engine_* ask for did not come, or a model takes longer to load. `ray status` shows what is waiting; "
+            "the same command resumes."
         ) from error
     except ACTOR_LOST as error:
         raise TrainersLostError(
@@ -209,5 +227,8 @@ def _new_trainer(config: PipelineConfig, run_dir: Path, rank: int) -> Any:
 
 
 def _actor_name(config: PipelineConfig, role: str) -> str:
-    """As Ray's dashboard and `ray list actors` show it. An actor that Ray has not buried yet, of before a loss, still has its name, hence the last part."""
+    """Return the name that Ray's dashboard and `ray list actors` show.
+
+    A lost actor keeps its name until Ray removes it, so the name ends with random characters.
+    """
     return f"{config.name} {role} {uuid.uuid4().hex[:6]}"

@@ -1,6 +1,7 @@
-"""From the scores of several sources to rewards, KL costs and leave-one-out advantages. Pure.
+"""Turn the scores of the reward sources into rewards, KL costs and leave-one-out advantages. Pure functions of tensors.
 
-Shapes: P prompts, K completions per prompt, M tokens. A score that failed is NaN, and stays NaN through everything here: never 0, never a mean.
+Shapes: P prompts, K completions per prompt, N = P*K completions, M tokens. A failed score is NaN and stays NaN in every
+function here: it never becomes 0 or a mean.
 """
 
 import math
@@ -12,36 +13,39 @@ from torch import Tensor
 from rm_robust.config.rloo import RlooConfig
 
 MAX_KL_ERROR = 0.2
+"""Bound on the relative error between KL and target that `next_kl_coefficient` reacts to."""
 
 
 @dataclass(frozen=True)
 class StepScores:
-    """What the reward sources said of one step's completions. Raw scores, NaN where one failed."""
+    """Raw scores of one step's completions from every reward source and the gold judge; NaN where a score failed."""
 
     source_scores: dict[str, list[list[float]]]
-    """[P][K] of the proxy and of every reward source, by name."""
+    """Scores [P][K] of the proxy and of every other reward source, by the name of the source."""
     gold: list[list[float]] | None
-    """[P][K]; None: the judge was not asked."""
+    """Scores [P][K] of the gold judge; None when it was not asked."""
     rewards_PK: Tensor
-    """weighted_scores of source_scores, float32."""
+    """The `weighted_scores` of `source_scores`, [P, K] float32."""
     num_failed: dict[str, int]
-    """Completions without a score, of every source that was asked, gold too."""
+    """Number of completions without a score, for every source that was asked and for the gold judge."""
     checkpoints: dict[str, str]
-    """What each served source scored with last, gold too; functions have none."""
+    """The checkpoint that each served source and the gold judge scored with last; functions have none."""
     num_checkpoint_changes: int
-    """How often a source came back with another checkpoint than before."""
+    """Number of replies that name another checkpoint than the reply before from the same source."""
 
     def of_completion(self, p: int, k: int) -> dict[str, float | None]:
-        """`<source>_score` of one completion; None where it failed, and of a judge that was not asked."""
-        rows = self.source_scores if self.gold is None else self.source_scores | {"gold": self.gold}
-        known = {f"{name}_score": None if math.isnan(own[p][k]) else own[p][k] for name, own in rows.items()}
+        """Return `<source>_score` of one completion; None where the score failed or the judge was not asked."""
+        rows_by_name = self.source_scores if self.gold is None else self.source_scores | {"gold": self.gold}
+        scores = {name: rows[p][k] for name, rows in rows_by_name.items()}
+        known = {f"{name}_score": None if math.isnan(score) else score for name, score in scores.items()}
         return {"gold_score": None} | known
 
 
 def weighted_scores(source_scores: dict[str, list[list[float]]], weights: dict[str, float]) -> Tensor:
-    """Sum of weight * score over the sources, [P, K] float32; NaN where a source of a weight other than 0 has none.
+    """Return the sum of weight * score over the reward sources, [P, K] float32.
 
-    TRL's reward_weights, but for what failed: TRL 1.16 sums the rest (nansum), which is another reward than that of its siblings.
+    The sum is NaN where a source with a weight other than 0 has no score. TRL's reward_weights are the same except for
+    failed scores: TRL 1.16 leaves them out of the sum (nansum), which makes the rewards of a prompt incomparable.
     """
     weighted = [
         weight * torch.tensor(source_scores[name], dtype=torch.float64)
@@ -53,27 +57,32 @@ def weighted_scores(source_scores: dict[str, list[list[float]]], weights: dict[s
 
 
 def normalised_scores(scores_PK: Tensor) -> Tensor:
-    """Scores minus their mean, over their population standard deviation, both of the step's known scores. Equal scores become 0.
+    """Return the scores minus their mean, divided by their population standard deviation, [P, K].
 
-    Zheng et al. 2023 (arXiv 2307.04964, reward normalization and clipping), with the statistics of the step.
+    Mean and deviation are those of the step's known scores; equal scores become 0. Zheng et al. 2023 (arXiv 2307.04964,
+    reward normalization and clipping), with the statistics of the step.
     """
     known_M = scores_PK[~scores_PK.isnan()].double()
     if not len(known_M) or known_M.min() == known_M.max():
-        return scores_PK - scores_PK  # NaN stays; a deviation that is rounding error must not be divided by
+        return scores_PK - scores_PK  # NaN stays NaN; the deviation would be rounding error, so do not divide by it
     return ((scores_PK.double() - known_M.mean()) / known_M.std(correction=0)).to(scores_PK.dtype)
 
 
 def shaped_scores(scores_PK: Tensor, *, normalise: bool, clip_range: tuple[float, float] | None) -> Tensor:
-    """normalised_scores if so asked, then clamped to `clip_range`, before KL and baseline (TRL 1.16's reward_clip_range), [P, K]."""
+    """Return the scores, normalised if `normalise`, then clamped to `clip_range`, [P, K]. KL and baseline come later.
+
+    The clamping is TRL 1.16's reward_clip_range.
+    """
     if normalise:
         scores_PK = normalised_scores(scores_PK)
     return scores_PK if clip_range is None else scores_PK.clamp(*clip_range)
 
 
 def token_kl(policy_logprobs_M: Tensor, reference_logprobs_M: Tensor, estimator: str) -> Tensor:
-    """KL(policy || reference) estimated at each token that the policy sampled, [M] nats (Schulman 2020, "Approximating KL divergence").
+    """Estimate KL(policy || reference) at each token that the policy sampled, [M] nats.
 
-    With d = log policy - log reference: `k1` d (unbiased; the paper's code), `k2` d^2 / 2, `k3` exp(-d) - 1 + d (unbiased, never negative).
+    Schulman 2020, "Approximating KL divergence". With d = log policy - log reference: `k1` is d (unbiased; the paper's
+    code), `k2` is d^2 / 2, `k3` is exp(-d) - 1 + d (unbiased, never negative).
     """
     difference_M = policy_logprobs_M - reference_logprobs_M
     if estimator == "k1":
@@ -92,14 +101,14 @@ def sequence_kl(
     *,
     estimator: str,
 ) -> Tensor:
-    """KL of each completion, [N] nats: the estimates of its tokens, summed."""
+    """Return the KL of each completion, [N] nats: the sum of the estimates of its tokens."""
     return sum_by_completion(
         token_kl(policy_logprobs_M, reference_logprobs_M, estimator), completion_of_M, num_completions
     )
 
 
 def sum_by_completion(values_M: Tensor, completion_of_M: Tensor, num_completions: int) -> Tensor:
-    """Token values summed within each completion, [N]."""
+    """Sum the token values of each completion, [N]."""
     return torch.zeros(num_completions, dtype=values_M.dtype, device=values_M.device).index_add(
         0, completion_of_M, values_M
     )
@@ -107,20 +116,24 @@ def sum_by_completion(values_M: Tensor, completion_of_M: Tensor, num_completions
 
 @dataclass(frozen=True)
 class Advantages:
-    """Of one step. A completion whose score is missing (NaN) has the reward NaN and the advantage 0, and is in no baseline."""
+    """Rewards and advantages of one step.
+
+    A completion whose score is missing (NaN) has the reward NaN and the advantage 0, and is in no baseline.
+    """
 
     rewards_PK: Tensor
     advantages_PK: Tensor
     num_without_baseline: int
-    """Completions that have a score while no other completion of their prompt does: advantage 0."""
+    """Number of completions that are the only scored one of their prompt; their advantage is 0."""
 
 
 def advantages_of(
     scores_PK: Tensor, kl_PK: Tensor, is_truncated_PK: Tensor, settings: RlooConfig, *, kl_coefficient: float
 ) -> Advantages:
-    """Reward = score - penalty of truncation - beta * KL, its leave-one-out advantage, and what masks it. Paper Eq. 15 and appendix A; TRL's RLOOTrainer.
+    """Return the rewards, score - truncation penalty - beta * KL, and their leave-one-out advantages, masked.
 
-    With `kl_in_baseline` off, beta * KL is subtracted from the advantage of the bare score instead.
+    Paper Eq. 15 and appendix A; TRL's RLOOTrainer. When `kl_in_baseline` is off, the advantage is that of the reward
+    without KL, and beta * KL is subtracted from it afterwards.
     """
     rewards_PK = scores_PK
     if settings.truncated_completions == "penalty":
@@ -129,17 +142,18 @@ def advantages_of(
     kl_afterwards_PK = torch.zeros_like(kl_PK) if settings.kl_in_baseline else kl_coefficient * kl_PK
     advantages_PK = leave_one_out_advantages(penalised_PK if settings.kl_in_baseline else rewards_PK) - kl_afterwards_PK
     has_score_PK = ~scores_PK.isnan()
-    alone_PK = has_score_PK & (has_score_PK.sum(1, keepdim=True) < 2)
-    has_gradient_PK = has_score_PK & ~alone_PK
+    is_only_score_PK = has_score_PK & (has_score_PK.sum(1, keepdim=True) < 2)
+    has_gradient_PK = has_score_PK & ~is_only_score_PK
     if settings.truncated_completions == "mask":
         has_gradient_PK = has_gradient_PK & ~is_truncated_PK
-    return Advantages(penalised_PK, torch.where(has_gradient_PK, advantages_PK, 0.0), int(alone_PK.sum()))
+    return Advantages(penalised_PK, torch.where(has_gradient_PK, advantages_PK, 0.0), int(is_only_score_PK.sum()))
 
 
 def leave_one_out_advantages(rewards_PK: Tensor) -> Tensor:
-    """Reward minus the mean reward of the prompt's other completions, [P, K]. Ahmadian et al. 2024 (RLOO), Eq. 8; needs K >= 2.
+    """Return each reward minus the mean reward of the prompt's other completions, [P, K]; needs K >= 2.
 
-    NaN rewards are in no baseline and give NaN; so does a reward without another one.
+    Ahmadian et al. 2024 (RLOO), Eq. 8. A NaN reward is in no baseline and gives NaN; the only reward of a prompt gives
+    NaN too.
     """
     assert rewards_PK.shape[1] >= 2, "a baseline needs another completion"
     num_others_PK = (~rewards_PK.isnan()).sum(1, keepdim=True) - 1
@@ -149,6 +163,9 @@ def leave_one_out_advantages(rewards_PK: Tensor) -> Tensor:
 
 
 def next_kl_coefficient(kl_coefficient: float, kl_mean: float, *, target_kl: float, horizon_steps: float) -> float:
-    """The coefficient of the next step: higher after a KL above the target. Ziegler et al. 2019, section 2.2, in steps instead of samples."""
+    """Return the KL coefficient of the next step, which is higher after a KL above the target.
+
+    Ziegler et al. 2019, section 2.2, counted in steps instead of samples.
+    """
     error = min(max(kl_mean / target_kl - 1, -MAX_KL_ERROR), MAX_KL_ERROR)
     return kl_coefficient * (1 + error / horizon_steps)

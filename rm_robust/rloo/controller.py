@@ -1,14 +1,15 @@
-"""The RLOO loop: sample with vLLM, score as completions finish, update the policy, put the new weights into the engines.
+"""Run the RLOO loop: sample with vLLM, score completions as they finish, update the policy and then the engines.
 
-prompts ─► engines (policy version v) ─► completions ─┬─► reward sources, gold ─┬─► rewards ─► advantages ─► trainers ─► weights v+1 ─► engines
-                                                      └─► KL to the reference  ─┘
+    prompts ─► engines (policy version v) ─► completions ─┬─► reward sources, gold ─┬─► rewards ─► advantages ─┐
+                                                          └─► KL to the reference  ─┘                          │
+                                            engines ◄─ weights v+1 ◄─ trainers ◄───────────────────────────────┘
 
-With max_policy_lag = n, the completions of the n steps to come are sampled while this one trains. An engine answers one call at a time, in order,
-so new weights reach it between two rollouts, and which version samples which step depends on nothing but the step.
+With max_policy_lag = n, the engines sample the completions of the next n steps while this step trains. An engine
+answers one call at a time, in order. New weights therefore reach it between two rollouts, and the policy version that
+samples a step depends on nothing but the step.
 """
 
 import contextlib
-import json
 import logging
 import time
 from collections import deque
@@ -42,10 +43,10 @@ from rm_robust.rloo.rollout import (
     prompts_of_step,
     score_input,
 )
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
+from rm_robust.runs.lines import append_rows, as_line, rows_of
 from rm_robust.runs.metrics import MetricsWriter, log_step, read_metrics
-from rm_robust.runs.storage.commits import storage_errors, write_text_atomic
-from rm_robust.runs.storage.transfer import put_file
 from rm_robust.runs.trackers import open_trackers
 from rm_robust.scoring.contract import Scorer
 from rm_robust.training.loop import BestStep
@@ -60,11 +61,12 @@ LOGGED = (
     "rloo/completion_tokens_mean",
     "time/step_s",
 )
+"""The metrics in the log line of a step."""
 
 
 @dataclass
 class Faults:
-    """What was lost in a run of this process, and done again."""
+    """Counts what this process lost during the run and did again."""
 
     engines_replaced: int = 0
     trainers_restarted: int = 0
@@ -73,10 +75,11 @@ class Faults:
 
 
 def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scorer) -> dict[str, Any]:
-    """Train the policy to checkpoints/policy, resuming from the last committed state. Ray must be up, and both must answer.
+    """Train the policy, commit it as the policy checkpoint, and return what the stage reports about itself.
 
-    Lost engines and trainers are replaced. Raises RolloutError when more than rloo.max_restarts are lost without a committed step between them,
-    ClusterError when nodes for them do not come.
+    Training resumes from the last committed state. Ray must be up, and both scorers must answer. Lost engines and
+    trainers are replaced. Raises RolloutError when more than rloo.max_restarts are lost without a committed step
+    between them, and ClusterError when the nodes that they need do not come.
     """
     faults, resumed_from, num_restarts = Faults(), None, 0
     while True:
@@ -90,17 +93,18 @@ def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scor
             num_restarts = 1 if controller is not None and controller.has_committed else num_restarts + 1
             if num_restarts > config.rloo.max_restarts:
                 raise RolloutError(
-                    f"{error} That was {num_restarts} times without a committed step between; rloo.max_restarts = {config.rloo.max_restarts}. "
-                    "Look at Ray's logs for why they end; the same command resumes."
+                    f"{error} It happened {num_restarts} times without a committed step between; "
+                    f"rloo.max_restarts = {config.rloo.max_restarts}. "
+                    "Look in Ray's logs for the reason; the same command resumes."
                 ) from error
             faults.trainers_restarted += 1
             faults.steps_redone += 0 if controller is None else controller.version - controller.num_steps_committed
-            logger.warning("%s Going on from the last committed step.", error)
+            logger.warning("%s Continuing from the last committed step.", error)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A step's completions and scores, on their way."""
+    """A step whose completions are being sampled and scored."""
 
     step: int
     prompts: list[TokenisedGroup]
@@ -109,7 +113,7 @@ class Sampled:
 
 
 class Controller:
-    """One step after the other; every completion is trained once."""
+    """Runs one step after the other and trains on every completion once."""
 
     def __init__(
         self,
@@ -124,10 +128,10 @@ class Controller:
         self.actors, self.rewards, self.faults = actors, rewards, faults
         self.version = self.num_steps_committed = self.first_step = actors.num_steps_done
         self.chat = ChatFormat.load(self.layout.sft_model_dir(config))
-        self.prompts, held = self.prompts_and_held()
+        self.prompts, evaluation_prompts = self.prompts_and_held()
         self.evaluation = PolicyEvaluation(
             self.layout,
-            held,
+            evaluation_prompts,
             self.settings,
             chat=self.chat,
             seed=config.seed,
@@ -143,6 +147,7 @@ class Controller:
         self.times: dict[str, float] = {}
 
     def prompts_and_held(self) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
+        """Return the prompts to train on, and those that are held out for the evaluation."""
         prompts = read_token_groups(self.layout.rloo_prompts / "scenario=rloo_prompts")
         return held_prompts(
             prompts,
@@ -151,9 +156,9 @@ class Controller:
         )
 
     def run(self) -> int:
-        """All steps not yet done; returns how many the policy has, which is less than asked where the monitor stops the run."""
+        """Do all remaining steps and return how many the policy has: fewer than asked if the monitor stops the run."""
         self.resume()
-        self.publish()
+        self.update_engines()
         sinks = open_trackers(self.config, self.layout.run_dir, "rloo")
         with MetricsWriter(
             self.layout.run_dir, "rloo", resume_step=self.version, num_steps=self.settings.num_steps, sinks=sinks
@@ -173,8 +178,8 @@ class Controller:
                 writer.write(self.version, metrics)
                 log_step(logger, "rloo", self.version, self.settings.num_steps, metrics, LOGGED)
                 if self.version % self.settings.checkpoint_every_steps == 0 or self.is_last:
-                    writer.publish()
-                    put_file(self.layout.rloo_samples)
+                    writer.persist()
+                    run_files.persist(self.layout.rloo_samples)
                     self.actors.save(self.version)
                     self.num_steps_committed, self.num_lost_since_commit = self.version, 0
         for sampled in self.under_way:
@@ -183,7 +188,7 @@ class Controller:
         return self.version
 
     def step(self, step: int) -> dict[str, float]:
-        """One update: policy version `step` becomes `step + 1`. Returns the step's metrics."""
+        """Update the policy from version `step` to `step + 1` and return the step's metrics."""
         self.times = {}
         started = time.perf_counter()
         with self.timed("time/generate_s"):
@@ -207,7 +212,7 @@ class Controller:
             )
         self.version = step + 1
         with self.timed("time/weight_sync_s"):
-            self.publish()
+            self.update_engines()
         self.keep_samples(prompts, completions, scores)
         metrics = rollout_metrics(completions, scores, measurements, advantages, kl_PK=kl_PK) | update | self.times
         metrics |= {
@@ -221,28 +226,28 @@ class Controller:
         return metrics | {"rloo/policy_version": step, "time/step_s": time.perf_counter() - started}
 
     def sampled_for(self, step: int) -> Sampled:
-        """The step's completions; those of the steps that may be sampled meanwhile are on their way when this returns."""
-        following = self.under_way[-1].step + 1 if self.under_way else step
-        for ahead in range(following, min(step + self.settings.max_policy_lag + 1, self.settings.num_steps)):
+        """Return the step, after starting to sample it and the later steps that max_policy_lag allows by now."""
+        first_new_step = self.under_way[-1].step + 1 if self.under_way else step
+        for new_step in range(first_new_step, min(step + self.settings.max_policy_lag + 1, self.settings.num_steps)):
             prompts = prompts_of_step(
-                self.prompts, ahead, num_prompts=self.settings.num_prompts_per_step, seed=self.config.seed
+                self.prompts, new_step, num_prompts=self.settings.num_prompts_per_step, seed=self.config.seed
             )
             requests = generation_requests(
-                prompts, self.settings, step=ahead, seed=self.config.seed, stop_token_id=self.chat.end_of_turn_id
+                prompts, self.settings, step=new_step, seed=self.config.seed, stop_token_id=self.chat.end_of_turn_id
             )
-            scoring = self.rewards.begin(with_gold=ahead % self.settings.gold_every_steps == 0)
+            scoring = self.rewards.begin(with_gold=new_step % self.settings.gold_every_steps == 0)
             submit = partial(self.submit, scoring, prompts)
-            self.under_way.append(Sampled(ahead, prompts, self.start(requests, on_finished=submit), scoring))
+            self.under_way.append(Sampled(new_step, prompts, self.start(requests, on_finished=submit), scoring))
         return self.under_way.popleft()
 
     def submit(
         self, scoring: StepInProgress, prompts: list[TokenisedGroup], position: int, completions: PromptCompletions
     ) -> None:
-        """Have one prompt's completions scored; called while others of the step are still sampled."""
+        """Ask for the scores of one prompt's completions while other prompts of the step are still being sampled."""
         self.rewards.submit(scoring, position, score_input(prompts[position], completions, self.chat))
 
     def sample(self, requests: list[GenerationRequest]) -> list[PromptCompletions]:
-        """Completions from the current policy version, which are not scored."""
+        """Return completions from the current policy version without asking for their scores."""
         completions = self.finish(self.start(requests, on_finished=lambda position, completions: None))
         check_completions(completions, requests, policy_versions=range(self.version, self.version + 1))
         return completions
@@ -250,12 +255,16 @@ class Controller:
     def start(
         self, requests: list[GenerationRequest], *, on_finished: Callable[[int, PromptCompletions], None]
     ) -> Rollout:
+        """Start to sample on all engines; returns at once."""
         rollout = Rollout(requests, on_finished=on_finished, silence_s=self.settings.generation_silence_s)
         rollout.start(self.actors.engines)
         return rollout
 
     def finish(self, rollout: Rollout) -> list[PromptCompletions]:
-        """All its completions. What was lost with an engine is sampled by another one, once that has confirmed the current version."""
+        """Wait for all completions of the rollout and return them.
+
+        Prompts that were lost with an engine are sampled again, after all engines have confirmed the current version.
+        """
         while True:
             try:
                 completions = rollout.wait()
@@ -263,14 +272,14 @@ class Controller:
                 return completions
             except EnginesLostError as error:
                 if self.replace(error.engines):
-                    self.publish()
+                    self.update_engines()
                 rollout.start(self.actors.engines)
 
-    def publish(self) -> None:
-        """Every engine confirms the current version; one that cannot is replaced."""
+    def update_engines(self) -> None:
+        """Bring every engine to the current policy version, and replace the engines that cannot confirm it."""
         while True:
             try:
-                self.actors.publish(version=self.version)
+                self.actors.publish_weights(version=self.version)
             except RolloutError as error:
                 lost = self.actors.lost_engines()
                 if not lost:
@@ -281,20 +290,24 @@ class Controller:
                 return
 
     def replace(self, lost: list[Any]) -> bool:
-        """New engines, without weights yet, for those of `lost` that are still in use; False when there is none. Raises RolloutError after too many."""
+        """Replace those of the `lost` engines that are still in use by new ones, which have no confirmed weights yet.
+
+        Returns whether any was replaced. Raises RolloutError when too many were lost since the last committed step.
+        """
         num_replaced = self.actors.replace_engines(lost)
         self.faults.engines_replaced += num_replaced
         self.num_lost_since_commit += num_replaced
         if self.num_lost_since_commit > self.settings.max_restarts:
             raise RolloutError(
-                f"{self.num_lost_since_commit} engines were lost without a committed step between; rloo.max_restarts = {self.settings.max_restarts}. "
-                "Look at Ray's logs for why they end; the same command resumes."
+                f"{self.num_lost_since_commit} engines were lost without a committed step between; "
+                f"rloo.max_restarts = {self.settings.max_restarts}. "
+                "Look in Ray's logs for the reason; the same command resumes."
             )
         return num_replaced > 0
 
     def watch(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What the monitor and the evaluation say of the step; a policy that is the best so far by gold is kept."""
-        found = self.monitor.observe(
+        """Return the metrics of monitor and evaluation; commit the policy if it has the best gold score so far."""
+        watch_metrics = self.monitor.observe(
             self.version,
             proxy_mean=metrics["rloo/proxy_score_mean"],
             proxy_std=metrics["rloo/proxy_score_std"],
@@ -304,14 +317,14 @@ class Controller:
         every = self.settings.evaluation.every_steps
         if every and (self.version % every == 0 or self.is_last):
             with self.timed("time/evaluation_s"):
-                found |= self.evaluation.metrics()
-            found["time/evaluation_s"] = self.times["time/evaluation_s"]
-            if self.best.record(self.version, found):
+                watch_metrics |= self.evaluation.metrics()
+            watch_metrics["time/evaluation_s"] = self.times["time/evaluation_s"]
+            if self.best.record(self.version, watch_metrics):
                 self.actors.commit(self.layout.best_policy_checkpoint, self.version)
-        return found
+        return watch_metrics
 
     def resume(self) -> None:
-        """What the steps before the first one of this process decide for those after it, from metrics.jsonl."""
+        """Restore from metrics.jsonl what the committed steps decide for the later ones."""
         _drop_samples_after(self.layout.rloo_samples, self.version)
         self.monitor.resume(self.layout.run_dir, self.version)
         self.best.resume(self.layout.run_dir, "rloo", self.version)
@@ -329,49 +342,46 @@ class Controller:
 
     @property
     def has_committed(self) -> bool:
-        """A step of its own."""
+        """Return whether this controller has committed a step."""
         return self.num_steps_committed > self.first_step
 
     @property
     def is_last(self) -> bool:
+        """Return whether the step that was just done is the last one of the run."""
         return self.version == self.settings.num_steps or self.monitor.must_stop
 
     def keep_samples(
         self, prompts: list[TokenisedGroup], completions: list[PromptCompletions], scores: StepScores
     ) -> None:
-        """Append the first completion of some prompts to rloo/samples.jsonl, for the report, at every checkpoint and the first step."""
+        """Append the first completion of some prompts to rloo/samples.jsonl for the report.
+
+        It does so at the first step of the run, at each first step after a checkpoint, and at the last step.
+        """
         if (self.version - 1) % self.settings.checkpoint_every_steps and self.version != self.settings.num_steps:
             return
-        with storage_errors(self.layout.rloo_samples), self.layout.rloo_samples.open("a") as file:
-            for p in range(min(self.settings.num_sample_prompts, len(prompts))):
-                first = completions[p].completions[0]
-                sample = {
-                    "step": self.version,
-                    "prompt": prompts[p].prompt[-1]["content"],
-                    "completion": self.chat.completion_text(first.token_ids),
-                    "num_tokens": len(first.token_ids),
-                    **scores.of_completion(p, 0),
-                }
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        samples = [
+            {
+                "step": self.version,
+                "prompt": prompts[p].prompt[-1]["content"],
+                "completion": self.chat.completion_text(completions[p].completions[0].token_ids),
+                "num_tokens": len(completions[p].completions[0].token_ids),
+                **scores.of_completion(p, 0),
+            }
+            for p in range(min(self.settings.num_sample_prompts, len(prompts)))
+        ]
+        with run_files.storage_errors(self.layout.rloo_samples):
+            append_rows(self.layout.rloo_samples, samples)
 
     @contextlib.contextmanager
     def timed(self, key: str) -> Iterator[None]:
+        """Store the seconds that the body takes in `times[key]`."""
         started = time.perf_counter()
         yield
         self.times[key] = time.perf_counter() - started
 
 
 def _drop_samples_after(path: Path, num_steps_done: int) -> None:
-    """A resumed run writes the samples of redone steps again."""
+    """Drop the samples of steps that a resumed run does again and writes again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (
-        path.read_text().rstrip("\n").split("\n") if path.exists() else []
-    )  # not splitlines: a completion may hold U+2028
-    kept: list[str] = []
-    for line in lines:
-        try:
-            if line and json.loads(line)["step"] <= num_steps_done:
-                kept.append(line)
-        except json.JSONDecodeError:
-            continue  # torn by a kill; its step is redone
-    write_text_atomic(path, "".join(line + "\n" for line in kept))
+    kept = [row for _, row in rows_of(path, row_name="a sample") if row["step"] <= num_steps_done]
+    run_files.write_text(path, "".join(map(as_line, kept)))

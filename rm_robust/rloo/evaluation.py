@@ -1,6 +1,7 @@
-"""The policy against the SFT policy by the gold judge, on prompts that no step trains on: win rate, and win rate at equal length.
+"""Compare the policy with the SFT policy by gold score, on prompts that no step trains on.
 
-Shapes: Q prompts that both policies answered, M pairs of completions (each of one policy with each of the other, prompt by prompt).
+The results are the win rate, and the win rate at equal length. Shapes: Q prompts that both policies answered, M pairs
+of completions (each completion of one policy with each of the other's, prompt by prompt).
 """
 
 import json
@@ -19,20 +20,23 @@ from rm_robust.data.token_files import TokenisedGroup
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.actors import RlooActors
 from rm_robust.rloo.rollout import GenerationRequest, PromptCompletions, generation_requests, score_input
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.storage.commits import write_json_atomic
 from rm_robust.scoring.contract import Scorer
 
 Floats = NDArray[np.float64]
 RIDGE = 0.01
-"""On both regression coefficients, against one unit of weight a prompt: separable data (every longer completion wins) keep finite coefficients."""
+"""Ridge penalty on both regression coefficients; the pairs of a prompt have a total weight of 1.
+
+It keeps the coefficients finite when the data are separable (every longer completion wins).
+"""
 BASELINE_STEP = -1
-"""Of the requests' seeds: both policies answer with the same ones, and no step has them."""
+"""The step number that gives the seeds of evaluation requests: the same for both policies, and that of no real step."""
 
 
 @dataclass(frozen=True)
 class JudgedCompletions:
-    """Gold scores and lengths (tokens) of one policy's completions, by prompt. Completions whose score failed are left out of both."""
+    """Gold scores and lengths (tokens) of one policy's completions, by prompt. Both leave out failed scores."""
 
     gold_scores: list[list[float]]
     num_tokens: list[list[int]]
@@ -40,29 +44,30 @@ class JudgedCompletions:
 
 @dataclass(frozen=True)
 class PolicyComparison:
-    """The policy against the SFT policy; every prompt counts the same."""
+    """The comparison of the policy with the SFT policy; every prompt counts the same."""
 
     gold_mean: float
     sft_gold_mean: float
     win_rate: float
     """Fraction of pairs in which the policy's completion has the higher gold score; a tie is half a win."""
     win_rate_se: float
-    """Standard error over prompts."""
+    """Standard error of the win rate over prompts."""
     length_controlled_win_rate: float
     completion_tokens_mean: float
     sft_completion_tokens_mean: float
     num_prompts: int
-    """Compared; prompts without a scored completion of either policy are left out."""
+    """Number of prompts compared; a prompt is left out unless both policies have a scored completion of it."""
 
     def metrics(self) -> dict[str, float]:
-        """As metrics.jsonl has them: rloo/eval/<field>."""
+        """Return the fields under their names in metrics.jsonl: rloo/eval/<field>."""
         return {f"rloo/eval/{name}": value for name, value in asdict(self).items()}
 
 
 def compare_policies(policy: JudgedCompletions, sft: JudgedCompletions) -> PolicyComparison:
-    """Both lists go by the same prompts, in order; the policies may differ in completions a prompt.
+    """Compare two policies on the same prompts, given in the same order.
 
-    Raises RolloutError when fewer than 2 prompts have a scored completion of both: there is no standard error.
+    The policies may have different numbers of completions per prompt. Raises RolloutError when fewer than 2 prompts
+    have a scored completion of both: there would be no standard error.
     """
     num_given = len(policy.gold_scores)
     assert num_given == len(policy.num_tokens) == len(sft.gold_scores) == len(sft.num_tokens), (
@@ -71,13 +76,13 @@ def compare_policies(policy: JudgedCompletions, sft: JudgedCompletions) -> Polic
     kept = [q for q in range(num_given) if policy.gold_scores[q] and sft.gold_scores[q]]
     if len(kept) < 2:
         raise RolloutError(
-            f"Policies can be compared on 2 prompts or more, but of {num_given} only {len(kept)} have gold scores for both. Look at the gold judge's "
-            "errors, or raise rloo.evaluation.num_prompts."
+            f"Policies can be compared on 2 prompts or more, but of {num_given} only {len(kept)} have gold scores for "
+            "both. Look at the gold judge's errors, or raise rloo.evaluation.num_prompts."
         )
-    wins = [_all_pairs(policy.gold_scores[q], sft.gold_scores[q]) for q in kept]
-    preferences = [0.5 * (np.sign(differences) + 1) for differences in wins]
-    longer = [_all_pairs(policy.num_tokens[q], sft.num_tokens[q]) for q in kept]
-    weights_M = np.concatenate([np.full(len(pairs), 1 / len(pairs)) for pairs in wins])
+    score_differences = [_all_differences(policy.gold_scores[q], sft.gold_scores[q]) for q in kept]
+    length_differences = [_all_differences(policy.num_tokens[q], sft.num_tokens[q]) for q in kept]
+    preferences = [0.5 * (np.sign(differences) + 1) for differences in score_differences]
+    weights_M = np.concatenate([np.full(len(pairs), 1 / len(pairs)) for pairs in preferences])
     by_prompt_Q = np.array([pairs.mean() for pairs in preferences])
     return PolicyComparison(
         gold_mean=fmean(fmean(policy.gold_scores[q]) for q in kept),
@@ -85,7 +90,7 @@ def compare_policies(policy: JudgedCompletions, sft: JudgedCompletions) -> Polic
         win_rate=float(by_prompt_Q.mean()),
         win_rate_se=float(by_prompt_Q.std(ddof=1) / np.sqrt(len(kept))),
         length_controlled_win_rate=length_controlled_win_rate(
-            np.concatenate(preferences), np.concatenate(longer), weights_M
+            np.concatenate(preferences), np.concatenate(length_differences), weights_M
         ),
         completion_tokens_mean=fmean(fmean(policy.num_tokens[q]) for q in kept),
         sft_completion_tokens_mean=fmean(fmean(sft.num_tokens[q]) for q in kept),
@@ -94,12 +99,13 @@ def compare_policies(policy: JudgedCompletions, sft: JudgedCompletions) -> Polic
 
 
 def length_controlled_win_rate(preferences_M: Floats, length_differences_M: Floats, weights_M: Floats) -> float:
-    """What the win rate would be at equal length: logistic regression of the preference (1 win, 0.5 tie, 0 loss) on a constant and
-    tanh(length difference / its standard deviation), then its prediction at difference 0. Dubois et al. 2024 (AlpacaEval 2), section 3.
+    """Estimate the win rate at equal length. Dubois et al. 2024 (AlpacaEval 2), section 3.
 
-    Their prompt-difficulty term is left out: it is estimated from many models' answers, and here are two policies. Ridge in place of their
-    penalty towards the baseline. Where one policy is longer in every pair, length and quality cannot be told apart and the ridge gives half
-    of the log-odds to each.
+    A logistic regression predicts the preference (1 win, 0.5 tie, 0 loss) from a constant and tanh(length difference /
+    its standard deviation); the result is its prediction at difference 0. Two things differ from the source: there is
+    no term for the difficulty of a prompt, because that is estimated from the answers of many models and there are only
+    two policies here; and a ridge penalty replaces the penalty towards the baseline. Where one policy is longer in
+    every pair, length and quality cannot be told apart, and the ridge gives half of the log-odds to each.
     """
     mean_difference = np.average(length_differences_M, weights=weights_M)
     spread = np.sqrt(np.average((length_differences_M - mean_difference) ** 2, weights=weights_M))
@@ -123,16 +129,19 @@ def length_controlled_win_rate(preferences_M: Floats, length_differences_M: Floa
     return float(expit(fit.x[0]))
 
 
-def _all_pairs(own: list[float] | list[int], other: list[float] | list[int]) -> Floats:
-    """own[i] - other[j] for every i and j, [M of one prompt]."""
+def _all_differences(policy_values: list[float] | list[int], sft_values: list[float] | list[int]) -> Floats:
+    """Return policy_values[i] - sft_values[j] for every i and j, [M of one prompt]."""
     differences: Floats = np.subtract.outer(
-        np.asarray(own, dtype=np.float64), np.asarray(other, dtype=np.float64)
+        np.asarray(policy_values, dtype=np.float64), np.asarray(sft_values, dtype=np.float64)
     ).ravel()
     return differences
 
 
 class PolicyEvaluation:
-    """One completion a prompt. The SFT policy is version 0: its answers are judged once, before the first step, and kept for resumed runs."""
+    """Compares the current policy with the SFT policy on one completion per prompt.
+
+    The SFT policy is version 0. Its answers are judged once, before the first step, and kept on disk for resumed runs.
+    """
 
     def __init__(
         self,
@@ -146,7 +155,7 @@ class PolicyEvaluation:
         sample: Callable[[list[GenerationRequest]], list[PromptCompletions]],
         actors: RlooActors,
     ) -> None:
-        """`sample` answers with completions of the current policy."""
+        """Make the requests for `prompts`; `sample` returns completions of the current policy."""
         self._path, self._prompts, self._chat, self._gold, self._sample, self._actors = (
             layout.rloo_baseline,
             prompts,
@@ -160,18 +169,19 @@ class PolicyEvaluation:
         )
 
     def sample_baseline(self, version: int) -> None:
-        """Judge the SFT policy's answers, unless that was done. Raises RolloutError when it cannot be done any more."""
+        """Judge the SFT policy's answers, unless that is done. Raises RolloutError when training has already begun."""
         if not self._prompts or self._path.exists():
             return
         if version > 0:
             raise RolloutError(
-                f"{self._path} is missing, and the policy is at step {version} already. Restore it, or start the RLOO stage anew."
+                f"{self._path} is missing, and the policy is already at step {version}. Restore the file, or start the "
+                "RLOO stage again from its beginning."
             )
         judged, _ = self._judged()
-        write_json_atomic(self._path, {"gold_scores": judged.gold_scores, "num_tokens": judged.num_tokens})
+        run_files.write_json(self._path, {"gold_scores": judged.gold_scores, "num_tokens": judged.num_tokens})
 
     def metrics(self) -> dict[str, float]:
-        """rloo/eval/…, of the current policy."""
+        """Return the rloo/eval/… metrics of the current policy."""
         judged, completions = self._judged()
         baseline = json.loads(self._path.read_text())
         comparison = compare_policies(judged, JudgedCompletions(baseline["gold_scores"], baseline["num_tokens"]))

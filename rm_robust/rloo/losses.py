@@ -1,8 +1,10 @@
-"""The policy loss: pure functions of three log-probabilities of every sampled token, all at the sampling temperature, in nats.
+"""Compute the policy loss: pure functions of three log-probabilities of every sampled token.
 
-    sampler   vLLM's, when it sampled, under the policy version that it then had
-    old       the trainer's, when the update of the step starts
-    new       the trainer's, under gradient
+All three are at the sampling temperature, in nats:
+
+    sampler   vLLM's when it sampled, under the policy version that it had then
+    old       the trainer's at the start of the step's update
+    new       the trainer's now, with gradient
 
 Shapes: N completions, M tokens.
 """
@@ -18,12 +20,12 @@ from rm_robust.rloo.advantages import sum_by_completion
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Of the completions of one batch."""
+    """Loss terms and clipped shares of the completions of one batch."""
 
     terms_N: Tensor
-    """Under gradient. The step's loss is their mean over all N of all ranks."""
+    """Loss terms with gradient; the step's loss is their mean over all completions of all ranks."""
     clipped_N: Tensor
-    """Share of the completion's ratios whose gradient is clipped away."""
+    """Share of each completion's ratios whose gradient is clipped away."""
 
 
 def policy_loss(
@@ -34,9 +36,11 @@ def policy_loss(
     completion_of_M: Tensor,
     settings: RlooConfig,
 ) -> PolicyLoss:
-    """w * max(-A r, -A clip(r, 1 - c, 1 + c)), with the ratio r = new / old of whole completions, or of tokens and then averaged over the completion's.
+    """Return the terms w * max(-A r, -A clip(r, 1 - c, 1 + c)) of the clipped policy loss, one per completion.
 
-    Schulman et al. 2017, Eq. 7; on completions as TRL's RLOOTrainer and the paper's code. w is the importance weight old / sampler.
+    r is the ratio new / old of the whole completion (`ratio_level` "sequence"), or of each token, and then the term is
+    the mean over the completion's tokens ("token"). w is the importance weight old / sampler. Schulman et al. 2017, Eq.
+    7; on whole completions it is that of TRL's RLOOTrainer and of the paper's code.
     """
     num_completions = len(advantages_N)
     log_ratios, advantages = new_logprobs_M - old_logprobs_M, advantages_N[completion_of_M]
@@ -62,7 +66,10 @@ def importance_weights(
     num_completions: int,
     settings: RlooConfig,
 ) -> Tensor:
-    """min(old / sampler, cap) without gradient, one a ratio: truncated importance sampling (Ionides 2008; Yao et al. 2025 for engine mismatch)."""
+    """Return the importance weight min(old / sampler, cap) of each ratio, without gradient.
+
+    This is truncated importance sampling (Ionides 2008; Yao et al. 2025 for engine mismatch).
+    """
     log_weights = (old_logprobs_M - sampler_logprobs_M).detach()
     if settings.importance_correction == "none":
         log_weights = torch.zeros_like(log_weights)

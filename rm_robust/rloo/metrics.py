@@ -1,4 +1,4 @@
-"""What one RLOO step reports. Pure. Shapes: P prompts, K completions per prompt."""
+"""Compute the metrics of one RLOO step. Pure functions. Shapes: P prompts, K completions per prompt."""
 
 import math
 import statistics
@@ -18,9 +18,10 @@ def rollout_metrics(
     *,
     kl_PK: Tensor,
 ) -> dict[str, float]:
-    """Scores (raw units), KL (nats a completion), entropy (nats a token), lengths (tokens) of one step's completions.
+    """Return the metrics of one step's completions.
 
-    Means leave out what has no score; `rloo/gold_…` are missing in a step that the judge does not score.
+    Scores are in raw units, KL in nats per completion, entropy in nats per token, lengths in tokens. Means leave out
+    what has no score. There is no `rloo/gold_…` metric in a step that the judge does not score.
     """
     flat = [c for p in completions for c in p.completions]
     token_shares = [m.num_tokens for m in measurements]
@@ -44,17 +45,21 @@ def rollout_metrics(
 
 
 def score_metrics(scores: StepScores) -> dict[str, float]:
-    """Mean and population deviation of each source's known raw scores, and what failed: scores of all sources, and the share of completions without
-    a reward. A judge that was not asked has no metrics."""
-    names = {name: f"rloo/reward/{name}" for name in scores.source_scores} | {
+    """Return mean and population deviation of each reward source's known raw scores, and the counts of failures.
+
+    The failures are the failed scores of all sources together, and the fraction of completions without a reward. A
+    judge that was not asked has no metrics.
+    """
+    prefixes = {name: f"rloo/reward/{name}" for name in scores.source_scores} | {
         "proxy": "rloo/proxy_score",
         "gold": "rloo/gold_score",
     }
-    rows = scores.source_scores if scores.gold is None else scores.source_scores | {"gold": scores.gold}
+    rows_by_name = scores.source_scores if scores.gold is None else scores.source_scores | {"gold": scores.gold}
     metrics: dict[str, float] = {}
-    for name, own in rows.items():
-        known = [score for row in own for score in row if not math.isnan(score)]
-        metrics |= {f"{names[name]}_mean": statistics.fmean(known), f"{names[name]}_std": statistics.pstdev(known)}
+    for name, rows in rows_by_name.items():
+        known = [score for row in rows for score in row if not math.isnan(score)]
+        prefix = prefixes[name]
+        metrics |= {f"{prefix}_mean": statistics.fmean(known), f"{prefix}_std": statistics.pstdev(known)}
     return metrics | {
         "rloo/num_failed_scores": sum(scores.num_failed.values()),
         "rloo/failed_score_fraction": float(scores.rewards_PK.isnan().double().mean()),

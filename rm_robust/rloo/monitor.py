@@ -1,21 +1,25 @@
-"""Is the run over-optimised: over a window of steps the proxy score rises and the gold score does not, or falls (Gao et al. 2023, figure 1).
+"""Detect over-optimisation: over a window of steps the proxy score rises while the gold score does not rise, or falls.
 
-The window is the last `window_steps` steps with a gold score, and the proxy scores of the same steps. A rise is the mean over the window's second
-half minus the mean over its first (of an odd number the middle step is in neither), in standard deviations of the first step's scores across
-completions. Not by chance means: by at least Student's quantile, which flat scores exceed in MAX_CHANCE of their windows, times its standard error.
-The rule holds when either
+Gao et al. 2023, figure 1. The window is the last `window_steps` steps that have a gold score, with the proxy scores of
+the same steps. A rise is the mean over the second half of the window minus the mean over the first half (when the
+number of steps is odd, the middle one is in neither half). Its unit is the standard deviation of the first step's
+scores across completions. A rise is "not by chance" when it is at least its standard error times the quantile of
+Student's t distribution that flat scores exceed in a fraction MAX_CHANCE of their windows. The rule holds in either of
+two cases:
 
-    the proxy rises by min_proxy_rise or more, not by chance,          it rose by an amount that matters,
-    and gold rises by max_gold_rise at most                            and the judge does not see it;
+    the proxy rises by min_proxy_rise or more, not by chance,      (the proxy rose by an amount that matters,
+    and gold rises by max_gold_rise at most                        and the judge sees no improvement)
 
-    gold falls by min_gold_fall or more, not by chance,                the judge sees it get worse,
-    and the proxy rises                                                by however little: what is left to climb of a weak proxy may not be much.
+    gold falls by min_gold_fall or more, not by chance,            (the judge sees the policy get worse; any rise of the
+    and the proxy rises                                            proxy counts, as a weak one may have little left)
 
-Where it begins to hold the monitor *fires*: one warning and the configured action. It fires again `window_steps` scored steps later at the
-earliest, so that no step counts for two firings and a rule that flickers is one episode.
+When the rule begins to hold, the monitor *fires*: it logs one warning and takes the configured action. It fires again
+after `window_steps` more scored steps at the earliest. No step therefore counts for two firings, and a rule that holds
+on and off for a while is one episode.
 
-Of 3,000 simulated flat runs of 60 steps 1.8 % fire with 8 completions a step, 1.0 % with 32, one run with 128 (default settings); of 1,000 runs with
-128 completions all do when the proxy rises by 0.4 deviations a half window and gold is flat, or the proxy by 0.04 and gold falls by 0.2.
+Simulations with the default settings: of 3,000 flat runs of 60 steps, 1.8 % fire with 8 completions a step, 1.0 % with
+32, and one run with 128. Of 1,000 runs with 128 completions a step, all fire when the proxy rises by 0.4 deviations per
+half window and gold is flat, or when the proxy rises by 0.04 and gold falls by 0.2.
 """
 
 import logging
@@ -35,7 +39,7 @@ from rm_robust.runs.metrics import read_metrics
 logger = logging.getLogger(__name__)
 
 MAX_CHANCE = 0.001
-"""Probability that the noise of a flat proxy passes for a rise in one window."""
+"""Probability that the noise of a flat score counts as a rise in one window."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,15 @@ class _ScoredStep:
 
 
 class OveroptimisationMonitor:
-    """A function of the scores observed so far and nothing else: `resume` and uninterrupted observation end in the same state."""
+    """Decides from the scores of a run whether it is over-optimised.
+
+    Its state depends on nothing but the scores so far: `resume` and uninterrupted observation end in the same state.
+    """
 
     def __init__(self, settings: MonitorConfig) -> None:
         self.settings = settings
         self.is_overoptimised = False
-        """Whether the rule holds for the last window."""
+        """True while the rule holds for the last window."""
         self.num_firings = 0
         self._window: deque[_ScoredStep] = deque(maxlen=settings.window_steps)
         self._proxy_unit = 0.0
@@ -61,7 +68,7 @@ class OveroptimisationMonitor:
 
     @property
     def learning_rate_factor(self) -> float:
-        """What the learning rate of the next step is multiplied by; 1 unless the action is "lower_learning_rate"."""
+        """Return the factor for the next step's learning rate; 1 unless the action is "lower_learning_rate"."""
         return (
             self.settings.learning_rate_factor**self.num_firings
             if self.settings.action == "lower_learning_rate"
@@ -70,22 +77,24 @@ class OveroptimisationMonitor:
 
     @property
     def must_stop(self) -> bool:
-        """Whether the run ends here; stays true when it is resumed under the same settings."""
+        """Return whether the run ends here; this stays true when the run is resumed with the same settings."""
         return self.settings.action == "stop" and self.num_firings > 0
 
     def observe(
         self, step: int, *, proxy_mean: float, proxy_std: float, gold_mean: float | None, gold_std: float | None
     ) -> dict[str, float]:
-        """Take the scores of one step (number of steps done, as in metrics.jsonl), means and standard deviations across its completions.
+        """Take the scores of one step: means and standard deviations across its completions.
 
-        Returns the metrics of a full window; empty before, and at a step without gold scores (both None). Warns where the monitor fires.
+        `step` is the number of steps done, as in metrics.jsonl. Returns the metrics of the window; empty while the
+        window is not full, and at a step without gold scores (both None). Logs a warning when the monitor fires.
         """
         num_firings = self.num_firings
         metrics = self._take(step, proxy_mean, proxy_std, gold_mean, gold_std)
         if self.num_firings > num_firings:
             logger.warning(
-                "RLOO step %d: OVER-OPTIMISATION. From the first to the second half of the %d scored steps %d to %d the mean proxy score rose by %.2f "
-                "(standard error %.2f), the mean gold score by %.2f (%.2f), in standard deviations of the first step's scores. %s",
+                "RLOO step %d: OVER-OPTIMISATION. From the first to the second half of the %d scored steps %d to %d "
+                "the mean proxy score rose by %.2f (standard error %.2f), the mean gold score by %.2f (%.2f), in "
+                "standard deviations of the first step's scores. %s",
                 step,
                 len(self._window),
                 self._window[0].step,
@@ -99,7 +108,7 @@ class OveroptimisationMonitor:
         return metrics
 
     def resume(self, run_dir: Path, first_step: int) -> None:
-        """Take up what metrics.jsonl has of the first `first_step` steps, without warning again. Before the first `observe`."""
+        """Take the scores of steps 1 to `first_step` from metrics.jsonl, without warnings; call it before `observe`."""
         assert not self._window, "resume comes before the first observation"
         for line in read_metrics(run_dir, "rloo"):
             if int(line["step"]) <= first_step and "rloo/gold_score_mean" in line:
@@ -151,15 +160,19 @@ class OveroptimisationMonitor:
         if self.settings.action == "stop":
             return 'The run stops here (rloo.monitor.action = "stop").'
         if self.settings.action == "lower_learning_rate":
-            return f"The learning rate of all later steps is multiplied by {self.learning_rate_factor:g} from here on."
-        return 'Training goes on unchanged (rloo.monitor.action = "warn"); a higher rloo.kl_coefficient keeps the policy nearer to what the reward model knows.'
+            return f"The learning rate of all later steps is multiplied by {self.learning_rate_factor:g}."
+        return (
+            'Training goes on unchanged (rloo.monitor.action = "warn"). A higher rloo.kl_coefficient keeps the policy '
+            "nearer to the text that the reward model knows."
+        )
 
 
 def rise_with_error(means: Sequence[float]) -> tuple[float, float]:
-    """Mean of the second half minus mean of the first, and the standard error of that; needs at least 3 values.
+    """Return the mean of the second half minus the mean of the first, and its standard error; needs at least 3 values.
 
-    The noise of one step comes from successive differences about their mean, so that a steady trend adds nothing to it (von Neumann et al. 1941):
-    variance = half the variance of x[i+1] - x[i]; the difference of two means of h steps has variance 2/h times that.
+    The noise of one step is estimated from the differences of successive values about their mean, so that a steady
+    trend adds nothing to it (von Neumann et al. 1941): its variance is half the variance of x[i+1] - x[i]. The
+    difference of two means of h steps has 2/h times that variance.
     """
     half = len(means) // 2
     step_variance = pvariance([after - before for before, after in pairwise(means)]) / 2
@@ -167,5 +180,8 @@ def rise_with_error(means: Sequence[float]) -> tuple[float, float]:
 
 
 def degrees_of_freedom(num_means: int) -> float:
-    """Of the variance from successive differences of `num_means` independent normal values: 2 E^2 / Var = 2 (n - 1)^2 / (3n - 4). Von Neumann et al. 1941."""
+    """Return the degrees of freedom of the variance that `rise_with_error` estimates from n = `num_means` values.
+
+    For independent normal values it is 2 E^2 / Var = 2 (n - 1)^2 / (3n - 4). Von Neumann et al. 1941.
+    """
     return 2 * (num_means - 1) ** 2 / (3 * num_means - 4)

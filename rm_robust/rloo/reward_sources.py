@@ -1,9 +1,10 @@
-"""Scores from the proxy, the gold judge and further reward sources, asked for as completions finish.
+"""Ask the proxy, the gold judge and the other reward sources for scores as completions finish.
 
-    submit ─► a queue and a thread for each source: take all that waits, ask in one call, again ─► collect
+    submit ─► each reward source has a queue and a thread: take all that wait, score them in one call, repeat ─► collect
 
-Batches form by themselves while a call is out. No source waits for another, and each has one call out at a time. A call that fails is made again in
-parts, so that only completions that fail alone have no score. A source that did not answer until the last retry is not asked about the same again.
+Batches form by themselves while a call is running. No source waits for another, and each makes one call at a time. A
+call that fails is made again in parts, so that only completions that fail alone have no score. When a source does not
+answer in spite of all retries, it is not asked about the same completions again.
 """
 
 import contextlib
@@ -30,31 +31,45 @@ from rm_robust.scoring.contract import ScoreInput, Scorer
 logger = logging.getLogger(__name__)
 
 GATHER_S = 0.005
-"""Completions of several prompts finish together; a call waits this long for the first one's company."""
+"""Seconds that a call waits after its first prompt, because the completions of several prompts finish together."""
 NUM_PARTS = 4
-"""Of a call that failed. Halves would find one bad completion in as many calls, but score the good ones beside it more often."""
+"""Number of parts that a failed call is split into.
+
+Two parts would find one bad completion in as many calls, but score the good ones beside it more often.
+"""
 CLOSED_WITHIN_S = 5.0
+"""Seconds that `close` waits for the threads to end."""
 
 RewardFunction = Callable[[list[Message], str], float]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One score for each completion, in order; a text says why that one has none. Functions have no checkpoint."""
+    """The answer of a reward source: one score for each completion, in order, or a text that says why it has none.
+
+    `checkpoint` is that of a served source; functions have none.
+    """
 
     scores: list[float | str]
     checkpoint: str | None
 
 
 Ask = Callable[[Sequence[ScoreInput]], Answer]
-"""Raises ScoringError when there is no answer at all."""
+"""A call to a reward source; it raises ScoringError when there is no answer at all."""
 
 
 class RewardSources:
-    """Scores the steps that are begun, several at a time where sampling runs ahead. Close it; every source runs in a thread of its own."""
+    """Scores steps, several at a time where sampling runs ahead.
+
+    Every reward source has a thread of its own, which `close` ends.
+    """
 
     def __init__(self, settings: RlooConfig, *, proxy: Scorer, gold: Scorer | None) -> None:
-        """Raises ConfigError for a function that cannot be imported or called, a URL that is not HTTP, two sources of one name, and weights of 0 alone."""
+        """Open all reward sources and start their threads.
+
+        Raises ConfigError for a function that cannot be imported or called, a URL that is not HTTP, two sources with
+        the same name, and when every weight is 0.
+        """
         self._settings = settings
         self._weights = {"proxy": settings.proxy_weight} | {
             source.name: source.weight for source in settings.reward_sources
@@ -65,7 +80,8 @@ class RewardSources:
             )
         if not any(self._weights.values()):
             raise ConfigError(
-                f"The reward would always be 0: rloo.proxy_weight and all of rloo.reward_sources have the weight 0, got {self._weights}."
+                "The reward would always be 0: rloo.proxy_weight and all of rloo.reward_sources have the weight 0, "
+                f"got {self._weights}."
             )
         asks: dict[str, Ask] = {"proxy": partial(ask_scorer, proxy)}
         with contextlib.ExitStack() as clients:
@@ -77,7 +93,7 @@ class RewardSources:
         self._sources = {name: SourceThread(name, ask) for name, ask in asks.items()}
 
     def begin(self, *, with_gold: bool) -> "StepInProgress":
-        """A step to `submit` to and to `collect`."""
+        """Begin a step: `submit` its prompts, then `collect` its scores."""
         assert not with_gold or "gold" in self._sources, "there is no judge"
         names = [name for name in self._sources if with_gold or name != "gold"]
         num_completions = self._settings.num_prompts_per_step * self._settings.num_completions_per_prompt
@@ -86,16 +102,19 @@ class RewardSources:
         return step
 
     def submit(self, step: "StepInProgress", index: int, item: ScoreInput) -> None:
-        """Ask for the scores of prompt `index` of the step (any order, each once); returns at once. From any thread."""
+        """Ask for the scores of prompt `index` of the step, in any order but each once.
+
+        Returns at once; may be called from any thread.
+        """
         step.expect(index, item)
         for name in step.scores:
             self._sources[name].queue.put(Job(step, index, item))
 
     def collect(self, step: "StepInProgress", count: int) -> StepScores:
-        """The scores of prompts 0 to count - 1, once every one of them is scored or failed.
+        """Wait until each score of prompts 0 to count - 1 is there or has failed, and return the scores.
 
-        Raises RolloutError, as soon as it is sure, when more than `max_failed_score_fraction` of the step's completions have no score of one source,
-        gold too, or no reward.
+        Raises RolloutError, as soon as it is certain, when more than `max_failed_score_fraction` of the step's
+        completions have no score from one source (the gold judge included), or no reward.
         """
         try:
             step.wait_for(count)
@@ -125,12 +144,12 @@ class RewardSources:
         return scores
 
     def abandon(self, step: "StepInProgress") -> None:
-        """Forget what is submitted; calls that are out end in their own time, and their answers are dropped."""
+        """Forget the step's prompts. Running calls are not interrupted, but their answers are dropped."""
         step.end(None)
         self._begun.discard(step)
 
     def close(self) -> None:
-        """Ends the threads. One that waits for a source's answer ends with the process, if not before."""
+        """End the threads. A thread whose call outlasts CLOSED_WITHIN_S ends after the call, or with the process."""
         for step in tuple(self._begun):
             self.abandon(step)
         for source in self._sources.values():
@@ -160,10 +179,10 @@ class RewardSources:
 
 
 class StepInProgress:
-    """What is submitted and what is scored of one step, for the controller's thread and the sources'."""
+    """The prompts and scores of one step so far, shared by the controller's thread and the sources' threads."""
 
     def __init__(self, names: list[str], num_completions: int, max_failed_fraction: float) -> None:
-        """`names`: the sources that are asked."""
+        """Begin with no prompts; `names` are the reward sources that are asked."""
         self.num_completions, self.max_failed_fraction = num_completions, max_failed_fraction
         self.changed = threading.Condition()
         self.is_over = False
@@ -177,20 +196,20 @@ class StepInProgress:
         self.num_checkpoint_changes = 0
 
     def expect(self, index: int, item: ScoreInput) -> None:
-        """One score for each completion by each of the sources."""
+        """Expect one score from each source for each completion of prompt `index`."""
         with self.changed:
             assert index not in self.inputs, f"prompt {index} is submitted twice"
             self.inputs[index] = item
             self.num_missing += len(self.scores) * len(item.completions)
 
     def put(self, name: str, completions: "Sequence[CompletionAt]", scores: Sequence[float | str]) -> None:
-        """Ends the step when `name` has failed too often."""
+        """Store the scores of source `name`; end the step when this source has failed too often."""
         with self.changed:
-            for at, score in zip(completions, scores, strict=True):
+            for completion, score in zip(completions, scores, strict=True):
                 if isinstance(score, str):
                     self.num_failed[name] += 1
                     self.last_reason[name] = score
-                self.scores[name][at.index, at.k] = math.nan if isinstance(score, str) else score
+                self.scores[name][completion.index, completion.k] = math.nan if isinstance(score, str) else score
             self.num_missing -= len(completions)
             if self.num_failed[name] / self.num_completions > self.max_failed_fraction:
                 num_failed, reason = self.num_failed[name], self.last_reason[name]
@@ -202,30 +221,31 @@ class StepInProgress:
             self.changed.notify_all()
 
     def note_checkpoint(self, name: str, checkpoint: str, *, is_change: bool) -> None:
+        """Store the checkpoint that source `name` scores with, and count it if it is a change."""
         with self.changed:
             self.checkpoints[name] = checkpoint
             self.num_checkpoint_changes += is_change
 
     def end(self, error: BaseException | None) -> None:
-        """No source asks about it any more. `error` is what wait_for raises."""
+        """End the step, so that no source is asked about it any more; `wait_for` raises `error`."""
         with self.changed:
             self.is_over = True
             self.error = self.error or error
             self.changed.notify_all()
 
     def wait_for(self, count: int) -> None:
-        """Until `count` prompts are submitted and have all their outcomes. Raises the error that ended the step."""
+        """Wait until `count` prompts have all their scores or failures. Raises the error that ended the step."""
         with self.changed:
             self.changed.wait_for(lambda: self.is_over or (len(self.inputs) >= count and self.num_missing == 0))
             if self.error is not None:
                 raise self.error
-            assert not self.is_over, "closed while a step was waited for"
+            assert not self.is_over, "the step was abandoned while its scores were awaited"
             assert self.inputs.keys() == set(range(count)), (
-                f"submitted were {sorted(self.inputs)}, not 0 to {count - 1}"
+                f"prompts 0 to {count - 1} must be submitted, got {sorted(self.inputs)}"
             )
 
     def rows(self, name: str) -> list[list[float]]:
-        """[P][K], in the order of the indices."""
+        """Return the scores of source `name`, [P][K], in the order of the prompts' indices."""
         return [
             [self.scores[name][index, k] for k in range(len(self.inputs[index].completions))]
             for index in sorted(self.inputs)
@@ -243,7 +263,7 @@ class Job:
 
 @dataclass(frozen=True)
 class CompletionAt:
-    """Completion k of prompt `index`, which is `item`."""
+    """Completion k of prompt `index`; `item` is the prompt with all its completions."""
 
     index: int
     k: int
@@ -251,7 +271,7 @@ class CompletionAt:
 
 
 class SourceThread:
-    """Asks one source about everything in `queue`; None ends it."""
+    """Asks one reward source for the scores of everything in `queue`; None in the queue ends the thread."""
 
     def __init__(self, name: str, ask: Ask) -> None:
         self.name, self._ask = name, ask
@@ -263,7 +283,7 @@ class SourceThread:
 
     def _run(self) -> None:
         while jobs := self._take():
-            for step in dict.fromkeys(job.step for job in jobs):  # the earlier one first
+            for step in dict.fromkeys(job.step for job in jobs):  # the earlier step first
                 completions = [
                     CompletionAt(job.index, k, job.item)
                     for job in jobs
@@ -274,15 +294,16 @@ class SourceThread:
                     self._score(step, completions)
                 except Exception as error:  # collect raises it, in the controller's thread
                     step.end(error)
-                except BaseException as error:  # sys.exit in a function would end this thread in silence, and the run as if it had succeeded
+                except BaseException as error:  # sys.exit would end this thread silently, and the run like a success
                     step.end(
                         RolloutError(
-                            f"{self.name} ended with {type(error).__name__}: {error}. A reward source returns scores, or raises an Exception."
+                            f"{self.name} ended with {type(error).__name__}: {error}. A reward source must return "
+                            "scores or raise an Exception."
                         )
                     )
 
     def _take(self) -> list[Job]:
-        """All that wait, at least one; none when the thread shall end."""
+        """Wait for a job and return all that are queued; an empty list tells the thread to end."""
         first = self.queue.get()
         if first is not None:
             time.sleep(GATHER_S)
@@ -309,7 +330,7 @@ class SourceThread:
         if is_change and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%s now scores with %s, before with %s: rewards of two checkpoints cannot be compared",
+                "%s now scores with %s, before with %s: rewards from two checkpoints cannot be compared",
                 self.name,
                 checkpoint,
                 self._checkpoint,
@@ -319,7 +340,7 @@ class SourceThread:
 
 
 def inputs_of(completions: Sequence[CompletionAt]) -> list[ScoreInput]:
-    """One input for each prompt among them, with those of its completions that are."""
+    """Return one input for each prompt, with only those of its completions that are among `completions`."""
     groups = [list(group) for _, group in groupby(completions, key=lambda at: at.index)]
     return [
         group[0].item.model_copy(update={"completions": [at.item.completions[at.k] for at in group]})
@@ -328,13 +349,13 @@ def inputs_of(completions: Sequence[CompletionAt]) -> list[ScoreInput]:
 
 
 def split(completions: list[CompletionAt]) -> list[list[CompletionAt]]:
-    """At most NUM_PARTS parts in order, whose lengths differ only at the end; a part of one where there are few."""
-    size = math.ceil(len(completions) / NUM_PARTS)
-    return [completions[start : start + size] for start in range(0, len(completions), size)]
+    """Split into at most NUM_PARTS consecutive parts of equal length, of which the last may be shorter."""
+    part_length = math.ceil(len(completions) / NUM_PARTS)
+    return [completions[start : start + part_length] for start in range(0, len(completions), part_length)]
 
 
 def open_source(source: RewardSourceConfig, clients: contextlib.ExitStack) -> Ask:
-    """The client that it may need is closed with `clients`."""
+    """Return the call to a reward source of the config; `clients` closes its HTTP client, if it has one."""
     if source.url is not None:
         return partial(ask_scorer, clients.enter_context(RewardClient(source.url)))
     assert source.function is not None
@@ -342,37 +363,42 @@ def open_source(source: RewardSourceConfig, clients: contextlib.ExitStack) -> As
 
 
 def load_function(source: RewardSourceConfig) -> RewardFunction:
-    """Import `package.module:function`. Raises ConfigError when there is none, or it cannot be called."""
+    """Import `package.module:function`. Raises ConfigError when it does not exist or cannot be called."""
     assert source.function is not None
-    what = f"rloo.reward_sources: {source.name}.function = {source.function!r}"
+    label = f"rloo.reward_sources: {source.name}.function = {source.function!r}"
     module, _, name = source.function.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:
         raise ConfigError(
-            f'{what} cannot be imported ({type(error).__name__}: {error}). Write "package.module:function", and install the package or add its folder to '
-            "PYTHONPATH."
+            f'{label} cannot be imported ({type(error).__name__}: {error}). Write "package.module:function", and '
+            "install the package or add its folder to PYTHONPATH."
         ) from error
     if not callable(function):
         raise ConfigError(
-            f"{what} is {function!r:.100}, which cannot be called. Name a function(prompt, completion) -> float."
+            f"{label} is {function!r:.100}, which cannot be called. Name a function(prompt, completion) -> float."
         )
     return function  # type: ignore[no-any-return]
 
 
 def ask_scorer(scorer: Scorer, inputs: Sequence[ScoreInput]) -> Answer:
+    """Ask a served scorer; a score that is not finite counts as failed."""
     reply = scorer.score(inputs)
     return Answer([finite_or_reason(score) for scores in reply.scores for score in scores], reply.checkpoint)
 
 
 def ask_function(function: RewardFunction, inputs: Sequence[ScoreInput]) -> Answer:
+    """Call a reward function once for each completion."""
     return Answer(
         [call_function(function, item.prompt, completion) for item in inputs for completion in item.completions], None
     )
 
 
 def call_function(function: RewardFunction, prompt: str | list[Message], completion: str) -> float | str:
-    """Its score, or why there is none. It gets messages of its own, which it may change."""
+    """Return the function's score, or a text that says why there is none.
+
+    The function gets a copy of the messages, which it may change.
+    """
     messages = (
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
     )
@@ -381,17 +407,20 @@ def call_function(function: RewardFunction, prompt: str | list[Message], complet
         if isinstance(score, bool) or not isinstance(score, int | float):
             return f"it returned {score!r:.100}, not a float"
         return finite_or_reason(score)
-    except Exception as error:  # a rule may raise anything; its completion is left out, and counted
+    except Exception as error:  # a rule may raise anything; its completion is left out and counted
         return f"{type(error).__name__}: {error}"
 
 
 def finite_or_reason(score: float) -> float | str:
+    """Return the score if it is finite, else a text that says that it is not."""
     return float(score) if math.isfinite(score) else f"the score is {score}"
 
 
 def too_many_failed(names: str, num_failed: int, *, of: int, max_fraction: float, reason: str) -> RolloutError:
+    """Return the error for more than `max_fraction` failed scores among `of` completions."""
     num_allowed = math.floor(max_fraction * of + 1e-9)
     return RolloutError(
-        f"{names} gave no score to {num_failed} of the step's {of} completions; rloo.max_failed_score_fraction = {max_fraction} allows {num_allowed}. "
-        f"The last reason: {reason}. Mend the source and start the run again, which resumes."
+        f"{names} gave no score to {num_failed} of the step's {of} completions; "
+        f"rloo.max_failed_score_fraction = {max_fraction} allows {num_allowed}. The last reason: {reason}. "
+        "Repair the reward source and start the run again; it resumes."
     )

@@ -1,4 +1,4 @@
-"""What a step asks of the samplers, the rollout in flight, and what comes back. No formula lives here.
+"""Ask the engines for a step's completions, follow the rollout, and check what comes back. No formula lives here.
 
 Shapes: P prompts, K completions per prompt, prompt-major.
 """
@@ -24,7 +24,7 @@ from rm_robust.training.loop import batch_indices
 logger = logging.getLogger(__name__)
 
 ACTOR_LOST = (ActorDiedError, ActorUnavailableError, GetTimeoutError)
-"""What a call to an actor raises when the actor, its process or its node is gone, or does not answer in time."""
+"""The errors of a call to an actor that is gone, with its process or its node, or that does not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PromptCompletions:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a sampler needs to write K completions of one prompt. The same seed and weights give the same completions."""
+    """The request to sample K completions of one prompt; equal seeds and weights give equal completions."""
 
     prompt_id: str
     prompt_ids: list[int]
@@ -62,32 +62,35 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one trainer's completions, in order: KL to the reference (nats, whole sequence); and means over their tokens."""
+    """One trainer's measurement of its completions: the KL of each, in order, and means over all their tokens.
+
+    `kl` is the KL to the reference, in nats per completion; `entropy_mean` is in nats per token.
+    """
 
     kl: list[float]
     num_tokens: int
     entropy_mean: float
     sampler_gap_mean: float
-    """Mean |log pi_trainer - log pi_sampler| a token: how far the vLLM engines are from the trainer."""
+    """Mean |log pi_trainer - log pi_sampler| per token: how far the vLLM engines are from the trainer."""
     sampler_gap_max: float
     sampler_kl_mean: float
-    """KL(sampler || trainer) a token (k3, nats): engine mismatch and lag together."""
+    """Mean KL(sampler || trainer) per token (k3, nats): engine mismatch and lag together."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one trainer did in a step; means over its optimiser steps."""
+    """One trainer's report of a step: means over its optimiser steps."""
 
     loss: float
-    """This rank's part of it."""
+    """This rank's part of the loss; the parts of all ranks add up to it."""
     clip_fraction: float
-    """This rank's part of it."""
+    """This rank's part of the fraction of clipped ratios; the parts of all ranks add up to it."""
     gradient_norm: float
     learning_rate: float
 
 
 class EnginesLostError(Exception):
-    """Engines died, or gave nothing for too long. What they had not finished must be asked for again."""
+    """Engines died, or returned nothing for too long. Their unfinished prompts must be sampled again."""
 
     def __init__(self, engines: list[Any]) -> None:
         super().__init__(f"{len(engines)} engines are lost")
@@ -95,7 +98,7 @@ class EnginesLostError(Exception):
 
 
 class Rollout:
-    """Asks once for every completion, again only for what was lost with an engine: no prompt is lost or comes twice."""
+    """Has every prompt sampled once, and again only if it was lost with an engine: none is missing or comes twice."""
 
     def __init__(
         self,
@@ -104,17 +107,21 @@ class Rollout:
         on_finished: Callable[[int, PromptCompletions], None],
         silence_s: float,
     ) -> None:
-        """`on_finished(position, completions)` is called from another thread. An engine that gives nothing for `silence_s` counts as lost."""
+        """Prepare the rollout; `start` begins it.
+
+        `on_finished(position, completions)` is called from another thread. An engine counts as lost after it has
+        returned nothing for `silence_s`.
+        """
         self.requests = requests
         self.num_redone = 0
-        """Prompts that were asked for again."""
+        """Number of prompts that were sampled again."""
         self._on_finished, self._silence_s = on_finished, silence_s
         self._finished: dict[int, PromptCompletions] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._receiving: Future[None] | None = None
 
     def start(self, engines: Sequence[Any]) -> None:
-        """Ask for what is missing; returns at once."""
+        """Ask the engines for the missing completions; returns at once."""
         missing = [position for position in range(len(self.requests)) if position not in self._finished]
         if self._receiving is not None:
             self.num_redone += len(missing)
@@ -127,14 +134,17 @@ class Rollout:
         self._receiving = self._pool.submit(self._receive, streams)
 
     def wait(self) -> list[PromptCompletions]:
-        """All completions, in the order of the requests. Raises EnginesLostError when some are missing, once all other engines are done."""
+        """Wait for all completions and return them in the order of the requests.
+
+        Raises EnginesLostError when engines are lost, after all other engines have finished.
+        """
         assert self._receiving is not None, "start first"
         self._receiving.result()
         self._pool.shutdown()
         return [self._finished[position] for position in range(len(self.requests))]
 
     def abandon(self) -> None:
-        """Hand nothing on any more."""
+        """Stop calling `on_finished`, and do not wait for the engines."""
         self._on_finished = lambda position, completions: None
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -144,7 +154,7 @@ class Rollout:
             ready, _ = ray.wait(list(streams), num_returns=1, timeout=self._silence_s, fetch_local=False)
             if not ready:
                 lost += [engine for engine, _ in streams.values()]
-                logger.warning("%d engines gave nothing for %g s and count as lost", len(streams), self._silence_s)
+                logger.warning("%d engines returned nothing for %g s and count as lost", len(streams), self._silence_s)
                 break
             stream: Any = ready[0]
             engine, part = streams[stream]
@@ -168,17 +178,24 @@ class Rollout:
 def held_prompts(
     prompts: list[TokenisedGroup], num_held: int, *, seed: int
 ) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
-    """Prompts to sample from in training, and those held out for evaluation. Raises ConfigError when nothing would be left to train on."""
+    """Split the prompts into those to train on and `num_held` that are held out for evaluation.
+
+    Raises ConfigError when no prompt would be left to train on.
+    """
     if num_held >= len(prompts):
         raise ConfigError(
-            f"rloo.evaluation.num_prompts = {num_held} leaves none of the {len(prompts)} RLOO prompts to train on; lower it, or add prompts."
+            f"rloo.evaluation.num_prompts = {num_held} leaves none of the {len(prompts)} RLOO prompts to train on; "
+            "lower it, or add prompts."
         )
-    held = set(Random(f"held:{seed}").sample(range(len(prompts)), num_held))
+    held = set(Random(f"held:{seed}").sample(range(len(prompts)), num_held))  # indices
     return [p for i, p in enumerate(prompts) if i not in held], [p for i, p in enumerate(prompts) if i in held]
 
 
 def prompts_of_step(prompts: list[TokenisedGroup], step: int, *, num_prompts: int, seed: int) -> list[TokenisedGroup]:
-    """The prompts of update `step` (0-based): a function of (seed, step) alone, so that a resumed run goes on where it stopped."""
+    """Return the prompts of step `step` (0-based).
+
+    They depend on the seed and the step alone, so a resumed run continues where it stopped.
+    """
     return [prompts[i] for i in batch_indices(step, num_rows=len(prompts), batch_size=num_prompts, seed=seed)]
 
 
@@ -191,7 +208,10 @@ def generation_requests(
     stop_token_id: int,
     num_completions: int | None = None,
 ) -> list[GenerationRequest]:
-    """One request a prompt for its completions (the settings' K, unless said otherwise); seeds differ by run, step and prompt."""
+    """Return one request per prompt for `num_completions` completions, or for the settings' K when that is None.
+
+    The sampling seeds differ by run seed, step and prompt.
+    """
     return [
         GenerationRequest(
             prompt_id=prompt.group_id,
@@ -210,31 +230,36 @@ def generation_requests(
 def check_completions(
     completions: list[PromptCompletions], requests: list[GenerationRequest], *, policy_versions: range
 ) -> None:
-    """Raise RolloutError unless every request has its completions, in order, each prompt's from one of the `policy_versions`."""
+    """Check that every request has its completions, in order, each prompt's from one of the `policy_versions`.
+
+    Raises RolloutError otherwise.
+    """
     if [c.prompt_id for c in completions] != [r.prompt_id for r in requests]:
         raise RolloutError(
-            f"The engines answered {len(completions)} prompts in another order than the {len(requests)} asked. Restart the run; it resumes."
+            f"The engines answered {len(completions)} prompts in another order than the {len(requests)} asked. "
+            "Restart the run; it resumes."
         )
     for answer, request in zip(completions, requests, strict=True):
         if len(answer.completions) != request.num_completions:
             raise RolloutError(
-                f"Prompt {answer.prompt_id} has {len(answer.completions)} completions, {request.num_completions} were asked."
+                f"Prompt {answer.prompt_id} has {len(answer.completions)} completions, "
+                f"{request.num_completions} were asked for."
             )
         versions = {c.policy_version for c in answer.completions}
         if len(versions) > 1 or not versions <= set(policy_versions):
             raise RolloutError(
-                f"Prompt {answer.prompt_id} has completions of policy versions {sorted(versions)}, allowed is one of {policy_versions.start} to "
-                f"{policy_versions.stop - 1}."
+                f"Prompt {answer.prompt_id} has completions of policy versions {sorted(versions)}; "
+                f"one of {policy_versions.start} to {policy_versions.stop - 1} is allowed."
             )
 
 
 def score_input(prompt: TokenisedGroup, answer: PromptCompletions, chat: ChatFormat) -> ScoreInput:
-    """What a scorer is asked of a prompt's completions."""
+    """Return the input with which a scorer scores a prompt's completions."""
     return ScoreInput(prompt=prompt.prompt, completions=[chat.completion_text(c.token_ids) for c in answer.completions])
 
 
 def split_evenly(num_items: int, num_parts: int) -> list[slice]:
-    """Consecutive slices whose lengths differ by at most one."""
+    """Cut 0 to `num_items` into consecutive slices whose lengths differ by at most one."""
     bounds = [num_items * part // num_parts for part in range(num_parts + 1)]
     return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
 

@@ -1,0 +1,1 @@
+"""Where a run lies, which config it has, who writes it, and its metrics and status."""

@@ -1,7 +1,7 @@
-"""One process at a time writes a run directory: a second one would train, commit and serve beside the first, into the same files."""
+"""One process at a time writes a run directory: a second one would train, commit and serve beside the first, into the
+same files."""
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import FileLock, Timeout
 from ray._private.state import jobs
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
@@ -16,19 +17,21 @@ from rm_robust.errors import ClusterError, ConfigError
 from rm_robust.runs.storage.copies import LOCK, shown
 
 NAMESPACE = "rm_robust_writers"
-"""Of the cluster's own key-value store: run directory -> the job that writes it."""
+"""Namespace of the cluster's own key-value store that holds, for each run directory, the job that writes it."""
 
 
 @contextlib.contextmanager
 def only_writer(run_dir: Path) -> Iterator[None]:
-    """Held while a driver works on `run_dir`: by its job where it is connected to a cluster, by the process where it is yet to start a Ray of its own.
+    """Keep all other drivers away from `run_dir` while the body runs.
 
-    Whatever ends either ends that. Raises ConfigError where another process of this machine has it, ClusterError where another job of this cluster has.
-    Two clusters, or a job and a local run on another machine, are not kept apart.
+    The claim belongs to the job of a driver that is connected to a cluster, and to the process of one that starts a Ray
+    of its own. It ends when the job or the process ends, however that happens. Raises ConfigError when another process
+    of this machine holds the claim, ClusterError when another job of this cluster does. Two clusters, or a job and a
+    local run on another machine, are not kept apart.
     """
     if ray.is_initialized():
         claim_for_job(run_dir)
-    if ray.is_initialized() or "RAY_ADDRESS" in os.environ:  # or a job whose stages are all done
+    if ray.is_initialized() or "RAY_ADDRESS" in os.environ:  # the latter: a job whose stages are all done
         yield
     else:
         with _only_process(run_dir):
@@ -37,42 +40,45 @@ def only_writer(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _only_process(run_dir: Path) -> Iterator[None]:
+    """Hold the lock file of the run directory, which says which process holds it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / f".writer{LOCK}").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise ConfigError(
-                f"Another process writes the run directory {shown(run_dir)}: {lock.read().strip() or 'it has just begun'}. "
-                "Wait for it or end it, or choose another directory with --run-dir."
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+    path = run_dir / f".writer{LOCK}"
+    try:
+        lock = FileLock(path, blocking=False).acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"Another process writes the run directory {shown(run_dir)}: "
+            f"{path.read_text().strip() or 'it has just begun'}. Wait for it or end it, or choose another directory "
+            "with --run-dir."
+        ) from error
+    with lock:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
 
 
 def claim_for_job(run_dir: Path) -> None:
-    """For this job, until it has ended. Raises ClusterError when a job that has not ended has it; a driver that Ray started again has its job's own.
+    """Claim the run directory for this job, until the job has ended.
 
-    Each holder's successor has a key of its own, which is put once: of two jobs that find the holder ended, one takes its place.
+    A driver that Ray started again keeps the claim of its job. The successor of each holder has a key of its own, which
+    can be put once, so only one of two jobs that find the holder ended takes its place. Raises ClusterError when a job
+    that has not ended holds the claim.
     """
-    key, own = str(run_dir), ray.get_runtime_context().get_job_id()
+    key, this_job = str(run_dir), ray.get_runtime_context().get_job_id()
     while True:
-        _internal_kv_put(key, own, overwrite=False, namespace=NAMESPACE)
+        _internal_kv_put(key, this_job, overwrite=False, namespace=NAMESPACE)
         holder = _internal_kv_get(key, namespace=NAMESPACE).decode()
-        if holder == own:
+        if holder == this_job:
             return
-        at_work = living_job(holder)
-        if at_work is not None:
+        living_holder = living_job(holder)
+        if living_holder is not None:
             raise ClusterError(
-                f"Another job writes the run directory {shown(run_dir)}: {at_work['Entrypoint']} (job {holder}). Ctrl-C of `ray job submit` does not end a "
-                "job: `ray job list` names it, `ray job stop` ends it; or wait for it, or choose another directory with --run-dir."
+                f"Another job writes the run directory {shown(run_dir)}: {living_holder['Entrypoint']} (job {holder}). "
+                "Ctrl-C of `ray job submit` does not end a job: `ray job list` names it, `ray job stop` ends it; or "
+                "wait for it, or choose another directory with --run-dir."
             )
         key = f"{run_dir} after job {holder}"
 
 
 def living_job(job_id: str) -> dict[str, Any] | None:
-    """What Ray's job table has of a job that has not ended; None when it has."""
+    """Return the entry of a job in Ray's job table; None when the job has ended."""
     return next((job for job in jobs() if job["JobID"] == job_id and not job["IsDead"]), None)

@@ -14,14 +14,14 @@ from rm_robust.config.run import PipelineConfig
 from rm_robust.config.shared import Section
 from rm_robust.errors import ConfigError
 from rm_robust.runs.storage.commits import write_json_atomic
-from rm_robust.runs.storage.copies import local_path, shown
+from rm_robust.runs.storage.copies import local_path, shown, uri_of
 from rm_robust.runs.storage.generations import names_in, read_text
 from rm_robust.runs.storage.transfer import require_writable
 
 RUN_ROOT_VARIABLE = "RM_ROBUST_RUN_ROOT"
 RESOLVED_NAME = "config.resolved.json"
 SEEN_WITHIN_S = 60.0
-"""A node may remember for as long that a name was not there (NFS, acdirmax)."""
+"""Seconds for which a node may remember that a name was not there (acdirmax of NFS)."""
 
 
 @dataclass(frozen=True)
@@ -33,49 +33,62 @@ class Run:
 
 
 def choose_run_dir(name: str, run_dir: str | None) -> Path:
-    """The absolute run directory; of one in an object store, its copy on this node. Inside a Ray job the working directory vanishes with the job, so a
-    relative one is refused there."""
+    """Return the absolute run directory; for a run in an object store, the path of its copy on this node.
+
+    Raises ConfigError for a relative path inside a Ray job, whose working directory vanishes with the job.
+    """
     if run_dir is not None:
-        chosen, what = local_path(run_dir).expanduser(), f"--run-dir {run_dir}"
+        chosen, given_as = local_path(run_dir).expanduser(), f"--run-dir {run_dir}"
     else:
-        chosen, what = run_root() / name, f"{RUN_ROOT_VARIABLE}={run_root()}"
+        chosen, given_as = run_root() / name, f"{RUN_ROOT_VARIABLE}={run_root()}"
     require_lasting(
-        chosen, what, fix="Give an absolute path on storage that every node sees, or a URI (s3://…, gs://…)."
+        chosen, given_as, fix="Give an absolute path on storage that every node sees, or a URI (s3://…, gs://…)."
     )
     return chosen.absolute()
 
 
 def require_lasting(
-    path: Path, what: str, *, fix: str = "Give an absolute path on storage that outlasts the job."
+    path: Path, given_as: str, *, fix: str = "Give an absolute path on storage that outlasts the job."
 ) -> None:
-    """Raise ConfigError for a relative path inside a Ray job: what is written there is lost."""
+    """Raise ConfigError for a relative path inside a Ray job: what is written there is lost.
+
+    `given_as` names the path in the message, e.g. "--out table".
+    """
     if in_ray_job() and not path.is_absolute():
         raise ConfigError(
-            f"{what} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job. {fix}"
+            f"{given_as} is relative, and a Ray job's working directory is an unpacked copy that vanishes with the "
+            f"job. {fix}"
         )
 
 
 def run_root() -> Path:
-    """Where runs go that say nothing else."""
+    """Return the folder of runs whose command names no directory."""
     return local_path(os.environ.get(RUN_ROOT_VARIABLE, "~/rm_robust/runs" if in_ray_job() else "runs")).expanduser()
 
 
 def in_ray_job() -> bool:
-    """True in a driver that `ray job submit` started: Ray 2.60's job supervisor hands it its job config in this variable (that is its name)."""
+    """Return whether `ray job submit` started this driver.
+
+    Ray 2.60's job supervisor hands the driver its job config in this variable, which really has this name.
+    """
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def claim_run_dir(run_dir: Path, config: Section) -> None:
-    """Write the resolved config into the run directory, or check that it is the one already there. Raises what `check_run_dir` raises."""
+    """Write the resolved config into the run directory, or check that it is the one already there.
+
+    Raises what `check_run_dir` raises.
+    """
     if not check_run_dir(run_dir, config):
         write_json_atomic(run_dir / RESOLVED_NAME, _resolved(config))
 
 
 def check_run_dir(run_dir: Path, config: Section) -> bool:
-    """Whether a run of this config has begun there. Raises ConfigError where one of another config has, or nothing can be written.
+    """Return whether a run of this config has begun in the directory.
 
-    A directory that holds nothing but a config takes another one: the run before it was refused before it began. A setting that an earlier version did
-    not have is no difference while it has its default.
+    A directory that holds nothing but a config accepts another config: the earlier run was refused before it began. A
+    setting that an earlier version did not have is no difference while it has its default. Raises ConfigError when a
+    run of another config has begun there, or when nothing can be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -98,32 +111,40 @@ def check_run_dir(run_dir: Path, config: Section) -> bool:
 
 
 def require_shared(path: Path) -> None:
-    """Raise ConfigError when this node does not see what another one has written at `path`, in a run directory that is in no object store."""
+    """Raise ConfigError when this node does not see what another one has written at `path`.
+
+    A file of a run in an object store is seen by every node that can reach the store, so nothing is checked for it.
+    """
+    if uri_of(path) is not None:
+        return
     deadline_s = time.monotonic() + SEEN_WITHIN_S
     while not path.exists():
         if time.monotonic() > deadline_s:
             raise ConfigError(
-                f"Node {socket.gethostname()} does not see {path}, which another node has written: a run directory must be on storage that every node sees. "
-                f"Set {RUN_ROOT_VARIABLE} or --run-dir to a shared file system, or to a URI (s3://…, gs://…)."
+                f"Node {socket.gethostname()} does not see {path}, which another node has written: a run directory "
+                f"must be on storage that every node sees. Set {RUN_ROOT_VARIABLE} or --run-dir to a shared file "
+                "system, or to a URI (s3://…, gs://…)."
             )
         time.sleep(1)
 
 
 def with_new_settings(earlier: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
-    """A resolved config of an earlier version of this program: what it did not know of yet has its default."""
+    """Return the resolved config of an earlier version of this program, with the defaults of settings that it did not
+    have."""
     try:
         return _resolved(kind.model_validate(earlier))
     except ValidationError:
-        return earlier  # it also had what is gone now, which is a difference
+        return earlier  # it has settings that are gone, which is a difference
 
 
 def _resolved(config: Section) -> dict[str, Any]:
-    """Every setting, as the file in a run directory has it."""
+    """Return every setting as config.resolved.json has it."""
     settings: dict[str, Any] = json.loads(config.model_dump_json())
     return settings
 
 
 def _differences(earlier: Any, now: Any, at: str = "") -> list[str]:
+    """Return a line for each setting below `at` that differs."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         keys = sorted(set(earlier) | set(now))
         return [

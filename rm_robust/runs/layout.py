@@ -1,4 +1,4 @@
-"""Where everything of a run lies, and which stages are done. The one place that knows the run directory's names."""
+"""Names and places of everything in a run directory, and which stages are done."""
 
 import json
 import os
@@ -11,20 +11,38 @@ from typing import Any
 
 from rm_robust.config.run import PipelineConfig
 from rm_robust.errors import DataError
+from rm_robust.runs.metrics import METRICS_NAME
 from rm_robust.runs.storage.commits import storage_errors, write_json_atomic
 from rm_robust.runs.storage.copies import uri_of
 from rm_robust.runs.storage.transfer import pull, pull_anew, put_file, put_folder
 
-STAGES = ("world", "sft", "preferences", "reward_model", "evaluation", "rloo")
-"""In the order in which they run."""
-FILES = {
-    "world": ["world"],
-    "sft": ["checkpoints/sft"],
-    "preferences": ["preferences", "rloo/prompts"],
-    "reward_model": ["checkpoints/reward_model"],
-    "evaluation": ["evaluation", "evaluation.json"],
-}
-"""What later stages and the report read of each stage's work."""
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage leaves in a run directory. pipelines/stages.py says how each one runs."""
+
+    name: str
+    """The stage's name on the command line, in log lines, and of its file in stages/, which says that it is done."""
+    files: tuple[str, ...]
+    """Files and folders, below the run directory, that later stages and the report read."""
+    has_steps: bool = False
+    """Whether it writes metrics of its steps."""
+    is_of_twin: bool = False
+    """Whether the Bradley-Terry twin of the reward model runs it too, in a run directory of its own."""
+
+
+STAGES = (
+    StageRecord("world", ("world",)),
+    StageRecord("sft", ("checkpoints/sft",), has_steps=True),
+    StageRecord("preferences", ("preferences", "rloo/prompts")),
+    StageRecord("reward_model", ("checkpoints/reward_model",), has_steps=True, is_of_twin=True),
+    StageRecord("evaluation", ("evaluation", "evaluation.json"), is_of_twin=True),
+    StageRecord("rloo", ("checkpoints/policy",), has_steps=True),
+)
+"""The stages that a run records as done, in the order in which they run."""
+FILES_OF = {stage.name: stage.files for stage in STAGES}
+STAGES_WITH_STEPS = tuple(stage.name for stage in STAGES if stage.has_steps)
+TWIN_STAGES = tuple(stage.name for stage in STAGES if stage.is_of_twin)
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,11 @@ class RunLayout:
     @property
     def world(self) -> Path:
         return self.run_dir / "world"
+
+    @property
+    def response_models(self) -> Path:
+        """The embedded world's response models, with the mean gold score of each."""
+        return self.world / "response_models.json"
 
     @property
     def base_model(self) -> Path:
@@ -105,38 +128,57 @@ class RunLayout:
 
     @property
     def bt_twin(self) -> Path:
-        """A run directory of its own: the reward model's Bradley-Terry twin and its evaluation."""
+        """The run directory of the reward model's Bradley-Terry twin and its evaluation."""
         return self.run_dir / "bt_twin"
+
+    @property
+    def metrics(self) -> Path:
+        return self.run_dir / METRICS_NAME
 
     @property
     def summary(self) -> Path:
         return self.run_dir / "summary.json"
 
+    @property
+    def report(self) -> Path:
+        return self.run_dir / "report.html"
+
+    @property
+    def stage_records(self) -> Path:
+        """The folder with a file for each stage that is done."""
+        return self.run_dir / "stages"
+
+    def stage_record(self, stage: str) -> Path:
+        """Return the file that says that the stage is done."""
+        return self.stage_records / f"{stage}.json"
+
     def base_model_dir(self, config: PipelineConfig) -> str:
-        """What SFT starts from: the user's model, or the one made from scratch."""
+        """Return what SFT starts from: the user's model, or the one made from scratch."""
         return config.model.path or str(self.base_model)
 
     def sft_model_dir(self, config: PipelineConfig) -> str:
-        """The policy before RLOO: the SFT stage's output, or the user's model when that stage is off."""
+        """Return the policy before RLOO: the SFT stage's output, or the user's model when that stage is off."""
         if config.sft.enabled:
             return str(self.sft_checkpoint)
         assert config.model.path is not None
         return config.model.path
 
     def is_done(self, stage: str) -> bool:
-        return (self.run_dir / "stages" / f"{stage}.json").exists()
+        """Return whether this run has recorded the stage as done."""
+        return self.stage_record(stage).exists()
 
     def run_stage(self, stage: str, work: Callable[[], dict[str, Any]]) -> bool:
-        """Do `work` unless this run has committed the stage before; its result (plain JSON) is recorded with the seconds it took.
+        """Do `work` unless the stage is done, and record its result (plain JSON) with the seconds it took.
 
-        Raises StorageError when the record cannot be written; the stage is then not done.
+        Returns whether the work was done now. Raises StorageError when the record cannot be written; the stage is then
+        not done.
         """
         if self.is_done(stage):
             return False
         started = time.time()
         result = work()
         pull(self.run_dir)  # what other nodes have committed
-        record = self.run_dir / "stages" / f"{stage}.json"
+        record = self.stage_record(stage)
         with storage_errors(record):
             record.parent.mkdir(exist_ok=True)
         write_json_atomic(
@@ -145,28 +187,32 @@ class RunLayout:
         return True
 
     def stage_result(self, stage: str) -> dict[str, Any]:
-        """What a finished stage recorded. Raises DataError when it has not run."""
-        path = self.run_dir / "stages" / f"{stage}.json"
+        """Return what a finished stage recorded. Raises DataError when it has not run."""
+        path = self.stage_record(stage)
         if not path.exists():
             raise DataError(
-                f"Stage {stage!r} has not run in {self.run_dir}; run it first (pipelines/full_rlhf.py runs all in order)."
+                f"Stage {stage!r} has not run in {self.run_dir}; run it first (pipelines/full_rlhf.py runs all in "
+                "order)."
             )
         result: dict[str, Any] = json.loads(path.read_text())
         return result
 
 
 def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
-    """`run_dir` becomes a run that has done these stages, as `source` did them; one that exists already is left alone."""
+    """Begin a run with the stages that another run has done. A run directory that exists is left alone.
+
+    Controlled twins begin so: they have the same files of these stages, and differ only in what comes later.
+    """
     if uri_of(run_dir) is not None:
         pull_anew(run_dir)
-        if (run_dir / "stages" / f"{stages[-1]}.json").exists():
+        if RunLayout(run_dir).is_done(stages[-1]):
             return
-        shutil.rmtree(run_dir, ignore_errors=True)  # it was put in part
+        shutil.rmtree(run_dir, ignore_errors=True)  # an interrupted put left a part of it
     if run_dir.exists():
         return
     staging = run_dir.with_name(f".{run_dir.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
-    for name in [name for stage in stages for name in (f"stages/{stage}.json", *FILES[stage])]:
+    for name in [name for stage in stages for name in (f"stages/{stage}.json", *FILES_OF[stage])]:
         path, target = source / name, staging / name
         if not path.exists():  # a stage that the run's config leaves out
             continue
@@ -175,8 +221,8 @@ def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
             shutil.copytree(path, target, copy_function=_link)
         else:
             _link(path, target)
-    lines = (source / "metrics.jsonl").read_text().splitlines()
-    (staging / "metrics.jsonl").write_text(
+    lines = (source / METRICS_NAME).read_text().splitlines()
+    (staging / METRICS_NAME).write_text(
         "".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages)
     )
     staging.rename(run_dir)
@@ -185,22 +231,25 @@ def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
 
 
 def put_stages(run_dir: Path, stages: list[str]) -> None:
-    """A stage's record last: it says that the rest is there."""
+    """Put the files of stages into the store, their records last: a record says that the rest is there."""
     for stage in stages:
-        for path in [run_dir / name for name in FILES[stage]]:
+        for path in [run_dir / name for name in FILES_OF[stage]]:
             if path.is_dir():
                 with put_folder(path, path):
-                    pass  # the copy is that already
+                    pass  # the copy has the files already
             elif path.exists():
                 put_file(path)
-    put_file(run_dir / "metrics.jsonl")
+    put_file(RunLayout(run_dir).metrics)
     for stage in stages:
-        if (run_dir / "stages" / f"{stage}.json").exists():  # else it is one that the config leaves out
-            put_file(run_dir / "stages" / f"{stage}.json")
+        if RunLayout(run_dir).is_done(stage):  # the config may leave a stage out
+            put_file(RunLayout(run_dir).stage_record(stage))
 
 
 def _link(source: Path | str, target: Path | str) -> None:
-    """Files of a committed stage are replaced, never changed, so two runs may have them in common; a copy where the file system knows no links."""
+    """Link a file, or copy it where the file system has no links.
+
+    Files of a committed stage are replaced and never changed, so two runs may share them.
+    """
     try:
         os.link(source, target)
     except OSError:

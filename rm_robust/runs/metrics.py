@@ -1,8 +1,9 @@
 """Where a run's numbers go: `metrics.jsonl`, TensorBoard beside it, and one INFO line per step.
 
-`metrics.jsonl` is the record; everything else can be made again from it. One JSON object a line, all stages in one file:
+`metrics.jsonl` is the record, from which everything else can be made again. It has one JSON object a line, and all
+stages share the file:
 
-    {"stage": "rloo", "step": 3, "num_steps": 60, "time": 1767225600.123, "rloo/gold_score_mean": 0.1, "time/generate_s": 1.4}
+    {"stage": "rloo", "step": 3, "num_steps": 60, "time": 1767225600.123, "rloo/gold_score_mean": 0.1}
 """
 
 import contextlib
@@ -15,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from rm_robust.errors import DataError, RmRobustError, StorageError
+from rm_robust.errors import RmRobustError, StorageError
+from rm_robust.runs.lines import BadLineError, as_line, rows_of
 from rm_robust.runs.storage.commits import storage_errors, write_text_atomic
 from rm_robust.runs.storage.transfer import put_file
 
@@ -26,7 +28,7 @@ MetricsLine = dict[str, str | int | float]
 
 
 class MetricsSink(Protocol):
-    """One more place that a stage's metrics go to (experiment_trackers.py)."""
+    """One more place that a stage's metrics go to (trackers.py)."""
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None: ...
 
@@ -38,12 +40,13 @@ class Closable(Protocol):
 
 
 class MetricsWriter:
-    """Appends one stage's metrics to `run_dir/metrics.jsonl` and to TensorBoard events in `run_dir/tensorboard/<stage>`.
+    """Append one stage's metrics to `run_dir/metrics.jsonl` and to TensorBoard events in `run_dir/tensorboard/<stage>`.
 
-    `resume_step` is the last step whose checkpoint is committed, 0 for a fresh stage. Lines of this stage beyond it, which a killed
-    process wrote after its last checkpoint, are dropped (and counted in the log), and so is a torn last line: the steps that are now
-    done again appear once. One writer at a time per run directory. `num_steps` of the whole stage stands in every line. `sinks` get what the file
-    gets, and are closed with it. Every method raises StorageError, naming the file, when its storage is full or away.
+    `resume_step` is the last step whose checkpoint is committed, 0 for a fresh stage. A killed process may have written
+    lines of later steps, or a torn last line. They are dropped, and counted in the log, so that steps that are done
+    again appear once. Every line has the stage's `num_steps`. `sinks` get what the file gets, and are closed with it. A
+    run directory has one writer at a time. Every method raises StorageError, naming the file, when its storage is full
+    or away.
     """
 
     def __init__(
@@ -71,7 +74,10 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(self._tensorboard_dir), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
-        """Append the metrics of one step (from 1). Raises RmRobustError, naming the key, when a value is NaN or infinite."""
+        """Append the metrics of one step (from 1).
+
+        Raises RmRobustError, naming the key, when a value is NaN or infinite.
+        """
         assert step >= max(1, self._resume_step), (
             f"{self._stage}: step {step} was already committed (resumed at {self._resume_step})"
         )
@@ -79,22 +85,25 @@ class MetricsWriter:
             _check_metric(self._stage, step, key, value)
         line = {"stage": self._stage, "step": step, **self._num_steps, "time": round(time.time(), 3), **metrics}
         with storage_errors(self._path):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(as_line(line))
             self._file.flush()
-        with storage_errors(self._tensorboard_dir):  # its thread writes later, and the next call raises what it met
+        with storage_errors(self._tensorboard_dir):  # a thread writes later; the next call raises its error
             for key, value in metrics.items():
                 self._tensorboard.add_scalar(key, value, step)
         for sink in self._sinks:
             sink.write(step, metrics)
 
-    def publish(self) -> None:
-        """Before a state is committed: to where a run in an object store has its lines, so that none is missing up to that state. Raises StorageError."""
+    def persist(self) -> None:
+        """Bring all lines to where every node can read them. Raises StorageError.
+
+        Called before a state is committed, so that no line up to that state can be missing.
+        """
         with storage_errors(self._tensorboard_dir):
             self._tensorboard.flush()
         self._put()
 
     def close(self) -> None:
-        """Close all of them, whichever fails; nothing can be written afterwards."""
+        """Close the file, TensorBoard and all sinks, even when one of them fails. Nothing can be written afterwards."""
         with contextlib.ExitStack() as closing:
             for sink in self._sinks:
                 closing.callback(sink.close)
@@ -102,12 +111,13 @@ class MetricsWriter:
             closing.callback(self._close, self._path, self._file)
         try:
             self._put()
-        except StorageError as error:  # it may come of another error, which is the one to be raised; a stage that ends well says so by a put of its own
+        except StorageError as error:
+            # Another error may be on its way out, which must not be hidden. A stage that ends well persists its lines.
             logger.warning("%s", error)
 
     @staticmethod
     def _close(path: Path, writer: Closable) -> None:
-        with storage_errors(path):  # of a file, the line that did not fit is tried once more
+        with storage_errors(path):  # closing a file writes a line that did not fit once more
             writer.close()
 
     def _put(self) -> None:
@@ -124,9 +134,9 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path, stage: str) -> list[MetricsLine]:
-    """The lines of one stage, in the order written; empty when the stage logged nothing. A torn last line is left out.
+    """Return the lines of one stage, in the order written; none when the stage logged nothing.
 
-    Raises DataError when any other line is not a JSON object with a stage and a step.
+    A torn last line is left out. Raises DataError when any other line is not a JSON object with a stage and a step.
     """
     return [line for line in _parse_lines(run_dir / METRICS_NAME) if line["stage"] == stage]
 
@@ -139,7 +149,10 @@ def log_step(
     metrics: Mapping[str, int | float],
     keys: Sequence[str],
 ) -> None:
-    """One INFO line: `keys` in their order, every step the same fields; "-" for one that this step did not measure."""
+    """Log one INFO line with the same fields at every step:
+
+    `keys` in their order, "-" for one that was not measured.
+    """
     fields = []
     for key in keys:
         value = f"{metrics[key]:.4g}" if key in metrics else "-"
@@ -161,12 +174,12 @@ def _check_metric(stage: str, step: int, key: str, value: int | float) -> None:
 
 
 def _drop_uncommitted(path: Path, stage: str, resume_step: int) -> None:
-    """Rewrite the file without the stage's lines beyond `resume_step` and without a torn last line; leave a clean file alone."""
+    """Drop the stage's lines beyond `resume_step`, and a torn last line. A clean file is not written again."""
     if not path.exists():
         return
     lines = _parse_lines(path)
     kept = [line for line in lines if line["stage"] != stage or int(line["step"]) <= resume_step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
+    text = "".join(map(as_line, kept))
     if text.encode() == path.read_bytes():
         return
     if len(kept) < len(lines):
@@ -175,25 +188,10 @@ def _drop_uncommitted(path: Path, stage: str, resume_step: int) -> None:
 
 
 def _parse_lines(path: Path) -> list[MetricsLine]:
-    """All complete lines. Only the last may be torn: every line is flushed before the next is begun."""
-    if not path.exists():
-        return []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    """Return all whole lines. Raises DataError when one is not a JSON object with a stage and a step."""
     lines: list[MetricsLine] = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            is_valid = (
-                isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)
-            )
-        except json.JSONDecodeError:
-            is_valid = False
-        if is_valid:
-            lines.append(line)
-        elif number < len(texts):
-            raise DataError(
-                f"{path}, line {number} is not a metrics line: {text[:80]!r}. Restore the file or delete that line."
-            )
-        else:
-            logger.warning("%s: the last line is torn (a process was killed while writing it) and is left out", path)
+    for number, line in rows_of(path, row_name="a metrics line"):
+        if not (isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)):
+            raise BadLineError(path, number, "a metrics line", json.dumps(line))
+        lines.append(line)
     return lines

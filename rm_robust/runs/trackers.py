@@ -1,9 +1,10 @@
-"""Send a stage's metrics elsewhere too: to Ray's Prometheus endpoint, and to Weights & Biases and MLflow where [tracking] says so.
+"""Send a stage's metrics elsewhere too: to Ray's Prometheus endpoint, and to Weights & Biases and MLflow where
+[tracking] says so.
 
-On Ray's endpoint, which every node has, a metric is the gauge `ray_rm_robust_<area>_<name>{run, …}` with the latest value; Ray puts `ray_`
-before every name. The scoring service's metrics (serve/metrics.py) are there too, by `service`; deploy/grafana_dashboard.json draws both.
-Weights & Biases and MLflow get one run of theirs a stage. A resumed stage goes on in the run that it began: both are found again by an
-identity made from the run directory and the stage.
+On Ray's endpoint, which every node has, a metric is the gauge `ray_rm_robust_<area>_<name>{run, …}` with the latest
+value; Ray puts `ray_` before every name. The scoring service's metrics (serve/metrics.py) are there too, by `service`;
+deploy/grafana_dashboard.json draws both. Weights & Biases and MLflow get one run of theirs a stage. A resumed stage
+goes on in the run that it began: both are found again by an identity made from the run directory and the stage.
 """
 
 import hashlib
@@ -32,12 +33,13 @@ def check_trackers(config: TrackingConfig) -> None:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"tracking.{name} = {wanted!r} needs the package {package}, which is not installed: pip install 'rm_robust[trackers]'."
+                f"tracking.{name} = {wanted!r} needs the package {package}, which is not installed: pip install "
+                "'rm-robust[trackers]'."
             )
 
 
 def open_trackers(config: PipelineConfig, run_dir: Path, stage: str) -> list[MetricsSink]:
-    """Those that the config asks for, and Ray's own metrics. Call it where metrics are written: on rank 0 alone."""
+    """Return the trackers that the config asks for, and Ray's metrics. Only rank 0, which writes metrics, calls it."""
     identity = hashlib.sha256(f"{shown(run_dir)}/{stage}".encode()).hexdigest()[:32]
     sinks: list[MetricsSink] = []
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
@@ -66,14 +68,13 @@ def open_trackers(config: PipelineConfig, run_dir: Path, stage: str) -> list[Met
 
 
 class WandbSink:
-    """One W&B run. Steps at or below its last one, done again after a kill, are left out by W&B itself."""
+    """A run of Weights & Biases. It ignores steps up to its last one, which are done again after a kill."""
 
     def __init__(self, project: str, *, name: str, identity: str, run_dir: Path, settings: dict[str, Any]) -> None:
         import wandb
 
-        folder = (
-            str(run_dir) if uri_of(run_dir) is None else None
-        )  # what it keeps in a copy would be deleted with the copy
+        # A file in the copy of a run in an object store would be deleted with the copy.
+        folder = str(run_dir) if uri_of(run_dir) is None else None
         self._run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=folder, config=settings)
 
     def write(self, step: int, metrics: Mapping[str, int | float]) -> None:
@@ -84,14 +85,16 @@ class WandbSink:
 
 
 class MlflowSink:
-    """One MLflow run."""
+    """A run of MLflow."""
 
     def __init__(self, experiment: str, uri: str | None, *, name: str, identity: str) -> None:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
-        found = self._client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+        known_experiment = self._client.get_experiment_by_name(experiment)
+        experiment_id = (
+            known_experiment.experiment_id if known_experiment else self._client.create_experiment(experiment)
+        )
         runs = self._client.search_runs(
             [experiment_id], filter_string=f"tags.`{IDENTITY_TAG}` = '{identity}'", max_results=1
         )
@@ -108,7 +111,7 @@ class MlflowSink:
 
 
 class RayMetricsSink:
-    """Gauges of one stage of one run; a gauge that is not written to any more goes with the process."""
+    """Ray gauges of one stage of one run. A gauge ends with the process that wrote it."""
 
     def __init__(self, run_name: str) -> None:
         from ray.util.metrics import Gauge  # training without Ray has no endpoint to send to
@@ -126,9 +129,9 @@ class RayMetricsSink:
             self._gauges[name].set(float(value), tags=self._tags)
 
     def close(self) -> None:
-        """The last values stay until the process ends."""
+        """Do nothing: the last values stay until the process ends."""
 
 
 def gauge_name(key: str) -> str:
-    """`rloo/gold_score_mean` is `rm_robust_rloo_gold_score_mean`, to which Ray adds `ray_`."""
+    """Return the gauge of a metric: `rloo/gold_score_mean` is `rm_robust_rloo_gold_score_mean`. Ray adds `ray_`."""
     return PREFIX + NAMES.sub("_", key)

@@ -1,4 +1,4 @@
-"""A committed checkpoint as a Scorer, in this process or in several Ray workers: the same cases give the same replies as an endpoint.
+"""Score with a committed checkpoint, in this process or in several Ray workers, with the same replies as an endpoint.
 
 score(inputs) ─ inputs[i::n] ─► worker i, which holds the whole checkpoint ─► replies, back in order
 
@@ -22,11 +22,11 @@ from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
 
 ON_A_GPU = "Start it on a machine with a GPU (a Ray job: `ray job submit --entrypoint-num-gpus=1 …`)"
 MAX_RESTARTS = 3
-"""Of a worker that died, each with the call that it died in."""
+"""Restarts of a worker that died. Each restart repeats the call in which it died."""
 
 
-def require_device(device: str, what: str, *, fix: str) -> None:
-    """Raise ConfigError where this process cannot use `device`; `what` names the setting."""
+def require_device(device: str, setting: str, *, fix: str) -> None:
+    """Raise ConfigError when this process cannot use `device`; `setting` is the setting as the message names it."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -37,24 +37,24 @@ def require_device(device: str, what: str, *, fix: str) -> None:
             else str(error).strip().splitlines()[0]
         )
         raise ConfigError(
-            f"{what} cannot be used: this process, on {host}, does the scoring, and {reason}. {fix}"
+            f"{setting} cannot be used: this process, on {host}, does the scoring, and {reason}. {fix}"
         ) from error
 
 
-class CheckpointSource:
-    """A Scorer in float32, so that rounding makes no ties."""
+class CheckpointScorer:
+    """A Scorer in this process. It computes in float32, so that rounding makes no ties."""
 
     def __init__(
         self, checkpoint_dir: Path, *, device: str, max_length_tokens: int | None, max_tokens_per_batch: int
     ) -> None:
-        """Raises CheckpointError for what is no reward model of ours."""
+        """Load the checkpoint. Raises CheckpointError when it is not a reward model of this project."""
         self._scorer = RewardScorer.load(
             checkpoint_dir, device=device, dtype="float32", max_length_tokens=max_length_tokens
         )
         self._max_tokens_per_batch = max_tokens_per_batch
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
-        """Raises RefusedInputError for an input that is too long, no valid text, or gets a score that is not finite."""
+        """Score the inputs. Raises RefusedInputError when one is too long or invalid, or its score is not finite."""
         chat = self._scorer.chat
         try:
             groups = [
@@ -68,25 +68,31 @@ class CheckpointSource:
             model=self._scorer.model_name,
             checkpoint=self._scorer.checkpoint_id,
             template=chat.template_sha256,
-            results=[ScoreResult(scores=own) for own in scores],
+            results=[ScoreResult(scores=input_scores) for input_scores in scores],
         )
 
 
 class _Worker:
-    """Loads with its first call, so that what is wrong with a checkpoint is that call's error and not a dead actor's."""
+    """An actor that loads its checkpoint in its first call.
+
+    What is wrong with the checkpoint is then an error of that call, and not of an actor that died.
+    """
 
     def __init__(self, checkpoint_dir: Path, settings: dict[str, Any]) -> None:
         self._checkpoint_dir, self._settings = checkpoint_dir, settings
-        self._source: CheckpointSource | None = None
+        self._scorer: CheckpointScorer | None = None
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
-        if self._source is None:
-            self._source = CheckpointSource(self._checkpoint_dir, **self._settings)
-        return self._source.score(inputs)
+        if self._scorer is None:
+            self._scorer = CheckpointScorer(self._checkpoint_dir, **self._settings)
+        return self._scorer.score(inputs)
 
 
-class ShardedSource:
-    """A Scorer. The caller is connected to Ray; the checkpoint is on storage that every node can read."""
+class ShardedScorer:
+    """A Scorer in several Ray workers.
+
+    The caller is connected to Ray, and the checkpoint is on storage that every node can read.
+    """
 
     def __init__(
         self,
@@ -98,7 +104,7 @@ class ShardedSource:
         max_length_tokens: int | None,
         max_tokens_per_batch: int,
     ) -> None:
-        """`num_cpus` of each worker, which computes with so many threads; on a GPU each takes one."""
+        """Start the workers. Each has `num_cpus` CPUs and as many threads; on a GPU each takes one GPU."""
         settings = {
             "device": device,
             "max_length_tokens": max_length_tokens,
@@ -116,7 +122,11 @@ class ShardedSource:
         ]
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
-        """Raises what CheckpointSource raises, its loading included; ScoringError when a worker is lost for good, or two have loaded unlike checkpoints."""
+        """Score the inputs, dealt out to the workers.
+
+        Raises what CheckpointScorer raises, also when it loads, and ScoringError when a worker is lost for good or two
+        workers have loaded different checkpoints.
+        """
         num_parts = min(len(inputs), len(self._workers))
         calls = [worker.score.remote(inputs[part::num_parts]) for part, worker in enumerate(self._workers[:num_parts])]
         try:
@@ -130,7 +140,8 @@ class ShardedSource:
         checkpoints = sorted({reply.checkpoint for reply in replies})
         if len(checkpoints) > 1:
             raise ScoringError(
-                f"The workers have loaded unlike checkpoints: {', '.join(checkpoints)}. Do not write to it while it is evaluated."
+                f"The workers have loaded different checkpoints: {', '.join(checkpoints)}. "
+                "Do not write to a checkpoint while it is used."
             )
         results = [replies[index % num_parts].results[index // num_parts] for index in range(len(inputs))]
         return replies[0].model_copy(update={"results": results})

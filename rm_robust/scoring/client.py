@@ -1,4 +1,4 @@
-"""The clients of the scoring service that other teams import (neither torch nor ray is needed). rm_robust/scoring/contract.py has the contract.
+"""The clients of the scoring service, without torch and Ray, for other teams too. contract.py has the contract.
 
 with RewardClient("http://127.0.0.1:8000/proxy") as client:
     client.score([ScoreInput(prompt="Name a colour.", completions=["Blue.", "Seven."])]).scores  # [[1.3, -0.2]]
@@ -33,18 +33,20 @@ from rm_robust.scoring.contract import (
 )
 
 __all__ = ["AsyncRewardClient", "ClientOptions", "RewardClient", "ScoreInput", "ScoreReply", "ScoreResult"]
-"""What other teams import; the rest is this project's."""
+"""The names that other teams import. The other names of this file are for this project alone."""
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "RM_ROBUST_API_KEY"
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 10.0
 MAX_RETRIES = 18
-"""Waits of 61 to 123 s in total, and what the server asks for beside them (at most MAX_BACKOFF_S each): a service may be full or away for a minute."""
+"""Retries of a request, because a service may be full or away for a minute. They wait 61 to 123 s in total, and beside
+that what the server asks for (at most MAX_BACKOFF_S each)."""
 MAX_RETRIES_OF_FAILURES = 8
-"""After 500 and 504, which cost the server a whole attempt each: waits of 11 to 23 s."""
+"""Retries after 500 and 504, each of which costs the server a whole attempt. They wait 11 to 23 s in total."""
 CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
-"""Failures of the connection, not of the request: scoring has no side effects, so sending it again is safe."""
+"""Failures of the connection, not of the request. Scoring has no side effects, so it is safe to send the request
+again."""
 NO_PROXY_FOR_LOOPBACK: dict[str, httpx.AsyncBaseTransport | None] = {
     f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")
 }
@@ -55,14 +57,12 @@ T = TypeVar("T")
 class ClientOptions(TypedDict, total=False):
     """Keyword arguments of both clients. Defaults: DEFAULT_OPTIONS."""
 
-    timeout_s: float  # of one attempt
-    max_retries: int  # after connection errors, 429 and 5xx (500 and 504: at most 8); no other failure is tried again
+    timeout_s: float  # limit of one attempt
+    max_retries: int  # after connection errors, 429 and 5xx (500 and 504: at most 8); other failures are final
     max_completions_per_request: int  # longer lists are sent as several requests; one input is never split
     max_concurrent_requests: int
-    api_key: str | None  # sent as a bearer token, and never logged; None: the one in RM_ROBUST_API_KEY, if that is set
-    expected_checkpoint: (
-        str | None
-    )  # "sha256:…" that every score must come from; None: any, but one for all requests of a call
+    api_key: str | None  # sent as a bearer token, never logged; None: the key in RM_ROBUST_API_KEY, if that is set
+    expected_checkpoint: str | None  # "sha256:..." that every score must come from; None: any, but one in a call
     model: str | None  # one of the server's models; None: its first
     calibrated: bool  # (score - mean) / std of the checkpoint's held-out scores in place of raw scores
     show_progress: bool  # a bar on stderr, in completions
@@ -82,27 +82,28 @@ DEFAULT_OPTIONS = ClientOptions(
 
 
 class AsyncRewardClient:
-    """Scores lists of any length; a call returns every score or raises ScoringError. Use it within one event loop, and close it."""
+    """A client that scores lists of any length. A call returns every score or raises ScoringError.
+
+    Use it within one event loop, and close it.
+    """
 
     def __init__(self, base_url: str, **options: Unpack[ClientOptions]) -> None:
-        """Raises ConfigError for a URL that is not HTTP, and for a key that no header can carry."""
+        """Prepare the connections. Raises ConfigError for a URL that is not HTTP or a key that no header can carry."""
         settings = DEFAULT_OPTIONS | options
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(f"A scoring URL starts with http:// or https://, got {base_url!r}.")
         try:
             httpx.URL(base_url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{base_url!r} is no URL: {error}.") from error
+            raise ConfigError(f"{base_url!r} is not a URL: {error}.") from error
         self._url = base_url.rstrip("/") + SCORE_PATH
         self._timeout_s = settings["timeout_s"]
         self._max_retries = settings["max_retries"]
         self._max_completions = settings["max_completions_per_request"]
         self._expected_checkpoint = settings["expected_checkpoint"]
-        self._model, self._calibrated, self._show_progress = (
-            settings["model"],
-            settings["calibrated"],
-            settings["show_progress"],
-        )
+        self._model = settings["model"]
+        self._calibrated = settings["calibrated"]
+        self._show_progress = settings["show_progress"]
         self._slots = asyncio.Semaphore(settings["max_concurrent_requests"])
         limits = httpx.Limits(max_connections=settings["max_concurrent_requests"])
         headers = {"content-type": "application/json", **key_header(settings["api_key"])}
@@ -111,7 +112,10 @@ class AsyncRewardClient:
         )
 
     async def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
-        """Scores of all inputs in order. Raises ScoringError naming the inputs and the reason; nothing partial is returned."""
+        """Return the scores of all inputs in order.
+
+        Raises ScoringError, which names the inputs and the reason. Partial scores are never returned.
+        """
         if not inputs:
             raise ScoringError("There is nothing to score: the list of inputs is empty.")
         spans = split_inputs(inputs, self._max_completions)
@@ -148,11 +152,12 @@ class AsyncRewardClient:
             except ScoringError as error:
                 note = f" (an index in this message counts from input {span.start})" if span.start else ""
                 raise type(error)(
-                    f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} at {self._url} failed: {error}{note}"
+                    f"Scoring inputs {span.start} to {span.stop - 1} of {len(inputs)} at {self._url} failed: "
+                    f"{error}{note}"
                 ) from error
 
     async def _post(self, body: str) -> bytes:
-        """The body of a 200 reply. Raises ScoringError with the reason of the last attempt."""
+        """Return the body of a 200 reply. Raises ScoringError with the reason of the last attempt."""
         retries = Retries(self._max_retries)
         while True:
             try:
@@ -181,7 +186,10 @@ class AsyncRewardClient:
 
 
 class RewardClient:
-    """AsyncRewardClient for synchronous code, on an event loop of its own; safe to share between threads. Close it, or use `with`."""
+    """AsyncRewardClient for synchronous code, on an event loop of its own.
+
+    Threads may share it. Close it, or use `with`.
+    """
 
     def __init__(self, base_url: str, **options: Unpack[ClientOptions]) -> None:
         self._client = AsyncRewardClient(base_url, **options)
@@ -190,7 +198,7 @@ class RewardClient:
         self._thread.start()
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
-        """As AsyncRewardClient.score."""
+        """Return the scores of all inputs in order, as AsyncRewardClient.score does."""
         return self._run(self._client.score(inputs))
 
     def close(self) -> None:
@@ -214,19 +222,23 @@ class RewardClient:
 
 
 def key_header(api_key: str | None) -> dict[str, str]:
-    """The Authorization header of a key, or of the one in the environment; nothing where there is none."""
+    """Return the Authorization header for the key, or for the key in the environment. It is empty without a key."""
     key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
     if key is None:
         return {}
     if not (key.isascii() and key.isprintable() and key) or " " in key:
         raise ConfigError(
-            f"The API key (api_key, or {KEY_VARIABLE}) must be printable ASCII without spaces; it has {len(key)} characters."
+            f"The API key (api_key, or {KEY_VARIABLE}) must be printable ASCII without spaces; "
+            f"it has {len(key)} characters."
         )
     return {"authorization": f"Bearer {key}"}
 
 
 def backoff_s(attempt: int, *, retry_after_s: float) -> float:
-    """Seconds to wait after failed attempt number `attempt` (from 0): doubling with jitter, at least what the server asks, bounded."""
+    """Return the seconds to wait after failed attempt number `attempt` (from 0).
+
+    They double with jitter, up to MAX_BACKOFF_S, and are added to what the server asks for, up to MAX_BACKOFF_S.
+    """
     doubling_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0**attempt)
     return min(MAX_BACKOFF_S, retry_after_s) + doubling_s * random.uniform(0.5, 1.0)
 
@@ -236,7 +248,7 @@ class Failure:
     """Why an attempt got no scores."""
 
     status: int
-    """HTTP's; 503 where nobody was there to answer, 504 where nobody did in time."""
+    """The HTTP status: 503 when nobody was there to answer, 504 when nobody answered in time."""
     reason: str
     type: str = ""
     """The error's type, if the service is one of ours."""
@@ -244,15 +256,18 @@ class Failure:
 
 
 class Retries:
-    """The attempts of one request, of both clients."""
+    """The count of one request's attempts, for a client over HTTP or inside a cluster."""
 
     def __init__(self, max_retries: int) -> None:
         self._num_left, self._num_failures_left = max_retries, MAX_RETRIES_OF_FAILURES
         self._num_attempts = 0
 
     def next_wait_s(self, failure: Failure) -> float:
-        """Seconds until the next attempt. Raises ScoringError where none is worth it (RefusedInputError where the texts are why), ScorerUnavailableError if
-        only because there were enough."""
+        """Return the seconds until the next attempt.
+
+        Raises RefusedInputError when a text is the reason, ScoringError when another attempt would not help, and
+        ScorerUnavailableError when the attempts are used up.
+        """
         self._num_attempts += 1
         if failure.type == NOT_SCORABLE or failure.status in (413, 422):
             raise RefusedInputError(failure.reason)
@@ -270,7 +285,7 @@ class Retries:
 
 
 def describe_failure(response: httpx.Response) -> str:
-    """Status and the server's message, or the start of a body that is not ours (a proxy's page)."""
+    """Return the status and the server's message, or the start of a body that is not ours (a proxy's page)."""
     try:
         return f"HTTP {response.status_code}: {ErrorReply.model_validate_json(response.content).error.message}"
     except ValidationError:

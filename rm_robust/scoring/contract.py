@@ -3,13 +3,14 @@
     POST {base_url}/v1/score   {"inputs": [{"prompt": text or messages, "completions": [text, ...]}, ...]}
                                and, if wanted, "model": "…" (of GET /v1/models; otherwise its first), "calibrated": true
     200                        {"model": "...", "checkpoint": "sha256:...", "template": "sha256:...",
-                                "results": [{"scores": [float, ...], "token_counts": {"prompt": int, "completions": [int, ...]}}, ...]}
+                                "results": [{"scores": [float, ...],
+                                             "token_counts": {"prompt": int, "completions": [int, ...]}}, ...]}
     any other status           {"error": {"type": "...", "message": "..."}}
 
-`template` is the chat template's hash; it and `token_counts` are null where no tokens are made (the judge). Scores are raw (no sigmoid), one
-per completion, in the order of the request; calibrated ones, (raw - mean) / std, come with "calibration": {"mean": …, "std": …}. A text prompt is
-one user turn. No inputs, or an input without completions, is a caller's mistake (422). An empty completion text is what a policy that stops at
-once writes, and is scored.
+`template` is the chat template's hash. It and `token_counts` are null where no tokens are made (the judge). Scores are
+raw (no sigmoid), one for each completion, in the order of the request. Calibrated scores, (raw - mean) / std, come with
+"calibration": {"mean": …, "std": …}. A text prompt is one user turn. A request without inputs, or an input without
+completions, is a caller's mistake (422). An empty completion is scored: a policy that stops at once writes it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from rm_robust.errors import ScoringError
 SCORE_PATH = "/v1/score"
 ERROR_HEADER = "x-rm-robust-error"
 NOT_SCORABLE = "scoring_failed"
-"""The error's type when a completion's own score is not a number; it would not be one the next time either."""
+"""The error's type when the score of a completion is not a number. Another attempt would give the same."""
 
 Score = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -38,10 +39,10 @@ TURN_SCHEMA = {
     "additionalProperties": {"type": "string", "description": "Not read."},
 }
 Turn = Annotated[Message, WithJsonSchema(TURN_SCHEMA)]
-# A list's first wrong item says enough: a body may hold a million of them, and each would cost a kilobyte to describe.
+# The first wrong item of a list says enough: a body may hold a million, and describing each would cost a kilobyte.
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Turns = Annotated[list[Turn], Field(fail_fast=True)]
-# For the schema alone: the chat format refuses an empty prompt, and says more.
+# These are for the schema alone: the chat format refuses an empty prompt, with a better message.
 NOT_EMPTY_TEXT = Field(json_schema_extra={"minLength": 1})
 NO_EMPTY_LIST = Field(json_schema_extra={"minItems": 1})
 
@@ -72,15 +73,15 @@ class ScoreRequest(BaseModel):
     )
 
     inputs: Annotated[list[ScoreInput], Field(fail_fast=True)] = Field(min_length=1)
-    """Scored in this order."""
+    """Prompts with their completions; they are scored in this order."""
     model: str | None = None
-    """One of GET /v1/models; None: the first of them."""
+    """One of the models of GET /v1/models. None: the first of them."""
     calibrated: bool = Field(default=False, strict=True)
-    """True: (score - mean) / std of the checkpoint's held-out scores in place of the raw score."""
+    """True: (score - mean) / std of the checkpoint's held-out scores instead of the raw score."""
 
 
 class TokenCounts(BaseModel):
-    """Tokens that were scored: of the prompt with its header, and of each completion with its end-of-turn token."""
+    """Numbers of the tokens that were scored, with the prompt's header and each completion's end-of-turn token."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -96,37 +97,41 @@ class ScoreResult(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     scores: list[Score]
-    """Raw, or calibrated if the request says so."""
+    """Raw scores, or calibrated ones if the request asks for them."""
     token_counts: TokenCounts | None = None
-    """None from a scorer without tokens, and from a server of before this field."""
+    """None from a scorer without tokens, and from a server that is older than this field."""
 
 
 class Calibration(BaseModel):
-    """A calibrated score is (raw score - mean) / std."""
+    """The constants of calibrated scores, which are (raw score - mean) / std."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     mean: float
-    """Of the raw scores on held-out pairs."""
+    """Mean of the raw scores on held-out pairs."""
     std: float
-    """Their standard deviation."""
+    """Standard deviation of the raw scores on held-out pairs."""
 
 
 class ScoreReply(BaseModel):
-    """`results[i]` belongs to `inputs[i]`; all of them come from the one `checkpoint`. Fields that a newer server adds are ignored."""
+    """The scores of all inputs: `results[i]` belongs to `inputs[i]`, and all come from the one `checkpoint`.
+
+    Fields that a newer server adds are ignored.
+    """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: str
-    """Which one answered."""
+    """The model that answered."""
     checkpoint: str
-    """The hash of its weights and tokenizer."""
+    """The hash of the model's weights and tokenizer."""
     template: str | None = None
-    """The chat template's hash; None from a scorer without one, and from a server of before this field."""
+    """The chat template's hash. None from a scorer without a template, and from a server that is older than this
+    field."""
     calibration: Calibration | None = None
-    """What calibrated scores were made with; None for raw ones."""
+    """The constants of calibrated scores. None for raw scores."""
     results: list[ScoreResult]
-    """One for each input."""
+    """One result for each input."""
 
     @property
     def scores(self) -> list[list[float]]:
@@ -151,20 +156,24 @@ class ErrorReply(BaseModel):
 
 
 class Scorer(Protocol):
-    """Whatever scores lists of any length: RewardClient over HTTP, serve.cluster_scorer.ClusterScorer inside a Ray cluster."""
+    """What scores lists of any length.
+
+    RewardClient does it over HTTP, serve.cluster_scorer.ClusterScorer inside a Ray cluster, and
+    rm_robust.scoring.checkpoint_scorer.CheckpointScorer in this process.
+    """
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
-        """Scores of all inputs in order, from one checkpoint. Raises ScoringError; nothing partial is returned."""
+        """Return the scores of all inputs in order, from one checkpoint, or raise ScoringError."""
 
 
 def request_for(inputs: Sequence[ScoreInput], *, model: str | None, calibrated: bool) -> ScoreRequest:
-    """With the fields that were asked for and no others, so that a server of before them understands the rest."""
-    asked: dict[str, Any] = {"model": model, "calibrated": calibrated or None}
-    return ScoreRequest(inputs=list(inputs), **{name: value for name, value in asked.items() if value is not None})
+    """Return a request with only the fields that are asked for, so that a server which lacks the others takes it."""
+    fields: dict[str, Any] = {"model": model, "calibrated": calibrated or None}
+    return ScoreRequest(inputs=list(inputs), **{name: value for name, value in fields.items() if value is not None})
 
 
 def check_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
-    """Parse a 200 body. Raises ScoringError as check_scores."""
+    """Parse the body of a 200 reply and check it. Raises ScoringError, as check_scores does."""
     try:
         reply = ScoreReply.model_validate_json(body)
     except ValidationError as error:
@@ -176,18 +185,22 @@ def check_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
 
 
 def check_scores(reply: ScoreReply, request: ScoreRequest) -> ScoreReply:
-    """The reply, if it has exactly one finite number per completion, input by input, of the kind and model that were asked for; else ScoringError."""
+    """Return the reply if it has one score for each completion, input by input, of the requested kind and model.
+
+    Raises ScoringError otherwise. That each score is a finite number is checked when the body is parsed.
+    """
     inputs = request.inputs
     if request.model not in (None, reply.model):
-        raise ScoringError(f"the reply is from the model {reply.model!r}, asked was {request.model!r}")
+        raise ScoringError(f"the reply is from the model {reply.model!r}, but {request.model!r} was asked for")
     if request.calibrated and reply.calibration is None:
-        raise ScoringError("the scores are raw, asked were calibrated ones: the server does not know them")
+        raise ScoringError("the scores are raw, but calibrated ones were asked for: the server does not know them")
     if len(reply.results) != len(inputs):
         raise ScoringError(f"the reply has {len(reply.results)} results for {len(inputs)} inputs")
     for index, (result, item) in enumerate(zip(reply.results, inputs, strict=True)):
         if len(result.scores) != len(item.completions):
             raise ScoringError(
-                f"results[{index}] has {len(result.scores)} scores for {len(item.completions)} completions: lost, added or out of order"
+                f"results[{index}] has {len(result.scores)} scores for {len(item.completions)} completions: "
+                "lost, added or out of order"
             )
     return reply
 
@@ -195,14 +208,18 @@ def check_scores(reply: ScoreReply, request: ScoreRequest) -> ScoreReply:
 def merge_replies(
     replies: Sequence[ScoreReply], spans: Sequence[range], *, expected_checkpoint: str | None
 ) -> ScoreReply:
-    """One reply for all spans. Raises ScoringError when they do not all come from one model and checkpoint (the expected one, if given)."""
+    """Return one reply for all spans.
+
+    Raises ScoringError unless all come from one model and one checkpoint (the expected one, if given).
+    """
     first = replies[0]
     wanted = expected_checkpoint or first.checkpoint
     for reply, span in zip(replies, spans, strict=True):
         if (reply.model, reply.checkpoint, reply.calibration) != (first.model, wanted, first.calibration):
             raise ScoringError(
-                f"Inputs {span.start} to {span.stop - 1} were scored by {reply.model} {reply.checkpoint}, not by {first.model} {wanted}: "
-                "the checkpoint changed, and scores of two checkpoints cannot be compared. Score everything again."
+                f"Inputs {span.start} to {span.stop - 1} were scored by {reply.model} {reply.checkpoint}, "
+                f"not by {first.model} {wanted}: the checkpoint changed, and scores of two checkpoints cannot be "
+                "compared. Score everything again."
             )
     results = [result for reply in replies for result in reply.results]
     return ScoreReply(
@@ -211,11 +228,11 @@ def merge_replies(
 
 
 def split_inputs(inputs: Sequence[ScoreInput], max_completions: int) -> list[range]:
-    """Consecutive spans of inputs with at most `max_completions` completions each, or one input that alone has more."""
-    starts, held = [0], 0
+    """Return consecutive spans of inputs with at most `max_completions` completions, or one input that has more."""
+    starts, num_held = [0], 0
     for index, item in enumerate(inputs):
-        if held and held + len(item.completions) > max_completions:
+        if num_held and num_held + len(item.completions) > max_completions:
             starts.append(index)
-            held = 0
-        held += len(item.completions)
+            num_held = 0
+        num_held += len(item.completions)
     return [range(start, end) for start, end in zip(starts, [*starts[1:], len(inputs)], strict=True)]

@@ -1,23 +1,24 @@
-"""Scores a jsonl file of any size over HTTP, in constant memory; a command that was stopped goes on where it stopped.
+"""Score a jsonl file of any size over HTTP, in constant memory. A command that was stopped continues where it stopped.
 
     python -m rm_robust.scoring score --url http://127.0.0.1:8000 data.jsonl         writes data.scores.jsonl
 
-Each input line is {"prompt": text or messages, "completions": [text, …]}; other columns are ignored. Line i of the output is
-{"line": i, "scores": [float, …], "model": "…", "checkpoint": "sha256:…"}: as many lines, in the same order, all from one checkpoint.
+Each input line is {"prompt": text or messages, "completions": [text, …]}; other columns are ignored. Line i of the
+output is {"line": i, "scores": [float, …], "model": "…", "checkpoint": "sha256:…"}. The output has as many lines as the
+input, in the same order, all from one checkpoint.
 """
 
 import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from rm_robust.errors import DataError, RmRobustError
+from rm_robust.runs.lines import BadLineError, append_rows, end_last_line, rows_of, torn_line
 from rm_robust.scoring.client import RewardClient
 from rm_robust.scoring.contract import ScoreInput
 
@@ -26,11 +27,11 @@ LINE_START = b'{"line": '
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m rm_robust.scoring`; returns its exit status."""
+    """Run the command line of `python -m rm_robust.scoring`, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m rm_robust.scoring", description="Scores over HTTP. The key is taken from RM_ROBUST_API_KEY."
     )
-    score = parser.add_subparsers(required=True).add_parser("score", help="score a jsonl file; again continues")
+    score = parser.add_subparsers(required=True).add_parser("score", help="score a jsonl file, or continue")
     score.add_argument("data", type=Path, help='jsonl file of {"prompt": …, "completions": […]}')
     score.add_argument("--url", required=True, help="where /v1/score is, e.g. http://127.0.0.1:8000")
     score.add_argument("--out", type=Path, help="jsonl file to write (default: DATA with .scores.jsonl at its end)")
@@ -53,43 +54,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def score_file(client: RewardClient, data: Path, out: Path) -> int:
-    """Append the scores of the lines that `out` lacks; returns the number of lines then scored.
+    """Append the scores of the lines that `out` lacks, and return the number of lines that are then scored.
 
-    Raises DataError naming the line that is not an input, and when `out` is not of this data; ScoringError when scoring fails or the checkpoint is no
-    longer the one of the earlier lines. Whole lines only are kept of a killed process.
+    Raises DataError for a line that is not an input, which it names, for an `out` that does not belong to `data`, and
+    when the checkpoint is no longer that of the earlier lines. Raises ScoringError when scoring fails. Only whole lines
+    of a killed process are kept.
     """
     num_done, checkpoint = _resume(out)
-    with (
-        data.open("rb") as source,
-        out.open("ab") as target,
-        tqdm(desc="score", unit=" lines", initial=num_done, mininterval=2) as bar,
-    ):
+    with data.open("rb") as source, tqdm(desc="score", unit=" lines", initial=num_done, mininterval=2) as bar:
+        out.touch()
         lines = enumerate(source, start=1)
         num_skipped = sum(1 for _ in itertools.islice(lines, num_done))
         if num_skipped < num_done:
             raise DataError(
-                f"{out} has {num_done} lines and {data} only {num_skipped}: they do not belong together. Name another --out."
+                f"{out} has {num_done} lines and {data} only {num_skipped}: they do not belong together. "
+                "Name another --out."
             )
         while batch := list(itertools.islice(lines, INPUTS_AT_A_TIME)):
             reply = client.score([_input(data, number, line) for number, line in batch])
             if checkpoint not in (None, reply.checkpoint):
                 raise DataError(
-                    f"{out} holds scores of {checkpoint}, the server now has {reply.checkpoint}: they cannot be compared. Name another --out."
+                    f"{out} holds scores of {checkpoint}, the server now has {reply.checkpoint}: "
+                    "they cannot be compared. Name another --out."
                 )
             checkpoint = reply.checkpoint
             rows = (
                 {"line": n, "scores": s, "model": reply.model, "checkpoint": checkpoint}
                 for (n, _), s in zip(batch, reply.scores, strict=True)
             )
-            _append(target, rows)
+            append_rows(out, rows)
             num_done += len(batch)
             bar.update(len(batch))
     return num_done
-
-
-def _append(target: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:
-    target.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-    target.flush()
 
 
 def _input(data: Path, number: int, line: bytes) -> ScoreInput:
@@ -99,31 +95,30 @@ def _input(data: Path, number: int, line: bytes) -> ScoreInput:
             raise DataError(f"{data}, line {number} is not a JSON object.")
         return ScoreInput.model_validate({name: row[name] for name in ("prompt", "completions") if name in row})
     except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
-        reason = error.errors(include_url=False, include_input=False)[0] if isinstance(error, ValidationError) else None
-        what = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if reason else str(error)
-        raise DataError(f"{data}, line {number} is not an input: {what}. Correct or remove it.") from error
+        first = error.errors(include_url=False, include_input=False)[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise DataError(f"{data}, line {number} is not an input: {reason}. Correct or remove it.") from error
 
 
 def _resume(out: Path) -> tuple[int, str | None]:
-    """Lines already scored and their checkpoint; a torn last line is cut off."""
-    if not out.exists():
-        return 0, None
-    num_lines, end, checkpoint = 0, 0, None
-    with out.open("rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                if not line.startswith(LINE_START[: len(line)]):
-                    raise DataError(f"{out}, line {num_lines + 1} was not written by this command. Name another --out.")
-                break
-            num_lines, end = num_lines + 1, end + len(line)
-            try:
-                row = json.loads(line)
-                number, checkpoint = row["line"], row["checkpoint"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{out}, line {num_lines} was not written by this command. Name another --out."
-                ) from error
-            if number != num_lines:
-                raise DataError(f"{out}, line {num_lines} says that it is line {number}. Name another --out.")
-        file.truncate(end)
+    """Return the number of lines already scored and their checkpoint, and cut a torn last line off."""
+    num_lines, checkpoint = 0, None
+    try:
+        for number, row in rows_of(out):
+            if not isinstance(row, dict) or not {"line", "checkpoint"} <= row.keys():
+                raise _foreign(out, number)
+            if row["line"] != number:
+                raise DataError(f"{out}, line {number} says that it is line {row['line']}. Name another --out.")
+            num_lines, checkpoint = number, row["checkpoint"]
+    except BadLineError as error:
+        raise _foreign(out, error.number) from error
+    torn = torn_line(out)
+    if not torn.startswith(LINE_START[: len(torn)]):
+        raise _foreign(out, num_lines + 1)
+    if out.exists():
+        end_last_line(out)
     return num_lines, checkpoint
+
+
+def _foreign(out: Path, number: int) -> DataError:
+    return DataError(f"{out}, line {number} was not written by this command. Name another --out.")

@@ -1,7 +1,8 @@
-"""The loop of SFT and reward-model training: steps, progress, metrics, checkpoints, exact resume. The maths comes in as `train_step`.
+"""The loop of SFT and reward-model training: steps, progress, metrics, checkpoints and exact resume.
 
-Data order is a pure function of (seed, step), so the position to resume from is the step number alone, for any number of workers. Which
-evaluation was the best is a pure function of the metrics logged so far, so a resumed run agrees about it.
+`train_step` brings the maths. The data order is a pure function of (seed, step), so the position to resume from is the
+step number alone, for any number of workers. Which evaluation was the best is a pure function of the metrics logged so
+far, so a resumed run agrees about it.
 """
 
 import logging
@@ -24,16 +25,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class BestStep:
-    """The evaluations of one metric (higher is better)."""
+    """The evaluations of one metric, of which the highest is the best."""
 
     metric: str
     patience: int | None
-    """Stop after so many evaluations without a new best; None: never."""
+    """Number of evaluations without a new best after which training stops; None: it never stops early."""
     values: dict[int, float] = field(default_factory=dict)
-    """Number of steps done -> value."""
+    """The metric's value by the number of steps done."""
 
     def record(self, num_steps_done: int, metrics: dict[str, float]) -> bool:
-        """Take the metric if it was evaluated here; True when it is the best so far (an equal later one is not)."""
+        """Take the metric if it was evaluated here; return True when it is the best so far.
+
+        A later value that equals the best is not a new best.
+        """
         if self.metric not in metrics:
             return False
         self.values[num_steps_done] = metrics[self.metric]
@@ -41,7 +45,7 @@ class BestStep:
 
     @property
     def step(self) -> int | None:
-        """Steps done at the best evaluation; None before the first."""
+        """Return the number of steps done at the best evaluation; None before the first evaluation."""
         return max(self.values, key=lambda step: (self.values[step], -step), default=None)
 
     @property
@@ -53,23 +57,23 @@ class BestStep:
         )
 
     def resume(self, run_dir: Path, stage: str, first_step: int) -> None:
-        """Take up the evaluations of the first `first_step` steps. Every rank calls it: rank 0 reads."""
-        found: list[dict[int, float]] = [{}]
+        """Take over the evaluations of the first `first_step` steps. Every rank calls it, and rank 0 reads them."""
+        logged: list[dict[int, float]] = [{}]
         if not dist.is_initialized() or dist.get_rank() == 0:
             lines = read_metrics(run_dir, stage)
-            found[0] = {
+            logged[0] = {
                 int(line["step"]): float(line[self.metric])
                 for line in lines
                 if self.metric in line and int(line["step"]) <= first_step
             }
         if dist.is_initialized():
-            dist.broadcast_object_list(found)
-        self.values = found[0]
+            dist.broadcast_object_list(logged)
+        self.values = logged[0]
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop needs of a stage's config."""
+    """What the loop needs from a stage's config."""
 
     stage: str
     num_steps: int
@@ -77,20 +81,21 @@ class LoopSettings:
     checkpoint_every_steps: int
     logged_keys: tuple[str, ...]
     flops_per_token: float = 0.0
-    """Forward and backward, of one unique token."""
+    """Floating-point operations of the forward and backward pass of one unique token."""
     peak_flops: float | None = None
-    """Of all workers together (floating-point operations a second); None: no utilisation is logged."""
+    """Floating-point operations a second of all workers together; None: no utilisation is logged."""
 
 
 def steps_in(num_rows: int, batch_size: int, num_epochs: float) -> int:
-    """Optimiser steps of `num_epochs` passes over `num_rows`, rounded up."""
+    """Return the number of optimiser steps of `num_epochs` passes over `num_rows`, rounded up."""
     return max(1, math.ceil(num_epochs * num_rows / batch_size))
 
 
 def batch_indices(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:
-    """Rows of optimiser step `step`: batches cut from an endless row of permutations, one an epoch, drawn from (seed, epoch).
+    """Return the rows of optimiser step `step`.
 
-    Every batch is full and no row is left out: a batch may reach over the end of an epoch.
+    Batches are cut from an endless sequence of permutations, one for each epoch, drawn from (seed, epoch). Every batch
+    is full and no row is left out: a batch may reach past the end of an epoch.
     """
     rows: list[int] = []
     position = step * batch_size
@@ -102,7 +107,7 @@ def batch_indices(step: int, *, num_rows: int, batch_size: int, seed: int) -> li
 
 
 def rank_share(indices: list[int], *, rank: int, world_size: int) -> list[int]:
-    """This rank's part of a global batch (strided, so that sizes differ by at most one)."""
+    """Return this rank's part of a global batch (strided, so that sizes differ by at most one)."""
     return indices[rank::world_size]
 
 
@@ -119,13 +124,15 @@ def run_loop(
     is_reclaimed: Callable[[], bool] = lambda: False,
     trackers: Callable[[], Sequence[MetricsSink]] = tuple,
 ) -> int:
-    """Run steps first_step … num_steps - 1, or until `best` says that it is over; returns the number of steps done.
+    """Run steps first_step … num_steps - 1, or until `best` says that it is over; return the number of steps done.
 
-    `commit(n)` is called after n steps, by every rank, at intervals, at every new best evaluation, once when `is_reclaimed()` says that a
-    machine is about to be taken away (asked after every step, the same answer on every rank), and at the end.
+    Every rank calls `commit(n)` after n steps: at intervals, at every new best evaluation, once when `is_reclaimed()`
+    says that a machine is about to be taken away, and at the end. `is_reclaimed()` is asked after every step and must
+    give the same answer on every rank.
 
-    `train_step(i)` leaves a gradient in the engine and returns metrics, "<stage>/num_tokens" (of all ranks) among them; `evaluate(n)` returns
-    metrics, empty where nothing is due. Rank 0 alone writes metrics, to `trackers()` too.
+    `train_step(i)` leaves a gradient in the engine and returns metrics, among them "<stage>/num_tokens" (of all ranks).
+    `evaluate(n)` returns metrics, and an empty dict where none are due. Rank 0 alone writes metrics, also to
+    `trackers()`.
     """
     writer = None
     if engine.rank == 0:
@@ -151,8 +158,8 @@ def run_loop(
             metrics |= throughput(metrics, settings) | {"throughput/num_workers": engine.world_size}
             if evaluate is not None:
                 started = time.perf_counter()
-                found = evaluate(step + 1)
-                metrics |= found | ({"time/evaluate_s": time.perf_counter() - started} if found else {})
+                evaluation = evaluate(step + 1)
+                metrics |= evaluation | ({"time/evaluate_s": time.perf_counter() - started} if evaluation else {})
             is_best = best is not None and best.record(step + 1, metrics)
             num_done = step + 1
             if writer is not None:
@@ -164,7 +171,7 @@ def run_loop(
             is_saved_for_reclaim |= is_last_chance
             if num_done % settings.checkpoint_every_steps == 0 or is_best or is_over or is_last_chance:
                 if writer is not None:
-                    writer.publish()
+                    writer.persist()
                 commit(num_done)
     finally:
         bar.close()
@@ -174,10 +181,13 @@ def run_loop(
 
 
 def throughput(metrics: dict[str, float], settings: LoopSettings) -> dict[str, float]:
-    """Tokens a second, shared prompts counted once (`unique`) and with each completion; utilisation from unique tokens."""
+    """Return the tokens a second, and the utilisation from unique tokens.
+
+    A shared prompt counts once in unique tokens, and with each completion in the others.
+    """
     num_tokens, seconds = metrics[f"{settings.stage}/num_tokens"], metrics["time/step_s"]
     repeated = metrics.get(f"{settings.stage}/num_repeated_tokens", num_tokens)
-    found = {"throughput/tokens_per_s": repeated / seconds, "throughput/unique_tokens_per_s": num_tokens / seconds}
+    rates = {"throughput/tokens_per_s": repeated / seconds, "throughput/unique_tokens_per_s": num_tokens / seconds}
     if settings.peak_flops is not None:
-        found["throughput/utilisation"] = settings.flops_per_token * num_tokens / seconds / settings.peak_flops
-    return found
+        rates["throughput/utilisation"] = settings.flops_per_token * num_tokens / seconds / settings.peak_flops
+    return rates

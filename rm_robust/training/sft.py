@@ -24,7 +24,10 @@ LOGGED = ("sft/loss", "sft/entropy", "sft/learning_rate", "throughput/tokens_per
 
 
 def train_sft(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
-    """Train from the base model to checkpoints/sft, resuming from the last committed state. Returns the number of steps."""
+    """Train from the base model to checkpoints/sft, resuming from the last committed state.
+
+    Returns the number of steps.
+    """
     layout, sft = RunLayout(run_dir), config.sft
     device = worker_device()
     base_dir = layout.base_model_dir(config)
@@ -40,9 +43,14 @@ def train_sft(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
 
     def train_step(step: int) -> dict[str, float]:
         rows = batch_indices(step, num_rows=len(groups), batch_size=sft.batch_size, seed=config.seed)
-        mine = [groups[i] for i in rank_share(rows, rank=engine.rank, world_size=engine.world_size)]
+        rank_groups = [groups[i] for i in rank_share(rows, rank=engine.rank, world_size=engine.world_size)]
         return sft_step(
-            engine, mine, policy=policy, pad_id=chat.pad_id, max_tokens=sft.max_tokens_per_micro_batch, device=device
+            engine,
+            rank_groups,
+            policy=policy,
+            pad_id=chat.pad_id,
+            max_tokens=sft.max_tokens_per_micro_batch,
+            device=device,
         )
 
     run_loop(
@@ -77,7 +85,10 @@ def sft_step(
     max_tokens: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Forward and backward of one optimiser step: mean negative log-likelihood (nats) over the completion tokens of all ranks."""
+    """Run forward and backward of one optimiser step, and return its metrics.
+
+    The loss is the mean negative log-likelihood (nats) over the completion tokens of all ranks.
+    """
     num_tokens = torch.tensor(float(sum(len(ids) for g in groups for ids in g.completion_ids)), device=device)
     num_columns = torch.tensor(float(sum(group_length(g) for g in groups)), device=device)
     sums = torch.zeros(2, device=device)
@@ -85,9 +96,7 @@ def sft_step(
     bins = micro_batches(groups, policy.layout, max_tokens)
     num_rounds = largest_over_ranks(len(bins), device)
     for number in range(num_rounds):
-        weight = float(
-            number < len(bins)
-        )  # a rank with fewer micro-batches repeats its last one, which then counts for nothing
+        weight = float(number < len(bins))  # a rank with fewer micro-batches repeats its last one with weight 0
         batch = lay_out([groups[i] for i in bins[min(number, len(bins) - 1)]], policy.layout, pad_id=pad_id).to(device)
         with engine.micro_batch(is_last=number == num_rounds - 1):
             logprobs_M, entropy_M = engine.forward(batch)

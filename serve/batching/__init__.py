@@ -1,0 +1,1 @@
+"""The way from requests to batches for the replicas, and from their scores to replies."""

@@ -21,24 +21,28 @@ from rm_robust.scoring.contract import ScoreInput, ScoreRequest, ScoreResult
 from serve.batching.queue import BatchQueue, BatchReply
 from serve.metrics import ModelMetrics, ServiceMetrics
 from serve.settings import Aggregation, EnsembleSettings, ServiceSettings
-from serve.work import Batch, Outcome, Preparer, Refusal, Request, Scored, ServedModel, parts_of
+from serve.work import Batch, Outcome, Preparer, Refusal, Scored, ScoringRequest, ServedModel, parts_of
 
 logger = logging.getLogger(__name__)
 DESCRIBED_WITHIN_S = 5.0
-"""A replica that takes longer to answer is not ready."""
+"""Seconds within which a ready replica says what it serves."""
 ASK_AGAIN_AFTER_S = 0.5
 DESCRIPTION_IS_FRESH_S = 1.0
-"""Whoever asks within it gets the last answer: /readyz needs no key, and must not keep replicas from scoring."""
+"""Seconds for which a replica's last answer is used again.
+
+/readyz needs no key, so it must not be able to keep replicas from scoring.
+"""
 COPIED_EVERY_S = 5.0
-"""Ray sends on what it has every 10 s, by default."""
+"""Seconds between two copies of the metrics for Ray, which sends them on every 10 s by default."""
 NO_ANSWER = (RayError, DeploymentUnavailableError, BackPressureError, TimeoutError, RmRobustError)
-"""Also when the front cannot read what a replica has loaded."""
+"""What asking a replica can raise. RmRobustError means that the front cannot read what the replica has loaded."""
 
 
 class Front:
-    """Made once in each process that answers requests; `handles` reach the replicas of each model by its name. Call `start` first.
+    """The service in one process that answers requests; such a process has one Front. Call `start` first.
 
-    `service` is what Ray's endpoint calls it; without one, its first model's name.
+    `handles` reach the replicas of each model by the model's name. `service` is the service's name on Ray's metrics
+    endpoint; by default it is the name of the first model.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class Front:
         }
 
     async def start(self) -> None:
-        """Returns once a replica of every model has said what it serves. Cancel it to give up."""
+        """Wait until a replica of every model has said what it serves. Cancel this to give up."""
         while True:
             try:
                 for name in self._queues:
@@ -77,7 +81,9 @@ class Front:
         if self._copying is None:
             self._copying = asyncio.create_task(self._copy_metrics())
         gc.collect()
-        gc.freeze()  # half a million objects of imported libraries, or every few seconds all requests wait 0.3 s until they have been looked through again
+        # Imported libraries hold half a million objects. Unless they are frozen, every few seconds all requests wait
+        # 0.3 s while the garbage collector looks through them.
+        gc.freeze()
 
     async def _copy_metrics(self) -> None:
         copy = self.metrics.copy_for_ray(self._service)
@@ -91,11 +97,11 @@ class Front:
 
     @property
     def model_names(self) -> list[str]:
-        """The first one answers requests that name none."""
+        """Return all names that requests may ask for. The first one answers requests that name no model."""
         return [*self._queues, *self._ensembles]
 
-    async def score(self, request: Request, model_name: str | None) -> Outcome:
-        """Raw scores, or calibrated ones if the request asks for them; 404 for a model that is not served."""
+    async def score(self, request: ScoringRequest, model_name: str | None) -> Outcome:
+        """Return raw scores, or calibrated ones if the request asks for them. An unknown model is refused with 404."""
         name = self.model_names[0] if model_name is None else model_name
         if name not in self.model_names:
             return Refusal(
@@ -122,7 +128,7 @@ class Front:
         return outcome
 
     async def models(self) -> list[ServedModel]:
-        """What every model's replicas have loaded now, asked of one of each. Raises what NO_ANSWER holds."""
+        """Return what one replica of every model has loaded now. Raises what NO_ANSWER lists."""
         served = {name: await self._describe(name) for name in self._queues}
         return [
             *served.values(),
@@ -133,7 +139,10 @@ class Front:
         ]
 
     async def why_not_ready(self) -> str | None:
-        """None when every model has a replica that answers, and room in its queue."""
+        """Return the reason why the service is not ready.
+
+        It is None when every model has a replica that answers, and room in its queue.
+        """
         for name, queue in self._queues.items():
             if queue.is_full:
                 return f"The queue of {name} is full."
@@ -163,7 +172,7 @@ class Front:
         await self._queues[name].adopt(served)
         return served
 
-    async def _score_by_ensemble(self, ensemble: EnsembleSettings, request: Request) -> Outcome:
+    async def _score_by_ensemble(self, ensemble: EnsembleSettings, request: ScoringRequest) -> Outcome:
         outcomes = await asyncio.gather(*(self._queues[name].score(request) for name in ensemble.members))
         members: list[Scored] = []
         for name, outcome in zip(ensemble.members, outcomes, strict=True):
@@ -188,7 +197,7 @@ def send_to(handle: "DeploymentHandle[Any]") -> Callable[[Batch], BatchReply]:
 
 
 def load_preparer(served: ServedModel) -> Preparer:
-    """The front's half of what a replica has loaded. Raises CheckpointError."""
+    """Load the front's half of what a replica has loaded. Raises CheckpointError."""
     if served.checkpoint_dir is None:
         from serve.scorers.judge import JudgePreparer
 
@@ -199,7 +208,10 @@ def load_preparer(served: ServedModel) -> Preparer:
 
 
 def calibrated(scored: Scored) -> Outcome:
-    """(score - mean) / std of the checkpoint's held-out scores; 422 for a model whose manifest does not say them."""
+    """Return (score - mean) / std for each score, with the mean and std of the checkpoint's scores on held-out pairs.
+
+    A model whose manifest does not have them gets a refusal with 422.
+    """
     if scored.served.calibration is None:
         message = (
             f"calibrated: {scored.served.model} has no score_mean and score_std in its manifest; ask for raw scores."
@@ -214,7 +226,10 @@ def calibrated(scored: Scored) -> Outcome:
 
 
 def aggregate(scores: Sequence[float], ensemble: EnsembleSettings) -> float:
-    """One completion's scores by the members, as one. Coste et al., "Reward Model Ensembles Help Mitigate Overoptimization", Eq. 3 to 5."""
+    """Return the ensemble's score of one completion from its members' scores.
+
+    The formulas are Eq. 3 to 5 of Coste et al., "Reward Model Ensembles Help Mitigate Overoptimization".
+    """
     if ensemble.aggregation is Aggregation.MIN:
         return min(scores)
     mean = statistics.fmean(scores)
@@ -224,7 +239,7 @@ def aggregate(scores: Sequence[float], ensemble: EnsembleSettings) -> float:
 
 
 def ensemble_of(ensemble: EnsembleSettings, members: Sequence[ServedModel]) -> ServedModel:
-    """The ensemble's identity: its members' checkpoints, in order, and how they are aggregated."""
+    """Return the ensemble as one model. Its identity is its members' checkpoints, in order, and its aggregation."""
     text = "\n".join([ensemble.model_dump_json(), *(member.checkpoint for member in members)])
     limits = [member.max_length_tokens for member in members if member.max_length_tokens is not None]
     return ServedModel(

@@ -1,12 +1,20 @@
-"""One model's queue: the work items of many requests become batches by their tokens, go to replicas, and come back as each request's scores.
+"""One model's queue: it puts the work items of many requests into batches and turns their scores into replies.
 
     score(request) ─prepare─► job ─► waiting ─take─► Batch ─call─► replica ─► job.results ─► Scored
 
-A batch leaves when a replica is idle, whatever it holds; while all are busy, when it is full. A long request shares batches with those behind
-it. A request whose caller gives up, or whose time is over, leaves the queue at once. Nothing here is lost with a replica: its batch goes to
-another one. When the checkpoint changes, every request that has not all its scores is prepared and scored anew, so that no reply mixes two.
+A batch is filled up to a number of tokens. While a replica is idle, a batch leaves however full it is; while all
+replicas are busy, it leaves when it is full.
 
-Everything runs on one event loop; only the preparing of large requests has a thread.
+This is not `@ray.serve.batch`, which collects whole calls inside one replica until a size or a waiting time is reached.
+This queue stands in front of all replicas of a model, and does more:
+
+- Splitting: a long request becomes parts of several batches, and shares them with the requests behind it.
+- Cancelling: a request whose caller gives up, or whose time is over, leaves the queue at once and frees its room.
+- Loss: no request is lost with a replica, because the replica's batch goes to another one.
+- Generations: when the checkpoint changes, every request that lacks a score is prepared and scored again, so that no
+  reply mixes the scores of two checkpoints.
+
+Everything runs on one event loop. Only the preparation of large requests has a thread of its own.
 """
 
 import asyncio
@@ -34,8 +42,8 @@ from serve.work import (
     Prepared,
     Preparer,
     Refusal,
-    Request,
     Scored,
+    ScoringRequest,
     ServedModel,
     WorkItem,
     parts_of,
@@ -43,17 +51,20 @@ from serve.work import (
 
 logger = logging.getLogger(__name__)
 REPLICA_GONE = (RayError, DeploymentUnavailableError, BackPressureError, RequestCancelledError)
-"""What a call raises when its replica or node died, or there is none: the batch is as good as new. (RayTaskError, a failure of our code, is caught before.)"""
+"""What a call raises when its replica or node died, or when there is none: the batch can be sent again.
+
+RayTaskError, a failure of our own code, is caught before these.
+"""
 AGAIN_AFTER_S = 0.25
-"""Before a batch goes out again whose replica is gone or behind."""
+"""Seconds before a batch is sent again whose replica is gone or has an older checkpoint."""
 MAX_LOSSES = 8
-"""Batches of one request that were lost with their replicas. Two may be in flight to one that dies."""
+"""The most batches of one request that may be lost with their replicas. A replica that dies may hold two of them."""
 REPLICA_SEEN_WITHIN_S = 15.0
-"""A replica that answered within it counts as one that can work."""
+"""Seconds for which a replica that answered counts as one that can work."""
 INLINE_CHARACTERS = 16_384
-"""Of a request that is prepared on the event loop (about 2 ms); larger ones go to a thread."""
+"""The most characters of a request that is prepared on the event loop (about 2 ms); a thread prepares larger ones."""
 CHARACTERS_OF_A_MESSAGE = 64
-"""What a message costs to prepare beside its text, as so many characters."""
+"""The cost of preparing a message beside its text, in characters."""
 MAX_RETRY_AFTER_S = 30
 
 
@@ -67,20 +78,21 @@ class BatchReply(Protocol):
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way."""
+    """One request that is in the queue or being scored."""
 
-    request: Request
+    request: ScoringRequest
     prepared: Prepared
     served: ServedModel
     done: asyncio.Future[Outcome]
     results: list[list[float] | None] = field(default_factory=list)
     to_send: deque[int] = field(default_factory=deque)
-    """Items that are in no batch yet."""
+    """The indices of the items that are in no batch yet."""
     num_tokens: int = 0
     is_admitted: bool = False
     num_losses: int = 0
 
     def prepare_anew(self, prepared: Prepared, served: ServedModel) -> None:
+        """Take the items that were prepared for `served`, and forget all scores."""
         self.prepared, self.served = prepared, served
         self.results = [None] * len(prepared.items)
         self.to_send = deque(range(len(prepared.items)))
@@ -88,20 +100,20 @@ class Job:
         self.is_admitted = True
 
     def score_results(self) -> list[ScoreResult]:
-        """Input by input, once every item has its scores."""
+        """Return the scores input by input. Every item must have its scores."""
         scores: list[list[float]] = [[] for _ in self.prepared.counts]
         for item, result in zip(self.prepared.items, self.results, strict=True):
             assert result is not None, "an item has no scores yet"
             scores[item.input_index] += result
         return [
-            ScoreResult(scores=own, token_counts=counts)
-            for own, counts in zip(scores, self.prepared.counts, strict=True)
+            ScoreResult(scores=input_scores, token_counts=counts)
+            for input_scores, counts in zip(scores, self.prepared.counts, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Items of one job in a batch."""
+    """The items of one job in a batch, prepared for `served`."""
 
     job: Job
     served: ServedModel
@@ -109,7 +121,10 @@ class Claim:
 
 
 class BatchQueue:
-    """`call` sends a batch to some replica; `load_preparer` makes the front's half for what the replicas have loaded."""
+    """The queue of one model.
+
+    `call` sends a batch to some replica. `load_preparer` makes the front's half for what the replicas have loaded.
+    """
 
     def __init__(
         self,
@@ -126,7 +141,7 @@ class BatchQueue:
         self._on_loop: Preparer | None = None
         self._in_thread: Preparer | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{model.model_name}")
-        self._jobs: dict[Job, None] = {}  # in the order of their arrival
+        self._jobs: dict[Job, None] = {}  # in the order of arrival
         self._waiting: deque[Job] = deque()
         self._num_queued_tokens = 0
         self._num_in_flight = 0
@@ -138,7 +153,7 @@ class BatchQueue:
 
     @property
     def served(self) -> ServedModel:
-        """What requests are prepared for now. Needs a first `adopt`."""
+        """Return the model that requests are prepared for now. Call `adopt` first."""
         assert self._served is not None, "adopt comes first"
         return self._served
 
@@ -150,7 +165,10 @@ class BatchQueue:
         )
 
     async def adopt(self, served: ServedModel) -> None:
-        """Prepare for this checkpoint from now on, and again what has not all its scores. An older generation changes nothing."""
+        """Prepare requests for this checkpoint from now on, and prepare again those that lack a score.
+
+        An older generation changes nothing.
+        """
         async with self._adopting:
             if self._served is not None and not served.replaces(self._served):
                 return
@@ -163,7 +181,7 @@ class BatchQueue:
             self._served = served
             for job in [job for job in self._jobs if job.is_admitted]:
                 prepared, _ = await self._prepare(job.request)
-                if job not in self._jobs:  # given up meanwhile
+                if job not in self._jobs:  # its caller has given up meanwhile
                     continue
                 self._num_queued_tokens -= job.num_tokens
                 job.num_tokens = 0
@@ -176,8 +194,11 @@ class BatchQueue:
             self._waiting = deque(job for job in self._jobs if job.is_admitted and not job.done.done())
         self._pump_soon()
 
-    async def score(self, request: Request) -> Outcome:
-        """The request's scores, all from one checkpoint, or why there are none. Cancelling it takes the request out of the queue."""
+    async def score(self, request: ScoringRequest) -> Outcome:
+        """Return the request's scores, all from one checkpoint, or the reason why there are none.
+
+        Cancelling this call takes the request out of the queue.
+        """
         if self.is_full:
             return self._overloaded()
         job = Job(request, Prepared([], []), self.served, asyncio.get_running_loop().create_future())
@@ -206,7 +227,8 @@ class BatchQueue:
             return Refusal(
                 413,
                 "too_large",
-                f"The request has {num_tokens} tokens, the limit max_queued_tokens is {self._limits.max_queued_tokens}; split it.",
+                f"The request has {num_tokens} tokens, "
+                f"the limit max_queued_tokens is {self._limits.max_queued_tokens}; split it.",
             )
         if self._num_queued_tokens + num_tokens > self._limits.max_queued_tokens:
             return self._overloaded()
@@ -217,7 +239,7 @@ class BatchQueue:
         self._pump_soon()
         return None
 
-    async def _prepare(self, request: Request) -> tuple[Prepared | Refusal, ServedModel]:
+    async def _prepare(self, request: ScoringRequest) -> tuple[Prepared | Refusal, ServedModel]:
         assert self._on_loop is not None
         assert self._in_thread is not None
         if num_characters(request) <= INLINE_CHARACTERS:
@@ -234,7 +256,7 @@ class BatchQueue:
         return Refusal(429, "overloaded", message, min(MAX_RETRY_AFTER_S, max(1, math.ceil(wait_s))))
 
     def _pump_soon(self) -> None:
-        """Once this turn of the event loop is over, so that what arrives together leaves together."""
+        """Send batches once this turn of the event loop is over, so that what arrives together leaves together."""
         if not self._pump_is_due:
             self._pump_is_due = True
             asyncio.get_running_loop().call_soon(self._pump)
@@ -244,7 +266,7 @@ class BatchQueue:
         while not self._adopting.locked() and (claims := self._take_if_due()):
             self._num_in_flight += 1
             task = asyncio.create_task(self._send(claims))
-            self._sending.add(task)  # the event loop keeps only a weak reference
+            self._sending.add(task)  # the event loop keeps only a weak reference to a task
             task.add_done_callback(self._sending.discard)
 
     def _take_if_due(self) -> list[Claim]:
@@ -270,7 +292,10 @@ class BatchQueue:
         return max(self._model.num_replicas, len(self._seen_s))
 
     def _take(self) -> list[Claim]:
-        """Items for one batch: in the order of the queue, but of one request no more than half of the room while others wait."""
+        """Return items for one batch, in the order of the queue.
+
+        While other requests wait, one request gets no more than half of the batch's room.
+        """
         claims: list[Claim] = []
         prompts: set[int] = set()
         room, is_empty = self._model.max_batch_tokens, True
@@ -326,7 +351,7 @@ class BatchQueue:
                 self._deliver(claims, reply)
                 is_lost = False
             elif isinstance(reply, OtherGeneration) and reply.served.replaces(served):
-                await self.adopt(reply.served)  # which prepares these requests anew
+                await self.adopt(reply.served)  # this prepares these requests again
                 is_lost = False
             elif isinstance(reply, OtherGeneration):
                 self._metrics.batch_lost("replica_behind")
@@ -346,7 +371,7 @@ class BatchQueue:
                     ),
                 )
         except RmRobustError:
-            self._metrics.batch_lost("checkpoint_unreadable")  # logged where it is read; the next batch tries again
+            self._metrics.batch_lost("checkpoint_unreadable")  # `adopt` has logged it; the next batch tries again
         finally:
             self._num_in_flight -= 1
             if is_lost:
@@ -354,18 +379,27 @@ class BatchQueue:
             self._pump_soon()
 
     def _count_losses(self, claims: list[Claim]) -> None:
-        """A request that is in every batch that a replica does not survive must not have them all."""
+        """Count the loss for each request of a lost batch, and give up a request that has too many.
+
+        A request whose every batch kills its replica must not kill all replicas.
+        """
         for claim in claims:
             claim.job.num_losses += 1
             if claim.job.num_losses > MAX_LOSSES:
                 logger.error(
                     "a request was in %d batches of %s that did not come back", MAX_LOSSES + 1, self._model.model_name
                 )
-                message = f"{MAX_LOSSES + 1} batches with parts of this request did not come back from their replicas; send less at a time, or try again later."
+                message = (
+                    f"{MAX_LOSSES + 1} batches with parts of this request did not come back from their replicas; "
+                    "send less at a time, or try again later."
+                )
                 self._finish(claim.job, Refusal(503, "unavailable", message))
 
     async def _answer(self, batch: Batch) -> BatchScores | OtherGeneration | None:
-        """None when the replica is gone or hangs. Raises RayTaskError when it failed."""
+        """Send the batch and return the reply, None if the replica is gone or hangs.
+
+        Raises RayTaskError if the replica failed.
+        """
         response = None
         try:
             async with asyncio.timeout(self._limits.batch_timeout_s):
@@ -399,11 +433,11 @@ class BatchQueue:
         self._pump_soon()
 
     def _deliver(self, claims: list[Claim], reply: BatchScores) -> None:
-        at = 0
+        start = 0
         for claim in claims:
-            job, results = claim.job, reply.results[at : at + len(claim.indices)]
-            at += len(claim.indices)
-            if claim.served is not job.served or job.done.done():  # prepared anew meanwhile, or given up
+            job, results = claim.job, reply.results[start : start + len(claim.indices)]
+            start += len(claim.indices)
+            if claim.served is not job.served or job.done.done():  # meanwhile prepared again, or given up
                 continue
             for index, result in zip(claim.indices, results, strict=True):
                 if isinstance(result, str):
@@ -422,8 +456,8 @@ class BatchQueue:
                 self._metrics.scored(outcome)
 
 
-def num_characters(request: Request) -> int:
-    """Roughly what preparing the request costs; token ids count as four characters each."""
+def num_characters(request: ScoringRequest) -> int:
+    """Return roughly what preparing the request costs, in characters. A token id counts as four characters."""
     total = 0
     for part in parts_of(request):
         content = part.content

@@ -1,4 +1,7 @@
-"""The JSON that dialects.py answers with, as types: mypy holds the replies to them, and /openapi.json shows them."""
+"""The types of the JSON that dialects.py answers with.
+
+mypy checks the replies against them, and /openapi.json shows them.
+"""
 
 from typing import Literal, NotRequired
 
@@ -10,7 +13,7 @@ class OpenRlhfExtraLogs(TypedDict):
 
 
 class OpenRlhfReply(TypedDict):
-    """The same raw scores under each of the names that some version reads."""
+    """The same raw scores, under each name that some version of OpenRLHF reads."""
 
     rewards: list[float]
     scores: list[float]
@@ -18,7 +21,7 @@ class OpenRlhfReply(TypedDict):
 
 
 class VllmUsage(TypedDict):
-    """Zeros from a scorer that makes no tokens."""
+    """Token counts; all are 0 for a scorer that makes no tokens."""
 
     prompt_tokens: int
     total_tokens: int
@@ -27,7 +30,7 @@ class VllmUsage(TypedDict):
 
 
 class VllmReply(TypedDict):
-    """What /classify and /pooling have in common."""
+    """The fields that the replies of /classify and /pooling have in common."""
 
     id: str
     object: Literal["list"]
@@ -74,7 +77,7 @@ class TeiPrediction(TypedDict):
 
 
 TeiPredictReply = list[TeiPrediction] | list[list[TeiPrediction]]
-"""Of one text or pair; of a batch."""
+"""The reply for one text or pair, or the reply for a batch."""
 
 
 class TeiRank(TypedDict):

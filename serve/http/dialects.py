@@ -1,4 +1,4 @@
-"""What other reward servers' clients send and expect, translated: nobody has to change a client to be scored here.
+"""Translate what other reward servers' clients send and expect, so that nobody has to change a client.
 
     body ──parts──► Parts (what the scorer takes) ──BatchQueue──► Scored ──reply──► the reply that the client knows
 
@@ -6,12 +6,18 @@ OpenRLHF  POST /get_reward             openrlhf/cli/serve_rm.py at 3c3be623
 vLLM      POST /classify, /pooling     vllm/entrypoints/pooling/{classify,pooling}/protocol.py of 0.32.0
 TEI       POST /predict, /rerank       router/src/http/types.rs of text-embeddings-inference at 0d124dc
 
-The same conversation has the same raw score in all of them and in /v1/score. What would change it is refused by its field: truncation,
-text without its end-of-turn token, a doubled begin-of-sequence token, an option that is not known here. Three things differ on purpose.
-vLLM squashes through a sigmoid unless `use_activation` is false; here it must be true. vLLM reads the score at the last token of the text;
-here it is the end of turn, and what the template writes after that is left off. TEI's pair [a, b] is prompt and completion.
+The same conversation has the same raw score in all of them and in /v1/score. Whatever would change the score is refused
+with the name of its field: truncation, text without its end-of-turn token, a doubled begin-of-sequence token, an
+unknown option.
 
-A reply has no room for more than its dialect knows, so headers say the rest: X-RM-Robust-Activation (`none` or `sigmoid`),
+Three things differ from the other servers on purpose:
+
+- vLLM applies a sigmoid unless `use_activation` is false. This service applies it only if `use_activation` is true.
+- vLLM reads the score at the last token of the text. This service reads it at the end of turn, and cuts off what the
+  template writes after that.
+- TEI's pair [a, b] is a prompt and a completion.
+
+A dialect's reply has no room for more, so headers hold the rest: X-RM-Robust-Activation (`none` or `sigmoid`),
 X-RM-Robust-Checkpoint, and X-RM-Robust-Cut, the number of texts that were cut after their end of turn.
 """
 
@@ -57,11 +63,11 @@ def must_be_false(value: bool) -> bool:
 
 
 OnlyFalse = Annotated[bool, AfterValidator(must_be_false), WithJsonSchema({"type": "boolean", "const": False})]
-"""Literal[False] takes 0 too."""
+"""A field that must be false. Literal[False] would take 0 too."""
 OneOrTwoTexts = Annotated[Texts, Field(min_length=1, max_length=2)]
 SomeTexts = Annotated[Texts, Field(min_length=1)]
 EXAMPLE_RENDERED = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\nBlue.<|im_end|>\n"
-"""In ChatML; a model with another template wants its own."""
+"""A rendered conversation in ChatML; a model with another template needs its own form."""
 EXAMPLE_MESSAGES: list[JsonValue] = [
     {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue."},
@@ -70,38 +76,38 @@ TEI_ERROR_TYPES = {401: "Unauthorized", 413: "Validation", 422: "Validation", 42
 
 
 class DialectBody(Protocol):
-    """One dialect's request."""
+    """The body of a request in one dialect."""
 
     @property
     def squashes(self) -> bool:
-        """The reply holds sigmoids of the scores, because this dialect's client asked for that or did not say no."""
+        """Return whether the reply holds sigmoids of the scores, by the client's choice or by the dialect's default."""
 
     @property
     def wanted_model(self) -> str | None:
-        """The model that the body names, if it can."""
+        """Return the model that the body names, None if it names none."""
 
     def parts(self) -> list[Part]:
-        """What to score, in order."""
+        """Return what to score, in order."""
 
     def reply(self, scored: Scored) -> Any:
-        """The JSON of the 200 reply."""
+        """Return the JSON of the 200 reply."""
 
     @staticmethod
     def error(refusal: Refusal) -> Any:
-        """The JSON of a failure."""
+        """Return the JSON of a failure."""
 
 
 class OpenRlhfBody(BaseModel):
-    """As OpenRLHF's trainer sends it."""
+    """The request of OpenRLHF's trainer."""
 
     model_config = STRICT | ConfigDict(json_schema_extra={"examples": [{"query": [EXAMPLE_RENDERED]}]})
 
     query: SomeTexts
-    """Rendered conversations, special tokens kept."""
+    """Rendered conversations with their special tokens."""
     prompts: list[Any] | None = None
-    """For custom rewards; not read."""
+    """For custom rewards. This service does not read it."""
     labels: list[Any] | None = None
-    """For custom rewards; not read."""
+    """For custom rewards. This service does not read it."""
 
     squashes: ClassVar[bool] = False
     wanted_model: ClassVar[None] = None
@@ -119,14 +125,14 @@ class OpenRlhfBody(BaseModel):
 
 
 class VllmBody(BaseModel):
-    """What /classify and /pooling have in common: either `input` or `messages`."""
+    """The fields that /classify and /pooling have in common: either `input` or `messages`, and the options."""
 
     model_config = STRICT | ConfigDict(
         json_schema_extra={"examples": [{"messages": EXAMPLE_MESSAGES}, {"input": [EXAMPLE_RENDERED]}]}
     )
 
     model: str | None = None
-    """One of GET /v1/models; None: the first of them."""
+    """The name of a model in GET /v1/models; null means the first of them."""
     input: (
         Annotated[str, Field(min_length=1)]
         | SomeTexts
@@ -136,21 +142,21 @@ class VllmBody(BaseModel):
     ) = None
     """One or several rendered conversations, as text or token ids."""
     messages: Annotated[Turns, Field(min_length=2)] | None = None
-    """One conversation, the completion last."""
+    """One conversation; its last message is the completion."""
     use_activation: bool | None = None
-    """True: sigmoids of the scores."""
+    """True: the reply holds sigmoids of the scores."""
     add_special_tokens: bool | None = None
-    """Changes nothing: no token is ever added."""
+    """This changes nothing: no token is ever added."""
     add_generation_prompt: OnlyFalse = False
-    """True would score a turn that nobody has written."""
+    """Must be false: true would score a turn that nobody has written."""
     continue_final_message: OnlyFalse = False
-    """True would leave off the end of turn, where the score is read."""
+    """Must be false: true would cut off the end of turn, where the score is read."""
     truncate_prompt_tokens: None = None
-    """Nothing is ever truncated."""
+    """Must be null: nothing is ever truncated."""
     encoding_format: Literal["float"] = "float"
     """Scores are JSON numbers."""
     user: str | None = None
-    """Not read."""
+    """This service does not read it."""
 
     @field_validator("messages")
     @classmethod
@@ -180,12 +186,11 @@ class VllmBody(BaseModel):
         if self.messages is not None:
             item = ScoreInput(prompt=self.messages[:-1], completions=[self.messages[-1]["content"]])
             return [Part(item, "messages", f"messages[{len(self.messages) - 1}]")]
-        if isinstance(self.input, str) or (
-            self.input and isinstance(self.input[0], int)
-        ):  # the union holds ids alone, or none
+        # By its type, a list whose first entry is an id holds nothing but ids.
+        if isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):
             return [rendered(self.input, "input")]
-        several = cast(list[str | list[int]], self.input)
-        return [rendered(content, f"input[{index}]") for index, content in enumerate(several)]
+        conversations = cast(list[str | list[int]], self.input)
+        return [rendered(content, f"input[{index}]") for index, content in enumerate(conversations)]
 
     @staticmethod
     def error(refusal: Refusal) -> VllmErrorReply:
@@ -193,7 +198,7 @@ class VllmBody(BaseModel):
 
 
 class ClassifyBody(VllmBody):
-    """vLLM's /classify: the score is `probs[0]`, raw or not."""
+    """The request of vLLM's /classify. The reply has the score, raw or not, as `probs[0]`."""
 
     def reply(self, scored: Scored) -> ClassifyReply:
         scores = activated(scored, squash=self.squashes)
@@ -207,10 +212,10 @@ class ClassifyBody(VllmBody):
 
 
 class PoolingBody(VllmBody):
-    """vLLM's /pooling: the score is `data[0]`, raw or not."""
+    """The request of vLLM's /pooling. The reply has the score, raw or not, as `data[0]`."""
 
     task: Literal["classify"] | None = None
-    """A reward model's only one."""
+    """The only task of a reward model."""
 
     def reply(self, scored: Scored) -> PoolingReply:
         scores = activated(scored, squash=self.squashes)
@@ -221,7 +226,7 @@ class PoolingBody(VllmBody):
 
 
 class TeiPredictBody(BaseModel):
-    """TEI's /predict."""
+    """The request of TEI's /predict."""
 
     model_config = STRICT | ConfigDict(
         json_schema_extra={
@@ -232,11 +237,11 @@ class TeiPredictBody(BaseModel):
     inputs: str | OneOrTwoTexts | Annotated[list[OneOrTwoTexts], Field(min_length=1, fail_fast=True)]
     """A rendered conversation, a pair [prompt, completion], or a batch of [conversation] and [prompt, completion]."""
     truncate: OnlyFalse = False
-    """Nothing is ever truncated."""
+    """Must be false: nothing is ever truncated."""
     truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
-    """Not read."""
+    """This service does not read it."""
     raw_scores: bool = False
-    """False: sigmoids of the scores."""
+    """False: the reply holds sigmoids of the scores."""
 
     wanted_model: ClassVar[None] = None
 
@@ -263,22 +268,22 @@ class TeiPredictBody(BaseModel):
 
 
 class TeiRerankBody(BaseModel):
-    """TEI's /rerank; the reply is sorted, the best first."""
+    """The request of TEI's /rerank. The reply is sorted, the best completion first."""
 
     model_config = STRICT | ConfigDict(
         json_schema_extra={"examples": [{"query": "Name a colour.", "texts": ["Blue.", "Seven."], "raw_scores": True}]}
     )
 
     query: Annotated[str, NOT_EMPTY_TEXT]
-    """The prompt: one user turn."""
+    """The prompt, as one user turn."""
     texts: SomeTexts
-    """Its completions."""
+    """The completions of the prompt."""
     truncate: OnlyFalse = False
-    """Nothing is ever truncated."""
+    """Must be false: nothing is ever truncated."""
     truncation_direction: Literal["left", "right", "Left", "Right"] = "right"
-    """Not read."""
+    """This service does not read it."""
     raw_scores: bool = False
-    """False: sigmoids of the scores."""
+    """False: the reply holds sigmoids of the scores."""
     return_text: bool = False
     """True: the reply repeats the texts."""
 
@@ -293,11 +298,11 @@ class TeiRerankBody(BaseModel):
 
     def reply(self, scored: Scored) -> list[TeiRank]:
         (result,) = scored.results
-        order = sorted(range(len(self.texts)), key=lambda index: -result.scores[index])
+        best_first = sorted(range(len(self.texts)), key=lambda index: -result.scores[index])
         scores = activated(scored, squash=self.squashes)
         if self.return_text:
-            return [{"index": index, "text": self.texts[index], "score": scores[index]} for index in order]
-        return [{"index": index, "score": scores[index]} for index in order]
+            return [{"index": index, "text": self.texts[index], "score": scores[index]} for index in best_first]
+        return [{"index": index, "score": scores[index]} for index in best_first]
 
     @staticmethod
     def error(refusal: Refusal) -> TeiErrorReply:
@@ -315,7 +320,7 @@ def pair_or_rendered(sequence: list[str], field: str) -> Part:
 
 
 def sequences_of(inputs: str | list[str] | list[list[str]]) -> list[list[str]]:
-    """TEI's three forms as one list of [text] and [prompt, completion]."""
+    """Return TEI's three forms of input as one list of [text] and [prompt, completion]."""
     if isinstance(inputs, str):
         return [[inputs]]
     if isinstance(inputs[0], list):
@@ -328,17 +333,17 @@ def flat_scores(scored: Scored) -> list[float]:
 
 
 def activated(scored: Scored, *, squash: bool) -> list[float]:
-    """The scores in order, raw, or each through a sigmoid."""
+    """Return the scores in order, raw, or each through a sigmoid."""
     return [sigmoid(score) for score in flat_scores(scored)] if squash else flat_scores(scored)
 
 
 def sigmoid(score: float) -> float:
-    """1 / (1 + e^-score), without overflow."""
+    """Return 1 / (1 + e^-score), without overflow."""
     return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
 def vllm_envelope(kind: str, scored: Scored) -> VllmReply:
-    """vLLM's reply but for its `data`. A scorer that makes no tokens reports none."""
+    """Return vLLM's reply without its `data`. A scorer that makes no tokens reports 0 tokens."""
     counts = [result.token_counts for result in scored.results if result.token_counts is not None]
     num_tokens = sum(count.prompt + sum(count.completions) for count in counts)
     return {

@@ -1,10 +1,12 @@
 """What stands between a client and a route: reading the whole body, request ids, keys and rate limits.
 
-A refusal reaches its client even when the client is still sending: the rest of the body is read and thrown away before the reply. A server that
-closes a connection with unread bytes resets it, and the reply is lost with it. That happens to large bodies that are refused for their size, or
-for a wrong key, from clients that ask for `Connection: close`, as nginx does of its upstreams unless told otherwise.
+A refusal reaches its client even when the client is still sending: the rest of the body is read and thrown away before
+the reply. Otherwise the reply could be lost: a server that closes a connection with unread bytes resets it. That
+happens to large bodies that are refused for their size, or for a wrong key, from clients that ask for
+`Connection: close`. By default, nginx asks its upstreams for that.
 
-Every reply carries an id, the caller's own or a new one, and a refusal its reason, in headers that all dialects share.
+Every reply carries an id, the caller's own or a new one, and every refusal carries its reason, in headers that all
+dialects share.
 """
 
 import asyncio
@@ -26,18 +28,23 @@ from serve.http.pages import PAGES, page_response
 from serve.keys import ApiKey
 
 DISCARD_AT_MOST_BYTES = 64 << 20
+"""The most bytes of a refused body that are read and thrown away."""
 DISCARD_WITHIN_S = 10.0
+"""Seconds for which a refused body is read and thrown away."""
 REQUEST_ID_HEADER = "x-request-id"
-
-
 VALID_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 OPEN_PATHS = ("/healthz", "/readyz")
-"""What load balancers ask, without a key."""
+"""The paths that need no key, for load balancers."""
 WINDOW_S = 60.0
+"""Seconds over which a key's rate limit counts requests."""
 
 
 class ReadWholeBody:
-    """ASGI middleware. Within its two limits; beyond them the client may see a reset."""
+    """ASGI middleware that reads the rest of a body before it sends the reply.
+
+    It reads no more than DISCARD_AT_MOST_BYTES, and for no longer than DISCARD_WITHIN_S; beyond that, the client may
+    see a reset.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -57,9 +64,8 @@ class ReadWholeBody:
             return message
 
         async def send_when_read(message: Message) -> None:
-            will_send = (
-                num_received > 0 or not waits_for_continue
-            )  # a client that waits for 100 sends nothing after a refusal
+            # A client that waits for "100 Continue" sends nothing after a refusal.
+            will_send = num_received > 0 or not waits_for_continue
             if message["type"] == "http.response.start" and not is_read and will_send:
                 try:
                     async with asyncio.timeout(DISCARD_WITHIN_S):
@@ -73,7 +79,7 @@ class ReadWholeBody:
 
 
 class AddRequestId:
-    """ASGI middleware. An id that could not stand in a log line is replaced."""
+    """ASGI middleware that gives every reply a request id. A caller's id that is not fit for a log line is replaced."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -82,8 +88,8 @@ class AddRequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == REQUEST_ID_HEADER.encode()), b"")
-        request_id = given if VALID_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        callers_id = next((value for name, value in scope["headers"] if name == REQUEST_ID_HEADER.encode()), b"")
+        request_id = callers_id if VALID_ID.fullmatch(callers_id) else uuid.uuid4().hex.encode()
         scope["request_id"] = request_id.decode()
 
         async def send_with_id(message: Message) -> None:
@@ -95,7 +101,7 @@ class AddRequestId:
 
 
 class RateLimit:
-    """At most `requests_per_minute` requests within any 60 seconds."""
+    """Admits at most `requests_per_minute` requests within any 60 seconds."""
 
     def __init__(self, requests_per_minute: int) -> None:
         self._admitted_s: deque[float] = deque(maxlen=requests_per_minute)
@@ -104,7 +110,7 @@ class RateLimit:
         return self._admitted_s.maxlen == other._admitted_s.maxlen
 
     def wait_s(self, now_s: float) -> float:
-        """0.0 when the request of now is admitted, and counted; otherwise the seconds until one would be."""
+        """Admit and count a request at this time and return 0.0, or return the seconds until one is admitted."""
         full = len(self._admitted_s) == self._admitted_s.maxlen
         if full and now_s - self._admitted_s[0] < WINDOW_S:
             return self._admitted_s[0] + WINDOW_S - now_s
@@ -113,14 +119,17 @@ class RateLimit:
 
 
 class Guard:
-    """Who may pass: the holders of `keys`, or, with none, whoever is on this machine."""
+    """Decides who may pass: the holders of `keys`, or, if there are no keys, all clients on this machine."""
 
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._limits: dict[str, RateLimit] = {}
         self.replace_keys(keys)
 
     def replace_keys(self, keys: Sequence[ApiKey]) -> None:
-        """Accept these keys, and no others, from the next request on. A limit that stays remembers what it has admitted."""
+        """Accept these keys, and no others, from the next request on.
+
+        A rate limit that stays the same remembers the requests that it has admitted.
+        """
         limits = {key.name: RateLimit(key.requests_per_minute) for key in keys if key.requests_per_minute is not None}
         self._limits = {
             name: self._limits[name] if name in self._limits and self._limits[name].allows_as_much_as(new) else new
@@ -129,7 +138,7 @@ class Guard:
         self._keys = keys
 
     def refusal(self, scope: Scope, now_s: float) -> Response | None:
-        """The reply for an HTTP request that may not pass, None for one that may."""
+        """Return the reply for an HTTP request that may not pass, None for one that may."""
         if not self._keys:
             return (
                 None
@@ -141,13 +150,19 @@ class Guard:
             return unauthorised("A valid key is needed: send it as `Authorization: Bearer KEY`.")
         wait_s = self._limits[key.name].wait_s(now_s) if key.name in self._limits else 0.0
         if wait_s:
-            message = f"The key {key.name!r} may send {key.requests_per_minute} requests a minute; try again after Retry-After seconds."
+            message = (
+                f"The key {key.name!r} may send {key.requests_per_minute} requests a minute; "
+                "try again after Retry-After seconds."
+            )
             return error_reply(429, "rate_limited", message, {"Retry-After": str(math.ceil(wait_s))})
         return None
 
 
 class RequireKey:
-    """ASGI middleware in front of every route, unknown ones too. A browser without a key gets the page, which asks for one, with status 401."""
+    """ASGI middleware that guards every route, unknown ones too.
+
+    A browser without a key gets the page with status 401, and the page asks for a key.
+    """
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app, self._guard = app, guard
@@ -165,7 +180,10 @@ class RequireKey:
 
 
 def matching_key(authorization: Sequence[bytes], keys: Sequence[ApiKey]) -> ApiKey | None:
-    """The key that the one Authorization header carries. Each key is compared, in constant time, whichever matches."""
+    """Return the accepted key that the only Authorization header carries, None if there is none.
+
+    Every key is compared, in constant time, even after a match.
+    """
     scheme, _, credentials = authorization[0].partition(b" ") if len(authorization) == 1 else (b"", b"", b"")
     digest = hashlib.sha256(credentials.strip()).hexdigest()
     matches = [hmac.compare_digest(digest, key.sha256) for key in keys]
@@ -173,7 +191,10 @@ def matching_key(authorization: Sequence[bytes], keys: Sequence[ApiKey]) -> ApiK
 
 
 def is_on_this_machine(scope: Scope) -> bool:
-    """The client's address may be what a proxy on this machine says of it (X-Forwarded-For), and that need not be an address."""
+    """Return whether the client is on this machine.
+
+    Its address may come from a proxy on this machine (X-Forwarded-For), and then it need not be an address at all.
+    """
     try:
         return scope["client"] is not None and ipaddress.ip_address(scope["client"][0]).is_loopback
     except ValueError:

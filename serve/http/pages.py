@@ -1,7 +1,9 @@
-"""The two pages for people: page.html (at `/`: paste, score, compare) and docs.html (at `/docs`: what openapi.json says).
+"""The two pages for people: page.html at `/`, and docs.html at `/docs`.
 
-Each is one static file without any secret, so it may be sent to a browser that has no key yet, with status 401; it then asks for the key and
-sends it with its own requests. Its Content-Security-Policy admits the file's own style and script by their hash, and requests to this server.
+The first is for pasting, scoring and comparing; the second shows what openapi.json says. Each page is one static file
+without any secret. So it may be sent, with status 401, to a browser that has no key yet; it then asks for the key and
+sends it with its own requests. Its Content-Security-Policy admits the file's own style and script by their hash, and
+requests to this server.
 """
 
 import re
@@ -14,20 +16,20 @@ from starlette.responses import Response
 
 PageName = Literal["page", "docs"]
 PAGES: dict[str, PageName] = {"/": "page", "/docs": "docs"}
-"""Their paths."""
+"""The page at each path."""
 
 
 def content_security_policy(html: str) -> str:
-    """What a page may do: run its own inline style and script, and ask this server."""
-    allowed = []
+    """Return the policy that lets a page use its own inline style and script, and ask this server."""
+    own_blocks = []
     for tag in ("style", "script"):
         block = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
         assert block is not None, f"the page has no inline <{tag}>"
-        allowed.append(f"{tag}-src 'sha256-{b64encode(sha256(block[1].encode()).digest()).decode()}'")
+        own_blocks.append(f"{tag}-src 'sha256-{b64encode(sha256(block[1].encode()).digest()).decode()}'")
     return "; ".join(
         [
             "default-src 'none'",
-            *allowed,
+            *own_blocks,
             "connect-src 'self'",
             "img-src data:",
             "base-uri 'none'",
@@ -42,7 +44,7 @@ POLICIES = {name: content_security_policy(html) for name, html in HTML.items()}
 
 
 def page_response(name: PageName, *, status: int) -> Response:
-    """The page, with 200, or with 401 for a browser that is to ask its user for a key."""
+    """Return the page, with status 200, or with 401 for a browser that must ask its user for a key."""
     headers = {
         "Content-Security-Policy": POLICIES[name],
         "X-Content-Type-Options": "nosniff",

@@ -1,9 +1,10 @@
-"""The HTTP side: reads bodies within their limits, passes requests to the front, and gives every failure the same JSON shape.
+"""The routes: they read bodies within their limits, pass requests to the front, and give failures one JSON shape.
 
 Every path but the last two: 401 without a key · 429 beyond the key's own limit (keys.py)
-POST /v1/score   200 scores · 404 unknown model · 413 too long, too many, too large · 422 wrong body · 429 queue full (Retry-After)
-                 500 scoring failed · 504 no scores in time
-POST /get_reward, /classify, /pooling, /predict, /rerank   the same scores and statuses, in other servers' JSON (dialects.py)
+POST /v1/score   200 scores · 404 unknown model · 413 too long, too many, too large · 422 wrong body
+                 429 queue full (Retry-After) · 500 scoring failed · 504 no scores in time
+POST /get_reward, /classify, /pooling, /predict, /rerank
+                 the same scores and statuses, in other servers' JSON (dialects.py)
 GET  /v1/models  200 what is served · 503 no replica answers
 GET  /metrics    200 Prometheus' text format
 GET  /, /docs    200 pages for people; both work without internet
@@ -17,11 +18,11 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
@@ -47,91 +48,36 @@ from serve.http.dialect_replies import (
 )
 from serve.http.dialects import ClassifyBody, DialectBody, OpenRlhfBody, PoolingBody, TeiPredictBody, TeiRerankBody
 from serve.http.middleware import AddRequestId, Guard, RequireKey, error_reply
+from serve.http.openapi import (
+    SCORING_FAILURES,
+    Alive,
+    ModelEntry,
+    ModelList,
+    Ready,
+    body_in_openapi,
+    failures,
+)
 from serve.http.pages import PAGES, page_response
 from serve.metrics import CountRequests
-from serve.work import DialectRequest, Outcome, Refusal, Scored
-from serve.work import Request as ScoringRequest
+from serve.work import DialectRequest, Outcome, Refusal, Scored, ScoringRequest
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
 Shape = Callable[[Refusal], Mapping[str, Any]]
 
-STATUSES = {
-    401: "No key, or one that is not known.",
-    404: "There is no such model.",
-    413: "Too long, too many, or too large; the message names the limit.",
-    422: "The body is wrong; the message names the field.",
-    429: "The queue is full, or the key has used up its minute: wait for Retry-After seconds.",
-    500: "Scoring failed; the log has the request's id.",
-    503: "A model has no replica that can answer now; try again.",
-    504: "No scores in time; try again.",
-}
 CLIENT_WENT_AWAY = 499
-"""nginx's status for it; nobody reads this reply."""
+"""nginx's status for a client that closed the connection; nobody reads this reply."""
 MANY_PROBLEMS = 1000
-"""Of one body. To describe more of them costs more than it tells."""
+"""The most problems of one body that are described; describing more costs more than it tells."""
 LONGEST_FIELD = 60
-"""Characters of a field's name that a message repeats: an unknown one is the caller's own text."""
-
-
-class ModelEntry(BaseModel):
-    """One served model. `template`, `max_length_tokens` and `calibration` are null where there are none."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    id: str
-    """The name that requests give."""
-    checkpoint: str
-    """The hash of its weights and tokenizer."""
-    template: str | None
-    """The chat template's hash."""
-    max_length_tokens: int | None
-    """The longest conversation that is scored."""
-    calibration: Calibration | None
-    """What calibrated scores are made with."""
-    reload_error: str | None
-    """Why the newest deployment's checkpoint is not this one."""
-
-
-class ModelList(BaseModel):
-    """In OpenAI's envelope, which clients of vLLM read."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    object: Literal["list"] = "list"
-    """OpenAI's word for a list."""
-    data: list[ModelEntry]
-    """The first one answers requests that name none."""
-
-
-class Ready(BaseModel):
-    """Every model has a replica that answers, and room."""
-
-    status: Literal["ready"] = "ready"
-
-
-class Alive(BaseModel):
-    """This process answers."""
-
-    status: Literal["alive"] = "alive"
-
-
-def failures(*statuses: int, shape: Any = ErrorReply) -> dict[int | str, dict[str, Any]]:
-    """Of one route, for /openapi.json. Keys are refused in our own shape, whatever the dialect's is (`shape`)."""
-    both = shape if shape is ErrorReply else shape | ErrorReply
-    shapes = {401: ErrorReply, 429: both, 500: both}
-    return {
-        status: {"model": shapes.get(status, shape), "description": STATUSES[status]} for status in sorted(statuses)
-    }
-
-
-SCORING_FAILURES = (401, 413, 422, 429, 500, 503, 504)
+"""Characters of a field's name that a message repeats, because the name of an unknown field is the caller's text."""
 
 
 def scoring_api(front: Front, guard: Guard) -> ASGIApp:
-    """The whole HTTP side of one front, as ASGI."""
-    # Without FastAPI's own pages, which load scripts from the internet, and without its redirects to a path with or without a slash: a client
-    # would send the body again to an address made of its Host header, with http:// behind a proxy that speaks https.
+    """Return the whole HTTP side of one front, as an ASGI application."""
+    # FastAPI's own pages load scripts from the internet, so they are off. Its redirects to a path with or without a
+    # slash are off too: a client would send the body again to an address made of its Host header, and with http://
+    # behind a proxy that speaks https.
     api = FastAPI(title="rm_robust scoring", docs_url=None, redoc_url=None, redirect_slashes=False)
     api.state.front = front
     api.include_router(router)
@@ -143,29 +89,6 @@ def scoring_api(front: Front, guard: Guard) -> ASGIApp:
     return AddRequestId(CountRequests(guarded, front.metrics, routes))
 
 
-def body_in_openapi(body: type[BaseModel]) -> dict[str, Any]:
-    """The request schema for /openapi.json, which FastAPI cannot know because the route parses the body itself."""
-    schema = body.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": without_references(schema, definitions)}},
-        }
-    }
-
-
-def without_references(schema: Any, definitions: dict[str, Any]) -> Any:
-    """The same schema with every definition written out where it is used; ours do not contain themselves."""
-    if isinstance(schema, list):
-        return [without_references(part, definitions) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return without_references(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {name: without_references(part, definitions) for name, part in schema.items()}
-
-
 @router.post(
     SCORE_PATH,
     summary="Score completions",
@@ -174,8 +97,9 @@ def without_references(schema: Any, definitions: dict[str, Any]) -> Any:
     openapi_extra=body_in_openapi(ScoreRequest),
 )
 async def score(request: Request) -> Response:
-    """Raw scores of completions, in the order of the request."""
-    # The body is parsed here, not by FastAPI: one parser, which also refuses what is not UTF-8 or nests without end, with one error shape.
+    """Return raw scores of completions, in the order of the request."""
+    # The body is parsed here, not by FastAPI, so that there is one parser and one error shape. The parser also refuses
+    # what is not UTF-8 or nests without end.
     content = await body_within_limit(request)
     if isinstance(content, Refusal):
         return refusal_response(content)
@@ -190,7 +114,7 @@ async def score(request: Request) -> Response:
 
 
 def score_reply(request: ScoreRequest, scored: Scored) -> ScoreReply:
-    """The native reply. Fields that were not asked for are left out of its JSON."""
+    """Return the native reply. Its JSON leaves out fields that were not asked for."""
     served = scored.served
     reply = ScoreReply(
         model=served.model, checkpoint=served.checkpoint, template=served.template, results=scored.results
@@ -209,7 +133,7 @@ def score_reply(request: ScoreRequest, scored: Scored) -> ScoreReply:
     openapi_extra=body_in_openapi(OpenRlhfBody),
 )
 async def open_rlhf(request: Request) -> Response:
-    """Raw scores of rendered conversations, as OpenRLHF's serve_rm."""
+    """Return raw scores of rendered conversations, as OpenRLHF's serve_rm does."""
     return await answer_dialect(request, OpenRlhfBody)
 
 
@@ -221,7 +145,7 @@ async def open_rlhf(request: Request) -> Response:
     openapi_extra=body_in_openapi(ClassifyBody),
 )
 async def vllm_classify(request: Request) -> Response:
-    """As vLLM's /classify; raw scores unless use_activation is true."""
+    """Answer as vLLM's /classify does. Scores are raw unless use_activation is true."""
     return await answer_dialect(request, ClassifyBody)
 
 
@@ -233,7 +157,7 @@ async def vllm_classify(request: Request) -> Response:
     openapi_extra=body_in_openapi(PoolingBody),
 )
 async def vllm_pooling(request: Request) -> Response:
-    """As vLLM's /pooling; raw scores unless use_activation is true."""
+    """Answer as vLLM's /pooling does. Scores are raw unless use_activation is true."""
     return await answer_dialect(request, PoolingBody)
 
 
@@ -245,7 +169,7 @@ async def vllm_pooling(request: Request) -> Response:
     openapi_extra=body_in_openapi(TeiPredictBody),
 )
 async def tei_predict(request: Request) -> Response:
-    """As text-embeddings-inference's /predict; a pair is prompt and completion."""
+    """Answer as text-embeddings-inference's /predict does. A pair is a prompt and a completion."""
     return await answer_dialect(request, TeiPredictBody)
 
 
@@ -257,13 +181,13 @@ async def tei_predict(request: Request) -> Response:
     openapi_extra=body_in_openapi(TeiRerankBody),
 )
 async def tei_rerank(request: Request) -> Response:
-    """As text-embeddings-inference's /rerank; the texts are completions of the query."""
+    """Answer as text-embeddings-inference's /rerank does. The texts are completions of the query."""
     return await answer_dialect(request, TeiRerankBody)
 
 
 @router.get("/v1/models", summary="List the models", response_model=ModelList, responses=failures(401, 429, 503))
 async def models(request: Request) -> Response:
-    """What is served: names, checkpoints, how long a conversation may be."""
+    """Return what is served: names, checkpoints, and how long a conversation may be."""
     try:
         served_models = await front_of(request).models()
     except NO_ANSWER as error:
@@ -289,13 +213,16 @@ async def models(request: Request) -> Response:
     "/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, responses=failures(401, 429)
 )
 async def metrics(request: Request) -> Response:
-    """Requests, refusals by reason, latency quantiles, queue, batches, tokens, mean and std of the scores, as Prometheus reads them."""
+    """Return metrics in Prometheus' text format.
+
+    They are requests, refusals by reason, latency quantiles, queue, batches, tokens, mean and std of the scores.
+    """
     return front_of(request).metrics.text()
 
 
 @router.get("/readyz", summary="Ready to score?", response_model=Ready, responses=failures(503))
 async def readyz(request: Request) -> Response:
-    """200 when every model has a replica that answers, and room in its queue."""
+    """Answer 200 when every model has a replica that answers, and room in its queue."""
     why_not = await front_of(request).why_not_ready()
     if why_not is not None:
         return error_reply(503, "not_ready", why_not, {})
@@ -304,7 +231,7 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/healthz", summary="Alive?")
 async def healthz() -> Alive:
-    """200 while this process answers."""
+    """Answer 200 as long as this process answers at all."""
     return Alive()
 
 
@@ -319,7 +246,10 @@ async def docs() -> Response:
 
 
 async def unknown_route(request: Request, error: Exception) -> Response:
-    """404 and 405 of paths below the route prefix. The bare prefix is the page's address without its slash."""
+    """Answer 404 or 405 for a path below the route prefix.
+
+    The bare prefix is the page's address without its slash, so it is redirected there.
+    """
     assert isinstance(error, HTTPException)
     if request.method == "GET" and request.scope["root_path"] and request.scope["path"] == request.scope["root_path"]:
         return RedirectResponse(request.scope["root_path"] + "/")
@@ -337,7 +267,7 @@ async def client_went_away(request: Request, _: Exception) -> Response:
 
 
 async def internal_error(request: Request, error: Exception) -> Response:
-    """What nobody foresaw; the traceback is in the log, under the request's id."""
+    """Answer 500 for an error that nobody foresaw. The traceback is in the log, with the request's id."""
     logger.error("request %s failed", request.scope.get("request_id"), exc_info=error)
     return error_reply(
         500, "internal_error", "The server failed; the reason is in its log, under this request's id.", {}
@@ -350,7 +280,7 @@ def front_of(request: Request) -> Front:
 
 
 async def body_within_limit(request: Request) -> bytes | Refusal:
-    """The whole body; 413 as soon as it is known to be too large."""
+    """Return the whole body, or a refusal with 413 as soon as it is known to be too large."""
     limit = front_of(request).settings.limits.max_body_bytes
     too_large = Refusal(
         413, "body_too_large", f"The body is larger than max_body_bytes = {limit}; send fewer inputs at a time."
@@ -368,16 +298,20 @@ async def body_within_limit(request: Request) -> bytes | Refusal:
 
 
 async def outcome_for_client(request: Request, body: ScoringRequest, model_name: str | None) -> Outcome:
-    """The front's outcome, while the client waits for it. Raises ClientDisconnect when it no longer does; the request has then left the queue."""
+    """Return the front's outcome while the client waits for it.
+
+    Raises ClientDisconnect when the client no longer waits; the request has then left the queue.
+    """
     scoring = asyncio.ensure_future(front_of(request).score(body, model_name))
-    gone = asyncio.ensure_future(request.receive())  # after the body, the next message is that the client went away
+    # After the body, the next message says that the client went away.
+    disconnecting = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait((scoring, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((scoring, disconnecting), return_when=asyncio.FIRST_COMPLETED)
         if not scoring.done():
             raise ClientDisconnect
         return scoring.result()
     finally:
-        gone.cancel()
+        disconnecting.cancel()
         scoring.cancel()
 
 
@@ -393,7 +327,10 @@ def refusal_response(refusal: Refusal, shape: Shape = native_error) -> Response:
 
 
 def describe_invalid_body(error: ValidationError) -> str:
-    """The first three problems as `inputs[0].completions: …`. The body's own text is not repeated, but for the start of an unknown field's name."""
+    """Return the first three problems as `inputs[0].completions: …`.
+
+    Nothing of the body's own text is repeated, except the start of an unknown field's name.
+    """
     if error.error_count() > MANY_PROBLEMS:
         return f"body: {error.error_count()} fields are wrong or unknown; GET /openapi.json says which there are."
     problems = error.errors(include_url=False, include_input=False, include_context=False)
@@ -411,7 +348,7 @@ def describe_invalid_body(error: ValidationError) -> str:
 async def answer_dialect(
     request: Request, dialect: type[OpenRlhfBody | ClassifyBody | PoolingBody | TeiPredictBody | TeiRerankBody]
 ) -> Response:
-    """One request of a dialect, scored as every other, and its reply or failure in that dialect's JSON."""
+    """Score one request of a dialect as every other, and return its reply or failure in that dialect's JSON."""
     content = await body_within_limit(request)
     if isinstance(content, Refusal):
         return refusal_response(content, dialect.error)

@@ -1,4 +1,7 @@
-"""Requests to token ids, for a committed reward-model checkpoint; chat.py makes them, as it does in training."""
+"""Turn requests into token ids for a committed reward-model checkpoint.
+
+rm_robust/data/chat.py makes the token ids, as it does in training.
+"""
 
 from pathlib import Path
 
@@ -7,18 +10,20 @@ from rm_robust.data.records import TokenGroup
 from rm_robust.errors import CheckpointError, DataError
 from rm_robust.models.checkpoint import read_json, read_manifest
 from rm_robust.scoring.contract import ScoreInput, TokenCounts
-from serve.work import Part, Prepared, Refusal, Request, ServedModel, WorkItem, invalid_request, parts_of
+from serve.work import Part, Prepared, Refusal, ScoringRequest, ServedModel, WorkItem, invalid_request, parts_of
 
 MIN_SHARE_OF_COMPLETIONS = 4
-"""Completions in one forward have at least so many times the tokens of their prompt, if there are that many: computing a long prompt again for the
-next forward then adds a quarter at most."""
+"""Tokens of completions per token of their prompt that one forward has at least, if the completions have that many.
+
+Computing a long prompt again for the next forward then adds a quarter at most.
+"""
 
 
 class CheckpointPreparer:
-    """A Preparer on the chat format beside the weights."""
+    """A Preparer that uses the chat format saved beside the weights."""
 
     def __init__(self, served: ServedModel) -> None:
-        """Raises CheckpointError when the tokenizer is no longer the one that the replica loaded."""
+        """Load the chat format. Raises CheckpointError when it is no longer the one that the replica loaded."""
         assert served.checkpoint_dir is not None
         assert served.max_length_tokens is not None
         folder = Path(served.checkpoint_dir)
@@ -33,9 +38,9 @@ class CheckpointPreparer:
             )
         self._max_length_tokens, self._max_batch_tokens = served.max_length_tokens, served.max_batch_tokens
         self._vocab_size = int(read_json(folder / "config.json")["vocab_size"])
-        """Of the model; its tokenizer may know more tokens."""
+        """The number of tokens that the model knows; its tokenizer may know more."""
 
-    def prepare(self, request: Request) -> Prepared | Refusal:
+    def prepare(self, request: ScoringRequest) -> Prepared | Refusal:
         items: list[WorkItem] = []
         counts: list[TokenCounts | None] = []
         num_cut = 0
@@ -47,20 +52,23 @@ class CheckpointPreparer:
             num_prompt = len(group.prompt_ids)
             lengths = [len(ids) for ids in group.completion_ids]
             if num_prompt + max(lengths) > self._max_length_tokens:
-                where = part.completion_field.format(lengths.index(max(lengths)))
-                message = f"{where} has {num_prompt + max(lengths)} tokens with its prompt, the limit max_length_tokens is {self._max_length_tokens}."
+                field = part.completion_field.format(lengths.index(max(lengths)))
+                message = (
+                    f"{field} has {num_prompt + max(lengths)} tokens with its prompt, "
+                    f"the limit max_length_tokens is {self._max_length_tokens}."
+                )
                 return Refusal(413, "too_long", message)
             key = hash(tuple(group.prompt_ids))
             items += [
-                WorkItem(index, part, key, num_prompt, sum(map(len, part.completion_ids)))
-                for part in self._split(group)
+                WorkItem(index, subgroup, key, num_prompt, sum(map(len, subgroup.completion_ids)))
+                for subgroup in self._split(group)
             ]
             counts.append(TokenCounts(prompt=num_prompt, completions=lengths))
             num_cut += was_cut
         return Prepared(items, counts, num_cut)
 
     def _split(self, group: TokenGroup) -> list[TokenGroup]:
-        """The group in parts of about one batch each: a thousand completions are not to be one forward."""
+        """Return the group in parts of about one batch each: a thousand completions must not be one forward."""
         num_prompt = len(group.prompt_ids)
         room = max(self._max_batch_tokens - num_prompt, MIN_SHARE_OF_COMPLETIONS * num_prompt)
         parts: list[TokenGroup] = []
@@ -74,18 +82,19 @@ class CheckpointPreparer:
         return parts
 
     def _token_group(self, part: Part) -> tuple[TokenGroup, bool]:
-        """The part's token ids, and whether something after its end of turn was left off. Raises DataError."""
+        """Return the part's token ids, and whether text after its end of turn was cut off. Raises DataError."""
         chat, content, was_cut = self._chat, part.content, False
         if isinstance(content, ScoreInput):
             group = TokenGroup(
                 chat.prompt_ids(content.prompt), [chat.completion_ids(completion) for completion in content.completions]
             )
         else:
-            whole = chat.rendered_text(content) if isinstance(content, str) else chat.rendered_ids(content)
-            group, was_cut = TokenGroup(whole.prompt_ids, [whole.completion_ids]), whole.was_cut
+            rendered = chat.rendered_text(content) if isinstance(content, str) else chat.rendered_ids(content)
+            group, was_cut = TokenGroup(rendered.prompt_ids, [rendered.completion_ids]), rendered.was_cut
         largest = max(max(ids) for ids in (group.prompt_ids, *group.completion_ids))
-        if largest >= self._vocab_size:  # the model would fail, and its whole batch with it
+        if largest >= self._vocab_size:  # otherwise the model would fail, and the whole batch with it
             raise DataError(
-                f"The model has no token {largest}, {chat.tokenizer.convert_ids_to_tokens(largest)!r}; it knows {self._vocab_size}."
+                f"The model has no token {largest}, {chat.tokenizer.convert_ids_to_tokens(largest)!r}; "
+                f"it knows {self._vocab_size}."
             )
         return group, was_cut

@@ -1,4 +1,4 @@
-"""Scores token groups with a committed reward-model checkpoint."""
+"""Score token groups with a committed reward-model checkpoint."""
 
 import logging
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointScorer:
-    """A BatchScorer on a RewardScorer."""
+    """A BatchScorer that scores with a RewardScorer."""
 
     def __init__(self, settings: ModelSettings, checkpoint_dir: Path, generation: int) -> None:
-        """Raises CheckpointError for a checkpoint that is missing, altered or not a reward model."""
+        """Load the checkpoint. Raises CheckpointError if it is missing, altered or not a reward model."""
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
         self._scorer = RewardScorer.load(
@@ -57,9 +57,9 @@ class CheckpointScorer:
     def _score(self, groups: list[TokenGroup]) -> list[list[float]]:
         if not self._settings.share_prompts:
             return self._scorer.score_groups(groups, max_tokens_per_batch=self._settings.max_batch_tokens)
-        shared, places = share_prompts(groups)
-        scores = self._scorer.score_groups(shared, max_tokens_per_batch=self._settings.max_batch_tokens)
+        shared_groups, positions = share_prompts(groups)
+        scores = self._scorer.score_groups(shared_groups, max_tokens_per_batch=self._settings.max_batch_tokens)
         return [
             scores[index][first : first + len(group.completion_ids)]
-            for (index, first), group in zip(places, groups, strict=True)
+            for (index, first), group in zip(positions, groups, strict=True)
         ]

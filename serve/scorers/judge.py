@@ -1,4 +1,7 @@
-"""The embedded world's gold judge, both halves: what it cannot judge is refused in the front, the rest is scored by replicas."""
+"""Both halves of the embedded world's gold judge.
+
+The front refuses what the judge cannot judge, and the replicas score the rest.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,16 +13,16 @@ from rm_robust.data.world.gold_judge import gold_score
 from rm_robust.errors import DataError, RmRobustError
 from rm_robust.scoring.contract import ScoreInput, TokenCounts
 from serve.settings import ModelSettings
-from serve.work import Prepared, Refusal, Request, ServedModel, WorkItem, invalid_request, parts_of
+from serve.work import Prepared, Refusal, ScoringRequest, ServedModel, WorkItem, invalid_request, parts_of
 
 CHARACTERS_PER_TOKEN = 4
-"""The judge makes no tokens; batches and queues count its text as if."""
+"""Characters that count as one token. The judge makes no tokens, but batches and queues are measured in them."""
 
 
 class JudgePreparer:
-    """A Preparer: single-turn prompts of the embedded world only; any other prompt is refused with 422."""
+    """A Preparer that takes single-turn prompts of the embedded world, and refuses any other prompt with 422."""
 
-    def prepare(self, request: Request) -> Prepared | Refusal:
+    def prepare(self, request: ScoringRequest) -> Prepared | Refusal:
         items = []
         for index, part in enumerate(parts_of(request)):
             item = part.content
@@ -48,7 +51,7 @@ class JudgePreparer:
 
 
 class JudgeScorer:
-    """A BatchScorer on `gold_score`."""
+    """A BatchScorer that scores with `gold_score`."""
 
     def __init__(self, settings: ModelSettings, generation: int) -> None:
         checkpoint_id = source_sha256(Path(embedded_world.__path__[0]))
@@ -66,18 +69,22 @@ class JudgeScorer:
 
 
 def single_turn_text(prompt: str | list[Message]) -> str:
-    """The one user message's text. Raises DataError for anything else: the judge would have to ignore the other turns."""
+    """Return the text of the prompt's only user message.
+
+    Raises DataError for any other prompt, because the judge would have to ignore the other turns.
+    """
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and prompt[0].get("role") == "user" and "content" in prompt[0]:
         return prompt[0]["content"]
     raise DataError(
-        f"The embedded judge knows single-turn prompts only, got roles {[m.get('role') for m in prompt]}; send one user message."
+        "The embedded judge knows single-turn prompts only, "
+        f"got roles {[message.get('role') for message in prompt]}; send one user message."
     )
 
 
 def source_sha256(package_dir: Path) -> str:
-    """The judge's identity in replies: it has no weights, so the code of its world stands for them."""
+    """Return the judge's identity in replies. It has no weights, so the code of its world stands for them."""
     digest = hashlib.sha256()
     for path in sorted(package_dir.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

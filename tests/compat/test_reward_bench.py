@@ -1,4 +1,7 @@
-"""Our checkpoints in reward-bench 0.1.4 with the transformers 4.51 that it pins: its own command, in its own environment (make test-compat)."""
+"""reward-bench 0.1.4, with the transformers 4.51 that it pins, loads our checkpoints (make test-compat).
+
+The tests run its own command in its own environment.
+"""
 
 import json
 import os
@@ -17,11 +20,13 @@ BIN = REPOSITORY / ".venv-compat" / "bin"
 REWARD_BENCH_ON_CPU = """
 import torch, transformers
 to = transformers.BatchEncoding.to
-transformers.BatchEncoding.to = lambda self, device, **kwargs: to(self, device if torch.cuda.is_available() else "cpu", **kwargs)
+def to_device(self, device, **kwargs):
+    return to(self, device if torch.cuda.is_available() else "cpu", **kwargs)
+transformers.BatchEncoding.to = to_device
 from rewardbench.rewardbench import main
 main()
 """
-"""Its `rewardbench` command; version 0.1.4 moves every batch to "cuda" whatever there is, which is all that is changed."""
+"""The `rewardbench` command with one change: version 0.1.4 always moves every batch to "cuda", also without a GPU."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -61,10 +66,10 @@ def test_reward_bench_gives_our_scores(checkpoint: Path, tmp_path: Path) -> None
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "model").symlink_to(checkpoint)  # reward-bench names its results after the model's path
     run(
-        str(BIN / "python"), "-c", REWARD_BENCH_ON_CPU, "--model", "model", "--dataset", "pairs.jsonl", "--load_json", "--not_quantized",
-        "--torch_dtype", "float32", "--batch_size", "4", "--output_dir", "results/", folder=tmp_path,
+        str(BIN / "python"), "-c", REWARD_BENCH_ON_CPU, "--model", "model", "--dataset", "pairs.jsonl", "--load_json",
+        "--not_quantized", "--torch_dtype", "float32", "--batch_size", "4", "--output_dir", "results/", folder=tmp_path,
     )  # fmt: skip
-    found = [json.loads(line) for line in (tmp_path / "results" / "model_outputs.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line) for line in (tmp_path / "results" / "model_outputs.jsonl").read_text().splitlines()]
     scorer = RewardScorer.load(checkpoint, device="cpu", dtype="float32", max_length_tokens=128)
     chat = scorer.chat
     ours = scorer.score_groups(
@@ -74,17 +79,20 @@ def test_reward_bench_gives_our_scores(checkpoint: Path, tmp_path: Path) -> None
         ]
     )
     assert max(map(max, ours)) - min(map(min, ours)) > 0.5
-    for row, scores in zip(found, ours, strict=True):
+    for row, scores in zip(theirs, ours, strict=True):
         assert [row["scores_chosen"], row["scores_rejected"]] == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.timeout(300)
 def test_transformers_4_reads_rope_and_token_ids_as_we_do(checkpoint: Path, tmp_path: Path) -> None:
     code = (
-        "import json, sys, transformers\n"
-        "tokenizer, config = (auto.from_pretrained(sys.argv[1]) for auto in (transformers.AutoTokenizer, transformers.AutoConfig))\n"
-        "ids = [tokenizer.apply_chat_template([{'role': 'user', 'content': p}, {'role': 'assistant', 'content': c}]) for p, c in json.loads(sys.argv[2])]\n"
-        "print(json.dumps([transformers.__version__, config.rope_theta, ids, tokenizer.pad_token_id]))"
+        "import json, sys\n"
+        "from transformers import AutoConfig, AutoTokenizer, __version__\n"
+        "tokenizer, config = (auto.from_pretrained(sys.argv[1]) for auto in (AutoTokenizer, AutoConfig))\n"
+        "def turns(prompt, completion):\n"
+        "    return [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': completion}]\n"
+        "ids = [tokenizer.apply_chat_template(turns(p, c)) for p, c in json.loads(sys.argv[2])]\n"
+        "print(json.dumps([__version__, config.rope_theta, ids, tokenizer.pad_token_id]))"
     )
     chat = ChatFormat.load(checkpoint)
     conversations = [(prompt, chosen) for prompt, chosen, _ in map(texts, range(NUM_PAIRS))]

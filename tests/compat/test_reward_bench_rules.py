@@ -1,4 +1,7 @@
-"""RewardBench's figures against the functions of reward-bench 0.1.4 itself, in their own environment, on random scores (make test-compat)."""
+"""Our RewardBench figures equal those of reward-bench 0.1.4's own functions on random scores (make test-compat).
+
+These functions run in their own environment.
+"""
 
 import json
 import random
@@ -25,8 +28,14 @@ from rewardbench.constants import EXAMPLE_COUNTS, SUBSET_MAPPING
 from rewardbench.utils import calculate_scores_per_section, process_single_model, reroll_and_score_dataset
 given = json.load(open(sys.argv[1]))
 subsets = sorted({row["subset"] for row in given["pairs"]})
-metrics = {s: float(np.mean([r["scores"][0] > r["scores"][1] for r in given["pairs"] if r["subset"] == s])) for s in subsets}
-flat = [{"text": "", "scores": score, "id": r["id"], "subset": r["subset"]} for r in given["best_of"] for score in r["scores"]]
+def accuracy(subset):
+    return float(np.mean([r["scores"][0] > r["scores"][1] for r in given["pairs"] if r["subset"] == subset]))
+metrics = {s: accuracy(s) for s in subsets}
+flat = [
+    {"text": "", "scores": score, "id": r["id"], "subset": r["subset"]}
+    for r in given["best_of"]
+    for score in r["scores"]
+]
 rolled = reroll_and_score_dataset(Dataset.from_list(flat), [len(r["scores"]) for r in given["best_of"]])
 best_of = {s: float(np.mean([r["results"] for r in rolled if r["subset"] == s])) for s in set(rolled["subset"])}
 ties = [{"id": r["id"], "scores": r["scores"], "num_correct": r["num_right"]} for r in given["ties"]]
@@ -40,7 +49,7 @@ print(json.dumps({
 
 
 def score(rng: random.Random) -> float:
-    """Coarse enough that some are equal."""
+    """Return a random score, so coarse that some scores are equal."""
     return rng.randint(-8, 8) / 4
 
 
@@ -53,7 +62,8 @@ def figures(
             {"id": row["id"], "subset": row["subset"], "prompt": f"Prompt {row['id']}."} | texts(row)
         )
         cases.append(replace(case, own_id=row["id"]))
-    return {name: own.value for name, own in figures_of(SUITES[suite], cases, [row["scores"] for row in rows]).items()}
+    suite_figures = figures_of(SUITES[suite], cases, [row["scores"] for row in rows])
+    return {name: figure.value for name, figure in suite_figures.items()}
 
 
 @pytest.mark.timeout(300)
@@ -68,7 +78,7 @@ def test_reward_benchs_own_functions_give_our_figures(tmp_path: Path) -> None:
         for i in range(NUM_ROWS)
     ]
     ties: list[dict[str, Any]] = []
-    for number in range(NUM_TIES):  # right answers lie higher, by less or more than they lie apart
+    for number in range(NUM_TIES):  # the gap to the wrong answers is sometimes smaller than the right ones' spread
         gap = rng.choice([0.5, 2.0, 6.0])
         for kind, num_right, num_wrong in (("ref", 1, 3), ("tied", rng.randint(1, 5), rng.randint(1, 4))):
             scores = [score(rng) + gap for _ in range(num_right)] + [score(rng) - gap for _ in range(num_wrong)]

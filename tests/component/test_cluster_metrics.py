@@ -1,4 +1,7 @@
-"""What deploy/grafana_dashboard.json asks for is on a real Ray node's Prometheus endpoint: training's gauges, and those of a service without HTTP."""
+"""A real Ray node's Prometheus endpoint has every metric that deploy/grafana_dashboard.json asks for.
+
+These are the gauges of training, and the metrics of a service without HTTP.
+"""
 
 import re
 import shutil
@@ -11,8 +14,8 @@ from random import Random
 import httpx
 import pytest
 import ray
+import ray.serve as ray_serve
 from prometheus_client.parser import text_string_to_metric_families
-from ray import serve
 
 from rm_robust.cluster.environment import free_port
 from rm_robust.data.world.corpus import distinct_prompts
@@ -32,7 +35,7 @@ EXPORTED_WITHIN_S = 30.0
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """Of a Ray that sends its metrics on every second."""
+    """Yield the metrics endpoint of a Ray that exports its metrics every second."""
     ray_dir, port = tempfile.mkdtemp(prefix="rs"), free_port("127.0.0.1")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
@@ -54,32 +57,32 @@ def endpoint() -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{port}/metrics"
         finally:
-            serve.shutdown()
+            ray_serve.shutdown()
             ray.shutdown()
     shutil.rmtree(ray_dir, ignore_errors=True)
 
 
 def samples_at(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Name -> labels and value of each of its series; nothing while the endpoint is not up."""
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    """Return the labels and value of each series by its name; nothing while the endpoint is not up."""
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
     try:
         text = httpx.get(url, timeout=5, trust_env=False).text
     except httpx.TransportError:
-        return found
+        return samples
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return found
+            samples.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return samples
 
 
 def keys_of_training() -> dict[str, float]:
-    """The key in metrics.jsonl of each name that the dashboard asks for, but for those of a stage's own step."""
+    """Return the key in metrics.jsonl of each name that the dashboard asks for, except the number of a stage's step."""
     keys = {}
     for name in OF_TRAINING:
         area, rest = re.fullmatch(r"ray_rm_robust_(sft|reward_model|rloo)_(\w+)", name).groups()  # type: ignore[union-attr]
-        kind, _, own = rest.partition("_")
+        kind, _, name_in_kind = rest.partition("_")
         if rest != "step":
-            keys[f"{area} {kind}/{own}" if kind in ("time", "throughput") else f"{area} {area}/{rest}"] = 0.5
+            keys[f"{area} {kind}/{name_in_kind}" if kind in ("time", "throughput") else f"{area} {area}/{rest}"] = 0.5
     return keys
 
 
@@ -87,8 +90,10 @@ def test_the_endpoint_has_every_name_that_the_dashboard_asks_for(endpoint: str) 
     assert len(OF_TRAINING) > 15
     assert len(OF_SERVING) == 6
     for area in ("sft", "reward_model", "rloo"):
-        own = {key.partition(" ")[2]: value for key, value in keys_of_training().items() if key.startswith(f"{area} ")}
-        RayMetricsSink("mine").write(7, dict(sorted(own.items())))
+        values = {
+            key.partition(" ")[2]: value for key, value in keys_of_training().items() if key.startswith(f"{area} ")
+        }
+        RayMetricsSink("mine").write(7, dict(sorted(values.items())))
     start_serve_without_http()
     judge = ModelSettings(model_name="gold", embedded_judge=True, num_cpus=0.1)
     deploy_inside(ServiceSettings(models=(judge,), api_keys=(new_key("run")[1],)), app_name="mine", deadline_s=60)

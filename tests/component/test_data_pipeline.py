@@ -1,4 +1,4 @@
-"""Ray Data reads, tokenises and writes: every row is kept or counted, whatever the files look like."""
+"""Check that Ray Data reads, tokenises and writes every row, or counts it as dropped, for all kinds of files."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from rm_robust.config.data import Overlong
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import ChatFormat
 from rm_robust.data.demonstrations import prepare_sft
-from rm_robust.data.pipeline import Source, TokeniseReport, tokenise_sources
+from rm_robust.data.pipeline import DataSource, TokeniseReport, tokenise_sources
 from rm_robust.data.rows import RowKind
 from rm_robust.data.token_files import read_token_groups
 from rm_robust.data.token_rows import TokenLimits
@@ -49,7 +49,7 @@ def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pair(number: int) -> dict[str, str]:
-    """The line separator in the completion ends no jsonl line."""
+    """Return a pair whose completion holds U+2028, which does not end a jsonl line."""
     return {
         "pair_id": f"{number:04}",
         "prompt": f"red {number}",
@@ -63,7 +63,7 @@ def lines(numbers: range) -> list[str]:
 
 
 def tokenise(folder: Path, chat_dir: Path, *paths: Path | str, scenario: str = "train") -> TokeniseReport:
-    source = Source(scenario, tuple(str(path) for path in paths), RowKind.PAIR)
+    source = DataSource(scenario, tuple(str(path) for path in paths), RowKind.PAIR)
     return tokenise_sources([source], chat_dir=chat_dir, out_dir=folder / "tokens", limits=LIMITS)
 
 
@@ -100,7 +100,7 @@ def test_every_row_of_jsonl_and_parquet_is_kept_with_the_ids_of_chat_or_counted_
 
 
 def test_a_bucket_is_read_by_rays_workers(tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """s3:// over its protocol, from moto's server."""
+    """s3:// is read over its protocol from moto's server."""
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     pq.write_table(pa.Table.from_pylist([pair(number) for number in range(20, 30)]), tmp_path / "b.parquet")
@@ -118,7 +118,7 @@ def test_a_bucket_is_read_by_rays_workers(tmp_path: Path, chat_dir: Path, monkey
 
 
 def test_a_hub_data_set_is_read_whole(tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` loads a folder as it loads what it has downloaded; there is no hub here."""
+    """`datasets` loads a folder as it loads a downloaded data set, so the test needs no hub."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "mine" / "data").mkdir(parents=True)
     rows = [pair(number) for number in range(1500)]  # more than a block
@@ -135,7 +135,7 @@ def test_several_scenarios_are_written_and_counted_apart(tmp_path: Path, chat_di
     sources = []
     for scenario, numbers in (("train", range(7)), ("in_domain", range(7, 10))):
         (tmp_path / f"{scenario}.jsonl").write_text("\n".join(lines(numbers)), encoding="utf-8")
-        sources.append(Source(scenario, (str(tmp_path / f"{scenario}.jsonl"),), None))
+        sources.append(DataSource(scenario, (str(tmp_path / f"{scenario}.jsonl"),), None))
     report = tokenise_sources(sources, chat_dir=chat_dir, out_dir=tmp_path / "tokens", limits=LIMITS)
     assert report.num_kept == {"train": 7, "in_domain": 3}
     assert [group.group_id for group in read_token_groups(tmp_path / "tokens" / "scenario=in_domain")] == [
@@ -149,7 +149,7 @@ def test_several_scenarios_are_written_and_counted_apart(tmp_path: Path, chat_di
 def test_weighted_sources_and_rankings_are_counted_apart_and_weigh_what_they_should(
     tmp_path: Path, chat_dir: Path
 ) -> None:
-    """Two entries of one scenario: plain pairs, one of them cut; and two rankings of three, of which one has a tie."""
+    """One scenario has two sources: pairs, one of them cut; and two rankings of three completions, one with a tie."""
     (tmp_path / "pairs.jsonl").write_text(
         "\n".join([*lines(range(5)), json.dumps({**pair(5), "prompt": "red " * 90})]), encoding="utf-8"
     )
@@ -159,9 +159,9 @@ def test_weighted_sources_and_rankings_are_counted_apart_and_weigh_what_they_sho
     ]
     pq.write_table(pa.Table.from_pylist(rankings), tmp_path / "rankings.parquet")
     sources = [
-        Source("train", (str(tmp_path / "pairs.jsonl"),), RowKind.TRAINING_PAIRS),
-        Source("train", (f"file://{tmp_path}/rankings.parquet",), RowKind.TRAINING_PAIRS, weight=3.0),
-        Source("in_domain", (f"file://{tmp_path}/rankings.parquet",), None),
+        DataSource("train", (str(tmp_path / "pairs.jsonl"),), RowKind.TRAINING_PAIRS),
+        DataSource("train", (f"file://{tmp_path}/rankings.parquet",), RowKind.TRAINING_PAIRS, weight=3.0),
+        DataSource("in_domain", (f"file://{tmp_path}/rankings.parquet",), None),
     ]
     limits = TokenLimits(60, 40, 0.05, Overlong.TRUNCATE_PROMPT_LEFT)
     report = tokenise_sources(sources, chat_dir=chat_dir, out_dir=tmp_path / "tokens", limits=limits)
@@ -191,7 +191,9 @@ def test_weighted_sources_and_rankings_are_counted_apart_and_weigh_what_they_sho
 def test_a_bad_source_is_not_hidden_by_a_large_good_one(tmp_path: Path, chat_dir: Path) -> None:
     (tmp_path / "good.jsonl").write_text("\n".join(lines(range(100))), encoding="utf-8")
     (tmp_path / "bad.jsonl").write_text("\n".join([*lines(range(100, 103)), "{torn"]), encoding="utf-8")
-    sources = [Source("train", (str(tmp_path / name),), RowKind.TRAINING_PAIRS) for name in ("good.jsonl", "bad.jsonl")]
+    sources = [
+        DataSource("train", (str(tmp_path / name),), RowKind.TRAINING_PAIRS) for name in ("good.jsonl", "bad.jsonl")
+    ]
     with pytest.raises(DataError, match=r"1 of 4 rows of 'train' \(.*bad.jsonl\) are malformed"):
         tokenise_sources(sources, chat_dir=chat_dir, out_dir=tmp_path / "tokens", limits=LIMITS)
 
@@ -200,7 +202,8 @@ def test_too_many_malformed_rows_fail_with_the_first_of_them_and_commit_nothing(
     (tmp_path / "a.jsonl").write_text("\n".join([*lines(range(10)), "{torn"]), encoding="utf-8")
     with pytest.raises(
         DataError,
-        match=r"1 of 11 rows of 'train' \(.*a.jsonl\) are malformed, more than data.max_dropped_fraction = 0.05. First: .*in '{torn'",
+        match=r"1 of 11 rows of 'train' \(.*a.jsonl\) are malformed, more than data.max_dropped_fraction = 0.05. "
+        r"First: .*in '{torn'",
     ):
         tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
     assert not (tmp_path / "tokens").exists()
@@ -209,13 +212,16 @@ def test_too_many_malformed_rows_fail_with_the_first_of_them_and_commit_nothing(
 def test_a_source_of_which_nothing_is_left_fails_with_the_reasons(tmp_path: Path, chat_dir: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({**pair(1), "prompt": "red " * 90}))
     with pytest.raises(
-        DataError, match=r"No row of 'train' \(.*a.jsonl\) is left of 1 \(dropped: {'prompt too long': 1}\)"
+        DataError, match=r"None of the 1 rows of 'train' \(.*a.jsonl\) is kept \(dropped: {'prompt too long': 1}\)"
     ):
         tokenise(tmp_path, chat_dir, tmp_path / "a.jsonl")
 
 
 def test_sft_is_prepared_from_the_users_demonstrations_alone(tmp_path: Path) -> None:
-    """A tokenizer and a base model from their text, and their tokens with that tokenizer; one row in thirty is malformed, which the limit allows."""
+    """The tokenizer and the base model come from their text, and their tokens from that tokenizer.
+
+    One of 31 rows is malformed, which the limit allows.
+    """
     rows = [
         json.dumps({"id": f"{i:02}", "prompt": f"red {i}", "completion": f"green\u2028{i}"}, ensure_ascii=False)
         for i in range(30)

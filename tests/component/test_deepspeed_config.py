@@ -1,4 +1,4 @@
-"""DeepSpeed ignores keys that it does not know, so ours are looked up in its own lists."""
+"""DeepSpeed ignores keys that it does not know, so this test looks up ours in its own lists."""
 
 import pytest
 

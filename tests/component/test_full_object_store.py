@@ -1,4 +1,7 @@
-"""An object store that is full of what others hold: Ray spills to disk, and the pipeline's rows are counted all the same."""
+"""Ray's object store, full of objects that others hold.
+
+Ray spills to disk, and the pipeline still keeps or counts every row.
+"""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 
-from rm_robust.data.pipeline import Source, tokenise_sources
+from rm_robust.data.pipeline import DataSource, tokenise_sources
 from rm_robust.data.rows import RowKind
 from rm_robust.data.token_rows import TokenLimits
 from tests.support.tiny_models import tiny_tokenizer
@@ -16,7 +19,7 @@ from tests.support.tiny_models import tiny_tokenizer
 pytestmark = pytest.mark.slow
 
 STORE_BYTES = 80 * 2**20
-"""About the smallest that Ray takes."""
+"""Size of the object store: about the smallest that Ray takes."""
 HELD_BYTES = 20 * 2**20
 NUM_HELD = 6
 NUM_LONG, NUM_KEPT = 800, 4000
@@ -50,7 +53,7 @@ def test_rows_are_all_kept_or_counted_beside_objects_of_more_than_the_store(tmp_
                 )
                 + "\n"
             )
-    source = Source("train", (str(tmp_path / "rows.jsonl"),), RowKind.PAIR)
+    source = DataSource("train", (str(tmp_path / "rows.jsonl"),), RowKind.PAIR)
     report = tokenise_sources([source], chat_dir=tmp_path / "chat", out_dir=tmp_path / "tokens", limits=LIMITS)
     assert (report.num_kept, report.num_dropped) == ({"train": NUM_KEPT}, {"train": {"completion too long": NUM_LONG}})
     for number, reference in enumerate(held):

@@ -1,4 +1,4 @@
-"""Prompts, models and a scorer in; responses by a real vLLM under a real Ray Data, labels and a manifest out."""
+"""Prompts, models and a scorer become responses, labels and a manifest, with a real vLLM under a real Ray Data."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,10 @@ chunk_prompts = {CHUNK_PROMPTS}
 sampling = {{ max_new_tokens = {MAX_NEW_TOKENS} }}
 engines = {{ dtype = "float32", max_model_len = 64, kv_cache_memory_bytes = 16777216 }}
 labels = {{ checkpoint = "{checkpoint}" }}
-models = [{{ name = "cool", path = "{base}", temperature = 0.5 }}, {{ name = "hot", path = "{base}", temperature = 2.0 }}]
+models = [
+    {{ name = "cool", path = "{base}", temperature = 0.5 }},
+    {{ name = "hot", path = "{base}", temperature = 2.0 }},
+]
 """)
     out = tmp_path / "out"
     arguments = ["--config", str(tmp_path / "config.toml"), "--out", str(out)]
@@ -56,23 +59,25 @@ models = [{{ name = "cool", path = "{base}", temperature = 0.5 }}, {{ name = "ho
         assert (counts["num_responses"], counts["num_prompts_too_long"]) == (NUM_PROMPTS - 1, 1)
         assert 0 < counts["mean_tokens"] <= MAX_NEW_TOKENS
         assert counts["num_truncated"] == sum(
-            own.is_truncated for own in responses if own.model == model and own.completion is not None
+            response.is_truncated
+            for response in responses
+            if response.model == model and response.completion is not None
         )
-    assert {own.completion for own in responses if own.model == "cool"} != {
-        own.completion for own in responses if own.model == "hot"
+    assert {response.completion for response in responses if response.model == "cool"} != {
+        response.completion for response in responses if response.model == "hot"
     }
     labelled = read_named_responses([str(out / "labelled")])
     num_empty = sum(manifest["responses"][model]["num_empty"] for model in ("cool", "hot"))
     assert len(labelled) == 2 * (NUM_PROMPTS - 1) - num_empty
-    assert len({own.gold_score for own in labelled}) > 1
+    assert len({row.gold_score for row in labelled}) > 1
     assert manifest["labels"]["checkpoint"].startswith("sha256:")
 
     lost = chunk_path(out, "hot", 1)
-    whole = lost.read_bytes()
+    content = lost.read_bytes()
     kept_at = chunk_path(out, "cool", 1).stat().st_mtime_ns
     lost.unlink()
     assert command.main("", arguments) == 0, capsys.readouterr().err
-    assert lost.read_bytes() == whole, "a prompt's response depends on its own seed alone"
+    assert lost.read_bytes() == content, "a prompt's response depends on its own seed alone"
     assert chunk_path(out, "cool", 1).stat().st_mtime_ns == kept_at
 
     assert command.main("", [*arguments, "--set", "seed=1"]) == 2

@@ -1,4 +1,4 @@
-"""The process group that Ray Train makes: its gloo listens where Ray does, whatever address the machine's name has."""
+"""Gloo in the process group that Ray Train makes uses Ray's address, whatever address the machine's name has."""
 
 import json
 import os
@@ -31,14 +31,14 @@ def _ray() -> Iterator[None]:
 
 
 def note_connections(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
-    """This rank's TCP connections, and what gloo was told."""
+    """Write this rank's TCP connections and the interface that gloo was given to a file."""
     dist.barrier()
-    own = [
+    connections = [
         [*connection.laddr, *connection.raddr]
         for connection in psutil.Process().net_connections("tcp")
         if connection.raddr
     ]
-    (run_dir / f"{dist.get_rank()}.json").write_text(json.dumps([os.environ.get(INTERFACE_VARIABLE), own]))
+    (run_dir / f"{dist.get_rank()}.json").write_text(json.dumps([os.environ.get(INTERFACE_VARIABLE), connections]))
     dist.barrier()
     return {}
 
@@ -52,10 +52,12 @@ def test_train_workers_meet_at_rays_address(tmp_path: Path) -> None:
         run_dir=tmp_path,
         workers=WorkersConfig(num_workers=2, num_cpus_per_worker=0.5),
     )
-    (told, own), (told_other, other) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert told == told_other
-    assert address in [each.address for each in psutil.net_if_addrs()[told]]
-    ends = {tuple(connection[2:] + connection[:2]) for connection in other}
-    between = [connection for connection in own if tuple(connection) in ends]
+    (interface_0, connections_0), (interface_1, connections_1) = (
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert interface_0 == interface_1
+    assert address in [entry.address for entry in psutil.net_if_addrs()[interface_0]]
+    other_ends = {tuple(connection[2:] + connection[:2]) for connection in connections_1}
+    between = [connection for connection in connections_0 if tuple(connection) in other_ends]
     assert between, "gloo connects the ranks"
     assert {ip.removeprefix("::ffff:") for connection in between for ip in connection[::2]} == {address}

@@ -1,4 +1,4 @@
-"""RLOO on real actors that are killed, scorers that fail, and samples that are stale: every run ends with its planned steps, and nothing wrong is trained."""
+"""RLOO with killed actors, failing scorers and stale samples: each run does its steps and trains on nothing wrong."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def uninterrupted(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def require_evaluated(run_dir: Path) -> None:
-    """Every second step, and the best of them is kept."""
+    """Assert that every second step is evaluated and that the best of them is kept."""
     gold = {line["step"]: line["rloo/eval/gold_mean"] for line in steps_of(run_dir) if "rloo/eval/gold_mean" in line}
     assert list(gold) == [2, 4]
     best = read_manifest(RunLayout(run_dir).best_policy_checkpoint).training["num_steps"]
@@ -63,12 +63,12 @@ def steps_of(run_dir: Path) -> list[MetricsLine]:
     return read_metrics(run_dir, "rloo")
 
 
-def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def require_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def require_nothing_left() -> None:
-    """No actor process and no placement group; Ray ends a killed process a little later."""
+    """Assert that no actor process and no placement group is left, after waiting for Ray to end killed processes."""
     wait_for(
         lambda: not actor_processes("RolloutEngine") and not actor_processes("PolicyTrainer"),
         what="the end of all actors",
@@ -84,7 +84,7 @@ def num_steps_done(run_dir: Path) -> int:
 def test_an_engine_killed_while_it_samples_changes_nothing(
     uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path, num_engines: int
 ) -> None:
-    """Its prompts are sampled again by the same policy version with the same seeds."""
+    """The engine's prompts are sampled again by the same policy version with the same seeds."""
     config = rloo_config(models, num_engines=num_engines)
     run_dir = rloo_run_dir(config, tmp_path)
     killer = Killer("RolloutEngine", lambda: num_steps_done(run_dir) == 1)
@@ -96,7 +96,7 @@ def test_an_engine_killed_while_it_samples_changes_nothing(
     require_nothing_left()
 
 
-def test_a_trainer_killed_between_commits_is_redone_from_the_last_one(
+def test_steps_of_a_trainer_killed_between_commits_are_redone_from_the_last_commit(
     uninterrupted: dict[str, torch.Tensor], models: Path, tmp_path: Path
 ) -> None:
     config = rloo_config(models)
@@ -121,7 +121,10 @@ def test_trainers_that_never_commit_a_step_end_the_run(models: Path, tmp_path: P
 
 
 class FailsForSome(LengthScorer):
-    """No score for texts of which a share is chosen by their content, as a server with a NaN for them: the whole request fails."""
+    """Refuses a share of the texts, chosen by their content.
+
+    The whole request fails, as with a server that computes NaN for one of the texts.
+    """
 
     def __init__(self, share: float) -> None:
         super().__init__(self._refuse)
@@ -129,15 +132,15 @@ class FailsForSome(LengthScorer):
         self.failing: set[tuple[str, str]] = set()
 
     def _refuse(self, inputs: Sequence[ScoreInput]) -> None:
-        found = {
-            (str(given.prompt), text)
-            for given in inputs
-            for text in given.completions
+        refused = {
+            (str(item.prompt), text)
+            for item in inputs
+            for text in item.completions
             if torch.tensor(list(text.encode())).sum() % 100 < 100 * self.share
         }
-        self.failing |= found
-        if found:
-            raise ScoringError(f"{len(found)} scores are not finite")
+        self.failing |= refused
+        if refused:
+            raise ScoringError(f"{len(refused)} scores are not finite")
 
 
 def test_scores_that_fail_are_counted_and_in_no_update(models: Path, tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_a_scorer_that_fails_for_all_ends_the_run_and_leaves_nothing(models: Pat
 
 
 class InterruptsAfter(LengthScorer):
-    """Ctrl-C while the step after so many is scored."""
+    """Presses Ctrl-C while the step after the first `num_steps` is scored."""
 
     def __init__(self, num_steps: int, run_dir: Path) -> None:
         super().__init__(self._interrupt)
@@ -230,6 +233,6 @@ def test_two_sharded_trainers_make_the_policy_that_one_makes(
     )
     run_dir = rloo_run_dir(config, tmp_path)
     run_rloo(config, run_dir, proxy=LengthScorer(), gold=LengthScorer())
-    found = policy_weights(run_dir)
+    sharded = policy_weights(run_dir)
     for name, expected in uninterrupted.items():
-        torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(sharded[name], expected, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""RLOO on a cluster of several raylets, one of which goes with the engine on it: the rest of the cluster takes its place."""
+"""RLOO on a cluster of several raylets that loses a raylet with its engine: the rest of the cluster takes over."""
 
 import shutil
 import tempfile
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head for the trainer and two nodes for engines."""
+    """Start a head for the trainer and two nodes for engines."""
     ray_dir = tempfile.mkdtemp(prefix="rn")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_dir, "OMP_WAIT_POLICY": "PASSIVE"}.items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
-        found = Cluster(
+        cluster = Cluster(
             initialize_head=True,
             head_node_args={
                 "num_cpus": 2,
@@ -34,18 +34,18 @@ def cluster() -> Iterator[Cluster]:
             },
         )
         for _ in range(2):
-            found.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=2**27)
-        ray.init(address=found.address, log_to_driver=False)
+            cluster.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=2**27)
+        ray.init(address=cluster.address, log_to_driver=False)
         try:
-            yield found
+            yield cluster
         finally:
             ray.shutdown()
-            found.shutdown()
+            cluster.shutdown()
     shutil.rmtree(ray_dir, ignore_errors=True)
 
 
 def node_of_the_engine(cluster: Cluster) -> object:
-    """The node whose raylet started the engine."""
+    """Return the node whose raylet started the engine."""
     [engine] = actor_processes("RolloutEngine")
     [node] = [node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == engine.ppid()]
     return node
@@ -54,8 +54,8 @@ def node_of_the_engine(cluster: Cluster) -> object:
 def test_a_node_removed_with_its_engine_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
     trainers = {"num_workers": 1, "num_cpus_per_worker": 0.1, "resources_per_worker": {"trainer": 1}}
     config = rloo_config(tmp_path, num_steps=3, engine_resources={"rollout": 1}, trainers=trainers)
-    whole_dir, run_dir = (rloo_run_dir(config, tmp_path / name) for name in ("whole", "run"))
-    run_rloo(config, whole_dir, proxy=LengthScorer(), gold=LengthScorer())
+    undisturbed_dir, run_dir = (rloo_run_dir(config, tmp_path / name) for name in ("undisturbed", "run"))
+    run_rloo(config, undisturbed_dir, proxy=LengthScorer(), gold=LengthScorer())
     removed: list[object] = []
 
     def remove_once() -> None:
@@ -71,6 +71,6 @@ def test_a_node_removed_with_its_engine_changes_nothing(cluster: Cluster, tmp_pa
     result = run_rloo(config, run_dir, proxy=LengthScorer(), gold=LengthScorer(lambda inputs: remove_once()))
     assert len(removed) == 1
     assert (result["num_steps"], result["engines_replaced"]) == (3, 1)
-    kept = ("rloo/proxy_score_mean", "rloo/kl_mean", "rloo/loss", "rloo/gradient_norm")
-    for found, expected in zip(read_metrics(run_dir, "rloo"), read_metrics(whole_dir, "rloo"), strict=True):
-        assert {key: found[key] for key in kept} == {key: expected[key] for key in kept}
+    keys = ("rloo/proxy_score_mean", "rloo/kl_mean", "rloo/loss", "rloo/gradient_norm")
+    for actual, expected in zip(read_metrics(run_dir, "rloo"), read_metrics(undisturbed_dir, "rloo"), strict=True):
+        assert {key: actual[key] for key in keys} == {key: expected[key] for key in keys}

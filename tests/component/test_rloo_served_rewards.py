@@ -1,4 +1,7 @@
-"""RLOO against served reward models: one loses a replica, one answers 429 for twenty seconds, and every score arrives; none outlives its stage."""
+"""RLOO with served reward models.
+
+One loses a replica and one answers 429 for twenty seconds, but every score arrives; none outlives its stage.
+"""
 
 import os
 import re
@@ -13,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray import serve
+import ray.serve as ray_serve
 
 from pipelines.stages import rloo_stage
 from rm_robust.errors import RolloutError
@@ -67,11 +70,11 @@ def test_a_reward_model_replica_killed_in_the_middle_costs_no_score(tmp_path: Pa
     assert len(killed) == 1
     assert [line["rloo/num_failed_scores"] for line in steps] == [0, 0, 0]
     assert all(line["rloo/proxy_score_std"] > 0 for line in steps)
-    serve.delete("rewards")
+    ray_serve.delete("rewards")
 
 
 class BusyServer(ThreadingHTTPServer):
-    """A scoring server that answers 429 until BUSY_S after its first request, then right scores."""
+    """A scoring server that answers 429 until BUSY_S after its first request, and then with the right scores."""
 
     daemon_threads = True
 
@@ -96,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(429, b'{"error": {"type": "overloaded", "message": "full"}}')
             return
         request = ScoreRequest.model_validate_json(body)
-        results = [ScoreResult(scores=[-len(text) / 10 for text in given.completions]) for given in request.inputs]
+        results = [ScoreResult(scores=[-len(text) / 10 for text in item.completions]) for item in request.inputs]
         self._reply(200, ScoreReply(model="length", checkpoint="length", results=results).model_dump_json().encode())
 
     def _reply(self, status: int, body: bytes) -> None:
@@ -134,7 +137,7 @@ def test_a_reward_model_that_is_busy_for_twenty_seconds_is_waited_for(tmp_path: 
 
 
 def served_run(folder: Path, **rloo: Any) -> Run:
-    """One that has come to its RLOO stage, which serves the proxy and a gold checkpoint itself."""
+    """Return a run that has reached its RLOO stage; the stage itself serves the proxy and a gold checkpoint."""
     replica = {"num_cpus": 0.1, "num_threads": 1}
     services = {
         "gold": str(save_tiny_reward_model(folder / "gold", seed=1)),
@@ -149,8 +152,8 @@ def served_run(folder: Path, **rloo: Any) -> Run:
 
 
 def require_nothing_left() -> None:
-    """Ray ends a deleted application's replicas, and a killed process, a little later."""
-    assert serve.status().applications == {}
+    """Assert that nothing of the stage is left, after waiting for Ray to end replicas and killed processes."""
+    assert ray_serve.status().applications == {}
     for name in ("ServeReplica", "RolloutEngine", "PolicyTrainer"):
         wait_for(lambda name=name: not actor_processes(name), what=f"the end of {name}")
     assert not [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]

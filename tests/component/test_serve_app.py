@@ -1,4 +1,4 @@
-"""The Serve application on one real Ray and Serve: scores, batching, refusals, queue limits, and both kinds of scorer."""
+"""Test the application on one real Ray and Serve: scores, batches, refusals, queue limits, both kinds of model."""
 
 import asyncio
 import json
@@ -40,7 +40,11 @@ BOBS_REQUESTS_PER_MINUTE = 3
 
 @dataclass(frozen=True)
 class Services:
-    """`proxy` serves a tiny checkpoint; `crowded` is a judge that takes three requests at a time; `guarded` is one with keys."""
+    """The URLs of the services.
+
+    `proxy` serves a tiny checkpoint, `judge` the judge. `crowded` is a judge that takes three requests at a time, and
+    `guarded` is a judge with keys.
+    """
 
     proxy: str
     judge: str
@@ -55,8 +59,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     judge = ModelSettings(model_name="judge", embedded_judge=True)
     with local_ray(num_cpus=4), ExitStack() as stack:
 
-        def url_of(model: ModelSettings, **who_and_how_much: Any) -> str:
-            settings = ServiceSettings(models=(model,), **({"insecure_no_auth": True} | who_and_how_much))
+        def url_of(model: ModelSettings, **changed: Any) -> str:
+            settings = ServiceSettings(models=(model,), **({"insecure_no_auth": True} | changed))
             return stack.enter_context(local_service(settings)).url
 
         keys = (ALICE_ENTRY, BOB_ENTRY.model_copy(update={"requests_per_minute": BOBS_REQUESTS_PER_MINUTE}))
@@ -78,7 +82,7 @@ def plain(services: Services) -> PlainTransformers:
 
 
 def mixed_inputs(seed: int, *, num_inputs: int) -> list[ScoreInput]:
-    """1 to 4 completions of 0 to 60 words on prompts of 1 to 60 words, some of them conversations."""
+    """Return prompts of 1 to 60 words with 1 to 4 completions of 0 to 60 words. Some prompts are conversations."""
     rng = Random(seed)
     inputs = []
     for index in range(num_inputs):
@@ -100,15 +104,15 @@ def score_body(*inputs: ScoreInput) -> dict[str, object]:
     return {"inputs": [item.model_dump() for item in inputs]}
 
 
-def assert_scores(found: list[list[float]], inputs: list[ScoreInput], plain: PlainTransformers) -> None:
-    for scores, item in zip(found, inputs, strict=True):
+def assert_scores(rows: list[list[float]], inputs: list[ScoreInput], plain: PlainTransformers) -> None:
+    for scores, item in zip(rows, inputs, strict=True):
         assert scores == pytest.approx(
             [plain.score(item.prompt, completion) for completion in item.completions], abs=TOLERANCE
         )
 
 
 async def post_all(url: str, bodies: list[object]) -> list[httpx.Response]:
-    """Every body at once."""
+    """Send every body at once, and return the replies in order."""
     async with httpx.AsyncClient(timeout=60, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
         return await asyncio.gather(*(client.post(f"{url}/v1/score", json=body) for body in bodies))
 
@@ -125,7 +129,7 @@ def test_a_single_request_gets_plain_transformers_raw_score_and_the_contracts_sh
         [{"role": "user", "content": "red green blue"}], add_generation_prompt=True, return_dict=False
     )
     completion = plain.tokenizer("seven apple", add_special_tokens=False)["input_ids"]
-    counts = {"prompt": len(prompt), "completions": [len(completion) + 1]}  # and its end of turn
+    counts = {"prompt": len(prompt), "completions": [len(completion) + 1]}  # one more for its end of turn
     assert response.json() == {
         "model": "tiny",
         "checkpoint": manifest.content_sha256,
@@ -136,16 +140,16 @@ def test_a_single_request_gets_plain_transformers_raw_score_and_the_contracts_sh
 
 def test_the_models_are_listed_with_their_identity_and_limit(services: Services) -> None:
     manifest = read_manifest(services.checkpoint_dir)
-    nothing = {"calibration": None, "reload_error": None}
+    unset = {"calibration": None, "reload_error": None}
     tiny = {
         "id": "tiny",
         "checkpoint": manifest.content_sha256,
         "template": manifest.template_sha256,
         "max_length_tokens": 256,
-        **nothing,
+        **unset,
     }
     assert httpx.get(f"{services.proxy}/v1/models").json() == {"object": "list", "data": [tiny]}
-    judge = {"id": "judge", "checkpoint": ANY, "template": None, "max_length_tokens": None, **nothing}
+    judge = {"id": "judge", "checkpoint": ANY, "template": None, "max_length_tokens": None, **unset}
     assert httpx.get(f"{services.judge}/v1/models").json() == {"object": "list", "data": [judge]}
 
 
@@ -439,7 +443,7 @@ def test_a_checkpoint_its_workers_and_its_endpoint_get_the_same_report(
         "workers": [*checkpoint, "--workers=2", "--cpus-per-worker=0.25"],
         "endpoint": ["--url", services.proxy],
     }.items():
-        status = command.main(
+        status = command.evaluate_suite(
             "",
             [
                 *source,
@@ -449,15 +453,15 @@ def test_a_checkpoint_its_workers_and_its_endpoint_get_the_same_report(
                 "--require=all.kendall_tau>=1",
             ],
         )
-        assert status == 1, capsys.readouterr().err  # nobody orders texts at random that well
+        assert status == 1, capsys.readouterr().err  # a random model does not order texts that well
         log = (tmp_path / name / "scores.jsonl").read_text().splitlines()
         scores = [score for line in log[1:] for score in json.loads(line)["scores"]]
         results[name] = (json.loads((tmp_path / name / "result.json").read_text()), scores)
     ours, our_scores = results.pop("checkpoint")
     for others, scores in results.values():
         assert scores == pytest.approx(our_scores, abs=1e-4)
-        for figure, own in ours["figures"].items():
-            assert others["figures"][figure] == pytest.approx(own, abs=1e-4)
+        for figure, our_value in ours["figures"].items():
+            assert others["figures"][figure] == pytest.approx(our_value, abs=1e-4)
         assert {key: ours[key] for key in ours if key != "figures"} == {
             key: others[key] for key in others if key != "figures"
         }

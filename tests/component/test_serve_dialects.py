@@ -1,4 +1,7 @@
-"""Other servers' clients on one real Serve: every dialect says the same number as /v1/score, in its own JSON, or refuses in it."""
+"""Test other servers' clients on one real Serve.
+
+Every dialect gives the same score as /v1/score, or a refusal, in its own JSON.
+"""
 
 import json
 import math
@@ -68,7 +71,10 @@ def tokenizer(services: Services) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def conversations(services: Services, tokenizer: PreTrainedTokenizerBase) -> list[Conversation]:
-    """Single and several turns; empty completions, and ones that begin with a newline, as the assistant header ends."""
+    """Return conversations of one and of several turns.
+
+    One completion is empty, and some begin with a newline, which is also how the assistant header ends.
+    """
     rng = Random(0)
     made = []
     for index in range(12):
@@ -85,16 +91,16 @@ def conversations(services: Services, tokenizer: PreTrainedTokenizerBase) -> lis
         scores = client.score(
             [ScoreInput(prompt=prompt, completions=[completion]) for prompt, completion in made]
         ).scores
-    found = []
+    conversations = []
     for (prompt, completion), [score] in zip(made, scores, strict=True):
         header = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (header, completion, TURN_END)]
-        found.append(
+        conversations.append(
             Conversation(
                 prompt, completion, f"{header}{completion}{TURN_END}", [i for part in ids for i in part], score
             )
         )
-    return found
+    return conversations
 
 
 def post(url: str, **body: object) -> httpx.Response:
@@ -108,14 +114,17 @@ def scores_of(conversations: list[Conversation]) -> Any:
 
 
 def open_rlhf_client(url: str, queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, Any]:
-    """What OpenRLHF's rollout does with its remote reward model: this body, 180 s, five tries a second apart (3c3be623)."""
+    """Ask for scores as OpenRLHF's rollout asks its remote reward model (3c3be623).
+
+    It sends this body, waits 180 s for the reply, and tries five times, a second apart.
+    """
     for _ in range(5):
         response = httpx.post(
             url, json={"query": queries, "prompts": prompts, "labels": labels}, timeout=180, trust_env=False
         )
         if response.status_code == 200:
-            found: dict[str, Any] = response.json()
-            return found
+            reply: dict[str, Any] = response.json()
+            return reply
         time.sleep(1)
     raise AssertionError(response.text)
 

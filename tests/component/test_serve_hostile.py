@@ -1,6 +1,7 @@
-"""Hostile and wrong requests on one real service: each gets its one documented 4xx in the dialect's JSON, and the next good one its score.
+"""Test hostile and wrong requests on one real service.
 
-The control tokens of a chat template in somebody's text are text; and what /openapi.json says holds for generated requests.
+Each wrong request gets its one documented 4xx in the dialect's JSON, and the next good request gets its score. The
+control tokens of a chat template in somebody's text are text. What /openapi.json says holds for generated requests.
 """
 
 import gzip
@@ -39,7 +40,9 @@ LIMITS = ServiceLimits(max_body_bytes=2_000_000, max_completions=20, max_queued_
 START, END, PAD, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|pad|>", "<|endoftext|>"
 CHATML = f"{START}user\nred{END}\n{START}assistant\nblue{END}"
 MOST_ECHOED = 200
+"""The most characters of a request's body that an error message may repeat."""
 LONGEST_MESSAGE = 700
+"""The most characters of an error message."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Hostile:
         return self.service.url
 
     def exchange(self, request: bytes) -> bytes:
-        """Bytes to the port as they are; what comes back until the server closes or a whole reply is there."""
+        """Send these bytes to the port as they are. Return what comes back until the server closes the connection."""
         with socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), timeout=30) as connection:
             received = b""
             try:
@@ -66,9 +69,8 @@ class Hostile:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hostile]:
-    checkpoint_dir = save_tiny_reward_model(
-        tmp_path_factory.mktemp("models") / "tiny_rm", weight_scale=2.5
-    )  # a score depends on the early tokens too
+    # With this scale, a score depends on the early tokens too.
+    checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny_rm", weight_scale=2.5)
     tiny = ModelSettings(model_name="tiny", checkpoint_dir=checkpoint_dir)
     with (
         local_ray(num_cpus=2),
@@ -78,33 +80,38 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hostile]:
 
 
 class Reference:
-    """The checkpoint through transformers alone: ChatML written out by hand, the callers' text without control tokens."""
+    """Scores with the checkpoint and transformers alone.
+
+    ChatML is written out by hand, and the callers' text has no control tokens.
+    """
 
     def __init__(self, checkpoint_dir: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
         self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint_dir, num_labels=1).eval()
 
-    def own(self, text: str) -> list[int]:
-        """Ids of what the template writes: its control tokens are control tokens."""
+    def template_ids(self, text: str) -> list[int]:
+        """Return the ids of text that the template writes: its control tokens are control tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def foreign(self, text: str) -> list[int]:
-        """Ids of what somebody wrote: no control token."""
+    def caller_ids(self, text: str) -> list[int]:
+        """Return the ids of text that a caller wrote: it has no control token."""
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def prompt_ids(self, turns: list[Message]) -> list[int]:
         ids = []
         for turn in turns:
-            ids += [*self.own(f"{START}{turn['role']}\n"), *self.foreign(turn["content"]), *self.own(f"{END}\n")]
-        return [*ids, *self.own(f"{START}assistant\n")]
+            ids += self.template_ids(f"{START}{turn['role']}\n")
+            ids += self.caller_ids(turn["content"])
+            ids += self.template_ids(f"{END}\n")
+        return [*ids, *self.template_ids(f"{START}assistant\n")]
 
     def completion_ids(self, completion: str) -> list[int]:
-        return [*self.foreign(completion), *self.own(END)]
+        return [*self.caller_ids(completion), *self.template_ids(END)]
 
     def naive_ids(self, turns: list[Message], completion: str) -> list[int]:
-        """What rendering first and tokenising then makes of it."""
+        """Return the ids of the whole rendered conversation, in which a caller's control tokens are control tokens."""
         rendered = "".join(f"{START}{turn['role']}\n{turn['content']}{END}\n" for turn in turns)
-        return self.own(f"{rendered}{START}assistant\n{completion}{END}")
+        return self.template_ids(f"{rendered}{START}assistant\n{completion}{END}")
 
     def score(self, ids: list[int]) -> float:
         with torch.inference_mode():
@@ -121,7 +128,7 @@ def reference(hostile: Hostile) -> Reference:
 
 @dataclass(frozen=True)
 class Wrong:
-    """One request, the status it must get, and what the message must say."""
+    """One wrong request, the status that it must get, and what the message must say."""
 
     path: str
     body: bytes
@@ -147,12 +154,12 @@ def dumped(body: object) -> bytes:
 
 
 def with_text(path: str, text: bytes) -> bytes:
-    """The path's good body with these bytes inside a string."""
+    """Return the path's good body with these bytes inside a string."""
     return dumped(GOOD[path]).replace(b"red", text, 1)
 
 
 def unreadable(path: str) -> dict[str, Wrong]:
-    """Bodies that no dialect can read."""
+    """Return bodies that no dialect can read."""
     good = dumped(GOOD[path])
     not_json = {
         "empty": b"",
@@ -201,13 +208,13 @@ def unreadable(path: str) -> dict[str, Wrong]:
 
 
 def field_wrong(path: str, says: str, *values: Any, status: int = 422, **others: Any) -> list[Wrong]:
-    """The path's good body with each of the values in the field that `says` begins with."""
+    """Return the path's good body with each of the values in the field that `says` begins with."""
     name = says.split(":")[0].split("[")[0].split(".")[0]
     return [Wrong(path, dumped(GOOD[path] | others | {name: value}), status, says) for value in values]
 
 
 def raw_field(path: str, name: str, value: bytes, says: str) -> Wrong:
-    """JSON that Python would not write: NaN, 1e400, duplicate keys."""
+    """Return a body with JSON that Python would not write: NaN, 1e400, duplicate keys."""
     others = {key: value for key, value in GOOD[path].items() if key != name}
     return Wrong(path, dumped(others | {name: "HERE"}).replace(b'"HERE"', value), 422, says)
 
@@ -307,7 +314,7 @@ NATIVE = [
     raw_field("/v1/score", "calibrated", b"-Infinity", "calibrated: "),
     raw_field(
         "/v1/score", "inputs", b'[{"prompt": "a", "completions": ["b"], "completions": []}]', "inputs[0].completions: "
-    ),  # the last one counts
+    ),  # the last of two equal keys counts
 ]
 RENDERED: list[tuple[Any, str]] = [
     ("red", "conversation does not end with '<|im_end|>'"),
@@ -318,9 +325,10 @@ RENDERED: list[tuple[Any, str]] = [
     (CHATML + PAD, "conversation does not end with '<|im_end|>'"),
     (" ", "conversation does not end with"),
     (
+        # The tokenizer knows this token, but the model has no embedding for it.
         CHATML.replace("red", END_OF_TEXT),
         "model has no token 320",
-    ),  # the tokenizer knows it, and the model has no embedding for it
+    ),
 ]
 OPEN_RLHF = [
     *field_wrong("/get_reward", "query", *NOT_TEXTS, [], "red"),
@@ -497,7 +505,7 @@ CORPUS = [("unreadable", list(UNREADABLE[path].values())) for path in UNREADABLE
 
 
 def message_of(reply: dict[str, Any], path: str, status: int) -> str:
-    """The message, after a look at the shape of the dialect's error body."""
+    """Return the message of an error body, after a check of the dialect's shape."""
     if status == 405 or path not in GOOD or path in ("/v1/score", "/get_reward"):
         assert set(reply) == {"error"}
         assert set(reply["error"]) == {"type", "message"}
@@ -521,7 +529,7 @@ def longest_echo_is_short(message: str, body: bytes) -> bool:
 
 
 def complaint(response: httpx.Response, wrong: Wrong) -> str | None:
-    """What the reply to one wrong request lacks, None if nothing."""
+    """Return what is wrong with the reply to a wrong request, None if nothing is."""
     if response.status_code != wrong.status:
         return f"{response.status_code} {response.text[:300]}"
     if response.headers["content-type"] != "application/json" or not response.headers.get("x-request-id"):
@@ -576,8 +584,11 @@ def test_the_corpus_is_as_large_as_it_says() -> None:
 
 
 def test_what_is_odd_but_not_wrong_is_scored(hostile: Hostile, reference: Reference) -> None:
-    """The tokenizer encodes NUL and noncharacters; the content type is not read; of two equal keys the last one counts, as in every JSON parser of note;
-    text fields of a message beside role and content are not read."""
+    """The service reads these requests as others do.
+
+    The tokenizer encodes NUL and noncharacters, and the content type is not read. Of two equal keys the last one
+    counts, as in every JSON parser of note. Text fields of a message other than role and content are not read.
+    """
     url = f"{hostile.url}/v1/score"
     good = dumped(GOOD["/v1/score"])
     expected = [
@@ -620,7 +631,7 @@ def test_what_is_odd_but_not_wrong_is_scored(hostile: Hostile, reference: Refere
 
 
 def test_many_empty_messages_do_not_hold_up_the_others(hostile: Hostile) -> None:
-    """60,000 turns took the front half a minute, in which it answered nobody."""
+    """A careless front would need half a minute for 60,000 turns, and answer nobody meanwhile."""
     body = dumped({"inputs": scored(turns(*[("user", "")] * 60_000, ("user", START)))})
     assert len(body) < LIMITS.max_body_bytes
     response = httpx.post(f"{hostile.url}/v1/score", content=body, timeout=60)
@@ -793,28 +804,28 @@ def test_a_rendered_text_holds_its_callers_control_tokens_but_none_in_its_last_c
     prompt = f"{START}user\nred{END}blue{PAD}{END}\n{header}"
     second = f"\n{START}user\nred{END}\n{header}"
     cases = {
-        prompt + f"green{END}": reference.own(prompt + f"green{END}"),
+        prompt + f"green{END}": reference.template_ids(prompt + f"green{END}"),
         prompt + f"green{PAD}{END}{START}{END}": [
-            *reference.own(prompt),
-            *reference.foreign(f"green{PAD}{END}{START}"),
-            *reference.own(END),
+            *reference.template_ids(prompt),
+            *reference.caller_ids(f"green{PAD}{END}{START}"),
+            *reference.template_ids(END),
         ],
-        prompt + f"green{END}{second}seven{END}apple{END}": [  # the last completion is what follows the last header
-            *reference.own(prompt + f"green{END}{second}"),
-            *reference.foreign(f"seven{END}apple"),
-            *reference.own(END),
+        prompt + f"green{END}{second}seven{END}apple{END}": [  # the last completion is the text after the last header
+            *reference.template_ids(prompt + f"green{END}{second}"),
+            *reference.caller_ids(f"seven{END}apple"),
+            *reference.template_ids(END),
         ],
     }
     for text, ids in cases.items():
         body: dict[str, Any] = {RENDERED_PATHS[path]: [text], **({"raw_scores": True} if path == "/predict" else {})}
         reply = httpx.post(hostile.url + path, json=body).json()
-        found = {
+        score = {
             "/get_reward": lambda reply=reply: reply["rewards"][0],
             "/classify": lambda reply=reply: reply["data"][0]["probs"][0],
             "/pooling": lambda reply=reply: reply["data"][0]["data"][0],
             "/predict": lambda reply=reply: reply[0]["score"],
         }[path]()
-        assert found == pytest.approx(reference.score(ids), abs=TOLERANCE)
+        assert score == pytest.approx(reference.score(ids), abs=TOLERANCE)
 
 
 # ---- what /openapi.json says
@@ -826,15 +837,19 @@ def openapi(hostile: Hostile) -> Any:
 
 
 def declared_openapi() -> dict[str, Any]:
-    """What the service says at /openapi.json (a test below compares them): pytest collects before there is a service."""
+    """Return the schema that the service has at /openapi.json.
+
+    pytest collects the tests before there is a service; a test below compares the two schemas.
+    """
     api = FastAPI(title="rm_robust scoring")
     api.include_router(router)
     return api.openapi()
 
 
 schema = schemathesis.openapi.from_dict(declared_openapi())
-# positive_data_acceptance cannot hold: no schema says which texts end in an end-of-turn token, or fit the model. negative_data_rejection cannot either:
-# of a body's union types one may take what was made to be wrong for another, and the content type is not read.
+# positive_data_acceptance cannot hold: no schema says which texts end in an end-of-turn token, or fit the model.
+# negative_data_rejection cannot hold either: one type of a body's union may take what was made to be wrong for another,
+# and the content type is not read.
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

@@ -1,4 +1,6 @@
-"""`python -m serve` under a mixed load, while a replica is killed, another hangs, and the checkpoint is swapped: nothing is lost, wrong, or a 5xx.
+"""Test `python -m serve` under a mixed load.
+
+Meanwhile a replica is killed, another hangs, and the checkpoint is swapped. No reply is lost, wrong, or a 5xx.
 
 pytest -s tests/component/test_serve_mixed_load.py --load-seconds 600
 """
@@ -30,15 +32,20 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
 NUM_CLIENTS = 16
 PAUSE_S = 0.2
-"""Between a client's requests, at most: two cores also start replicas meanwhile."""
+"""The longest pause between a client's requests: the two cores also start replicas meanwhile."""
 REPLACED_WITHIN_S = 120.0
 MAX_BODY_BYTES = 1 << 20
 MAX_COMPLETIONS = 1024
 STEADY_AFTER_S = 60.0
+"""Seconds after which the front's memory is taken to be steady."""
 GROWTH_FRACTION = 0.1
-"""Of the front's memory from then to the end, the time of the hang excepted."""
+"""The fraction by which the front's memory may grow from then to the end, except for the time of the hang."""
 HANG_MIB = 120.0
-"""What it may grow while a replica hangs: Serve's router asks that one for its queue's length again and again, and what is unanswered waits for its end."""
+"""MiB by which the front may grow while a replica hangs.
+
+Serve's router asks the hung replica for its queue's length again and again, and the unanswered questions wait for its
+end.
+"""
 SERVICE = """
 [[models]]
 model_name = "mixed"
@@ -68,7 +75,7 @@ SHARES = {
     "cancelled": 0.05,
 }
 STATUSES = {"malformed": 422, "oversized": 413}
-"""Of the kinds that get no scores."""
+"""The status of each kind of request that gets no scores."""
 
 
 @dataclass
@@ -84,19 +91,20 @@ class Tally:
     events: list[str] = field(default_factory=list)
     rss_mib: list[tuple[float, float]] = field(default_factory=list)
     hang_s: list[float] = field(default_factory=list)
-    """When the replica stopped, and when another had its place."""
+    """The times at which the replica stopped, and at which another had its place."""
     started_s: float = field(default_factory=time.monotonic)
 
     @property
     def age_s(self) -> float:
         return time.monotonic() - self.started_s
 
-    def event(self, what: str) -> None:
-        self.events.append(f"{self.age_s:6.1f} s  {what}")
+    def event(self, description: str) -> None:
+        self.events.append(f"{self.age_s:6.1f} s  {description}")
 
     def summary(self) -> str:
         lines = [
-            f"sent {sum(self.sent.values())}, answered {sum(self.statuses.values())}, cancelled {self.cancelled}, in {self.age_s:.0f} s"
+            f"sent {sum(self.sent.values())}, answered {sum(self.statuses.values())}, cancelled {self.cancelled}, "
+            f"in {self.age_s:.0f} s"
         ]
         lines += [f"  {kind}: {count} x {status}" for (kind, status), count in sorted(self.statuses.items())]
         lines += [f"  {count} replies of {checkpoint}" for checkpoint, count in self.checkpoints.items()]
@@ -112,7 +120,7 @@ class Tally:
 
 
 class Pool:
-    """The inputs of the whole test, and what plain transformers says of them for each checkpoint."""
+    """The inputs of the whole test, and the scores that plain transformers gives them with each checkpoint."""
 
     def __init__(self, checkpoint_dirs: list[Path]) -> None:
         rng = Random(0)
@@ -135,12 +143,12 @@ class Pool:
         return rng.sample(self._singles, 256 if kind == "256 inputs" else 1)
 
     def what_is_wrong(self, reply: Reply, inputs: list[ScoreInput]) -> str | None:
-        """None for the scores of the one checkpoint that the reply names."""
+        """Return what is wrong with the scores, None if they are those of the checkpoint that the reply names."""
         expected = [score for item in inputs for score in self._scores[reply.json["checkpoint"]][id(item)]]
-        found = [score for row in reply.scores for score in row]
+        scores = [score for row in reply.scores for score in row]
         if [len(row) for row in reply.scores] != [len(item.completions) for item in inputs]:
             return "a reply of another shape"
-        distance = float(np.max(np.abs(np.array(found) - np.array(expected))))
+        distance = float(np.max(np.abs(np.array(scores) - np.array(expected))))
         return (
             None
             if distance <= TOLERANCE
@@ -158,11 +166,7 @@ class Client:
             self._tally.sent[kind] += 1
             try:
                 await self._ask(kind)
-            except (
-                OSError,
-                ValueError,
-                TimeoutError,
-            ) as error:  # a request that is lost is what this test is about: told, and counted
+            except (OSError, ValueError, TimeoutError) as error:  # a lost request; the test fails because of it
                 self._tally.wrong.append(
                     f"{self._tally.age_s:.1f} s: {kind} got no reply: {type(error).__name__} {error}"
                 )
@@ -187,7 +191,7 @@ class Client:
             self._count(kind, reply, inputs)
 
     async def _give_up(self, of_kind: str) -> None:
-        """Closes the connection after a moment, unless the reply was faster."""
+        """Close the connection after a moment, unless the reply was faster."""
         inputs = self._pool.inputs(self._rng, of_kind)
         asking = asyncio.create_task(post(self._url, score_body(*inputs)))
         await asyncio.wait((asking,), timeout=self._rng.uniform(0, 0.05))
@@ -221,7 +225,10 @@ def rss_around(tally: Tally, at_s: float) -> float:
 
 
 class Events:
-    """What happens to the service meanwhile. Everything here blocks; `stopped` are processes that hang."""
+    """What happens to the service meanwhile.
+
+    Every method blocks. `stopped` holds the ids of the processes that hang.
+    """
 
     def __init__(self, process: ServeProcess, tally: Tally) -> None:
         self._process, self._tally = process, tally
@@ -272,7 +279,10 @@ class Events:
 async def run_load(
     process: ServeProcess, pool: Pool, tally: Tally, *, seconds: float, events: list[Callable[[], None]]
 ) -> None:
-    """The events come at equal distances. Returns once they are over, the time is, and every request is answered."""
+    """Run the clients and the events, which come at equal distances.
+
+    This returns when the events and the time are over and every request is answered.
+    """
     is_over = asyncio.Event()
 
     async def watch_memory() -> None:
@@ -337,14 +347,15 @@ def test_under_a_mixed_load_a_kill_a_hang_and_a_swap_lose_nothing(
         assert set(tally.checkpoints) == {read_manifest(folder).content_sha256 for folder in (first, second)}
         assert set(tally.sent) == set(SHARES)
         assert metric(process.url, "rm_robust_queued_requests") == metric(process.url, "rm_robust_queued_tokens") == 0
-        # of those cancelled, the ones that had not been read, or were scored a moment before, are not in it
+        # The metric leaves out cancelled requests that the server had not read yet, or had just scored.
         assert 0 < metric(process.url, "rm_robust_cancelled_total") <= tally.cancelled
         lost = metric(process.url, "rm_robust_batches_lost_total")
         print(f"batches that went to another replica: {lost:.0f}")
         first_s, (stopped_s, replaced_s) = min(STEADY_AFTER_S, seconds / 4), tally.hang_s
         begin, before, after, end = (rss_around(tally, at_s) for at_s in (first_s, stopped_s, replaced_s, tally.age_s))
         print(
-            f"front's RSS: {begin:.0f} MiB after the first minute, {before:.0f} to {after:.0f} MiB while a replica hung, {end:.0f} MiB at the end"
+            f"front's RSS: {begin:.0f} MiB after the first minute, {before:.0f} to {after:.0f} MiB "
+            f"while a replica hung, {end:.0f} MiB at the end"
         )
         assert before - begin + end - after <= GROWTH_FRACTION * begin
         assert after - before <= HANG_MIB

@@ -1,4 +1,4 @@
-"""The two pages in a real headless Chromium, in front of a real scorer."""
+"""Test the two pages in a real headless Chromium, in front of a real scorer."""
 
 import json
 import shutil
@@ -37,7 +37,10 @@ expect.set_options(timeout=DEADLINE_S * 1000)
 
 @dataclass(frozen=True)
 class Service:
-    """One checkpoint behind two addresses that end in a slash: `open_url` asks nobody for a key, `guarded_url` takes `key` alone."""
+    """One checkpoint behind two addresses that end in a slash.
+
+    `open_url` asks nobody for a key; `guarded_url` accepts `key` alone.
+    """
 
     open_url: str
     guarded_url: str
@@ -47,7 +50,10 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The open one is the Serve application below a route prefix, the guarded one is what `python -m serve` runs."""
+    """Deploy both services.
+
+    The open one is the Serve application below a route prefix; the guarded one is what `python -m serve` runs.
+    """
     checkpoint_dir = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny")
     key, entry = new_key("alice")
     with local_ray(num_cpus=4):
@@ -73,7 +79,7 @@ def token_group(scorer: RewardScorer, prompt: str | list[Message], completions: 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the scorer itself says of one prompt and its completions, and how the page writes it, the best first."""
+    """What the scorer itself says about one prompt's completions, and how the page writes it, the best first."""
 
     values: list[float]
     scores: list[str]
@@ -116,18 +122,21 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Visit:
-    """A fresh browser's page, and what it did: every address it asked, and every complaint of its console."""
+    """The page of a new browser context, every address that it asked, and every complaint of its console."""
 
     page: Page
     addresses: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     statuses_looked_for: set[int] = field(default_factory=set)
-    """Chromium complains of every status from 400 up; these are the ones that a test is about."""
+    """The statuses that a test is about. Chromium complains about every status from 400 up."""
 
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Visit]:
-    """Every test holds this too: nothing was asked of another origin, and the console has no error and no violation of the policy."""
+    """Open a page, and check at the end that it kept the rules.
+
+    It asked nothing of another origin, and its console has no error and no violation of the policy.
+    """
     context = browser.new_context(viewport={"width": 1100, "height": 800})
     visit = Visit(context.new_page())
     visit.page.on("request", lambda request: visit.addresses.append(request.url))
@@ -293,7 +302,7 @@ def test_a_key_outlives_its_page_only_when_that_is_ticked(visit: Visit, service:
 
 
 def tab_to(page: Page, accessible_name: str) -> None:
-    """Presses Tab until the focus is there; each stop on the way must show its outline."""
+    """Press Tab until this element has the focus. Each element on the way must show its outline."""
     for _ in range(20):
         page.keyboard.press("Tab")
         focused = page.locator(":focus")
@@ -413,9 +422,9 @@ def test_the_documentation_shows_every_path_and_its_statuses(visit: Visit, servi
         for section in page.locator(".operation").all()
     }
     assert shown == {
-        (path, method): list(of["responses"])
+        (path, method): list(operation["responses"])
         for path, methods in openapi["paths"].items()
-        for method, of in methods.items()
+        for method, operation in methods.items()
     }
     assert page.get_by_role("link", name="Score completions").evaluate("link => link.href") == service.guarded_url
 
@@ -438,7 +447,10 @@ def test_the_policy_admits_the_pages_own_script_and_style_by_hash_alone(
     policy = response.headers["content-security-policy"]
     assert "unsafe" not in policy
     assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
-    injected = "() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.head.append(s); return window.ran ?? 0 }"
+    injected = (
+        "() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1'; "
+        "document.head.append(s); return window.ran ?? 0 }"
+    )
     assert visit.page.evaluate(injected) == 0
     assert [complaint for complaint in visit.complaints if "Content Security Policy" in complaint]
     visit.complaints.clear()

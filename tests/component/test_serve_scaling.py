@@ -1,4 +1,7 @@
-"""What a service does when much is asked, and when something changes meanwhile: full queues, more and fewer replicas, swaps, keys, ensembles, an end."""
+"""Test a service under load, and while something changes.
+
+Full queues, more and fewer replicas, swaps of the checkpoint, keys, ensembles, and the end of the process.
+"""
 
 import asyncio
 import os
@@ -13,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from ray import serve
+import ray.serve as ray_serve
 
 from rm_robust.errors import CheckpointError
 from rm_robust.models.checkpoint import read_manifest
@@ -45,7 +48,7 @@ BOB, BOB_ENTRY = new_key("bob")
 
 
 def random_inputs(seed: int, num_inputs: int, *, num_words: int = 30) -> list[ScoreInput]:
-    """One completion each."""
+    """Return random inputs with one completion each."""
     rng = Random(seed)
     return [
         ScoreInput(
@@ -61,7 +64,7 @@ POOL = random_inputs(0, 300)
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Two tiny ones with their own tokenizers; `plain` scores with the one that a reply names."""
+    """Two tiny checkpoints with their own tokenizers. `plain` scores with the one that a reply names."""
 
     one: Path
     two: Path
@@ -85,7 +88,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Ray and Serve, and where Serve's own proxy listens."""
+    """Start Ray and Serve, and give the URL of Serve's own proxy."""
     with local_ray(num_cpus=8, **PUSH_EVERY):
         yield start_serve("127.0.0.1", 0)
 
@@ -96,7 +99,7 @@ def model_of(name: str, checkpoint_dir: Path, **options: Any) -> ModelSettings:
 
 @pytest.fixture(scope="module")
 def members(cluster: str, checkpoints: Checkpoints) -> Iterator[LocalService]:
-    """Models `one` and `two`, every kind of ensemble of them, two keys, and a short queue."""
+    """Serve models `one` and `two` and every kind of ensemble of them, with two keys and a short queue."""
     ensembles = [
         EnsembleSettings(model_name=str(how), members=("one", "two"), aggregation=how, uncertainty_weight=0.7)
         for how in Aggregation
@@ -121,7 +124,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def assert_right(reply: Reply, inputs: list[ScoreInput], checkpoints: Checkpoints) -> None:
-    """The status, and the scores of the checkpoint that the reply names, with the token counts of its tokenizer."""
+    """Check the status, the scores of the checkpoint that the reply names, and the token counts of its tokenizer."""
     assert reply.status == 200, reply.body[:500]
     plain = checkpoints.plain[reply.json["checkpoint"]]
     assert reply.scores == [pytest.approx(plain.scores(item), abs=TOLERANCE) for item in inputs]
@@ -170,9 +173,8 @@ def test_the_client_library_turns_a_burst_beyond_the_queue_into_every_score(
 HAND_WORKED: dict[str, Callable[[float, float], float]] = {
     "mean": lambda one, two: (one + two) / 2,
     "min": min,
-    "uncertainty_weighted": lambda one, two: (
-        (one + two) / 2 - 0.7 * ((one - two) / 2) ** 2
-    ),  # the variance of two numbers is half their distance, squared
+    # The variance of two numbers is the square of half their distance.
+    "uncertainty_weighted": lambda one, two: (one + two) / 2 - 0.7 * ((one - two) / 2) ** 2,
     "careful": lambda one, two: min((one - 0.25) / 2.0, (two + 0.5) / 0.5),
 }
 
@@ -232,7 +234,7 @@ def test_a_key_that_is_taken_away_is_401_from_then_on(members: LocalService) -> 
 
 
 def test_requests_whose_clients_go_away_leave_the_queue(members: LocalService, checkpoints: Checkpoints) -> None:
-    """The one replica is held still meanwhile, so that everything queues."""
+    """The only replica is stopped meanwhile, so that everything queues."""
     (replica,) = replica_process_ids(os.getsid(0), "one")
     inputs, alice = POOL[:64], bearer(ALICE)
     cancelled_before = metric(members.url, "rm_robust_cancelled_total", alice)
@@ -276,7 +278,10 @@ def test_a_large_body_that_is_refused_gets_its_refusal_and_no_reset(
 
 
 class Load:
-    """Clients that ask on and on, from a thread of their own, until the block ends: every other one singles, the others 64 inputs at a time."""
+    """Clients that send requests from a thread of their own, without a break, until the block ends.
+
+    Every other client sends 64 inputs at a time, the rest one.
+    """
 
     def __init__(self, url: str, *, num_clients: int, pause_s: float = 0.0) -> None:
         self._url, self._num_clients, self._pause_s = url, num_clients, pause_s
@@ -309,16 +314,16 @@ class Load:
             await asyncio.sleep(self._pause_s)
 
     def wait_for_more(self, count: int) -> None:
-        wanted = len(self.answered) + count
+        num_expected = len(self.answered) + count
         wait_until(
-            lambda: len(self.answered) >= wanted,
+            lambda: len(self.answered) >= num_expected,
             DEADLINE_S,
-            lambda: f"{len(self.answered)} answers, not {wanted}; failures: {self._failures}",
+            lambda: f"{len(self.answered)} answers, not {num_expected}; failures: {self._failures}",
         )
 
 
 def num_running(model_name: str) -> int:
-    status = serve.status().applications[model_name].deployments[f"scorer_{model_name}"]
+    status = ray_serve.status().applications[model_name].deployments[f"scorer_{model_name}"]
     return sum(count for state, count in status.replica_states.items() if state == "RUNNING")
 
 
@@ -332,10 +337,10 @@ def test_replicas_are_added_while_batches_queue_and_taken_away_again_without_a_f
     with local_service(ServiceSettings(models=(model,), insecure_no_auth=True)) as service:
         assert num_running("elastic") == 1
         with Load(service.url, num_clients=8) as busy:
-            wait_until(lambda: num_running("elastic") == 2, DEADLINE_S, lambda: str(serve.status()))
+            wait_until(lambda: num_running("elastic") == 2, DEADLINE_S, lambda: str(ray_serve.status()))
             busy.wait_for_more(50)
         with Load(service.url, num_clients=1, pause_s=0.2) as idle:
-            wait_until(lambda: num_running("elastic") == 1, DEADLINE_S, lambda: str(serve.status()))
+            wait_until(lambda: num_running("elastic") == 1, DEADLINE_S, lambda: str(ray_serve.status()))
             idle.wait_for_more(5)
     print(f"\nscaling: {len(busy.answered)} answers while busy, {len(idle.answered)} while idle")
     for reply, inputs in busy.answered + idle.answered:
@@ -344,7 +349,7 @@ def test_replicas_are_added_while_batches_queue_and_taken_away_again_without_a_f
 
 @pytest.fixture(scope="module")
 def swapped(cluster: str, checkpoints: Checkpoints) -> Iterator[tuple[LocalService, ServiceSettings]]:
-    """Two replicas of checkpoint `one`."""
+    """Serve checkpoint `one` with two replicas."""
     settings = ServiceSettings(models=(model_of("swapped", checkpoints.one, num_replicas=2),), insecure_no_auth=True)
     with local_service(settings) as service:
         yield service, settings
@@ -371,18 +376,19 @@ def test_a_swap_under_load_fails_no_request_and_mixes_no_reply(
         for folder in (checkpoints.two, checkpoints.one, checkpoints.two):
             load.wait_for_more(40)
             deploy_models(with_checkpoint(settings, folder))
-            entries = [listed_model(service) for _ in range(4)]  # of either replica
+            entries = [listed_model(service) for _ in range(4)]  # some from each replica
             assert {(entry["checkpoint"], entry["reload_error"]) for entry in entries} == {
                 (checkpoints.id_of(folder), None)
             }
         load.wait_for_more(40)
     for reply, inputs in load.answered:
         assert_right(reply, inputs, checkpoints)
-    named = [reply.json["checkpoint"] for reply, _ in load.answered]
-    print(
-        f"\nswaps: {len(named)} answers, {named.count(checkpoints.id_of(checkpoints.one))} of one, {named.count(checkpoints.id_of(checkpoints.two))} of two"
+    checkpoint_ids = [reply.json["checkpoint"] for reply, _ in load.answered]
+    num_of_one, num_of_two = (
+        checkpoint_ids.count(checkpoints.id_of(folder)) for folder in (checkpoints.one, checkpoints.two)
     )
-    assert set(named) == set(checkpoints.plain)
+    print(f"\nswaps: {len(checkpoint_ids)} answers, {num_of_one} of one, {num_of_two} of two")
+    assert set(checkpoint_ids) == set(checkpoints.plain)
     assert replica_process_ids(os.getsid(0), "swapped") == replicas
 
 
@@ -399,9 +405,9 @@ def test_a_swap_to_an_altered_checkpoint_leaves_the_old_one_serving_and_says_why
         deploy_models(with_checkpoint(settings, altered))
     assert listed_model(service)["reload_error"] is None  # nothing was deployed
 
-    def deploy_unverified(folder: Path) -> None:  # as when it is altered after deploy_models has looked
+    def deploy_unverified(folder: Path) -> None:  # as if it was altered after deploy_models had verified it
         (model,) = with_checkpoint(settings, folder).models
-        serve.run(scorer_app(model, settings), name="swapped", route_prefix=None)
+        ray_serve.run(scorer_app(model, settings), name="swapped", route_prefix=None)
 
     with Load(service.url, num_clients=4) as load:
         load.wait_for_more(10)
@@ -434,7 +440,7 @@ def test_inside_the_cluster_the_scores_are_those_over_http(cluster: str, checkpo
     assert over_handles.scores == [pytest.approx(row, abs=1e-5) for row in over_http.scores]
     plain = checkpoints.plain[over_handles.checkpoint]
     assert over_handles.scores == [pytest.approx(plain.scores(item), abs=TOLERANCE) for item in POOL]
-    serve.delete("whole")
+    ray_serve.delete("whole")
 
 
 @pytest.mark.slow
@@ -463,7 +469,7 @@ def test_the_service_process_reloads_on_sighup_and_answers_what_it_has_before_it
         (replica,) = replica_process_ids(process.running.session, "model")
 
         async def stop_while_busy() -> list[Reply]:
-            os.kill(replica, signal.SIGSTOP)  # so that all are in flight when the process is told to end
+            os.kill(replica, signal.SIGSTOP)  # so that all requests are in flight when the process is told to end
             try:
                 asking = [asyncio.create_task(post(process.url, score_body(*inputs), bearer(BOB))) for _ in range(20)]
                 async with asyncio.timeout(DEADLINE_S):

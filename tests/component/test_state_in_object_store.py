@@ -1,6 +1,7 @@
-"""A training state of two ranks that share no disk: each uploads its part, rank 0 commits all, and both go on from it on other machines.
+"""A training state of two ranks that share no disk.
 
-The store is moto's S3 server; a machine is a process with a cache of its own.
+Each rank uploads its part, rank 0 commits all parts, and both go on from them on other machines. The store is moto's S3
+server, and a machine is a process with a cache of its own.
 """
 
 import os
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from rm_robust.config.objectives import Objective
 from rm_robust.config.shared import OptimizerConfig, StrategyConfig
+from rm_robust.config.training import RewardModelConfig
 from rm_robust.data.records import PreferencePair
 from rm_robust.models.packing import Layout
 from rm_robust.models.reward_model import PackedRewardModel
 from rm_robust.runs.storage.copies import CACHE_VARIABLE, local_path
 from rm_robust.training.engines import create_engine
 from rm_robust.training.engines.engine import TrainEngine
-from rm_robust.training.reward_model.losses import ObjectiveSettings
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 from rm_robust.training.state import committed_steps, load_state, save_state
 from tests.support.s3_server import s3_server
@@ -45,7 +46,8 @@ def new_engine(strategy: StrategyConfig) -> tuple[TrainEngine, PackedRewardModel
 
 
 def train(engine: TrainEngine, module: PackedRewardModel, num_steps: int) -> dict[str, Tensor]:
-    settings = StepSettings(ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=0.01), 10_000, pad_id=0)
+    objective = RewardModelConfig(objective=Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=0.01)
+    settings = StepSettings(objective, 10_000, pad_id=0)
     for _ in range(num_steps):
         reward_model_step(engine, PAIRS[engine.rank :: 2], settings, model=module, device=CPU)
         engine.step(1e-3)
@@ -66,7 +68,7 @@ def _worker(rank: int, folder: Path, strategy: StrategyConfig) -> None:
     )
     os.environ[CACHE_VARIABLE] = str(folder / f"machine{rank}")
     engine, module = new_engine(strategy)
-    for num_done in (1, 2):  # the second takes the first one's place
+    for num_done in (1, 2):  # the second state replaces the first
         train(engine, module, 1)
         save_state(engine, local_path(ROOT), num_done)
     expected = train(engine, module, 1)

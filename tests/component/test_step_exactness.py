@@ -1,7 +1,7 @@
 """A training step does not know how many workers, micro-batches or ZeRO stages computed it.
 
-Every case runs three steps of the same nine groups from the same weights under SGD (AdamW hides errors of gradient scale), in two real gloo
-processes, and is compared with one process that holds all groups in one micro-batch.
+Every case runs three steps of the same nine groups from the same weights under SGD (AdamW hides errors of gradient
+scale), in two real gloo processes. It is compared with one process that holds all groups in one micro-batch.
 """
 
 import os
@@ -20,7 +20,7 @@ from transformers import Qwen2ForCausalLM
 
 from rm_robust.config.objectives import BsrScale, Objective
 from rm_robust.config.shared import ComputeConfig, OptimizerConfig, StrategyConfig
-from rm_robust.config.training import LoraConfig
+from rm_robust.config.training import LoraConfig, RewardModelConfig
 from rm_robust.data.records import PreferencePair, TokenGroup
 from rm_robust.data.token_files import TokenisedGroup
 from rm_robust.models.compute import prepare_for_training
@@ -30,7 +30,7 @@ from rm_robust.models.policy import PackedPolicy
 from rm_robust.models.reward_model import PackedRewardModel
 from rm_robust.training.engines import create_engine
 from rm_robust.training.engines.engine import TrainEngine
-from rm_robust.training.reward_model.losses import ObjectiveSettings, objective_value
+from rm_robust.training.reward_model.losses import objective_value
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 from rm_robust.training.reward_model.training import held_out_metrics
 from rm_robust.training.sft import sft_step
@@ -45,21 +45,27 @@ HELD_OUT = [
 ]
 ONE_MICRO_BATCH, SEVERAL = 10_000, 45
 LEARNING_RATES = (0.5, 0.05, 0.05)
-"""The first is large, so that the first step's gradient can be read off the weights: 1 ulp of a weight at 1 is 2e-7 of gradient."""
+"""The first rate is large, so that the weights show the first gradient: 1 ulp of a weight at 1 is 2e-7 of gradient."""
 COEFFICIENT = 0.02
+BSR = RewardModelConfig(objective=Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=COEFFICIENT, bsr_scale=BsrScale.PAIRS)
+UNSCALED_BSR = RewardModelConfig(
+    objective=Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=COEFFICIENT * len(PAIRS), bsr_scale=BsrScale.NONE
+)
+"""BSR with the coefficient that BSR has for all pairs, whatever the number of pairs in the mean."""
+BRADLEY_TERRY = RewardModelConfig(objective=Objective.BRADLEY_TERRY)
 NO_CLIPPING = 1e6
 ADAPTERS = LoraConfig(rank=4, alpha=4)
 
 
 @dataclass(frozen=True)
 class Case:
-    """How the groups are spread. `shares`: groups of each rank."""
+    """How the groups are spread and trained. `shares` is the number of groups of each rank."""
 
     strategy: StrategyConfig
     shares: tuple[int, ...]
     max_tokens: int = ONE_MICRO_BATCH
     max_gradient_norm: float = NO_CLIPPING
-    objective: Objective = Objective.BATCH_SUM_TO_ZERO
+    objective: RewardModelConfig = BSR
     layout: Layout = Layout.SEGMENTS
     lora: LoraConfig | None = None
     compute: ComputeConfig = ComputeConfig()
@@ -67,8 +73,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What rank 0 saw: per step loss and norm; weights before the first and after every step; figures of held-out prompts; and the largest
-    difference that a kill and resume made to any weight."""
+    """What rank 0 saw.
+
+    Loss and gradient norm of each step, weights before the first step and after every step, figures of held-out
+    prompts, and the largest difference that a kill and resume made to any weight.
+    """
 
     losses: list[float]
     gradient_norms: list[float]
@@ -81,11 +90,11 @@ StepFunction = Callable[[TrainEngine, nn.Module, Case, list[TokenGroup]], float]
 
 
 def settings_of(case: Case) -> StepSettings:
-    return StepSettings(ObjectiveSettings(case.objective, COEFFICIENT, BsrScale.PAIRS), case.max_tokens, pad_id=0)
+    return StepSettings(case.objective, case.max_tokens, pad_id=0)
 
 
 def as_pairs(groups: list[TokenGroup]) -> list[PreferencePair]:
-    """Weights that differ, so that a pair that takes another's weight shows."""
+    """Give the pairs different weights, so that a pair with another pair's weight fails the test."""
     return [PreferencePair(group, weight=float(len(group.prompt_ids))) for group in groups]
 
 
@@ -95,12 +104,9 @@ def exact_step(engine: TrainEngine, module: nn.Module, case: Case, own: list[Tok
 
 
 def local_mean_step(engine: TrainEngine, module: nn.Module, case: Case, own: list[TokenGroup]) -> float:
-    """The negative control: every rank takes the penalty on its own mean, and gradients are averaged as usual."""
+    """Run the negative control: every rank takes the penalty on its own mean, and gradients are averaged as usual."""
     scores_N = engine.forward(lay_out(own, Layout.SEGMENTS, pad_id=0)).scores_N
-    coefficient = COEFFICIENT * len(PAIRS)
-    value = objective_value(
-        scores_N.view(-1, 2), ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, coefficient, BsrScale.NONE)
-    )
+    value = objective_value(scores_N.view(-1, 2), UNSCALED_BSR)
     engine.backward((scores_N * value.gradient_B2.flatten()).sum() * len(own) / len(PAIRS))
     return value.loss
 
@@ -111,15 +117,12 @@ def demonstration_step(engine: TrainEngine, module: nn.Module, case: Case, own: 
 
 
 def micro_mean_step(engine: TrainEngine, module: nn.Module, case: Case, own: list[TokenGroup]) -> float:
-    """The other one: as usual with accumulation, every micro-batch takes the penalty on its own mean."""
+    """Run the other control: as usual with accumulation, every micro-batch takes the penalty on its own mean."""
     bins = micro_batches(own, Layout.SEGMENTS, case.max_tokens)
     for number, members in enumerate(bins):
         with engine.micro_batch(is_last=number == len(bins) - 1):
             scores_N = engine.forward(lay_out([own[i] for i in members], Layout.SEGMENTS, pad_id=0)).scores_N
-            value = objective_value(
-                scores_N.view(-1, 2),
-                ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, COEFFICIENT * len(PAIRS), BsrScale.NONE),
-            )
+            value = objective_value(scores_N.view(-1, 2), UNSCALED_BSR)
             engine.backward((scores_N * value.gradient_B2.flatten()).sum() * len(members) / len(PAIRS))
     return value.loss
 
@@ -167,7 +170,7 @@ def run_case(case: Case, step: StepFunction, *, state_dir: Path | None = None) -
 
 
 def resume_gap(case: Case, own: list[TokenGroup], state_dir: Path) -> float:
-    """Three AdamW steps in one go, against a kill after two."""
+    """Compare three AdamW steps without a break with three that are killed and resumed after two."""
 
     def train(engine: TrainEngine, module: nn.Module, num_steps: int) -> None:
         for _ in range(num_steps):
@@ -203,8 +206,9 @@ def _worker(rank: int, folder: Path, cases: dict[str, tuple[Case, StepFunction]]
         if rank == 0:
             torch.save(outcome, folder / f"{name}.pt")
     dist.destroy_process_group()
-    # Without Python's finalisation: a thread of torch's that still frees a tensor then waits for the interpreter's lock, is unwound through C++ and
-    # aborts the process (seen once in CI; https://github.com/pytorch/pytorch/pull/179291). All outcomes are on disk.
+    # This exit skips Python's finalisation. In it, a torch thread that still frees a tensor waits for the interpreter's
+    # lock, is unwound through C++ and aborts the process (seen once in CI; https://github.com/pytorch/pytorch/pull/179291).
+    # All outcomes are on disk.
     os._exit(0)
 
 
@@ -212,7 +216,7 @@ def cases_of(strategy: StrategyConfig) -> dict[str, tuple[Case, StepFunction]]:
     return {
         "even": (Case(strategy, (4, 5)), exact_step),
         "micro": (Case(strategy, (8, 1), max_tokens=SEVERAL), exact_step),
-        "sum over pairs": (Case(strategy, (8, 1), max_tokens=SEVERAL, objective=Objective.BRADLEY_TERRY), exact_step),
+        "sum over pairs": (Case(strategy, (8, 1), max_tokens=SEVERAL, objective=BRADLEY_TERRY), exact_step),
         "clipped": (Case(strategy, (5, 4), max_gradient_norm=0.1), exact_step),
         "padded": (Case(strategy, (5, 4), max_tokens=SEVERAL, layout=Layout.PADDED), exact_step),
         "adapters": (
@@ -240,10 +244,10 @@ def run_in_two_processes(folder: Path, cases: dict[str, tuple[Case, StepFunction
 
 @pytest.fixture(scope="module")
 def single() -> Outcomes:
-    """One process, one micro-batch, all groups: what every case must equal."""
+    """Train in one process with all groups in one micro-batch, which every case must equal."""
     alone = Case(DDP, (len(PAIRS),))
     free = run_case(alone, exact_step)
-    bradley_terry = run_case(replace(alone, objective=Objective.BRADLEY_TERRY), exact_step)
+    bradley_terry = run_case(replace(alone, objective=BRADLEY_TERRY), exact_step)
     others = {
         "sum over pairs": bradley_terry,
         "adapters": run_case(replace(alone, lora=ADAPTERS), exact_step),
@@ -312,11 +316,11 @@ def assert_equal(actual: Outcome, expected: Outcome) -> None:
 
 
 def gradient_distance(actual: Outcome, expected: Outcome) -> float:
-    """Length of the difference of the first step's gradients over the length of the expected one."""
-    found, wanted = (
+    """Return the length of the difference of the first step's gradients over the length of the expected gradient."""
+    gradient, expected_gradient = (
         torch.cat([gradient.flatten() for gradient in first_gradients(o).values()]).double() for o in (actual, expected)
     )
-    return float((found - wanted).norm() / wanted.norm())
+    return float((gradient - expected_gradient).norm() / expected_gradient.norm())
 
 
 def first_gradients(outcome: Outcome) -> dict[str, Tensor]:

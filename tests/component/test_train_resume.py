@@ -1,4 +1,7 @@
-"""Reward-model training through Ray Train, with a worker killed at work: the group starts again and ends as one that was never killed."""
+"""Reward-model training through Ray Train, with a worker killed at work.
+
+The group starts again and ends as one that was never killed.
+"""
 
 import os
 import threading
@@ -76,7 +79,7 @@ def run(config: PipelineConfig, run_dir: Path, *, kill: bool) -> None:
     died = run_dir / "died"
 
     def train(own: PipelineConfig, folder: Path) -> dict[str, float]:
-        """Nested, so that Ray sends it by value."""
+        """Train on a worker. The function is nested, so that Ray sends it by value."""
 
         def die() -> None:
             while len(committed_steps(RunLayout(folder).reward_model_state)) == 0:

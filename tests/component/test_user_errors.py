@@ -1,4 +1,7 @@
-"""What a user can mend, raised in a worker of Ray Train or a task of Ray Data: once, and told apart from what Ray makes of it."""
+"""An error that a user can correct is raised once, in a worker of Ray Train or a task of Ray Data.
+
+It is found again behind the errors that Ray makes of it.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +28,10 @@ def _ray() -> Iterator[None]:
 
 
 def run(tmp_path: Path, error: Exception) -> tuple[Exception, int]:
-    """What a run raises whose rank 1 raises `error`, and how often that was."""
+    """Return what a run raises when its rank 1 raises `error`, and how often rank 1 raised it."""
 
     def train(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
-        """Nested, so that Ray sends it by value."""
+        """Raise `error` on rank 1. The function is nested, so that Ray sends it by value."""
         if dist.get_rank() == 1:
             with (run_dir / "raised").open("a") as raised:
                 raised.write("once\n")
@@ -41,19 +44,19 @@ def run(tmp_path: Path, error: Exception) -> tuple[Exception, int]:
     return failure.value, len((tmp_path / "raised").read_text().splitlines())
 
 
-def test_workers_are_not_started_again_for_what_a_user_can_mend(tmp_path: Path) -> None:
+def test_workers_are_not_restarted_after_an_error_that_a_user_can_correct(tmp_path: Path) -> None:
     raised, times = run(tmp_path, StorageError("the disk is full"))
     origin = origin_of(raised)
     assert (type(origin), str(origin), times) == (StorageError, "the disk is full", 1)
 
 
 @pytest.mark.slow
-def test_workers_are_started_again_for_anything_else(tmp_path: Path) -> None:
+def test_workers_are_restarted_after_any_other_error(tmp_path: Path) -> None:
     raised, times = run(tmp_path, OSError("a cable was pulled"))
     assert (origin_of(raised), times) == (raised, 1 + MAX_WORKER_FAILURES)
 
 
-def test_what_a_task_of_ray_data_raised_is_found_in_the_text_that_is_left_of_it() -> None:
+def test_the_error_of_a_ray_data_task_is_made_again_from_its_text() -> None:
     def refuse(batch: object) -> object:
         raise DataError("row 7 is torn")
 

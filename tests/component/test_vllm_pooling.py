@@ -1,4 +1,7 @@
-"""A trained reward-model checkpoint loads unchanged in vLLM's pooling runner, which gives the same raw scores as transformers."""
+"""A trained reward-model checkpoint loads unchanged in vLLM's pooling runner.
+
+The runner gives the same raw scores as transformers.
+"""
 
 from pathlib import Path
 

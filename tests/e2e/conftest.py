@@ -1,4 +1,4 @@
-"""Starts pipelines for the end-to-end tests, checks that nothing of them is left, and shares one smoke run."""
+"""Start pipelines for the end-to-end tests, check that they leave no process behind, and share one smoke run."""
 
 import shutil
 import sys
@@ -13,7 +13,7 @@ from tests.e2e.pipeline_process import SMOKE_CONFIG, Running, clean_environment,
 
 
 class Launcher:
-    """Starts commands with one Ray folder and one Ray token; their outputs go to `output_dir`."""
+    """Start commands with one Ray folder and one Ray token. Their outputs go to `output_dir`."""
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
@@ -31,10 +31,10 @@ class Launcher:
         return self.command(sys.executable, f"pipelines/{script}", *arguments, environment=environment)
 
     def close(self) -> None:
-        """End and name whatever is left: a test that ended well has left nothing."""
-        left = [command for running in self.started for command in running.clean_up()]
+        """End all processes that are left, and fail if there were any: a test that ended well leaves none."""
+        left_behind = [command for running in self.started for command in running.clean_up()]
         shutil.rmtree(self.ray_dir)
-        assert not left, f"processes left behind: {left}"
+        assert not left_behind, f"processes left behind: {left_behind}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
-    """Read it, never write to it: many tests share it."""
+    """Run smoke.toml once. Tests may only read the run, because many tests share it."""
     folder = tmp_path_factory.mktemp("smoke")
     launched = Launcher(folder)
     try:

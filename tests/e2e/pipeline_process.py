@@ -1,4 +1,7 @@
-"""Pipelines as a person starts them: one subprocess each, with a session, a run directory and a Ray folder of its own; ended by process id only."""
+"""Start pipelines as a person does: each is a subprocess with its own session, run directory and Ray folder.
+
+Processes are ended by process id only.
+"""
 
 import os
 import secrets
@@ -13,15 +16,22 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE_CONFIG = "pipelines/configs/smoke.toml"
 STAGE_DEADLINE_S = 300
-"""For one stage on a busy machine; each takes about half a minute on a quiet one."""
+"""Seconds for one stage on a busy machine. On a quiet one, a stage takes about half a minute."""
 RUN_DEADLINE_S = 900
 EXIT_DEADLINE_S = 150
-"""Ray kills a raylet that needs over a second to stop; its dashboard agent sees that after 10 s and then tries for 60 s to reach the ended GCS."""
+"""Seconds for all processes to end.
+
+Ray kills a raylet that needs over a second to stop. Its dashboard agent notices that after 10 s, and then tries for 60
+s to reach the GCS, which has ended.
+"""
 POLL_EVERY_S = 0.02
 
 
 def clean_environment(ray_dir: Path) -> dict[str, str]:
-    """This process's environment without any other Ray or run root; a token of its own, so that nothing depends on ~/.ray."""
+    """Return this process's environment without any other Ray or run root.
+
+    It has a token of its own, so that nothing depends on ~/.ray.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RM_ROBUST_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return kept | {
@@ -35,7 +45,7 @@ def clean_environment(ray_dir: Path) -> dict[str, str]:
 
 @dataclass
 class Running:
-    """A started command. `session` is its process id: whatever it starts stays in that session, Ray's processes too."""
+    """A started command. `session` is its process id: everything that it starts stays in that session, also Ray."""
 
     process: subprocess.Popen[bytes]
     output_path: Path
@@ -48,7 +58,7 @@ class Running:
         return self.output_path.read_text(errors="replace")
 
     def wait(self, deadline_s: float = RUN_DEADLINE_S) -> int:
-        """The exit status, once no process of the session is left."""
+        """Wait until no process of the session is left, and return the exit status."""
         wait_until(
             lambda: self.process.poll() is not None,
             deadline_s,
@@ -65,37 +75,40 @@ class Running:
         )
 
     def wait_for_file(self, folder: Path, pattern: str, deadline_s: float = STAGE_DEADLINE_S) -> None:
-        """Until `folder` holds a match. Fails at once when the command ends before."""
+        """Wait until `folder` holds a match. Fails at once if the command ends before that."""
 
         def found() -> bool:
             ended = self.process.poll() is not None
             assert any(folder.glob(pattern)) or not ended, (
-                f"ended with {self.process.returncode} before {folder}/{pattern} was there:\n{self.output()[-4000:]}"
+                f"ended with {self.process.returncode} before {folder}/{pattern} existed:\n{self.output()[-4000:]}"
             )
             return any(folder.glob(pattern))
 
         wait_until(found, deadline_s, lambda: f"no {folder}/{pattern}:\n{self.output()[-4000:]}")
 
     def kill(self) -> None:
-        """SIGKILL to everything at once, as when the machine is lost: after the driver alone, workers would go on for two or three seconds."""
+        """Send SIGKILL to everything at once, as when the machine is lost.
+
+        If only the driver were killed, workers would go on for two or three seconds.
+        """
         os.killpg(self.process.pid, signal.SIGKILL)
         self.clean_up()
         self.wait_for_empty_session()
 
     def clean_up(self) -> list[str]:
-        """End what is left of the session, by process id; returns it."""
-        left = session_processes(self.session)
-        for pid in left:
+        """End what is left of the session by process id, and return its commands."""
+        left_behind = session_processes(self.session)
+        for pid in left_behind:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
         self.process.wait()
-        return list(left.values())
+        return list(left_behind.values())
 
 
 def start(command: list[str], *, environment: dict[str, str], output_path: Path) -> Running:
-    """Start `command` at the repository's root in a new session, both outputs into one file."""
+    """Start `command` at the repository's root in a new session, with both outputs in one file."""
     with output_path.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -110,8 +123,8 @@ def start(command: list[str], *, environment: dict[str, str], output_path: Path)
 
 
 def session_processes(session: int) -> dict[int, str]:
-    """Process id -> command of everything alive in a session."""
-    found: dict[int, str] = {}
+    """Return the command of every living process in a session, by process id."""
+    processes: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -119,17 +132,17 @@ def session_processes(session: int) -> dict[int, str]:
             _, _, after_name = (entry / "stat").read_text().rpartition(")")
             state, _, _, session_id = after_name.split()[:4]
             if int(session_id) == session and state not in "ZX":
-                found[int(entry.name)] = (
+                processes[int(entry.name)] = (
                     (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
                 )
         except OSError:
             continue  # it ended meanwhile
-    return found
+    return processes
 
 
-def wait_until(condition: Callable[[], bool], deadline_s: float, what_is_wrong: Callable[[], str]) -> None:
-    """Poll until `condition`; AssertionError with `what_is_wrong()` after `deadline_s`."""
+def wait_until(condition: Callable[[], bool], deadline_s: float, describe: Callable[[], str]) -> None:
+    """Poll until `condition()` is true. Raises AssertionError with `describe()` after `deadline_s`."""
     ends_at = time.monotonic() + deadline_s
     while not condition():
-        assert time.monotonic() < ends_at, f"not within {deadline_s:.0f} s: {what_is_wrong()}"
+        assert time.monotonic() < ends_at, f"not within {deadline_s:.0f} s: {describe()}"
         time.sleep(POLL_EVERY_S)

@@ -1,4 +1,4 @@
-"""Ray as the README starts it, with ports of a test's own: a head, workers beside it on the same machine, and jobs submitted to it."""
+"""Ray as docs/cluster/ starts it, with a test's own ports: a head, workers on the same machine, and submitted jobs."""
 
 import json
 import os
@@ -27,27 +27,31 @@ from tests.e2e.pipeline_process import (
 from tests.e2e.test_kill_and_resume import check_resumed, lines_of
 
 NUM_RLOO_STEPS = 12
-"""As in smoke.toml."""
+"""The number of RLOO steps in smoke.toml."""
 
 
-def readme_command(beginning: str) -> list[str]:
-    """The one line of README.md that starts so."""
-    lines = re.findall(rf"^{re.escape(beginning)}.*$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
-    assert len(lines) == 1, f"README.md has {lines} for {beginning!r}"
+def documented_command(beginning: str) -> list[str]:
+    """Return the one line of the pages of docs/cluster/ that begins with `beginning`, as arguments."""
+    text = "\n".join(page.read_text() for page in sorted((REPOSITORY / "docs" / "cluster").glob("*.md")))
+    lines = re.findall(rf"^{re.escape(beginning)}.*$", text, re.MULTILINE)
+    assert len(lines) == 1, f"the pages of docs/cluster/ have {lines} for {beginning!r}"
     return shlex.split(lines[0])
 
 
 def free_ports(count: int) -> list[str]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [str(each.getsockname()[1]) for each in sockets]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        return [str(bound.getsockname()[1]) for bound in sockets]
 
 
 @dataclass
 class Cluster:
-    """A head in a session of its own, and workers in theirs. `gcs_address` is what RAY_ADDRESS says on a node, `dashboard` what it says to submit a job."""
+    """A head and workers, each in a session of its own.
+
+    `gcs_address` is the value of RAY_ADDRESS on a node, and `dashboard` its value for submitting a job.
+    """
 
     launcher: Launcher
     head: Running
@@ -57,11 +61,11 @@ class Cluster:
     workers: list[Running] = field(default_factory=list)
 
     def add_worker(self, *options: str, within: Sequence[str] = ()) -> Running:
-        """`within`: a command that runs the one which follows it."""
+        """Start a worker with `options`, and wait until it is up. The command `within`, if given, runs it."""
         address, agent_port = f"--address={self.gcs_address}", free_ports(1)[0]
         command = [
             address if part.startswith("--address=") else part
-            for part in readme_command("ray start --address=HEAD:6379")
+            for part in documented_command("ray start --address=HEAD:6379")
         ]
         worker = self.launcher.command(
             *within,
@@ -78,24 +82,26 @@ class Cluster:
             assert worker.process.poll() is None, worker.output()
             return "Ray runtime started" in worker.output()
 
-        wait_until(
-            is_up, STAGE_DEADLINE_S, worker.output
-        )  # two that start at once on one machine take each other's ports
+        # Two workers that start at the same time on one machine would take each other's ports.
+        wait_until(is_up, STAGE_DEADLINE_S, worker.output)
         return worker
 
     def submit(self, *arguments: str) -> Running:
-        command = readme_command(
+        command = documented_command(
             "ray job submit --working-dir . -- python pipelines/full_rlhf.py --config pipelines/configs/smoke.toml"
         )
         return self.ray(*command[1:], *arguments)
 
     def submit_in_place(self, *arguments: str) -> Running:
-        """Without an upload, as README's bare form: the job runs in the checkout. Raylets of one machine would unpack an upload in one place, each
-        anew, and take the working directory away below processes of the others."""
+        """Submit without an upload, as the shorter form in docs/cluster/jobs.md: the job runs in the checkout.
+
+        Each raylet of this machine would unpack an upload in the same place again, and take the working directory away
+        from the processes of the others.
+        """
         return self.ray("job", "submit", "--", "python", "pipelines/full_rlhf.py", "--config", SMOKE_CONFIG, *arguments)
 
     def submit_script(self, script: str, *settings: str) -> Running:
-        """Another pipeline on smoke.toml."""
+        """Submit another pipeline on smoke.toml."""
         overrides = (part for setting in settings for part in ("--set", setting))
         return self.ray(
             "job",
@@ -111,18 +117,18 @@ class Cluster:
         )
 
     def ray(self, *arguments: str) -> Running:
-        """Ray's command line, as from a machine outside of the cluster."""
+        """Run Ray's command line as from a machine outside the cluster."""
         return self.launcher.command("ray", *arguments, environment={"RAY_ADDRESS": self.dashboard})
 
-    def states_of(self, what: str) -> list[dict[str, Any]]:
-        """`ray list nodes`, actors or tasks, with all details."""
-        listing = self.ray("list", what, "--format=json", "--detail", "--limit=10000")
+    def states_of(self, kind: str) -> list[dict[str, Any]]:
+        """Return what `ray list nodes`, actors or tasks prints, with all details."""
+        listing = self.ray("list", kind, "--format=json", "--detail", "--limit=10000")
         assert listing.wait() == 0, listing.output()
-        found: list[dict[str, Any]] = json.loads(listing.output().splitlines()[-1])
-        return found
+        states: list[dict[str, Any]] = json.loads(listing.output().splitlines()[-1])
+        return states
 
     def served(self) -> list[str]:
-        """Actors of Ray Serve that are alive, its controller with them, and of what keeps a run's service."""
+        """Return the living actors of Ray Serve, with its controller, and those that keep a run's service."""
         return [
             a["class_name"]
             for a in self.states_of("actors")
@@ -130,7 +136,7 @@ class Cluster:
         ]
 
     def drivers(self) -> list[int]:
-        """Process ids of the job's python, found below this head only (the job's shell comes first)."""
+        """Return the process ids of the job's Python process below this head, without the job's shell."""
         below = descendants(self.head.session)
         return [
             pid
@@ -139,7 +145,7 @@ class Cluster:
         ]
 
     def wait_until_it_answers(self) -> None:
-        """The job server answers a little after `ray start` says that Ray runs."""
+        """Wait until the job server answers, which is a little after `ray start` says that Ray runs."""
 
         def answers() -> bool:
             assert self.head.process.poll() is None, self.head.output()
@@ -148,7 +154,7 @@ class Cluster:
         wait_until(answers, STAGE_DEADLINE_S, self.head.output)
 
     def stop(self) -> None:
-        """As Ctrl-C does; fails when something stays behind."""
+        """Stop the cluster as Ctrl-C does, and fail if a process stays behind."""
         everything = {
             pid: command for node in (self.head, *self.workers) for pid, command in descendants(node.session).items()
         }
@@ -164,7 +170,10 @@ class Cluster:
 def ray_cluster(
     folder: Path, head_command: str, *options: str, port: str | None = None, environment: dict[str, str] | None = None
 ) -> Iterator[Cluster]:
-    """A cluster of a head alone, started by the README's line that begins so, with the token that deploy/ray_environment.sh makes. Runs go to `folder`/runs."""
+    """Start a cluster of a head alone, with the line of docs/cluster/ that begins with `head_command`.
+
+    The token is the one that deploy/ray_environment.sh makes. Runs go to `folder`/runs.
+    """
     run_root, home = folder / "runs", folder / "home"
     launcher = Launcher(folder)
     del launcher.environment["RAY_AUTH_TOKEN"]
@@ -173,11 +182,12 @@ def ray_cluster(
         "HOME": str(home),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-    if not home.exists():  # a second cluster of a test has the first one's
+    if not home.exists():  # a test's second cluster uses the home of the first
         home.mkdir()
+        # `make` does nothing here, because what it would install is already there.
         sourced = launcher.command(
             "bash", "-c", 'make() { true; }; . deploy/ray_environment.sh "$0" && env', str(run_root)
-        )  # what make installs is here
+        )
         assert sourced.wait() == 0, sourced.output()
         assert f"RM_ROBUST_RUN_ROOT={run_root}\n" in sourced.output()
         assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
@@ -193,7 +203,7 @@ def ray_cluster(
         agent_port,
     ]
     head = launcher.command(
-        *readme_command(head_command),
+        *documented_command(head_command),
         *ports,
         "--min-worker-port=0",
         "--max-worker-port=0",
@@ -205,7 +215,7 @@ def ray_cluster(
         cluster.wait_until_it_answers()
         pattern = re.compile(rf"ray start --address='(\S+:{port})'")
         wait_until(lambda: bool(pattern.search(head.output())), STAGE_DEADLINE_S, head.output)
-        cluster.gcs_address = pattern.findall(head.output())[0]  # the machine's own address, whatever is asked for
+        cluster.gcs_address = pattern.findall(head.output())[0]  # Ray always uses the machine's own address
         yield cluster
         cluster.stop()
     finally:
@@ -213,7 +223,10 @@ def ray_cluster(
 
 
 def kill_the_driver_and_submit_again(cluster: Cluster) -> Running:
-    """The smoke job, its driver killed in RLOO, then the same submit, which must end well and as if never killed; returns the second."""
+    """Submit the smoke job, kill its driver in RLOO, submit it again, and return the second submit.
+
+    The second one must succeed, and end as if the first had never been killed.
+    """
     run_dir = cluster.run_root / "smoke"
     first = cluster.submit()
     first.wait_for_file(run_dir / "rloo" / "state", "step-*", RUN_DEADLINE_S)
@@ -227,9 +240,8 @@ def kill_the_driver_and_submit_again(cluster: Cluster) -> Running:
     second = cluster.submit()
     assert second.wait() == 0, second.output()[-4000:]
     assert cluster.served() == []
-    skipped = re.findall(
-        r"stage (\w+): already committed, skipped", second.output()
-    )  # every raylet of a machine prints a node's log
+    # Every raylet of a machine prints the node's log, so a line may come several times.
+    skipped = re.findall(r"stage (\w+): already committed, skipped", second.output())
     assert set(skipped) == {"sft", "preferences", "reward_model", "evaluation"}
     assert f"report: {run_dir}/report.html" in second.output()
     check_resumed(run_dir, "rloo", before, committed, num_steps=NUM_RLOO_STEPS)
@@ -238,7 +250,10 @@ def kill_the_driver_and_submit_again(cluster: Cluster) -> Running:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Process id -> command of `pid`'s children, their children, and so on: a job's driver has a session of its own."""
+    """Return the commands of all descendants of `pid`, by process id.
+
+    Sessions would not do: a job's driver has a session of its own.
+    """
     parents: dict[int, tuple[int, str]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -250,17 +265,17 @@ def descendants(pid: int) -> dict[int, str]:
                 )
             except OSError:
                 continue  # it ended meanwhile
-    found: dict[int, str] = {}
+    commands: dict[int, str] = {}
     frontier = {pid}
     while frontier:
         frontier = {child for child, (parent, _) in parents.items() if parent in frontier}
-        found |= {child: parents[child][1] for child in frontier}
-    return found
+        commands |= {child: parents[child][1] for child in frontier}
+    return commands
 
 
 def alive(processes: dict[int, str]) -> dict[int, str]:
-    """Those still there under the same command (a process id can be given out again)."""
-    found = {}
+    """Return those processes that still run under the same command, because a process id can be used again."""
+    living = {}
     for pid, command in processes.items():
         try:
             if (
@@ -268,7 +283,7 @@ def alive(processes: dict[int, str]) -> dict[int, str]:
                 and (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 == command
             ):
-                found[pid] = command
+                living[pid] = command
         except OSError:
             continue
-    return found
+    return living

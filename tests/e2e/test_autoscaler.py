@@ -1,6 +1,7 @@
-"""Ray's autoscaler with its fake provider: every stage of a pipeline brings its own kind of node, and so does load on a served model; they go again.
+"""Ray's autoscaler with its fake provider: stages and load on a served model bring their own kind of node.
 
-The provider is Ray's own for tests, and private: its nodes are raylets on this machine. The autoscaler that decides is the real one, version 2.
+The nodes go again when nothing needs them. The provider is Ray's own for tests, and private: its nodes are raylets on
+this machine. The autoscaler that decides is the real one, version 2.
 """
 
 import json
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * RUN_DEADLINE_S)]
 
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 HEAD_TYPE = "ray.head.default"
-"""Both as the fake provider has them."""
+"""The head's id and type, as in the fake provider."""
 IDLE_S = 12
 SCALED_WITHIN_S = 120
 KINDS = {
@@ -28,13 +29,17 @@ KINDS = {
     "rollout": {"CPU": 1, "GPU": 1, "rollout": 1},
     "serving": {"CPU": 1, "GPU": 2, "serving": 2},
 }
-"""As in cluster.yaml. The GPUs are numbers that nobody uses: the autoscaler starts such nodes only for those who ask for something that they have."""
+"""The kinds of node, as in cluster.yaml.
+
+Nothing uses the GPUs. They only keep other work away: the autoscaler starts a GPU node only for a process that asks for
+something that the node has.
+"""
 SETTINGS = (
     "data.task_resources={data=1}",
     "sft.workers.resources_per_worker={trainer=1}",
     "reward_model.workers.resources_per_worker={trainer=1}",
     "evaluation.resources={trainer=1}",
-    "rloo.trainers.resources_per_worker={rollout=1}",  # so that nobody wants a trainer node while the policy trains
+    "rloo.trainers.resources_per_worker={rollout=1}",  # so that no trainer node is needed while the policy trains
     "rloo.num_steps=60",
     "rloo.engine_resources={rollout=1}",
     "serve.proxy_replica.resources={serving=1}",
@@ -54,7 +59,7 @@ SERVE = """
 import asyncio, sys
 from pathlib import Path
 import ray
-from ray import serve
+import ray.serve as ray_serve
 from rm_robust.scoring.contract import ScoreInput, ScoreRequest
 from serve.batching.front import Front
 from serve.launch import deploy_models, start_serve_without_http
@@ -62,9 +67,11 @@ from serve.settings import ModelSettings, ServiceSettings
 
 checkpoint, load_ends, serving_ends = map(Path, sys.argv[1:])
 model = ModelSettings(
-    model_name="elastic", checkpoint_dir=checkpoint, max_replicas=2, upscale_delay_s=0.5, downscale_delay_s=1, max_batch_tokens=256, resources={"serving": 2}
+    model_name="elastic", checkpoint_dir=checkpoint, max_replicas=2, upscale_delay_s=0.5, downscale_delay_s=1,
+    max_batch_tokens=256, resources={"serving": 2},
 )
-request = ScoreRequest(inputs=[ScoreInput(prompt="apple river", completions=[f"stone {number}"]) for number in range(64)])
+inputs = [ScoreInput(prompt="apple river", completions=[f"stone {number}"]) for number in range(64)]
+request = ScoreRequest(inputs=inputs)
 
 async def ask(front):
     while not load_ends.exists():
@@ -83,20 +90,20 @@ async def work():
 ray.init(log_to_driver=False)
 start_serve_without_http()
 asyncio.run(work())
-serve.shutdown()
+ray_serve.shutdown()
 """
-"""A model that one node has room for once, and clients that ask it on and on."""
+"""A script that serves a model, of which a node has room for one replica, with clients that ask it all the time."""
 
 
 def autoscaler_settings(gcs_address: str) -> dict[str, object]:
-    """What `ray up` would write on the head."""
+    """Return the settings that `ray up` would write on the head."""
     workers = {
         kind: {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2}
         for kind, resources in KINDS.items()
     }
     empty_lists = (
-        "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands", "head_setup_commands",
-        "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+        "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands",
+        "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
     )  # fmt: skip
     return {
         "cluster_name": "fake",
@@ -104,7 +111,7 @@ def autoscaler_settings(gcs_address: str) -> dict[str, object]:
         "idle_timeout_minutes": IDLE_S / 60,
         "upscaling_speed": 1.0,
         "provider": {
-            "type": "external",  # "fake_multinode" wants an example file that Ray's wheel does not have
+            "type": "external",  # "fake_multinode" needs an example file that Ray's wheel lacks
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "launch_multiple": True,
             "head_node_id": HEAD_ID,
@@ -125,23 +132,26 @@ class Watched:
     watch: Path
 
     def counts(self) -> list[dict[str, int]]:
-        """Nodes of each kind, second by second."""
+        """Return the number of nodes of each kind, second by second."""
         return [json.loads(line)[1] for line in self.watch.read_text().splitlines()] if self.watch.exists() else []
 
     def wait_until_all_are_gone(self) -> None:
-        """And their processes: to Ray a node is dead a little before the provider has ended its log monitor, which nobody does once the head has stopped."""
+        """Wait until all nodes and their processes are gone.
 
-        def left() -> list[str]:
+        For Ray a node is dead a little before the provider ends the node's log monitor. Once the head has stopped,
+        nothing ends it.
+        """
+
+        def remaining() -> list[str]:
             log_monitors = [
                 command
                 for command in session_processes(self.cluster.head.session).values()
                 if "log_monitor.py" in command
             ]
-            return [kind for kind, count in self.counts()[-1].items() if count] + log_monitors[
-                1:
-            ]  # the head has one too
+            kinds = [kind for kind, count in self.counts()[-1].items() if count]
+            return kinds + log_monitors[1:]  # one log monitor is the head's
 
-        wait_until(lambda: not left(), 10 * IDLE_S, lambda: f"still there: {left()}")
+        wait_until(lambda: not remaining(), 10 * IDLE_S, lambda: f"still there: {remaining()}")
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +192,11 @@ def test_every_stage_brings_its_kind_of_node_which_goes_again(watched: Watched) 
     assert all(1 <= count <= 2 for count in most.values()), most
     first = {kind: next(index for index, count in enumerate(watched.counts()) if count[kind]) for kind in KINDS}
     assert first["data"] < first["trainer"] < min(first["serving"], first["rollout"]), (
-        "a kind of node comes when a stage wants it, not before"
+        "a kind of node comes when a stage needs it, not before"
     )
     at_work = [count for count in watched.counts()[first["trainer"] :] if count["rollout"]]
     assert any(count["trainer"] == 0 for count in at_work), (
-        "nodes that no stage wants any more go while the pipeline is at work"
+        "nodes that no stage needs any more go while the pipeline still works"
     )
     watched.wait_until_all_are_gone()
 
@@ -197,8 +207,8 @@ def test_what_the_autoscaler_may_never_start_is_refused_at_once(watched: Watched
     )
     assert job.wait(RUN_DEADLINE_S) != 0
     assert (
-        "reward_model asks for 5 x {CPU: 1, trainer: 1} (reward_model.workers.num_workers), the cluster's maximum is 4 of them"
-        in job.output()
+        "reward_model asks for 5 x {CPU: 1, trainer: 1} (reward_model.workers.num_workers), "
+        "the cluster's maximum is 4 of them" in job.output()
     )
 
 
@@ -229,7 +239,7 @@ def test_load_on_a_served_model_brings_a_second_node_which_goes_with_it(watched:
         lambda: has("serving", 2), SCALED_WITHIN_S, lambda: f"{watched.counts()[before:]}\n{service.output()[-4000:]}"
     )
     assert 1 in [count["serving"] for count in watched.counts()[before:]], (
-        "the first replica had a node of its own before"
+        "the first replica had a node of its own before that"
     )
     load_ends.touch()
     wait_until(

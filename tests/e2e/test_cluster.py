@@ -1,4 +1,7 @@
-"""A head that does no work and two workers, with a token, as the README starts them: a job, its driver killed, its resumption, and what is refused."""
+"""A head that does no work and two workers, with a token, as docs/cluster/machines.md starts them.
+
+The tests submit a job, kill its driver, resume it, and check what is refused.
+"""
 
 import re
 from collections.abc import Iterator
@@ -15,12 +18,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * RUN_DEADLINE_S)]
 NUM_WORKERS = 2
 CPUS_OF_A_WORKER = 2
 NUM_STOPPED_STEPS = 300
-"""More than are done while a second submit is refused."""
+"""A number of steps that is not reached while a second submit is refused."""
 OF_RAY_ITSELF = re.compile(
-    r"ServeController|ProxyActor|Keeper|JobSupervisor|PreemptionWatcher|_StatsActor|AutoscalingRequester|DatasetStats|ActorLocation"
-    r"|AutoscalingCoordinator|StatsSummary|UsageCollection"
+    r"ServeController|ProxyActor|Keeper|JobSupervisor|PreemptionWatcher|_StatsActor|AutoscalingRequester"
+    r"|DatasetStats|ActorLocation|AutoscalingCoordinator|StatsSummary|UsageCollection"
 )
-"""Actors that Ray keeps on the head, or near the driver, and that do no work of ours."""
+"""The actors that Ray keeps on the head or near the driver, and that do no work of ours."""
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +94,22 @@ def test_a_cluster_that_can_never_run_a_config_says_so_at_once(cluster: Cluster)
     assert asking.wait(STAGE_DEADLINE_S) != 0
     output = asking.output()
     assert (
-        "reward_model asks for 8 x {CPU: 1, GPU: 1} (reward_model.workers.num_workers), the cluster's maximum is 0 of them"
-        in output
+        "reward_model asks for 8 x {CPU: 1, GPU: 1} (reward_model.workers.num_workers), "
+        "the cluster's maximum is 0 of them" in output
     )
     assert f"At most it has 1 x {{CPU: {CPUS_OF_A_WORKER}}}; 1 x {{CPU: {CPUS_OF_A_WORKER}}}." in output
     assert not (cluster.run_root / "large" / "stages").exists()
 
 
 def refusal(cluster: Cluster, folder: Path, **environment: str) -> str:
-    """What a pipeline says that is started beside the cluster, as with `RAY_ADDRESS=head:6379 python pipelines/…`."""
-    own = {"RAY_ADDRESS": cluster.gcs_address, **environment}
+    """Start a pipeline beside the cluster, as `RAY_ADDRESS=head:6379 python pipelines/…` does, and return its error."""
     running = cluster.launcher.pipeline(
-        "full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(folder / "run"), environment=own
+        "full_rlhf.py",
+        "--config",
+        SMOKE_CONFIG,
+        "--run-dir",
+        str(folder / "run"),
+        environment={"RAY_ADDRESS": cluster.gcs_address, **environment},
     )
     assert running.wait(STAGE_DEADLINE_S) == 2, running.output()[-3000:]
     (line,) = [line for line in running.output().splitlines() if line.startswith("error: ")]
@@ -117,13 +124,13 @@ def test_a_cluster_that_is_not_there_is_named(cluster: Cluster, tmp_path: Path) 
 
 
 def test_a_wrong_token_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    said = refusal(cluster, tmp_path, RAY_AUTH_TOKEN="0" * 64)
-    assert "does not let this process in" in said
-    assert "RAY_AUTH_TOKEN" in said
+    message = refusal(cluster, tmp_path, RAY_AUTH_TOKEN="0" * 64)
+    assert "does not let this process in" in message
+    assert "RAY_AUTH_TOKEN" in message
 
 
 def test_a_job_is_not_taken_without_the_clusters_token(cluster: Cluster) -> None:
-    """`ray job submit` itself: whose words are Ray's."""
+    """`ray job submit` itself refuses the job, in Ray's own words."""
     job = cluster.launcher.command(
         "ray", "job", "submit", "--", "true", environment={"RAY_ADDRESS": cluster.dashboard, "RAY_AUTH_TOKEN": "0" * 64}
     )
@@ -132,7 +139,7 @@ def test_a_job_is_not_taken_without_the_clusters_token(cluster: Cluster) -> None
 
 
 def test_a_cluster_of_another_ray_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    """What a cluster of another version has in its GCS: here this one's own note is changed, and changed back."""
+    """The test changes the version in this cluster's GCS to that of another Ray, and changes it back."""
     note = tmp_path / "note.py"
     note.write_text(
         "import json, sys\n"
@@ -149,9 +156,9 @@ def test_a_cluster_of_another_ray_is_named(cluster: Cluster, tmp_path: Path) -> 
 
     pretend("2.59.0")
     try:
-        said = refusal(cluster, tmp_path)
+        message = refusal(cluster, tmp_path)
     finally:
         pretend(ray.__version__)
-    assert "Version mismatch" in said
-    assert "2.59.0" in said
-    assert "Install the same versions" in said
+    assert "Version mismatch" in message
+    assert "2.59.0" in message
+    assert "Install the same versions" in message

@@ -1,4 +1,4 @@
-"""Elastic reward-model training: a node is killed, training goes on with what is left, a node comes, training grows again; the batches are the same ones."""
+"""Elastic reward-model training goes on when a node is killed, grows when a node comes, and keeps the same batches."""
 
 import os
 import signal
@@ -20,16 +20,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * RUN_DEADLINE_S)]
 
 SETTINGS = (
     "sft.workers={num_workers=1, num_cpus_per_worker=1}",
-    "reward_model.workers={num_workers=2, min_workers=1, num_cpus_per_worker=0, resources_per_worker={trainer=1}, resize_every_s=5}",
+    "reward_model.workers={num_workers=2, min_workers=1, num_cpus_per_worker=0, resources_per_worker={trainer=1}, "
+    "resize_every_s=5}",
     "reward_model.num_epochs=200",
     "reward_model.checkpoint_every_steps=20",
     "reward_model.evaluate_every_steps=100000",
 )
 BATCH_SIZE = 32
-"""As in smoke.toml."""
+"""The batch size in smoke.toml."""
 TRAINER = ("--num-cpus=0", '--resources={"trainer": 1}')
 STARTS_WITHIN_S = "15"
-"""Of a worker group, before Ray Train tries a smaller one; its own default is a minute."""
+"""Seconds in which a worker group must start before Ray Train tries a smaller one. Ray's default is a minute."""
 
 
 @pytest.fixture
@@ -55,20 +56,20 @@ def test_training_loses_a_node_goes_on_and_grows_again_over_the_same_batches(clu
         return read_metrics(run_dir, "reward_model") if (run_dir / "metrics.jsonl").exists() else []
 
     def wait_for(num_workers: int, *, after: int) -> int:
-        """Until a step beyond `after` was done by so many; returns it."""
-        found: list[int] = []
+        """Wait until `num_workers` workers have done a step after the step `after`, and return that step."""
+        steps: list[int] = []
 
         def is_there() -> bool:
             assert job.process.poll() is None, job.output()[-4000:]
-            found[:] = [
+            steps[:] = [
                 int(line["step"])
                 for line in lines()
                 if line["throughput/num_workers"] == num_workers and int(line["step"]) > after
             ]
-            return bool(found)
+            return bool(steps)
 
         wait_until(is_there, RUN_DEADLINE_S, lambda: job.output()[-4000:])
-        return found[0]
+        return steps[0]
 
     before = wait_for(2, after=40)
     os.killpg(victim.session, signal.SIGKILL)
@@ -95,17 +96,17 @@ def test_training_loses_a_node_goes_on_and_grows_again_over_the_same_batches(clu
         seen.update(rows)
     assert set(seen) == set(range(len(lengths))), "every pair was seen"
     assert max(seen.values()) - min(seen.values()) <= 1, (
-        "none more often than another, but for the epoch that is not over"
+        "no pair was seen more often than another, except in the epoch that is not over"
     )
     undisturbed_dir = cluster.run_root / "undisturbed"
-    own = ["reward_model.workers={num_workers=1}", *SETTINGS[2:]]
+    settings = ["reward_model.workers={num_workers=1}", *SETTINGS[2:]]
     plain = cluster.launcher.pipeline(
         "full_reward_model.py",
         "--config",
         "pipelines/configs/smoke.toml",
         "--run-dir",
         str(undisturbed_dir),
-        *(f"--set={setting}" for setting in own),
+        *(f"--set={setting}" for setting in settings),
     )
     assert plain.wait() == 0, plain.output()[-3000:]
     undisturbed = read_metrics(undisturbed_dir, "reward_model")

@@ -1,4 +1,7 @@
-"""What a user can get wrong: each gives one `error:` that names path, value and fix, a non-zero exit, and no traceback, before Ray starts."""
+"""Mistakes of a user: each gives one `error:` that names path, value and fix, and a non-zero exit without traceback.
+
+This happens before Ray starts.
+"""
 
 import re
 import runpy
@@ -24,7 +27,7 @@ FULL = "pipelines/full_rlhf.py"
 
 @dataclass(frozen=True)
 class UserFiles:
-    """A complete set of a user's files: every one is right until a test spoils it."""
+    """A complete set of a user's files. All are correct until a test breaks one."""
 
     folder: Path
 
@@ -70,7 +73,10 @@ def user_files(tmp_path: Path) -> UserFiles:
 def refusal(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[[list[str]], str]:
-    """Runs a pipeline's script in this process (its imports take longer than its check) and returns its one error message."""
+    """Return a function that runs a pipeline's script in this process, and returns its one error message.
+
+    A process for each would be slow: the script's imports take longer than its checks.
+    """
 
     def run(arguments: list[str]) -> str:
         ray_dir = tmp_path / "ray"
@@ -88,14 +94,14 @@ def refusal(
 
 
 def the_error(output: str) -> str:
-    """The text of the only error in a pipeline's output."""
+    """Return the text of the only error in a pipeline's output."""
     assert "Traceback" not in output
     assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1, output
     return output.partition("error: ")[2]
 
 
 def test_a_missing_config_file(launcher: Launcher) -> None:
-    """The one case here that starts the script as a person does."""
+    """This is the only case here that starts the script as a person does."""
     refused = launcher.pipeline("full_rlhf.py", "--config", "/nowhere/my.toml")
     assert refused.wait() == 2
     message = the_error(refused.output())
@@ -205,7 +211,7 @@ def test_a_gold_judge_that_is_no_checkpoint(refusal: Callable[[list[str]], str],
 def test_a_run_directory_that_cannot_be_written(
     refusal: Callable[[list[str]], str], tmp_path: Path, parent: str
 ) -> None:
-    """Below a regular file, and where even root cannot make folders."""
+    """One directory is below a regular file, and the other where even root cannot make folders."""
     (tmp_path / "a_file").write_text("")
     run_dir = tmp_path / parent
     message = refusal(["--config", str(REPOSITORY / SMOKE_CONFIG), "--run-dir", str(run_dir)])
@@ -229,7 +235,7 @@ def test_a_relative_run_directory_inside_a_ray_job(
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_too_many_malformed_rows(user_files: UserFiles, launcher: Launcher) -> None:
-    """Only reading finds them, so this one starts Ray."""
+    """Only reading the data finds such rows, so this test starts Ray."""
     lines = user_files.train.read_text().splitlines()
     lines[7], lines[21] = '{"prompt": "red", "chosen": "blue"}', "not JSON"
     user_files.train.write_text("\n".join(lines) + "\n")
@@ -240,7 +246,7 @@ def test_too_many_malformed_rows(user_files: UserFiles, launcher: Launcher) -> N
         f"2 of 40 rows of 'train' ({user_files.train}) are malformed, more than data.max_dropped_fraction = 0.01"
         in message
     )
-    assert "Mend the rows, or raise the fraction" in message
+    assert "Fix the rows, or raise the fraction" in message
     assert not (user_files.folder / "run" / "stages").exists()
     assert not (user_files.folder / "run" / "preferences" / "tokens").exists()
 
@@ -248,7 +254,10 @@ def test_too_many_malformed_rows(user_files: UserFiles, launcher: Launcher) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_disk_that_fills_up_while_a_worker_commits_its_state(launcher: Launcher, tmp_path: Path) -> None:
-    """A real one, of 1.6 MB in a mount namespace: it takes all that comes before (1 MB), and not the state (1.4 MB)."""
+    """The disk is real: it has 1.6 MB, in a mount namespace.
+
+    It has room for everything before the state (1 MB), but not for the state (1.4 MB).
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
     in_a_namespace = (
@@ -262,7 +271,7 @@ def test_a_disk_that_fills_up_while_a_worker_commits_its_state(launcher: Launche
         str(disk),
     )
     if shutil.which("unshare") is None or launcher.command(*in_a_namespace, "true").wait():
-        pytest.skip("this machine gives no mount namespace: a disk that fills up cannot be made")
+        pytest.skip("this machine allows no mount namespace, so the test cannot make a disk that fills up")
     run = launcher.command(
         *in_a_namespace,
         sys.executable,
@@ -275,4 +284,4 @@ def test_a_disk_that_fills_up_while_a_worker_commits_its_state(launcher: Launche
     assert run.wait() == 2, run.output()[-3000:]
     assert f"{disk}/run/sft/state could not be written: " in the_error(run.output())
     assert "bytes are free there" in the_error(run.output())
-    assert run.output().count("rm_robust.errors.StorageError: ") == 1, "no worker is started again for it"
+    assert run.output().count("rm_robust.errors.StorageError: ") == 1, "no worker is started again"

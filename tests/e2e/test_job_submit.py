@@ -1,4 +1,4 @@
-"""The README's job, word for word: Ray started in one terminal, the pipeline submitted from another, its driver killed, the same submit again."""
+"""The job of docs/cluster/jobs.md, word for word: its driver is killed, and the same submit resumes it."""
 
 from pathlib import Path
 

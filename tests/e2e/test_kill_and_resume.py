@@ -1,4 +1,7 @@
-"""SIGKILL in the middle of a stage, then the same command again: it goes on from the last committed state, and ends where no kill would have ended."""
+"""SIGKILL in the middle of a stage: the same command goes on from the last committed state.
+
+It ends with the result that it would have without the kill.
+"""
 
 import json
 import math
@@ -18,12 +21,12 @@ from tests.e2e.pipeline_process import RUN_DEADLINE_S, SMOKE_CONFIG, STAGE_DEADL
 pytestmark = pytest.mark.timeout(2 * RUN_DEADLINE_S)
 
 CHECKPOINT_EVERY_STEPS = {"sft": 4, "rloo": 2}
-"""As in smoke.toml."""
+"""The steps between two checkpoints in smoke.toml, by stage."""
 NOT_REPEATABLE = ("time", "time/", "throughput/")
 
 
 def lines_of(run_dir: Path, stage: str) -> list[dict[str, float]]:
-    """Complete lines only: a kill may tear the last."""
+    """Return the complete lines of the stage's metrics. A kill may have torn the last line."""
     texts = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]
     return [line for line in map(json.loads, texts) if line["stage"] == stage]
 
@@ -33,7 +36,10 @@ def is_close(a: float, b: float) -> bool:
 
 
 def check_resumed(run_dir: Path, stage: str, before: list[dict[str, float]], committed: int, *, num_steps: int) -> None:
-    """Lines up to the committed step are those written before the kill; later ones were written again, at most an interval of them."""
+    """Check that the lines up to the committed step are from before the kill, and later ones were written again.
+
+    At most one checkpoint interval was written again.
+    """
     after = lines_of(run_dir, stage)
     assert [line["step"] for line in after] == list(range(1, num_steps + 1))
     assert 0 < committed < num_steps, (
@@ -46,7 +52,7 @@ def check_resumed(run_dir: Path, stage: str, before: list[dict[str, float]], com
 
 @dataclass(frozen=True)
 class Killed:
-    """A stage: its script, when to kill it, and a file that a finished run has from it."""
+    """A stage that is killed: its script, when to kill it, and a file that it leaves in a finished run."""
 
     script: str
     is_at_work: Callable[[Path, Running], bool]
@@ -76,7 +82,7 @@ STAGES = {
         "checkpoints/policy/model.safetensors",
     ),
 }
-"""In the order of a run."""
+"""The stages, in the order of a run."""
 WRITTEN = {
     "sft": ("sft", "checkpoints/sft"),
     "preferences": ("preferences", "rloo/prompts"),
@@ -90,11 +96,11 @@ WRITTEN = {
         "checkpoints/policy_best_gold",
     ),
 }
-"""By each stage, below the run directory."""
+"""The paths below the run directory that each stage writes."""
 
 
 def copy_as_before(stage: str, smoke_run: SmokeRun, run_dir: Path) -> None:
-    """The smoke run's directory as it was when `stage` began."""
+    """Copy the smoke run's directory to `run_dir`, as it was when `stage` began."""
     shutil.copytree(smoke_run.run_dir, run_dir)
     undone = list(STAGES)[list(STAGES).index(stage) :]
     for name in undone:

@@ -1,4 +1,7 @@
-"""Nodes that end, hang and come back while a job runs on them: the job ends right, every step is there once, and what was committed is not done again."""
+"""Nodes end, hang and come back while a job runs on them.
+
+The job ends correctly, every step is there once, and what was committed is not done again.
+"""
 
 import os
 import re
@@ -36,14 +39,14 @@ LONG_ENOUGH = (
     "rloo.evaluation.every_steps=100",
     "world.num_training_prompts=400",
 )
-"""To be found at work."""
+"""The settings with which every stage runs long enough to be caught at work."""
 HANGS_S = 12.0
-"""Less than the minutes after which Ray takes a node for dead."""
+"""Seconds for which a node hangs. Ray takes a node for dead only after minutes."""
 
 
 @dataclass
 class Nodes:
-    """The workers of a cluster, each with a resource of its own name, by which Ray's listing tells which is which."""
+    """The workers of a cluster. Each has a resource of its own name, by which Ray's listing identifies it."""
 
     cluster: Cluster
     running: dict[str, Running]
@@ -60,7 +63,7 @@ class Nodes:
         return name
 
     def kill(self, name: str) -> None:
-        """As when a machine is lost."""
+        """Kill a worker's processes, as when a machine is lost."""
         node = self.running.pop(name)
         os.killpg(node.session, signal.SIGKILL)
         node.clean_up()
@@ -78,7 +81,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 
 def node_of(nodes: Nodes, job: Running, what: str, is_it: Callable[[dict[str, Any]], bool]) -> str:
-    """The worker on which a task or actor is that `is_it`, as soon as there is one."""
+    """Wait for a task or actor for which `is_it` is true, and return the worker on which it is."""
     found: list[str] = []
 
     def is_there() -> bool:
@@ -99,7 +102,7 @@ def is_training(actor: dict[str, Any]) -> bool:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Of the policy, committed."""
+    """Return the newest committed step of the policy."""
     return max(committed_steps(run_dir / "rloo" / "state"), default=0)
 
 

@@ -1,6 +1,7 @@
-"""A run in an object store on a cluster whose nodes share no disk: killed, submitted again, and read from outside. The store is moto's S3 server.
+"""A run in an object store, on a cluster whose nodes share no disk, is killed, submitted again, and read from outside.
 
-A node is a raylet in a mount namespace of its own, where an empty file system covers the folder that all nodes keep their copies in.
+The store is moto's S3 server. A node is a raylet in a mount namespace of its own, where an empty file system covers the
+folder in which all nodes keep their copies.
 """
 
 import json
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * RUN_DEADLINE_S)]
 
 ROOT = "s3://runs/team"
 ALONE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"']
-"""A command's prefix: the folder that comes next is empty, and the command's own."""
+"""The prefix of a command. The folder that follows it is empty, and only the command sees its content."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""One run of smoke.toml from end to end: what it leaves behind, what it learned with, and that the same command again does nothing."""
+"""One run of smoke.toml from end to end: its files, its data, and that a repeated command does nothing."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def metric_lines(run_dir: Path, stage: str) -> list[dict[str, float]]:
 
 
 def final_table(output: str) -> str:
-    """What a pipeline prints last: the scenario table and the scores, to the report's path."""
+    """Return what a pipeline prints last: from the scenario table and the scores to the report's path."""
     return output[output.index("scenario            metric") :].strip()
 
 
@@ -52,13 +52,13 @@ def test_the_dashboard_asks_for_metrics_that_a_run_has(smoke_run: SmokeRun) -> N
 def test_the_run_ends_well_and_says_so_on_the_terminal(smoke_run: SmokeRun) -> None:
     assert smoke_run.exit_status == 0, smoke_run.output[-4000:]
     assert "Traceback" not in smoke_run.output
-    for whose in (
+    for log_prefix in (
         "[smoke sft rank 0]",
         "[smoke reward_model rank 0]",
         "[smoke/bt_twin reward_model rank 0]",
         "[smoke rloo]",
     ):
-        assert f" INFO {whose} rm_robust." in smoke_run.output
+        assert f" INFO {log_prefix} rm_robust." in smoke_run.output
     table = final_table(smoke_run.output)
     for expected in (
         *SCENARIOS,

@@ -1,4 +1,4 @@
-"""A user's own files and models instead of the embedded world: pairs and ranked completions, or named models' responses."""
+"""A user's files and models replace the embedded world: pairs and ranked completions, or responses of named models."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SCENARIOS = ("in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoi
 
 
 def groups(smoke_run: SmokeRun, scenario: str) -> list[dict[str, object]]:
-    """Rows of the smoke run's own scenarios: real text, for a user's files."""
+    """Return the rows of one scenario of the smoke run, as real text for a user's files."""
     return [
         json.loads(line)
         for line in (smoke_run.run_dir / "preferences" / "scenarios" / f"{scenario}.jsonl").read_text().splitlines()
@@ -26,7 +26,7 @@ def groups(smoke_run: SmokeRun, scenario: str) -> list[dict[str, object]]:
 
 
 def explicit_pair(group: dict[str, object]) -> dict[str, object]:
-    """Prompt as text, best and worst completion, and the optional columns."""
+    """Return a pair with the prompt as text, the best and the worst completion, and the optional columns."""
     completions, gold, models = group["completions"], group["gold_scores"], group["models"]
     best, worst = max(range(len(gold)), key=gold.__getitem__), min(range(len(gold)), key=gold.__getitem__)
     text = group["prompt"][-1]["content"]
@@ -35,7 +35,7 @@ def explicit_pair(group: dict[str, object]) -> dict[str, object]:
 
 
 def implicit_pair(group: dict[str, object]) -> dict[str, object]:
-    """Whole conversations with a common beginning."""
+    """Return a pair of whole conversations with a common beginning."""
     pair = explicit_pair(group)
     return {side: [*group["prompt"], {"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}
 
@@ -49,7 +49,10 @@ def ranked_parquet(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def own_config(smoke_run: SmokeRun, folder: Path, data: dict[str, object]) -> list[str]:
-    """Arguments of a run on the smoke run's models: its SFT checkpoint as the user's model, its reward model as the user's gold judge."""
+    """Return the arguments of a run on the smoke run's models.
+
+    Its SFT checkpoint is the user's model, and its reward model is the user's gold judge.
+    """
     checkpoints = smoke_run.run_dir / "checkpoints"
     data = data | {"rloo_prompts": [str(smoke_run.run_dir / "world" / "rloo_prompts.jsonl")]}
     config = write_config(
@@ -96,7 +99,7 @@ def test_own_pairs_and_rankings_run_to_the_end(smoke_run: SmokeRun, launcher: La
 
 
 def test_pairs_alone_report_accuracy_on_every_set(smoke_run: SmokeRun, launcher: Launcher, tmp_path: Path) -> None:
-    """One stage's script after the other."""
+    """The scripts of the stages run one after the other."""
     data: dict[str, object] = {"source": "scenarios"}
     for name in ("train", *SCENARIOS):
         data[name] = [

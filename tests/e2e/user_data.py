@@ -1,4 +1,4 @@
-"""Small files and models such as a user brings, and a config that names them."""
+"""Write small files and models such as a user brings, and a config that names them."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def pairs(num_rows: int, *, seed: int = 0) -> list[dict[str, object]]:
-    """Preference pairs with explicit prompts."""
+    """Return random preference pairs with explicit prompts."""
     rng = Random(seed)
     return [
         {
@@ -46,7 +46,7 @@ def pairs(num_rows: int, *, seed: int = 0) -> list[dict[str, object]]:
 def write_config(
     path: Path, *, name: str, data: dict[str, object], model_dir: Path, gold: Path, rloo: str = ""
 ) -> Path:
-    """A run on the user's own files and models: no SFT, the smallest training."""
+    """Write the config of a run on the user's own files and models, without SFT and with the smallest training."""
     lines = [f'name = "{name}"', "", "[data]", *(f"{key} = {json.dumps(value)}" for key, value in data.items())]
     lines += ["", "[model]", f"path = {json.dumps(str(model_dir))}", "", "[sft]", "enabled = false"]
     lines += ["", "[reward_model]", "batch_size = 16", "checkpoint_every_steps = 2"]

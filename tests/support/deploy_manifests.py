@@ -1,8 +1,9 @@
-"""What deploy/*.yaml must be: files that Kubernetes, KubeRay, Ray and Serve take, whose names fit each other, and which offer the resources that
-cluster.yaml and the configs name. tests/unit/deploy/test_deploy.py calls the checks, on the files as they are and on broken ones.
+"""Check deploy/*.yaml: Kubernetes, KubeRay, Ray and Serve accept the files, and their names and resources fit together.
 
-Offline: Kubernetes' and KubeRay's schemas (tests/fixtures/), the autoscaling config that Ray's own code derives from a RayCluster, Serve's schema
-and this project's settings. A check raises AssertionError, or what that code raises.
+The resources must be those that cluster.yaml and the configs name. tests/unit/deploy/test_deploy.py calls the checks on
+the files as they are and on broken ones. The checks work offline: they use the schemas of Kubernetes and KubeRay
+(tests/fixtures/), the autoscaling config that Ray's own code derives from a RayCluster, Serve's schema and this
+project's settings. A check raises AssertionError, or whatever that code raises.
 """
 
 import copy
@@ -42,7 +43,10 @@ KEY_HASH = "0" * 64
 KUBERNETES_KINDS = {"Namespace": "core.v1", "PersistentVolumeClaim": "core.v1", "NetworkPolicy": "networking.v1"}
 RAY_FILES = ("ray_cluster.yaml", "ray_job.yaml", "ray_service.yaml")
 OPEN_PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080, "serve": 8000}
-"""By the names under which KubeRay looks for them. Not 10001, Ray Client: nothing here uses it (newer KubeRay adds it to the head's Service by itself)."""
+"""The head's ports by the names under which KubeRay looks for them.
+
+Port 10001 (Ray Client) is missing, because nothing here uses it. Newer KubeRay adds it to the head's Service by itself.
+"""
 OPERATOR_PORTS = {8265, 8000}
 SERVICE_DIFFERS_IN = {
     "proxy_location",
@@ -60,7 +64,7 @@ SERVICE_DIFFERS_IN = {
     "applications.0.args.models.0.max_batch_tokens",
     "applications.0.deployments.0.user_config.checkpoint_dir",
 }
-"""Where the RayService's application is another than serve/reward_model.yaml's: everything else must be the same."""
+"""The fields in which the RayService's application differs from serve/reward_model.yaml. All other fields are equal."""
 
 Fields = dict[str, Any]
 """A YAML mapping."""
@@ -68,18 +72,18 @@ Fields = dict[str, Any]
 
 @dataclass
 class Manifests:
-    """What the mutations change."""
+    """The parsed files, which mutations change."""
 
     kubernetes: list[Fields]
     cluster: Fields
     job: Fields
     service: Fields
     monitor: Fields
-    """pod_monitor.yaml."""
+    """The content of pod_monitor.yaml."""
     prometheus: Fields
-    """prometheus.yaml, which is no manifest."""
+    """The content of prometheus.yaml, which is no manifest."""
     created_secrets: set[tuple[str, str]]
-    """Name and key, of the `kubectl create secret` commands at the head of kubernetes.yaml."""
+    """The names and keys of the `kubectl create secret` commands at the head of kubernetes.yaml."""
 
     def of_ray(self) -> list[Fields]:
         return [self.cluster, self.job, self.service]
@@ -88,12 +92,12 @@ class Manifests:
         return [self.cluster["spec"], self.job["spec"]["rayClusterSpec"], self.service["spec"]["rayClusterConfig"]]
 
     def one(self, kind: str, name: str) -> Fields:
-        (found,) = [
+        (match,) = [
             manifest
             for manifest in (*self.kubernetes, self.monitor)
             if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)
         ]
-        return found
+        return match
 
     def serve_config(self) -> Fields:
         config: Fields = yaml.safe_load(self.service["spec"]["serveConfigV2"])
@@ -101,7 +105,10 @@ class Manifests:
 
 
 def load_manifests() -> Manifests:
-    """Fresh objects, for mutations to change; without YAML's aliases, which would be one object and change together."""
+    """Return new objects for mutations to change.
+
+    They hold no YAML aliases: an alias would be one object in several places, and change in all of them.
+    """
     kubernetes, monitor, prometheus, cluster, job, service = json.loads(parsed_files())
     text = (DEPLOY / "kubernetes.yaml").read_text()
     secrets = re.findall(
@@ -112,7 +119,7 @@ def load_manifests() -> Manifests:
 
 @functools.cache
 def parsed_files() -> str:
-    """As JSON. PyYAML takes longer over them than the checks do."""
+    """Return the parsed files as JSON. They are parsed once, because PyYAML takes longer than the checks."""
     kubernetes = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
     return json.dumps(
         [
@@ -135,7 +142,7 @@ def container_of(pod_spec: Fields) -> Fields:
 
 
 def image_user() -> int:
-    """The user that deploy/Dockerfile.gpu, whose image the manifests name, ends with."""
+    """Return the user id with which deploy/Dockerfile.gpu ends. The manifests name its image."""
     (user,) = re.findall(r"^USER (\d+):\d+$", (DEPLOY / "Dockerfile.gpu").read_text(), re.MULTILINE)
     return int(user)
 
@@ -145,7 +152,7 @@ def environment(container: Fields) -> dict[str, Fields]:
 
 
 def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted path and value of everything that is no mapping and no list."""
+    """Yield the dotted path and the value of everything that is neither a mapping nor a list."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if parts is None:
         yield path, value
@@ -154,7 +161,7 @@ def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield from leaves(part, f"{path}.{name}" if path else str(name))
 
 
-# What each manifest is by itself.
+# These checks look at each manifest by itself.
 
 
 def check_schemas(manifests: Manifests) -> None:
@@ -172,7 +179,7 @@ def check_schemas(manifests: Manifests) -> None:
 
 
 def autoscaling_config(ray_spec: Fields) -> Fields:
-    """As Ray's autoscaler reads it from the cluster's custom resource. Raises what the autoscaler would raise."""
+    """Return the config that Ray's autoscaler reads from the cluster's custom resource. Raises what it would raise."""
     config: Fields = _derive_autoscaling_config_from_ray_cr(
         {"metadata": {"name": "c", "namespace": "n"}, "spec": ray_spec}
     )
@@ -187,7 +194,10 @@ def parsed_cluster_yaml() -> Fields:
 
 
 def check_resources(manifests: Manifests) -> None:
-    """The groups are cluster.yaml's kinds of node, under the same names, in Ray's own reading; a pod leaves some of its machine to Kubernetes."""
+    """Check that the groups are cluster.yaml's kinds of node with the same names, as Ray itself reads them.
+
+    A pod leaves some of its machine to Kubernetes.
+    """
     cluster_yaml = parsed_cluster_yaml()
     kinds = cluster_yaml["available_node_types"]
     for ray_spec in manifests.ray_specs():
@@ -204,13 +214,13 @@ def check_resources(manifests: Manifests) -> None:
                 assert node_type[field] == kinds[name][field], (name, field)
         for group in ray_spec["workerGroupSpecs"]:
             pod = group["template"]["spec"]
-            asked = container_of(pod)["resources"]
-            assert asked["requests"] == asked["limits"], group["groupName"]
-            assert 0 < int(asked["limits"]["cpu"]) < int(group["rayStartParams"]["num-cpus"])
+            resources = container_of(pod)["resources"]
+            assert resources["requests"] == resources["limits"], group["groupName"]
+            assert 0 < int(resources["limits"]["cpu"]) < int(group["rayStartParams"]["num-cpus"])
             assert pod["nodeSelector"] == {
                 "node.kubernetes.io/instance-type": kinds[group["groupName"]]["node_config"]["InstanceType"]
             }
-            assert ("nvidia.com/gpu" in asked["limits"]) == any(
+            assert ("nvidia.com/gpu" in resources["limits"]) == any(
                 entry["key"] == "nvidia.com/gpu" for entry in pod.get("tolerations", [])
             )
     assert {group["groupName"] for group in manifests.cluster["spec"]["workerGroupSpecs"]} == kinds.keys() - {
@@ -219,7 +229,10 @@ def check_resources(manifests: Manifests) -> None:
 
 
 def check_one_cluster(manifests: Manifests) -> None:
-    """A job's cluster is the cluster; a service's groups are the cluster's of their name, but for the environment and the port of Serve."""
+    """Check that the job's cluster equals the cluster, and the service's groups equal its groups with the same names.
+
+    The groups of a service may differ in their environment and in the port of Serve.
+    """
     cluster, job, service = manifests.ray_specs()
     assert job == cluster
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
@@ -245,7 +258,7 @@ def check_versions(manifests: Manifests) -> None:
             assert container_of(pod)["image"] == f"REGISTRY/rm-robust:{PROJECT['version']}-gpu"
 
 
-# Who may do what.
+# These checks look at permissions.
 
 
 def check_security(manifests: Manifests) -> None:
@@ -282,18 +295,21 @@ def check_security(manifests: Manifests) -> None:
 
 
 def check_network(manifests: Manifests) -> None:
-    """Only Ray's pods reach all ports of Ray's pods; every other rule names its ports, and those are ports that containers declare."""
+    """Check that only Ray's pods reach all ports of Ray's pods.
+
+    Every other rule names its ports, and containers declare these ports.
+    """
     policies = [manifest for manifest in manifests.kubernetes if manifest["kind"] == "NetworkPolicy"]
     assert {policy["metadata"]["name"] for policy in policies} == {"ray-pods", "scores"}
-    own = {"matchLabels": {"ray.io/is-ray-node": "yes"}}  # KubeRay's label of every pod
-    assert manifests.one("NetworkPolicy", "ray-pods")["spec"]["podSelector"] == own
+    ray_pods = {"matchLabels": {"ray.io/is-ray-node": "yes"}}  # KubeRay gives this label to every pod
+    assert manifests.one("NetworkPolicy", "ray-pods")["spec"]["podSelector"] == ray_pods
     assert manifests.one("NetworkPolicy", "scores")["spec"]["podSelector"] == {"matchLabels": {"ray.io/serve": "true"}}
     reached: dict[str, set[int]] = {}
     for policy in policies:
         assert policy["spec"]["policyTypes"] == ["Ingress"]
         for rule in policy["spec"]["ingress"]:
             (peer,) = rule["from"]
-            if peer == {"podSelector": own}:
+            if peer == {"podSelector": ray_pods}:
                 continue
             labels = peer.get("podSelector", peer["namespaceSelector"])["matchLabels"]
             (label,) = labels
@@ -322,15 +338,18 @@ METRICS_PATH = "/metrics"
 
 
 def check_monitor(manifests: Manifests) -> None:
-    """All of Ray's pods, by the name of a port whose number check_network knows."""
+    """Check that the monitor reads all of Ray's pods, at the named port whose number check_network checks."""
     monitor = manifests.monitor
     assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
-    own = manifests.one("NetworkPolicy", "ray-pods")["spec"]["podSelector"]
-    assert monitor["spec"] == {"selector": own, "podMetricsEndpoints": [{"port": "metrics"}]}
+    ray_pods = manifests.one("NetworkPolicy", "ray-pods")["spec"]["podSelector"]
+    assert monitor["spec"] == {"selector": ray_pods, "podMetricsEndpoints": [{"port": "metrics"}]}
 
 
 def check_prometheus(manifests: Manifests) -> None:
-    """Ray's own list of its nodes, and the scoring service with a key, where serve/reward_model.yaml and `make serve` put it."""
+    """Check that Prometheus reads Ray's own list of its nodes, and the scoring service with a key.
+
+    The service must be where serve/reward_model.yaml and `make serve` put it.
+    """
     config = manifests.prometheus
     assert config.keys() == {"global", "scrape_configs"}
     nodes, scores = config["scrape_configs"]
@@ -338,14 +357,11 @@ def check_prometheus(manifests: Manifests) -> None:
         "job_name": "ray",
         "file_sd_configs": [{"files": [f"/tmp/ray/{SESSION_LATEST}/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}],
     }
-    assert scores.keys() == {
-        "job_name",
-        "authorization",
-        "static_configs",
-    }  # without metrics_path Prometheus asks for METRICS_PATH
+    # Without metrics_path, Prometheus asks for METRICS_PATH.
+    assert scores.keys() == {"job_name", "authorization", "static_configs"}
     assert METRICS_PATH not in OPEN_PATHS
     assert scores["authorization"].keys() == {"credentials_file"}, (
-        "Bearer by default; the key itself is in no file here"
+        "the type is Bearer by default, and no file here holds the key itself"
     )
     assert METRICS_PATH in {route.path for route in router.routes if isinstance(route, APIRoute)}
     options = yaml.safe_load((REPOSITORY / "serve" / "reward_model.yaml").read_text())["http_options"]
@@ -361,7 +377,7 @@ def check_prometheus(manifests: Manifests) -> None:
     assert exported == [[str(OPEN_PORTS["metrics"])]] * 2
 
 
-# What is named exists.
+# These checks look at names: what is named must exist.
 
 
 def check_names(manifests: Manifests) -> None:
@@ -388,7 +404,7 @@ def check_names(manifests: Manifests) -> None:
 
 
 def check_paths(manifests: Manifests) -> None:
-    """Every path of the config that the job runs lies on the shared volume, and the service serves what the job trains."""
+    """Check that all paths of the job's config lie on the shared volume, and the service serves what the job trains."""
     config = load_config(REPOSITORY / config_of_the_job(manifests), [])
     for ray_spec in manifests.ray_specs():
         for pod in pod_specs(ray_spec):
@@ -420,14 +436,17 @@ def check_job(manifests: Manifests) -> None:
     assert spec["shutdownAfterJobFinishes"] is True
     for ray_spec in manifests.ray_specs():
         variables = environment(container_of(ray_spec["headGroupSpec"]["template"]["spec"]))
-        assert (
-            int(variables["RAY_JOB_STOP_WAIT_TIME_S"]["value"]) == 60
-        )  # Ray's supervisor of a job runs on the head, and reads it there
+        # Ray's supervisor of a job runs on the head, and reads the variable there.
+        assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]["value"]) == 60
     assert 1 <= spec["backoffLimit"] <= 5
 
 
 def check_service(manifests: Manifests) -> None:
-    """Serve's schema and this project's settings take it, it is serve/reward_model.yaml's but for the differences that are named, and it fits its nodes."""
+    """Check the service's application.
+
+    Serve's schema and this project's settings accept it. It equals serve/reward_model.yaml except for
+    SERVICE_DIFFERS_IN, and it fits its nodes.
+    """
     config = manifests.serve_config()
     deployed = ServeDeploySchema.model_validate(config)
     (application,) = deployed.applications
@@ -451,8 +470,8 @@ def check_service(manifests: Manifests) -> None:
         for name, kind in autoscaling_config(manifests.ray_specs()[2])["available_node_types"].items()
         if name != "headgroup"
     )
-    asked = {"CPU": model.num_cpus, "GPU": model.num_gpus, **model.resources}
-    assert {name for name, amount in asked.items() if group["resources"].get(name, 0) < amount} == set()
+    requested = {"CPU": model.num_cpus, "GPU": model.num_gpus, **model.resources}
+    assert {name for name, amount in requested.items() if group["resources"].get(name, 0) < amount} == set()
     assert model.max_replicas is not None
     assert model.max_replicas <= group["max_workers"]
     proxy = load_config(REPOSITORY / config_of_the_job(manifests), []).serve.proxy_replica
@@ -469,17 +488,17 @@ def check_service(manifests: Manifests) -> None:
 
 
 def requests_by_custom_resource(config: PipelineConfig) -> dict[str, list[Fields]]:
-    """Name of the custom resource -> what single processes of the config ask for beside it."""
+    """Return all resources that single processes of the config ask for, by the name of their custom resource."""
     workers = [config.sft.workers, config.reward_model.workers, config.rloo.trainers]
-    asked = [{"CPU": w.num_cpus_per_worker, "GPU": w.num_gpus_per_worker, **w.resources_per_worker} for w in workers]
+    requests = [{"CPU": w.num_cpus_per_worker, "GPU": w.num_gpus_per_worker, **w.resources_per_worker} for w in workers]
     replicas = [config.evaluation, config.serve.proxy_replica, config.serve.gold_replica]
-    asked += [{"CPU": r.num_cpus, "GPU": r.num_gpus, **r.resources} for r in replicas]
-    asked.append(
+    requests += [{"CPU": r.num_cpus, "GPU": r.num_gpus, **r.resources} for r in replicas]
+    requests.append(
         {"CPU": config.rloo.engine_num_cpus, "GPU": config.rloo.engine_num_gpus, **config.rloo.engine_resources}
     )
-    asked.append({"CPU": 1, **config.data.task_resources})
+    requests.append({"CPU": 1, **config.data.task_resources})
     by_name: dict[str, list[Fields]] = {}
-    for amounts in asked:
+    for amounts in requests:
         (name,) = amounts.keys() - {"CPU", "GPU"}
         by_name.setdefault(name, []).append(amounts)
     return by_name
@@ -487,9 +506,9 @@ def requests_by_custom_resource(config: PipelineConfig) -> dict[str, list[Fields
 
 def check_config_fits(manifests: Manifests) -> None:
     types = autoscaling_config(manifests.job["spec"]["rayClusterSpec"])["available_node_types"]
-    asked = requests_by_custom_resource(load_config(REPOSITORY / config_of_the_job(manifests), []))
-    assert asked.keys() == {name for kind in types.values() for name in kind["resources"]} - {"CPU", "GPU", "memory"}
-    for name, processes in asked.items():
+    requests = requests_by_custom_resource(load_config(REPOSITORY / config_of_the_job(manifests), []))
+    assert requests.keys() == {name for kind in types.values() for name in kind["resources"]} - {"CPU", "GPU", "memory"}
+    for name, processes in requests.items():
         for amounts in processes:
             assert all(types[name]["resources"].get(key, 0) >= amount for key, amount in amounts.items()), (
                 name,

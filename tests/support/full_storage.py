@@ -1,4 +1,4 @@
-"""A disk that is full, without one."""
+"""Simulate a full disk."""
 
 import contextlib
 import resource
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Stands for a full disk: a write beyond it fails in the middle of a file."""
+    """Limit the size of files during the block, as a full disk does: a write fails in the middle of a file."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:

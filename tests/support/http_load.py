@@ -1,4 +1,7 @@
-"""HTTP for load tests: a connection a request, and so little work on the client's side that a burst is one."""
+"""HTTP for load tests: each request has a connection of its own.
+
+The client does so little work that many requests really arrive at the same time.
+"""
 
 import asyncio
 import json
@@ -16,7 +19,7 @@ REPLY_WITHIN_S = 90.0
 
 @dataclass(frozen=True)
 class Reply:
-    """`headers` have small letters."""
+    """A reply of the service. The names of `headers` are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -36,7 +39,10 @@ def score_body(*inputs: ScoreInput, **fields: object) -> bytes:
 
 
 async def post(base_url: str, body: bytes, headers: Mapping[str, str] | None = None) -> Reply:
-    """Of SCORE_PATH. Cancelling it closes the connection. Raises OSError or ValueError when there is no whole reply, TimeoutError when it is late."""
+    """Post `body` to SCORE_PATH, and return the reply. Cancelling the call closes the connection.
+
+    Raises OSError or ValueError if there is no complete reply, and TimeoutError if it is late.
+    """
     host, _, port = urlsplit(base_url).netloc.partition(":")
     lines = {
         "host": host,
@@ -59,17 +65,17 @@ async def post(base_url: str, body: bytes, headers: Mapping[str, str] | None = N
     status_line, *header_lines = top.decode().split("\r\n")
     replied = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in header_lines)}
     if len(content) != int(replied.get("content-length", "-1")):
-        raise ValueError(f"half a reply: {answer[:200]!r}")
+        raise ValueError(f"incomplete reply: {answer[:200]!r}")
     return Reply(int(status_line.split()[1]), replied, content)
 
 
 async def post_all(base_url: str, bodies: list[bytes], headers: Mapping[str, str] | None = None) -> list[Reply]:
-    """Every body at once."""
+    """Post all bodies at the same time, and return their replies."""
     return await asyncio.gather(*(post(base_url, body, headers) for body in bodies))
 
 
 def metric(base_url: str, name: str, headers: Mapping[str, str] | None = None) -> float:
-    """The sum over all labels of one sample of /metrics; 0.0 where there is none yet."""
+    """Return the sum over all labels of one sample of /metrics, or 0.0 if there is no such sample yet."""
     lines = (
         httpx.get(f"{base_url}/metrics", headers=dict(headers or {}), timeout=30, trust_env=False)
         .raise_for_status()

@@ -1,4 +1,7 @@
-"""A real Ray and Serve of a test module's own, on loopback, in a folder of their own; and services on it, as `python -m serve` makes them."""
+"""Start a real Ray and Serve for one test module, on loopback and in their own folder, and services on them.
+
+The services are made as `python -m serve` makes them.
+"""
 
 import asyncio
 import shutil
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray import serve
+import ray.serve as ray_serve
 
 from rm_robust.cluster.environment import free_port
 from serve.__main__ import http_server
@@ -25,7 +28,7 @@ STOPPED_WITHIN_S = 30.0
 
 @dataclass(frozen=True)
 class LocalService:
-    """One service's HTTP side, in a thread of the test's process, and what is behind it."""
+    """The HTTP side of a service, in a thread of the test's process, and the objects behind it."""
 
     url: str
     front: Front
@@ -34,7 +37,10 @@ class LocalService:
 
 @contextmanager
 def local_ray(*, num_cpus: int, **environment: str) -> Iterator[None]:
-    """A Ray that ends, with what runs on it, when the block does. `environment` is for every process of it."""
+    """Start a Ray that ends, with everything that runs on it, when the block ends.
+
+    All of its processes get `environment`.
+    """
     ray_dir = tempfile.mkdtemp(prefix="rs")  # short: Ray puts Unix sockets below it
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
@@ -49,14 +55,14 @@ def local_ray(*, num_cpus: int, **environment: str) -> Iterator[None]:
         try:
             yield
         finally:
-            serve.shutdown()
+            ray_serve.shutdown()
             ray.shutdown()
     shutil.rmtree(ray_dir, ignore_errors=True)
 
 
 @contextmanager
 def local_service(settings: ServiceSettings) -> Iterator[LocalService]:
-    """Inside local_ray. The service's models need names that no other service there has."""
+    """Start a service inside `local_ray`. No other service there may have a model with the same name."""
     start_serve_without_http()
     front, guard = Front(settings, deploy_models(settings)), Guard(settings.api_keys)
     port = free_port("127.0.0.1")
@@ -83,7 +89,7 @@ def local_service(settings: ServiceSettings) -> Iterator[LocalService]:
 
 
 def addresses_listening_at(port: int) -> list[str]:
-    """IPv4 addresses in /proc/net/tcp's form: 0100007F is 127.0.0.1."""
+    """Return the IPv4 addresses that listen at `port`, in the form of /proc/net/tcp: 0100007F is 127.0.0.1."""
     listening = [
         line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"
     ]

@@ -1,4 +1,7 @@
-"""A tiny checkpoint scored without any of our code: the template's text, cut after the last end of turn, through the model alone."""
+"""Score a tiny checkpoint without any of our code.
+
+The text of the template is cut after the last end of turn, and goes through the model alone.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from rm_robust.scoring.contract import ScoreInput
 
 
 class PlainTransformers:
-    """Remembers what it has scored."""
+    """A scorer that uses transformers alone, and remembers its scores."""
 
     def __init__(self, checkpoint_dir: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)

@@ -1,4 +1,7 @@
-"""A whole RLOO stage on a tiny random policy, without the stages before it: real Ray actors, real vLLM; the scorers are the test's own."""
+"""Run a whole RLOO stage on a tiny random policy, without the stages before it.
+
+Ray's actors and vLLM are real; the test brings the scorers.
+"""
 
 import threading
 import time
@@ -22,7 +25,10 @@ WORDS = ["red", "green", "blue", "seven", "apples", "quiet", "river", "please"]
 
 
 def rloo_config(folder: Path, **rloo: Any) -> PipelineConfig:
-    """A policy below `folder`, and 2 x 4 completions of at most 24 tokens a step; `rloo` changes what it names."""
+    """Return a config with a policy below `folder`, and 2 x 4 completions of at most 24 tokens per step.
+
+    `rloo` overrides settings.
+    """
     model_dir = folder / "policy"
     if not model_dir.exists():
         save_tiny_language_model(model_dir)
@@ -47,7 +53,7 @@ def rloo_config(folder: Path, **rloo: Any) -> PipelineConfig:
 
 
 def rloo_run_dir(config: PipelineConfig, run_dir: Path, *, num_prompts: int = 16) -> Path:
-    """A run directory that has reached the RLOO stage."""
+    """Make `run_dir` a run directory that has reached the RLOO stage, and return it."""
     rng = Random(0)
     rows: list[dict[str, object]] = [
         {"id": f"p{i}", "prompt": " ".join(rng.choices(WORDS, k=6))} for i in range(num_prompts)
@@ -63,27 +69,27 @@ def rloo_run_dir(config: PipelineConfig, run_dir: Path, *, num_prompts: int = 16
 
 
 class LengthScorer:
-    """Scores minus a tenth of a text's length, after `before(inputs)`."""
+    """A scorer that calls `before(inputs)`, and then scores a text with minus a tenth of its length."""
 
     def __init__(self, before: Callable[[Sequence[ScoreInput]], None] = lambda inputs: None) -> None:
         self._before = before
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
         self._before(inputs)
-        results = [ScoreResult(scores=[-len(text) / 10 for text in given.completions]) for given in inputs]
+        results = [ScoreResult(scores=[-len(text) / 10 for text in item.completions]) for item in inputs]
         return ScoreReply(model="length", checkpoint="length", results=results)
 
 
 def actor_processes(name: str) -> list[psutil.Process]:
-    """Processes of this Ray session's actors of a class."""
-    found = []
+    """Return the processes of this Ray session's actors of the class `name`."""
+    processes = []
     for process in psutil.Process().children(recursive=True):
         try:
             if process.name().startswith(f"ray::{name}") or (process.cmdline() or [""])[0].startswith(f"ray::{name}"):
-                found.append(process)
+                processes.append(process)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return processes
 
 
 def wait_for(condition: Callable[[], bool], *, what: str) -> None:
@@ -94,7 +100,7 @@ def wait_for(condition: Callable[[], bool], *, what: str) -> None:
 
 
 class Killer:
-    """Kills one process of an actor class with SIGKILL while it is at work, once `when` holds; `killed` says that it did."""
+    """Kill one process of an actor class with SIGKILL while it works, once `when` holds. Then `killed` is set."""
 
     def __init__(self, actor_class: str, when: Callable[[], bool]) -> None:
         self.killed = threading.Event()

@@ -1,4 +1,4 @@
-"""S3 on this machine: moto's server, on loopback, in memory."""
+"""An S3 server on this machine: moto's, on loopback and in memory."""
 
 import json
 import urllib.request
@@ -19,33 +19,33 @@ CREDENTIALS = {
 
 @dataclass(frozen=True)
 class S3Server:
-    """An endpoint, http://127.0.0.1:port."""
+    """A running server. Its endpoint has the form http://127.0.0.1:port."""
 
     endpoint: str
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach it by s3:// URIs."""
+        """The environment variables by which a process reaches the server with s3:// URIs."""
         return {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
 
     @property
     def options(self) -> str:
-        """What follows the path in a URI that names the server itself."""
+        """The options after the path of a URI that names the server itself."""
         return f"endpoint_override={self.endpoint.removeprefix('http://')}&scheme=http&region=us-east-1"
 
     def put(self, bucket: str, objects: Mapping[str, bytes]) -> None:
-        """Into a bucket that is made if need be."""
+        """Put the objects into a bucket, which is made if it is missing."""
         client = self.client()
         client.create_bucket(Bucket=bucket)
         for key, body in objects.items():
             client.put_object(Bucket=bucket, Key=key, Body=body)
 
     def keys(self, bucket: str) -> list[str]:
-        """Without the empty objects by which pyarrow marks folders."""
-        found = self.client().list_objects_v2(Bucket=bucket).get("Contents", [])
-        return sorted(entry["Key"] for entry in found if not entry["Key"].endswith("/"))
+        """Return the keys of all objects, without the empty objects by which pyarrow marks folders."""
+        entries = self.client().list_objects_v2(Bucket=bucket).get("Contents", [])
+        return sorted(entry["Key"] for entry in entries if not entry["Key"].endswith("/"))
 
-    def client(self):  # noqa: ANN201  (boto3 makes its classes when they are asked for)
+    def client(self):  # noqa: ANN201  (boto3 makes its classes at run time)
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint,

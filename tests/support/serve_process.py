@@ -1,4 +1,4 @@
-"""`python -m serve` as a process of its own, with a Ray of its own, and the processes of a model's replicas."""
+"""Start `python -m serve` as a process with its own Ray, and find the processes of a model's replicas."""
 
 import re
 import shutil
@@ -32,7 +32,10 @@ class ServeProcess:
 
 @contextmanager
 def serve_process(folder: Path, *arguments: str) -> Iterator[ServeProcess]:
-    """Ready when the block begins; whatever is left of its session is killed when it ends. Its output is `folder`/output.txt."""
+    """Start the service and wait until it is ready. When the block ends, kill what is left of its session.
+
+    The output goes to `folder`/output.txt.
+    """
     ray_dir = Path(tempfile.mkdtemp(prefix="rsp"))  # short: Ray puts Unix sockets below it
     port = free_port("127.0.0.1")
     command = [sys.executable, "-m", "serve", *arguments, "--port", str(port)]
@@ -49,6 +52,6 @@ def serve_process(folder: Path, *arguments: str) -> Iterator[ServeProcess]:
 
 
 def replica_process_ids(session: int, model_name: str) -> set[int]:
-    """Of the replicas of one model, those that are started and not yet named by Serve excepted."""
+    """Return the process ids of one model's replicas, except those that Serve has started but not named yet."""
     named = re.compile(rf"ray::ServeReplica:{re.escape(model_name)}:")
     return {process_id for process_id, command in session_processes(session).items() if named.match(command)}

@@ -1,4 +1,7 @@
-"""A tiny random model in the files of RLHFlow/ArmoRM-Llama3-8B-v0.1: names, config keys and template as published, sizes not."""
+"""Make a tiny random model with the files of RLHFlow/ArmoRM-Llama3-8B-v0.1.
+
+Names, config keys and template are as published; only the sizes are smaller.
+"""
 
 import json
 from pathlib import Path
@@ -40,7 +43,10 @@ CONFIG = {
 
 
 def tiny_armorm_weights(seed: int = 0) -> dict[str, Tensor]:
-    """Scores of about 1 that depend on every part: a gate far from uniform, a matrix that is not symmetric, a scale that is not 1."""
+    """Return weights whose scores are about 1 and depend on every part of the model.
+
+    The gate is far from uniform, the matrix is not symmetric, and the scale is not 1.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float) -> Tensor:
@@ -71,7 +77,10 @@ def save_tiny_armorm(
     tokenizer: PreTrainedTokenizerBase | None = None,
     num_files: int = 1,
 ) -> Path:
-    """`config` replaces single keys. The folder's own code fails when it is imported, as it never should be."""
+    """Save the model to `folder`. `config` replaces single keys of its config.
+
+    The code in the folder fails when it is imported, because it must never be imported.
+    """
     folder.mkdir(parents=True)
     state = {name: weight.contiguous() for name, weight in (weights or tiny_armorm_weights()).items()}
     (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))

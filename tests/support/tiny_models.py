@@ -1,4 +1,4 @@
-"""Tiny random models for tests: real architectures, no tokenizer, the same weights for the same seed."""
+"""Tiny random models for tests: the architectures are real, and the same seed gives the same weights."""
 
 import json
 from pathlib import Path
@@ -20,11 +20,11 @@ from rm_robust.models.packing import Layout
 
 VOCABULARY_SIZE = 512
 TRAINED_ON_CPU = (Layout.SEGMENTS, Layout.PADDED)
-"""torch's FlexAttention has no backward pass there."""
+"""The layouts in which a model can be trained on a CPU, where torch's FlexAttention has no backward pass."""
 
 
 def tiny_qwen2_config(*, tie_word_embeddings: bool) -> Qwen2Config:
-    """About 0.3 M parameters. Heads of 32: vLLM's smallest on CPU."""
+    """Return a config of about 0.3 M parameters. Its heads have 32 dimensions, the fewest that vLLM takes on CPU."""
     return Qwen2Config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=128,
@@ -42,7 +42,10 @@ def tiny_qwen2_config(*, tie_word_embeddings: bool) -> Qwen2Config:
 
 
 def sized_qwen2_config(size: str, *, tie_word_embeddings: bool) -> Qwen2Config:
-    """The policies whose weight updates are tested and measured; tied they have the parameters that their size says, untied an output head more."""
+    """Return the config of a policy whose weight updates are tested and measured.
+
+    With tied embeddings it has as many parameters as `size` says; without, it has an output head in addition.
+    """
     if size == "0.3 M":
         return tiny_qwen2_config(tie_word_embeddings=tie_word_embeddings)
     hidden_size, num_layers, vocabulary_size = {"20 M": (384, 6, 16384), "100 M": (768, 8, 32768)}[size]
@@ -72,22 +75,28 @@ def save_qwen2(directory: Path, config: Qwen2Config, *, seed: int = 0) -> Path:
 
 
 def save_tiny_qwen2(directory: Path, *, tie_word_embeddings: bool, seed: int = 0) -> Path:
-    """`save_qwen2` of about 0.3 M parameters."""
+    """Save a random causal LM of about 0.3 M parameters with `save_qwen2`."""
     return save_qwen2(directory, tiny_qwen2_config(tie_word_embeddings=tie_word_embeddings), seed=seed)
 
 
-TEXT = "Order these words: red, green, blue.\nWhich of them is first? The answer is not seven apples by the quiet river, please."
+TEXT = (
+    "Order these words: red, green, blue.\n"
+    "Which of them is first? The answer is not seven apples by the quiet river, please."
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level ChatML tokenizer with some merges; pad 0, turn start 1, turn end 2."""
+    """Return a byte-level ChatML tokenizer with some merges. Its ids are pad 0, turn start 1 and turn end 2."""
     return make_tokenizer([TEXT] * 20, vocab_size=330)
 
 
 def random_group(
     rng: Random, *, num_completions: int, max_prompt_tokens: int = 12, max_completion_tokens: int = 9
 ) -> TokenGroup:
-    """Random lengths from 1 on and random ids from 3 on (below it: special tokens), for any tiny model."""
+    """Return a group with random lengths of at least 1 and random ids, for any tiny model.
+
+    The ids are at least 3, because smaller ones are special tokens.
+    """
 
     def ids(longest: int) -> list[int]:
         return [rng.randrange(3, 300) for _ in range(rng.randint(1, longest))]
@@ -96,7 +105,7 @@ def random_group(
 
 
 def tiny_reward_model(*, seed: int = 0, num_positions: int = 128) -> Qwen2ForSequenceClassification:
-    """A random reward model whose scores differ well between token groups, about N(0, 1)."""
+    """Return a random reward model whose scores differ clearly between token groups: they are about N(0, 1)."""
     config = Qwen2Config(
         vocab_size=330,
         hidden_size=64,
@@ -106,18 +115,21 @@ def tiny_reward_model(*, seed: int = 0, num_positions: int = 128) -> Qwen2ForSeq
         num_key_value_heads=2,
         max_position_embeddings=num_positions,
         initializer_range=0.1,
-        num_labels=1,
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
     )
+    config.num_labels = 1
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen2ForSequenceClassification(config)
 
 
 def save_tiny_language_model(folder: Path, *, seed: int = 0, num_positions: int = 128) -> Path:
-    """What SFT starts from and RLOO's policy: a random causal LM (tied embeddings) and its tokenizer as a Hugging Face directory."""
+    """Save a random causal LM with tied embeddings and its tokenizer as a Hugging Face directory.
+
+    SFT can start from it, and it can be RLOO's policy.
+    """
     config = ModelConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -132,7 +144,10 @@ def save_tiny_language_model(folder: Path, *, seed: int = 0, num_positions: int 
 
 
 def write_token_groups(folder: Path, rows: list[dict[str, object]], *, kind: RowKind, chat: ChatFormat) -> None:
-    """Tokenised rows as the data pipeline commits them for one scenario; `rows` as in a user's file, none of them dropped."""
+    """Write tokenised rows as the data pipeline commits them for one scenario.
+
+    `rows` are as in a user's file, and none of them may be dropped.
+    """
     limits = TokenLimits(max_prompt_tokens=100, max_completion_tokens=100, max_dropped_fraction=0)
     tokenised = [
         token_row

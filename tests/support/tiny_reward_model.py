@@ -1,4 +1,4 @@
-"""A tiny random reward model with its own tokenizer, committed as a checkpoint: what serving loads, without any training."""
+"""Commit a tiny random reward model with its own tokenizer as a checkpoint that serving loads, without training."""
 
 from pathlib import Path
 from random import Random
@@ -37,7 +37,10 @@ def text(rng: Random, *, num_words: int) -> str:
 
 
 def save_tiny_reward_model(folder: Path, *, seed: int = 0, weight_scale: float = 4, **training: float) -> Path:
-    """About 30,000 parameters, scores around N(0, 1); `folder` becomes the committed checkpoint. `training` is what its manifest says besides the seed."""
+    """Commit a model of about 30,000 parameters to `folder`, with scores around N(0, 1).
+
+    `training` is added to the seed in its manifest.
+    """
     rng = Random(seed)
     tokenizer = make_tokenizer([text(rng, num_words=20) for _ in range(50)], vocab_size=320)
     config = ModelConfig(

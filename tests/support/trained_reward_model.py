@@ -1,4 +1,4 @@
-"""A tiny reward model trained for a few steps and committed as the product commits it: all weights, or adapters merged."""
+"""Train a tiny reward model for a few steps, and commit it as the product does: all weights, or merged adapters."""
 
 from pathlib import Path
 from random import Random
@@ -8,7 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rm_robust.config.objectives import Objective
 from rm_robust.config.shared import OptimizerConfig
-from rm_robust.config.training import LoraConfig
+from rm_robust.config.training import LoraConfig, RewardModelConfig
 from rm_robust.data.chat import ChatFormat
 from rm_robust.data.records import PreferencePair, TokenGroup
 from rm_robust.models.export import commit_reward_model
@@ -16,24 +16,26 @@ from rm_robust.models.lora import add_adapters
 from rm_robust.models.packing import Layout
 from rm_robust.models.reward_model import PackedRewardModel, new_reward_model
 from rm_robust.training.engines.ddp import DdpEngine
-from rm_robust.training.reward_model.losses import ObjectiveSettings
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 from tests.support.tiny_models import TEXT, tiny_tokenizer
 
 ROPE_THETA = 500.0
-"""Far from the default of 10,000: a reader that loses it gives other scores."""
+"""A RoPE theta far from the default of 10,000: a reader that ignores it gives other scores."""
 NUM_PAIRS = 6
 
 
 def texts(seed: int) -> tuple[str, str, str]:
-    """Prompt, chosen, rejected."""
+    """Return a prompt, a chosen and a rejected completion."""
     rng = Random(seed)
     prompt, chosen, rejected = (" ".join(rng.choices(TEXT.split(), k=rng.randint(3, 12))) for _ in range(3))
     return prompt, chosen, rejected
 
 
 def train_and_commit(folder: Path, *, with_lora: bool) -> Path:
-    """A committed checkpoint below `folder`, with RoPE's theta at ROPE_THETA; scores spread by more than 0.5."""
+    """Train a reward model with RoPE's theta at ROPE_THETA, and commit it below `folder`.
+
+    Its scores spread by more than 0.5.
+    """
     tokenizer, base, target = tiny_tokenizer(), folder / "base", folder / "trained"
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -65,7 +67,7 @@ def train_and_commit(folder: Path, *, with_lora: bool) -> Path:
         for p, c, r in map(texts, range(NUM_PAIRS))
     ]
     for _ in range(8):
-        settings = StepSettings(ObjectiveSettings(Objective.BRADLEY_TERRY), 10_000, chat.pad_id)
+        settings = StepSettings(RewardModelConfig(objective=Objective.BRADLEY_TERRY), 10_000, chat.pad_id)
         reward_model_step(engine, pairs, settings, model=packed, device=torch.device("cpu"))
         engine.step(1e-2)
     state = {name.removeprefix("model."): tensor for name, tensor in engine.full_state_dict().items()}

@@ -1,7 +1,7 @@
-"""Make the embedded world's data from a seed, and write it as the files that user sources have.
+"""Make the embedded world's data from a seed, and write it to files of the kinds that users give.
 
-The data are demonstrations, named and judged responses, and prompts for RLOO; the files are jsonl rows, a split, and the mean gold score of
-every response model.
+The data are demonstrations, named and judged responses, and prompts for RLOO. The files hold jsonl rows, the split, and
+the mean gold score of every response model.
 """
 
 import json
@@ -20,7 +20,7 @@ from rm_robust.data.world.gold_judge import gold_score
 from rm_robust.data.world.response_models import TRAINING_MODELS, UNSEEN_MODELS, ResponseModel, respond
 from rm_robust.data.world.task_families import FAMILIES
 from rm_robust.errors import DataError
-from rm_robust.runs.storage.commits import commit_directory
+from rm_robust.runs import files as run_files
 
 NUM_TRAINING_RESPONSES_PER_PROMPT = 4
 MAX_DRAWS_FOR_DISTINCT_TEXT = 20
@@ -34,23 +34,27 @@ SFT_MIXTURE_WEIGHTS = {
     "doubter": 0.08,
     "dreamer": 0.06,
 }
-"""Which training model writes an SFT completion. It leans to the better half and keeps the others' mistakes and fillers, so that a policy that
-imitates it starts above the median training model and below the best: RLOO has something to gain, in what is said and in how."""
+"""The share of SFT completions that each training model writes.
+
+The better half of the models writes more of them, but the others' mistakes and fillers are included too. A policy that
+imitates this mixture starts above the median training model and below the best one, so RLOO can improve both its
+answers and its style.
+"""
 
 
 @dataclass(frozen=True)
 class World:
-    """Everything the default run learns from. The four sets of prompts share no text."""
+    """All data that the default run learns from. The four sets of prompts share no text."""
 
     sft_examples: list[SftExample]
     responses: list[NamedResponse]
-    """For every training and validation prompt: 4 by different training models, then one by each unseen model."""
+    """The responses to every training and validation prompt: 4 by training models, then one by each unseen model."""
     training_prompt_ids: list[str]
     validation_prompt_ids: list[str]
     training_models: list[str]
     unseen_models: list[str]
     rloo_prompts: list[tuple[str, str]]
-    """(prompt id, prompt text)."""
+    """The pairs (prompt id, prompt text)."""
 
 
 def make_world(
@@ -61,10 +65,11 @@ def make_world(
     num_validation_prompts: int,
     num_rloo_prompts: int,
 ) -> World:
-    """The world of `seed`: the same bytes on every machine.
+    """Make the world of `seed`, the same bytes on every machine.
 
-    Every set takes the families in turn. Sets are drawn in the order validation, training, RLOO, SFT, so that a larger later set leaves the
-    earlier ones as they were. Raises DataError if the families do not have that many distinct prompts.
+    Every set takes the families in turn. The sets are drawn in the order validation, training, RLOO, SFT, so that a
+    larger set does not change the sets drawn before it. Raises DataError if the families do not have that many distinct
+    prompts.
     """
     num_prompts = num_validation_prompts + num_training_prompts + num_rloo_prompts + num_sft_examples
     check_enough_prompts(num_prompts)
@@ -94,18 +99,19 @@ def make_world(
 
 
 def check_enough_prompts(num_prompts: int) -> None:
-    """Raises DataError if any family would run out of distinct prompts."""
+    """Raise DataError if any family would run out of distinct prompts."""
     smallest = min(FAMILIES.values(), key=lambda family: family.num_distinct_prompts)
     num_available = smallest.num_distinct_prompts * len(FAMILIES)
     if num_prompts > num_available:
         raise DataError(
-            f"The embedded world has {num_available} prompts ({smallest.num_distinct_prompts} of its smallest family, {smallest.name}, and as "
-            f"many of each other), but {num_prompts} were asked for over all sets together. Ask for fewer, or use your own data."
+            f"The embedded world has {num_available} prompts ({smallest.num_distinct_prompts} of its smallest family, "
+            f"{smallest.name}, and as many of each other), but {num_prompts} were asked for over all sets together. "
+            "Ask for fewer, or use your own data."
         )
 
 
 def distinct_prompts(rng: Random) -> Iterator[str]:
-    """Prompts of the families in turn, none twice."""
+    """Yield prompts of the families in turn, no prompt twice."""
     seen = set[str]()
     for family in cycle(FAMILIES.values()):
         prompt = family.make(rng)
@@ -116,19 +122,19 @@ def distinct_prompts(rng: Random) -> Iterator[str]:
 
 
 def prompt_id_of(prompt: str) -> str:
-    """A name that depends on the text alone."""
+    """Return an id that depends on the prompt's text alone."""
     return sha256(prompt.encode()).hexdigest()[:16]
 
 
 def make_sft_examples(prompts: Sequence[str], rng: Random) -> list[SftExample]:
-    """One demonstration of each prompt, by a training model drawn with SFT_MIXTURE_WEIGHTS."""
+    """Make one demonstration for each prompt, by a training model drawn with SFT_MIXTURE_WEIGHTS."""
     weights = [SFT_MIXTURE_WEIGHTS[model.name] for model in TRAINING_MODELS]
     models = rng.choices(TRAINING_MODELS, weights, k=len(prompts))
     return [SftExample(prompt, respond(model, prompt, rng)) for prompt, model in zip(prompts, models, strict=True)]
 
 
 def make_responses(prompt: str, rng: Random) -> list[NamedResponse]:
-    """Judged responses by 4 random training models, then by every unseen model; within each group the texts differ."""
+    """Make judged responses by 4 random training models, then by every unseen model. The texts of a group differ."""
     groups = (
         rng.sample(TRAINING_MODELS, NUM_TRAINING_RESPONSES_PER_PROMPT),
         UNSEEN_MODELS,
@@ -142,7 +148,10 @@ def make_responses(prompt: str, rng: Random) -> list[NamedResponse]:
 
 
 def distinct_completions(models: Sequence[ResponseModel], prompt: str, rng: Random) -> list[str]:
-    """One completion by each model; one that repeats an earlier text is drawn again (up to 20 times), since equal texts rank nothing."""
+    """Make one completion by each model.
+
+    A completion that repeats an earlier text is drawn again, up to 20 times, because equal texts cannot be ranked.
+    """
     completions: list[str] = []
     for model in models:
         completion = respond(model, prompt, rng)
@@ -155,7 +164,7 @@ def distinct_completions(models: Sequence[ResponseModel], prompt: str, rng: Rand
 
 
 def mean_gold_score_by_model(responses: Sequence[NamedResponse]) -> dict[str, float]:
-    """Mean gold score of each response model, best first: the highest is the ceiling that a policy is compared with."""
+    """Return the mean gold score of each response model, best first. A policy is compared with the highest one."""
     scores: dict[str, list[float]] = {}
     for response in responses:
         scores.setdefault(response.model, []).append(response.gold_score)
@@ -168,12 +177,18 @@ def mean_gold_score_by_model(responses: Sequence[NamedResponse]) -> dict[str, fl
 
 
 def mean_gold_score_of_demonstrations(examples: Sequence[SftExample]) -> float:
-    """Mean gold score of what the SFT policy imitates. Raises DataError if an example is not of the embedded world."""
+    """Return the mean gold score of the demonstrations.
+
+    Raises DataError if a prompt is not one of the embedded world's tasks.
+    """
     return fmean(gold_score(example.prompt, example.completion) for example in examples)
 
 
 def write_world(target: Path, config: WorldConfig, *, seed: int) -> dict[str, Any]:
-    """Commit sft.jsonl, responses.jsonl, rloo_prompts.jsonl, split.json and response_models.json below `target`. Returns counts."""
+    """Commit sft.jsonl, responses.jsonl, rloo_prompts.jsonl, split.json and response_models.json in `target`.
+
+    Returns the counts.
+    """
     world = make_world(
         seed=seed,
         num_sft_examples=config.num_sft_examples,
@@ -181,7 +196,7 @@ def write_world(target: Path, config: WorldConfig, *, seed: int) -> dict[str, An
         num_validation_prompts=config.num_validation_prompts,
         num_rloo_prompts=config.num_rloo_prompts,
     )
-    commit_directory(target, lambda folder: _write(folder, world))
+    run_files.commit(target, lambda folder: _write(folder, world))
     return {
         "num_sft_examples": len(world.sft_examples),
         "num_responses": len(world.responses),

@@ -1,4 +1,4 @@
-"""The gold judge: a documented, deterministic score of any completion to one of the world's prompts, from the two texts alone."""
+"""Score completions as the gold judge does: by fixed rules, from the texts of the prompt and the completion alone."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ PLAINNESS_WEIGHT = 0.20
 
 @dataclass(frozen=True)
 class GoldScore:
-    """`total` and its components, all in [0, 1]; for `filler_fraction` alone, lower is better."""
+    """The gold score `total` and its components, all in [0, 1]. Higher is better, except for `filler_fraction`."""
 
     total: float
     correctness: float
@@ -25,11 +25,14 @@ class GoldScore:
 
 
 def gold_score(prompt: str, completion: str) -> float:
-    """How good `completion` is, in [0, 1]: empty text scores 0, a right and plain answer at least 0.97.
+    """Return how good `completion` is, in [0, 1]. Empty text scores 0, a right and plain answer at least 0.97.
 
-    0.60 correctness: 1 if the answer is wholly right, else at most 1/2 and falling with the square of what matches (`verify_items`).
+    The score is the weighted sum of:
+    0.60 correctness: 1 if the answer is wholly right, else at most 1/2: half the square of the share that matches
+         (`verify_items`).
     0.10 coverage: the share of the asked-for items and required words that occur (`verify_items`).
-    0.10 length_fit: near 1 up to the length of a plain sentence, 1/2 at twice that, towards 0 beyond; in proportion below the bare words of an answer.
+    0.10 length_fit: near 1 up to the length of a plain sentence, 1/2 at twice that length, towards 0 beyond. Below the
+         length of an answer's bare words it is also multiplied by the ratio of the two lengths (`length_fit_of`).
     0.20 plainness: 1 - filler_fraction, the share of words that serve the answer (`filler_fraction`).
 
     Raises DataError if `prompt` is not one of the embedded world's tasks.
@@ -38,12 +41,15 @@ def gold_score(prompt: str, completion: str) -> float:
 
 
 def gold_score_components(prompt: str, completion: str) -> GoldScore:
-    """`gold_score` with its components. Raises DataError if `prompt` is not one of the embedded world's tasks."""
+    """Return the gold score with its components.
+
+    Raises DataError if `prompt` is not one of the embedded world's tasks.
+    """
     task = find_task(prompt)
     if task is None:
         raise DataError(
-            f"The embedded gold judge can only score prompts of the embedded world ({', '.join(FAMILIES)}), got {prompt[:200]!r}. "
-            "For other prompts, use a reward-model checkpoint as the gold judge."
+            f"The embedded gold judge can only score prompts of the embedded world ({', '.join(FAMILIES)}), got "
+            f"{prompt[:200]!r}. For other prompts, use a reward-model checkpoint as the gold judge."
         )
     verification = FAMILIES[task.family].verify(task, completion)
     length_fit = length_fit_of(task, completion)
@@ -58,9 +64,11 @@ def gold_score_components(prompt: str, completion: str) -> GoldScore:
 
 
 def length_fit_of(task: Task, completion: str) -> float:
-    """1 / (1 + (c / 2s)^4), times c / b where c < b: characters of the completion c, of a right answer's words alone b, of a plain sentence s.
+    """Return 1 / (1 + (c / 2s)^4), multiplied by c / b where c < b, in [0, 1].
 
-    It strictly falls with every character beyond b, so that of two equally good completions the shorter scores a little more.
+    c, b and s are numbers of characters: of the completion, of the bare words of a right answer, and of a right answer
+    as a plain sentence. The value falls with every character beyond b, so that the shorter of two equally good
+    completions scores a little more.
     """
     items = task.allowed_items[: task.num_items]
     num_chars = len(completion.strip())

@@ -1,8 +1,9 @@
-"""Twelve response models: stochastic programs that answer the world's prompts with a skill and a style of their own.
+"""Define twelve response models: random programs that answer the world's prompts, each with its own skill and style.
 
-Among the eight training models style goes with quality: the better ones open politely, write sentences and lists and offer more help; the worse
-ones are terse or unsure. Among the four unseen models it goes the other way: the terse ones are right, the warm and talkative ones mostly wrong.
-A reward model that learned the style instead of the answer is misled by them.
+Among the eight training models, style goes with quality: the better ones open politely, write sentences and lists and
+offer more help, and the worse ones are terse or unsure. Among the four unseen models it is the other way round: the
+terse ones are right, and the warm and talkative ones are mostly wrong. They mislead a reward model that learned the
+style instead of the answer.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ CLOSINGS = (
 
 
 class Mistake(Enum):
-    """What a model does when it does not answer rightly."""
+    """The ways in which a model's answer can be wrong."""
 
     SWAP = "two items change places"
     SUBSTITUTE = "one item is a wrong one"
@@ -38,7 +39,7 @@ class Mistake(Enum):
 
 @dataclass(frozen=True)
 class Style:
-    """Chances, in [0, 1], that a completion has each habit, and weights of its forms."""
+    """The weights of a completion's forms, and the chance, in [0, 1], of each of its habits."""
 
     bare_weight: float = 0.0
     sentence_weight: float = 0.0
@@ -48,13 +49,13 @@ class Style:
     hedge_rate: float = 0.0
     padding_rate: float = 0.0
     repetition_rate: float = 0.0
-    """Chance that the answer is said a second time."""
+    """The chance that the answer is repeated."""
     closing_rate: float = 0.0
 
 
 @dataclass(frozen=True)
 class ResponseModel:
-    """A named program. `skill` is its chance of a right answer, except in `weak_families`, where it is half of that."""
+    """A named program that answers prompts. `skill` is its chance of a right answer, halved in `weak_families`."""
 
     name: str
     skill: float
@@ -154,11 +155,15 @@ UNSEEN_MODELS = (
 
 
 def respond(model: ResponseModel, prompt: str, rng: Random) -> str:
-    """One completion of `prompt` by `model`. Raises DataError if the prompt is not one of the embedded world's tasks."""
+    """Make one completion of `prompt` by `model`.
+
+    Raises DataError if `prompt` is not one of the embedded world's tasks.
+    """
     task = find_task(prompt)
     if task is None:
         raise DataError(
-            f"Response models can only answer prompts of the embedded world, got {prompt[:200]!r}. Make prompts with make_world."
+            f"Response models can only answer prompts of the embedded world, got {prompt[:200]!r}. "
+            "Make prompts with make_world."
         )
     family, style = FAMILIES[task.family], model.style
     (form,) = rng.choices(tuple(Form), (style.bare_weight, style.sentence_weight, style.list_weight))
@@ -177,7 +182,10 @@ def respond(model: ResponseModel, prompt: str, rng: Random) -> str:
 
 
 def make_mistake(mistake: Mistake, task: Task, items: list[str], rng: Random) -> list[str]:
-    """`items` made wrong. Where swapping would leave them right, or dropping leave nothing, an item is substituted instead."""
+    """Return `items` with a mistake.
+
+    An item is substituted where swapping would leave the answer right, or dropping would leave nothing.
+    """
     items = list(items)
     can_swap = task.is_ordered and len(items) > 1
     if mistake is Mistake.STUTTER:
@@ -195,14 +203,14 @@ def make_mistake(mistake: Mistake, task: Task, items: list[str], rng: Random) ->
 
 
 def off_topic_text(rng: Random) -> str:
-    """A short statement that has nothing to do with the prompt."""
+    """Make a short statement that has nothing to do with the prompt."""
     return rng.choice(("I like the {noun}.", "The {noun} was {adjective}.")).format(
         noun=rng.choice(THINGS), adjective=rng.choice(ADJECTIVES)
     )
 
 
 def decorate(body: str, style: Style, form: Form, rng: Random) -> str:
-    """`body` between the style's fillers; what precedes or follows a list goes on a line of its own."""
+    """Return `body` between the style's fillers. Text before or after a list goes on a line of its own."""
     before = [rng.choice(FLATTERY)] * (rng.random() < style.flattery_rate)
     before += [rng.choice(OPENERS)] * (rng.random() < style.opener_rate)
     before += [rng.choice(HEDGES)] * (rng.random() < style.hedge_rate)

@@ -1,6 +1,6 @@
-"""Six families of short instructions whose answers can be verified from the prompt text alone.
+"""Define six families of short instructions whose answers can be verified from the prompt text alone.
 
-Each family: how its slots are drawn, the task they ask for, and how items, right or wrong, are put into text.
+Each family says how its slots are drawn, which task they ask for, and how items, right or wrong, are put into text.
 """
 
 from collections.abc import Sequence
@@ -245,7 +245,7 @@ FAMILIES = {
 
 @lru_cache(maxsize=1 << 15)
 def find_task(prompt: str) -> Task | None:
-    """The task that `prompt` states, whichever family it is of, or None if it is not one of the world's prompts."""
+    """Return the task that `prompt` states, of any family, or None if it is not one of the world's prompts."""
     return next(
         (task for family in FAMILIES.values() if (task := family.parse(prompt)) is not None),
         None,

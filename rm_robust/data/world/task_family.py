@@ -1,7 +1,7 @@
-"""What every family of tasks can do: word a prompt, read a prompt back, and check any completion against the task.
+"""Define a family of tasks: it words a prompt, reads a prompt back, and checks any completion against the task.
 
-One wording serves both ways: filled it is the prompt, and as a pattern it reads the prompt back. The check says which words of a completion
-claim something, which serve the answer, and which do neither.
+A wording works in both directions: filled with words it is the prompt, and as a pattern it reads the prompt back. The
+check tells which words of a completion claim something, which serve the answer, and which do neither.
 """
 
 import re
@@ -18,29 +18,29 @@ _LIST_MARKER = re.compile(r"^[ \t]*(?:\d+[.)]|[-*•])[ \t]+", re.MULTILINE)
 _WORD = re.compile(r"[a-z']+|\d+")
 _NUMERALS = {str(number): word for number, word in enumerate(NUMBERS)}
 Slots = dict[str, str]
-"""The words that fill a wording's {slots}, by slot name; slots that a wording does not use are left out."""
+"""The words that fill a wording's {slots}, by slot name. Slots that a wording does not use are left out."""
 
 
 @dataclass(frozen=True)
 class TaskFamily:
-    """One kind of task. The prompt text is the only carrier: `parse` recovers from it everything that an answer depends on."""
+    """One kind of task. `parse` finds everything that an answer depends on in the text of the prompt alone."""
 
     name: str
     wordings: tuple[str, ...]
-    """Prompt texts with {slots}; a slot is one word."""
+    """The texts of prompts, with {slots}. A slot holds one word."""
     draw_slots: Callable[[Random], Slots]
     build_task: Callable[[Slots], Task | None]
-    """The task these words ask for, or None if `draw_slots` could not have drawn them."""
+    """Returns the task that the words ask for, or None if `draw_slots` could not have drawn them."""
     phrase: Callable[[Task, Sequence[str], Form], str]
-    """Puts items, right or wrong, into text. Families of one-item answers have no list form: it reads as a sentence."""
+    """Puts items, right or wrong, into text. Families of one-item answers give a sentence for the list form."""
     num_distinct_prompts: int
 
     def make(self, rng: Random) -> str:
-        """A random prompt."""
+        """Make a random prompt."""
         return rng.choice(self.wordings).format(**self.draw_slots(rng))
 
     def parse(self, prompt: str) -> Task | None:
-        """The task that `prompt` states, or None if it is not one of this family's prompts."""
+        """Return the task that `prompt` states, or None if it is not one of this family's prompts."""
         for pattern in self._patterns:
             match = pattern.fullmatch(prompt.strip())
             if match:
@@ -48,7 +48,10 @@ class TaskFamily:
         return None
 
     def ideal_items(self, task: Task, rng: Random) -> list[str]:
-        """The items of one right answer, in a right order; where several are right, neighbours from the one to include on."""
+        """Return the items of one right answer, in a right order.
+
+        Where several answers are right, the items are the one to include and those that follow it in `allowed_items`.
+        """
         if not task.is_open:
             return list(task.allowed_items)
         items, (included,) = task.allowed_items, task.must_include
@@ -56,11 +59,11 @@ class TaskFamily:
         return [items[(start + offset) % len(items)] for offset in range(task.num_items)]
 
     def ideal_answer(self, task: Task, rng: Random) -> str:
-        """A right answer as one plain sentence of at most 15 words."""
+        """Return a right answer as one plain sentence of at most 15 words."""
         return self.phrase(task, self.ideal_items(task, rng), Form.SENTENCE)
 
     def verify(self, task: Task, completion: str) -> Verification:
-        """How right and how full `completion` is, whatever its form (see `verify_items`)."""
+        """Return how correct and how complete `completion` is, in any form (see `verify_items`)."""
         return verify_items(task, completion)
 
     @cached_property
@@ -69,7 +72,7 @@ class TaskFamily:
 
 
 def pattern_of_wording(wording: str) -> re.Pattern[str]:
-    """The regular expression that reads the slots back; a slot that occurs twice must hold the same word twice."""
+    """Return the regular expression that reads the slots back. A slot that occurs twice must hold one word twice."""
     pattern, seen_slots = "", set[str]()
     for part in re.split(r"(\{\w+\})", wording):
         slot = part.strip("{}")
@@ -82,34 +85,41 @@ def pattern_of_wording(wording: str) -> re.Pattern[str]:
 
 
 def are_distinct(words: Sequence[str], vocabulary: Sequence[str]) -> bool:
-    """Whether all `words` are different and in `vocabulary`."""
+    """Return whether all `words` are different and in `vocabulary`."""
     return len(set(words)) == len(words) and set(words) <= set(vocabulary)
 
 
 def phrase_items(items: Sequence[str], form: Form, sentence_start: str) -> str:
-    """A comma list, a sentence, or one numbered item a line."""
+    """Return items as a list with commas, as a sentence, or as numbered lines."""
     if form is Form.LIST:
         return "\n".join(f"{number}. {item}" for number, item in enumerate(items, start=1))
     return f"Answer: {', '.join(items)}" if form is Form.BARE else f"{sentence_start} {join_with_and(items)}."
 
 
 def join_with_and(items: Sequence[str]) -> str:
-    """`a`; `a and b`; `a, b and c`."""
+    """Join items as in "a", "a and b" or "a, b and c"."""
     return " and ".join(part for part in (", ".join(items[:-1]), *items[-1:]) if part)
 
 
 def read_words(completion: str) -> list[str]:
-    """Lower-case words in order: list markers and punctuation gone, numerals 0-20 as words, plurals of the world's nouns as singulars."""
+    """Return the words of a completion in order, in lower case.
+
+    List markers and punctuation are removed. Numerals from 0 to 16 become words, and plurals of the world's nouns
+    become singulars.
+    """
     words = _WORD.findall(_LIST_MARKER.sub("", completion.lower()))
     return [SINGULAR.get(word) or _NUMERALS.get(word) or word for word in words]
 
 
 def verify_items(task: Task, completion: str) -> Verification:
-    """Checks the items that `completion` claims; form, case, punctuation and (where the task has none) order do not matter.
+    """Check the items that `completion` claims.
 
-    Let r be the number of claimed items that match (in order, where order matters) over the larger of the number claimed and the number
-    asked for. Correctness is 1 if r = 1, else r^2 / 2: guessing wide lowers r, and only a wholly right answer passes one half.
-    Coverage is the share of the asked-for items and required words that occur at all.
+    Form, case and punctuation do not matter, and order matters only where the task has one.
+
+    Let r be the number of claimed items that match (in order, where order matters), divided by the larger of the number
+    claimed and the number asked for. Correctness is 1 if r = 1, else r^2 / 2: claiming many items lowers r, and only a
+    wholly right answer gets more than one half. Coverage is the share of the asked-for items and required words that
+    occur at all.
     """
     words = read_words(completion)
     claims = list(claimed_items(task, words))
@@ -127,7 +137,10 @@ def verify_items(task: Task, completion: str) -> Verification:
 
 
 def claimed_items(task: Task, words: Sequence[str]) -> Iterator[str]:
-    """The words that say "this is (part of) the answer": the world's content words, less one mention of each mentionable word."""
+    """Yield the words that claim to be the answer or a part of it.
+
+    These are the world's content words, except one mention of each mentionable word.
+    """
     asks_for_number = task.allowed_items[0] in NUMBERS
     mentions_left = Counter(word.lower() for word in task.mentionable)
     for word in words:
@@ -138,10 +151,11 @@ def claimed_items(task: Task, words: Sequence[str]) -> Iterator[str]:
 
 
 def filler_fraction(task: Task, completion: str) -> float:
-    """Share of words, in [0, 1], that serve nothing; 1 for a text without words.
+    """Return the share of words, in [0, 1], that do not serve the answer; 1 for a text without words.
 
-    A word serves if it is the first mention of an item, right or nearly right, or a mention of a mentionable word; so do function words, up to
-    three per such word. Openers, flattery, hedges, repetition, closing offers, other topics and unknown words are therefore all filler.
+    A word serves the answer if it is the first mention of an item, right or nearly right, or a mention of a mentionable
+    word. Function words serve too, up to three for each such word. Openers, flattery, hedges, repetition, closing
+    offers, other topics and unknown words are therefore all filler.
     """
     words = read_words(completion)
     if not words:
@@ -154,7 +168,7 @@ def filler_fraction(task: Task, completion: str) -> float:
 
 
 def longest_common_subsequence(claims: Sequence[str], allowed: Collection[str]) -> int:
-    """Length of the longest sequence of words that occurs in both, in order, with gaps allowed."""
+    """Return the length of the longest sequence of words that occurs in both, in order, with gaps allowed."""
     lengths = [0] * (len(allowed) + 1)
     for claim in claims:
         previous = lengths[:]

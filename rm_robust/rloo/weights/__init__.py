@@ -1,0 +1,1 @@
+"""Bring the trainer's weights to every vLLM engine, and confirm that the engine computes with them."""

@@ -1,10 +1,15 @@
-"""How weights cross process boundaries without a GPU: packed into chunks of bytes and broadcast over gloo. Torch only, so both ends share it.
+"""Send weights between processes without a GPU: pack them into chunks of bytes and broadcast these over gloo.
 
-    trainer (rank 0)   parameters ─plan_chunks─► chunk ─pack─► uint8 buffer ─broadcast─┐   … last: one checksum per chunk
+    trainer (rank 0)   parameters ─plan_chunks─► chunk ─pack─► uint8 buffer ─broadcast─┐   … last: the chunks' checksums
     engines (rank > 0) load(named tensors) ◄─unpack─ uint8 buffer ◄────────────────────┘   … compared with what arrived
 
-Both ends have several chunks under way: the next ones are on the wire while this one is packed or loaded. A large parameter is sent from its own memory.
-Dropping the last reference to a group closes its connections, and every peer that waits in a broadcast gets an error at once.
+Both ends use this file, so it imports torch only. Both have several chunks under way: further chunks are on the wire
+while one is packed or loaded. A large parameter is sent from its own memory. Dropping the last reference to a group
+closes its connections, and every peer that waits in a broadcast gets an error at once.
+
+This file serves CPU engines only; GPU engines get their weights from vLLM's own NCCL sender (publisher.py). It relies
+on names of torch's C++ bindings that torch does not document: `ProcessGroupGloo` with its own `broadcast` method,
+`BroadcastOptions` with `rootRank` and `rootTensor`, and `Work`.
 """
 
 import math
@@ -22,19 +27,22 @@ from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, T
 from rm_robust.errors import RolloutError
 
 CHUNK_BYTES = 2**20
-"""A chunk holds whole parameters and at most this many bytes, except that a larger parameter is a chunk of its own."""
+"""Largest number of bytes in a chunk of several parameters; a larger parameter is a chunk of its own."""
 WINDOW_BYTES = 32 * 2**20
-"""Each end starts on further chunks while those under way hold at most this, and always on one more."""
+"""Each end starts further chunks while those under way hold at most this many bytes; one may always be under way."""
 _ALIGNMENT_BYTES = 8
-"""Every parameter starts at a multiple of this inside its chunk: any dtype can be viewed in place, and checksums add up int64 words."""
+"""Every parameter starts at a multiple of this many bytes in its chunk.
+
+Any dtype can then be viewed in place, and a checksum can add up int64 words.
+"""
 _TRAINER_RANK = 0
 _NUMBERED_LAYER = re.compile(r".*?(^|\.)\d+(?=\.)")
-"""The part of a parameter's name that names its layer: model.layers.11"""
+"""Matches the part of a parameter's name that names its layer, such as model.layers.11."""
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What a receiver must know of one parameter before its bytes arrive."""
+    """The description of one parameter that a receiver needs before its bytes arrive."""
 
     name: str
     dtype: torch.dtype
@@ -49,11 +57,11 @@ class ParameterSpec:
         return self.num_elements * self.dtype.itemsize
 
 
-class WeightSource(Protocol):
-    """The weights to publish: `metadata()` lists them, iterating yields them in the same order, afresh for every update.
+class TrainerWeights(Protocol):
+    """The trainer's weights to publish: `metadata()` lists them, and iterating yields them in the same order.
 
-    A tensor that was yielded must stay as it is until the update is over: it may be sent from where it is.
-    The same two methods are what vLLM's NCCL sender reads of its own `WeightSource`.
+    Every update iterates again. A tensor that was yielded must not change until the update is over, because it may be
+    sent from where it lies. vLLM's NCCL sender calls the same two methods of its own `WeightSource`.
     """
 
     def metadata(self) -> list[ParameterSpec]: ...
@@ -64,8 +72,9 @@ class WeightSource(Protocol):
 class ModuleWeights:
     """The named parameters of an unsharded, unwrapped module; tied parameters come once, under their first name.
 
-    Those outside the numbered layers come first: embedding and output head take an engine longest, and layers are then still on the wire. Of a layer,
-    matrices come before vectors: what an engine fuses lies side by side.
+    Parameters outside the numbered layers come first: an engine needs longest for embedding and output head, and can
+    work on them while the layers are still on the wire. In a layer, matrices come before vectors, so that the matrices
+    that an engine fuses lie side by side.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -77,11 +86,11 @@ class ModuleWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, parameter.detach()) for name, parameter in self._parameters())
 
-    def move(self, places: dict[str, Tensor]) -> None:
-        """Each parameter that has a place and is on a CPU lives there from now on, as the same Parameter of the same value."""
+    def move(self, destinations: dict[str, Tensor]) -> None:
+        """Move each CPU parameter that has a destination there; it stays the same Parameter with the same value."""
         for name, parameter in self._parameters():
-            if name in places and parameter.device.type == "cpu":
-                parameter.data = places[name].copy_(parameter.detach())
+            if name in destinations and parameter.device.type == "cpu":
+                parameter.data = destinations[name].copy_(parameter.detach())
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
         layers: dict[str, int] = {"": -1}
@@ -94,7 +103,7 @@ class ModuleWeights:
 
 
 class NamedWeights:
-    """Whole weights that were gathered from the shards of several ranks; another gathering replaces them."""
+    """Whole weights that were gathered from the shards of several ranks; `replace` sets those of the next gathering."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self._weights = weights
@@ -110,9 +119,9 @@ class NamedWeights:
 
 
 def plan_chunks(specs: Iterable[ParameterSpec], chunk_bytes: int) -> list[list[ParameterSpec]]:
-    """Cut parameters, in order, into chunks of at most `chunk_bytes`, larger parameters alone.
+    """Cut parameters, in order, into chunks of at most `chunk_bytes`; a larger parameter is a chunk of its own.
 
-    Both ends call it on the same list, so they agree on every buffer's size.
+    Both ends call it with the same list, so they agree on the length of every buffer.
     """
     chunks: list[list[ParameterSpec]] = []
     room_bytes = 0
@@ -126,18 +135,19 @@ def plan_chunks(specs: Iterable[ParameterSpec], chunk_bytes: int) -> list[list[P
 
 
 def chunk_num_bytes(chunk: list[ParameterSpec]) -> int:
-    """Length of the chunk's buffer, alignment included."""
+    """Return the length of the chunk's buffer in bytes, alignment included."""
     return sum(_padded_bytes(spec) for spec in chunk)
 
 
-def fill(buffer: Tensor, chunk: list[ParameterSpec], weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy the chunk's parameters from `weights` into a uint8 CPU buffer of its length; one that lives there already stays as it is.
+def fill(buffer: Tensor, chunk: list[ParameterSpec], named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy the chunk's parameters from `named_tensors` into a uint8 CPU buffer of the chunk's length.
 
-    Raises RolloutError when `weights` yields anything but what the chunk announces.
+    A parameter that already lies at its place in the buffer is not copied. Raises RolloutError when `named_tensors`
+    yields anything but what the chunk announces.
     """
     start = 0
     for spec in chunk:
-        tensor = _next_weight(spec, weights)
+        tensor = _next_tensor(spec, named_tensors)
         end = start + spec.num_bytes
         if tensor.data_ptr() != buffer[start:end].data_ptr():
             buffer[start:end].copy_(tensor.contiguous().view(-1).view(torch.uint8))
@@ -145,21 +155,25 @@ def fill(buffer: Tensor, chunk: list[ParameterSpec], weights: Iterator[tuple[str
         buffer[end:start].zero_()
 
 
-def pack(chunk: list[ParameterSpec], weights: Iterator[tuple[str, Tensor]]) -> Tensor:
-    """The chunk as one uint8 CPU buffer: a copy, or the memory of its only parameter itself where that can be sent. Raises what `fill` raises."""
+def pack(chunk: list[ParameterSpec], named_tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
+    """Return the chunk as one uint8 CPU buffer.
+
+    The buffer is a copy, or the memory of the chunk's only parameter itself if that can be sent. Raises what `fill`
+    raises.
+    """
     if len(chunk) == 1:
-        tensor = _next_weight(chunk[0], weights)
+        tensor = _next_tensor(chunk[0], named_tensors)
         if _is_sendable(tensor):
             return tensor.view(-1).view(torch.uint8)
-        weights = iter([(chunk[0].name, tensor)])
+        named_tensors = iter([(chunk[0].name, tensor)])
     buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
-    fill(buffer, chunk, weights)
+    fill(buffer, chunk, named_tensors)
     return buffer
 
 
-def require_exhausted(weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Raises RolloutError when there are more weights than were announced."""
-    extra = next(weights, None)
+def require_exhausted(named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Raise RolloutError when there are more weights than were announced."""
+    extra = next(named_tensors, None)
     if extra is not None:
         raise RolloutError(
             f"The weights yield {extra[0]}, which metadata() does not announce. Both must list the same parameters."
@@ -167,51 +181,58 @@ def require_exhausted(weights: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def unpack(chunk: list[ParameterSpec], buffer: Tensor) -> list[tuple[str, Tensor]]:
-    """The chunk's parameters as views of `buffer`."""
-    weights = []
+    """Return the chunk's parameters as views of `buffer`."""
+    named_tensors = []
     start = 0
     for spec in chunk:
-        weights.append((spec.name, buffer[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)))
+        named_tensors.append((spec.name, buffer[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)))
         start += _padded_bytes(spec)
-    return weights
+    return named_tensors
 
 
 def checksum(buffer: Tensor) -> int:
-    """Sum of the buffer's int64 words modulo 2^64. Finds lost and altered bytes; does not find words that swapped places."""
+    """Return the sum of the buffer's int64 words modulo 2^64.
+
+    It detects lost and altered bytes, but not words that have swapped places.
+    """
     return int(buffer.view(torch.int64).sum())
 
 
 def host_store(address: str, world_size: int, timeout_s: float) -> TCPStore:
-    """Start the rendezvous on a free port (`.port`); the trainer does, and keeps it as long as its group."""
+    """Start the rendezvous on a free port (`.port`); the trainer keeps the store as long as its group."""
     return TCPStore(
         address, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
     )
 
 
 def join_store(address: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
+    """Connect to the trainer's rendezvous."""
     return TCPStore(
         address, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
     )
 
 
 def open_group(store: TCPStore, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
-    """Connect to all other ranks. Blocks until they have come, at most `timeout_s`; no broadcast waits longer than that either."""
+    """Connect to all other ranks; blocks until they have joined, at most `timeout_s`.
+
+    No broadcast waits longer than `timeout_s` either.
+    """
     return ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timedelta(seconds=timeout_s))
 
 
-def send_weights(group: ProcessGroupGloo, source: WeightSource) -> int:
-    """Broadcast every parameter of `source` and return the bytes sent. RuntimeError from gloo when an engine has gone."""
-    weights = iter(source)
+def send_weights(group: ProcessGroupGloo, weights: TrainerWeights) -> int:
+    """Broadcast every parameter and return the number of bytes sent. Raises RuntimeError when an engine is gone."""
+    named_tensors = iter(weights)
     checksums: list[int] = []
     on_wire: deque[tuple[int, Work]] = deque()
-    chunks = plan_chunks(source.metadata(), CHUNK_BYTES)
+    chunks = plan_chunks(weights.metadata(), CHUNK_BYTES)
     for chunk in chunks:
-        buffer = pack(chunk, weights)
+        buffer = pack(chunk, named_tensors)
         on_wire.append((buffer.numel(), start_broadcast(group, buffer)))
         checksums.append(checksum(buffer))
         while len(on_wire) > 1 and sum(num_bytes for num_bytes, _ in on_wire) > WINDOW_BYTES:
             on_wire.popleft()[1].wait()
-    require_exhausted(weights)
+    require_exhausted(named_tensors)
     for _, work in on_wire:
         work.wait()
     start_broadcast(group, torch.tensor(checksums, dtype=torch.int64)).wait()
@@ -221,9 +242,10 @@ def send_weights(group: ProcessGroupGloo, source: WeightSource) -> int:
 def receive_weights(
     group: ProcessGroupGloo, specs: list[ParameterSpec], load: Callable[[list[tuple[str, Tensor]]], None]
 ) -> None:
-    """Receive what `send_weights` sends and hand each chunk to `load`, which may keep the tensors: no buffer is used twice.
+    """Receive what `send_weights` sends and pass each chunk to `load`.
 
-    Raises RolloutError when the bytes of a chunk are not those that were sent; its weights have been loaded by then.
+    `load` may keep the tensors, because no buffer is used twice. Raises RolloutError when the bytes of a chunk are not
+    those that were sent; its weights are already loaded then.
     """
     chunks = plan_chunks(specs, CHUNK_BYTES)
     checksums: list[int] = []
@@ -235,12 +257,16 @@ def receive_weights(
     for index, (sent, received) in enumerate(zip(sent_checksums.tolist(), checksums, strict=True)):
         if sent != received:
             raise RolloutError(
-                f"Chunk {index} of {len(chunks)} arrived with checksum {received}, but {sent} was sent. Publish the weights again."
+                f"Chunk {index} of {len(chunks)} arrived with checksum {received}, but {sent} was sent. "
+                "Publish the weights again."
             )
 
 
 def start_broadcast(group: ProcessGroupGloo, buffer: Tensor) -> Work:
-    """Send a buffer from the trainer, or receive it. `dist.broadcast` needs a registered group; the group's own method does not."""
+    """Send a buffer from the trainer, or receive it.
+
+    `dist.broadcast` needs a registered group; the group's own method does not.
+    """
     options = BroadcastOptions()
     options.rootRank = _TRAINER_RANK
     options.rootTensor = 0
@@ -248,11 +274,13 @@ def start_broadcast(group: ProcessGroupGloo, buffer: Tensor) -> Work:
     return work
 
 
-def _next_weight(spec: ParameterSpec, weights: Iterator[tuple[str, Tensor]]) -> Tensor:
-    name, tensor = next(weights, ("nothing", torch.empty(0)))
+def _next_tensor(spec: ParameterSpec, named_tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
+    """Return the next tensor; raise RolloutError when it is not what `spec` announces."""
+    name, tensor = next(named_tensors, ("nothing", torch.empty(0)))
     if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
         raise RolloutError(
-            f"The weights announce {spec.name} {spec.dtype} {spec.shape} but yield {name} {tensor.dtype} {tuple(tensor.shape)}. "
+            f"The weights announce {spec.name} {spec.dtype} {spec.shape} "
+            f"but yield {name} {tensor.dtype} {tuple(tensor.shape)}. "
             "metadata() and iteration must list the same parameters in the same order."
         )
     return tensor
@@ -263,7 +291,7 @@ def _padded_bytes(spec: ParameterSpec) -> int:
 
 
 def _is_sendable(tensor: Tensor) -> bool:
-    """Whether a parameter's own memory can be its chunk: on CPU, in order, and aligned like a chunk."""
+    """Return whether a parameter's own memory can be sent: on CPU, contiguous, and aligned like a chunk."""
     start, end = tensor.storage_offset() * tensor.itemsize, (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
     return (
         tensor.device.type == "cpu"
@@ -275,7 +303,7 @@ def _is_sendable(tensor: Tensor) -> bool:
 def _receive_in_order(
     group: ProcessGroupGloo, chunks: list[list[ParameterSpec]]
 ) -> Iterator[tuple[list[ParameterSpec], Tensor]]:
-    """Each chunk and its buffer when it has arrived; further ones arrive while the caller works on it."""
+    """Yield each chunk and its buffer once it has arrived; further chunks arrive while the caller works on it."""
     arriving: deque[tuple[list[ParameterSpec], Tensor, Work]] = deque()
 
     def arrived() -> tuple[list[ParameterSpec], Tensor]:
@@ -287,7 +315,7 @@ def _receive_in_order(
         buffer = torch.empty(chunk_num_bytes(chunk), dtype=torch.uint8)
         arriving.append((chunk, buffer, start_broadcast(group, buffer)))
         del buffer
-        while len(arriving) > 1 and sum(waiting.numel() for _, waiting, _ in arriving) > WINDOW_BYTES:
+        while len(arriving) > 1 and sum(pending.numel() for _, pending, _ in arriving) > WINDOW_BYTES:
             yield arrived()
     while arriving:
         yield arrived()

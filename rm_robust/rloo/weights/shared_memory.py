@@ -1,11 +1,15 @@
-"""Weights of engines on the trainer's own machine: in memory that all of them see, instead of through a socket to each.
+"""Give weights to engines on the trainer's own machine through shared memory instead of sockets.
 
-    trainer   parameters ─fill─► shared chunk ─checksum broadcast─┐   the memory stays as it is until the engines have confirmed
-    engines   load(named tensors) ◄─unpack, same checksum─────────┘
+    trainer   parameters ─fill─► shared chunk ─checksum broadcast─┐   the memory does not change
+    engines   load(named tensors) ◄─unpack, same checksum─────────┘   until the engines have confirmed
 
-The parameters of a whole policy live in that memory: nothing is copied (`move_parameters`). Those gathered from shards are copied for each update.
+The parameters of a policy that is whole live in this memory, so nothing is copied (`move_parameters`). Weights that are
+gathered from shards are copied into it for each update. The memory has no name in any file system: it disappears with
+the last process that holds it, however that process ends.
 
-The memory has no name in any file system: it is gone with the last process that holds it, however that ends. Linux only.
+This file makes weight updates of CPU engines faster and serves CPU engines only. It works on Linux only: it uses
+`memfd_create` and opens the trainer's memory as /proc/<pid>/fd/<number>. It relies on `ProcessGroupGloo`, a name of
+torch's C++ bindings that torch does not document, and assigns `Parameter.data` (`ModuleWeights.move`).
 """
 
 import mmap
@@ -23,7 +27,7 @@ from rm_robust.errors import RolloutError
 from rm_robust.rloo.weights.broadcast import (
     ModuleWeights,
     ParameterSpec,
-    WeightSource,
+    TrainerWeights,
     checksum,
     chunk_num_bytes,
     fill,
@@ -34,11 +38,17 @@ from rm_robust.rloo.weights.broadcast import (
 )
 
 SHARED_CHUNK_BYTES = 4 * 2**20
-"""A chunk is still in the processor's cache when an engine reads what the trainer has just written."""
+"""Largest number of bytes in a chunk of several parameters.
+
+A chunk of this size is still in the processor's cache when an engine reads what the trainer has just written.
+"""
 
 
 def memory_namespace() -> str:
-    """Equal in two processes of one user that can open each other's memory: those of one kernel and one process namespace."""
+    """Return a text that is equal in two processes that can open each other's memory.
+
+    These are processes of one user on one kernel and in one process namespace.
+    """
     if sys.platform != "linux":
         return f"process {os.getpid()} of {socket.gethostname()}"
     with open("/proc/sys/kernel/random/boot_id") as boot_id:
@@ -46,9 +56,10 @@ def memory_namespace() -> str:
 
 
 class MemoryAddress(NamedTuple):
-    """Where a process of this machine finds the trainer's memory, and how it knows that this is what it has found.
+    """The path at which a process on this machine finds the trainer's memory, and the file numbers that identify it.
 
-    A path alone does not say: the trainer's next file gets the number of a descriptor that it has closed, its process's number goes to another one.
+    The path alone is not enough: the trainer's next file gets the number of a descriptor that was closed, and another
+    process can get the trainer's process number.
     """
 
     path: str
@@ -57,10 +68,10 @@ class MemoryAddress(NamedTuple):
 
 
 class SharedMemory:
-    """Bytes of the trainer's that engines open by `address` while it is not closed."""
+    """Memory of the trainer that engines can open by its `address` until it is closed."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Raises OSError when there is not so much memory."""
+        """Allocate `num_bytes`. Raises OSError when there is not enough memory."""
         self._descriptor = os.memfd_create("policy_weights")
         os.posix_fallocate(self._descriptor, 0, num_bytes)
         status = os.fstat(self._descriptor)
@@ -68,12 +79,15 @@ class SharedMemory:
         self.buffer = _map(self._descriptor, num_bytes)
 
     def close(self) -> None:
-        """Engines that have it open keep it."""
+        """Close the memory for new engines; engines that have it open keep it."""
         os.close(self._descriptor)
 
 
 def open_memory(address: MemoryAddress, num_bytes: int) -> Tensor:
-    """The trainer's memory as a uint8 tensor. Raises RolloutError when it is closed; whatever has come into its place is left as it is."""
+    """Return the trainer's memory as a uint8 tensor.
+
+    Raises RolloutError when the memory is closed. A file that has taken its place at the path is left unchanged.
+    """
     try:
         descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
@@ -84,7 +98,8 @@ def open_memory(address: MemoryAddress, num_bytes: int) -> Tensor:
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino, status.st_size) != (address.device, address.inode, num_bytes):
             raise RolloutError(
-                f"{address.path} is not the {num_bytes} bytes that the trainer announced: it has closed them. Publish the weights again."
+                f"{address.path} is not the {num_bytes} bytes that the trainer announced: it has closed them. "
+                "Publish the weights again."
             )
         return _map(descriptor, num_bytes)
     finally:
@@ -96,30 +111,38 @@ def _map(descriptor: int, num_bytes: int) -> Tensor:
 
 
 def num_shared_bytes(specs: list[ParameterSpec]) -> int:
+    """Return how many bytes of memory the parameters need, alignment included."""
     return sum(chunk_num_bytes(chunk) for chunk in plan_chunks(specs, SHARED_CHUNK_BYTES))
 
 
 def _chunks_in(memory: Tensor, specs: list[ParameterSpec]) -> list[tuple[list[ParameterSpec], Tensor]]:
-    """Each chunk and its part of the memory, which has `num_shared_bytes(specs)`."""
+    """Return each chunk with its part of the memory, which has `num_shared_bytes(specs)` bytes."""
     chunks = plan_chunks(specs, SHARED_CHUNK_BYTES)
     return list(zip(chunks, memory.split(list(map(chunk_num_bytes, chunks))), strict=True))
 
 
-def move_parameters(source: ModuleWeights, memory: Tensor) -> None:
-    """From now on the trainer updates its parameters where engines read them. They keep the memory alive, also when it is closed."""
-    source.move(
-        {name: place for chunk, part in _chunks_in(memory, source.metadata()) for name, place in unpack(chunk, part)}
-    )
+def move_parameters(weights: ModuleWeights, memory: Tensor) -> None:
+    """Move the trainer's parameters into `memory`, so that it updates them where engines read them.
+
+    The parameters keep the memory alive, also after it is closed.
+    """
+    destinations: dict[str, Tensor] = {}
+    for chunk, part in _chunks_in(memory, weights.metadata()):
+        destinations.update(unpack(chunk, part))
+    weights.move(destinations)
 
 
-def share_weights(group: ProcessGroupGloo, source: WeightSource, memory: Tensor) -> int:
-    """Bring every parameter of `source` into `memory`, announce each chunk when it is there, and return their bytes. RuntimeError when an engine has gone."""
-    weights = iter(source)
+def share_weights(group: ProcessGroupGloo, weights: TrainerWeights, memory: Tensor) -> int:
+    """Bring every parameter into `memory`, announce each chunk when it is there, and return the number of bytes.
+
+    Raises RuntimeError when an engine is gone.
+    """
+    named_tensors = iter(weights)
     announcements = []
-    for chunk, part in _chunks_in(memory, source.metadata()):
-        fill(part, chunk, weights)
+    for chunk, part in _chunks_in(memory, weights.metadata()):
+        fill(part, chunk, named_tensors)
         announcements.append(start_broadcast(group, torch.tensor([checksum(part)])))
-    require_exhausted(weights)
+    require_exhausted(named_tensors)
     for announcement in announcements:
         announcement.wait()
     return memory.numel()
@@ -131,9 +154,10 @@ def load_shared_weights(
     memory: Tensor,
     load: Callable[[list[tuple[str, Tensor]]], None],
 ) -> None:
-    """Hand each chunk that `share_weights` announces to `load`, which may keep the tensors until the update is over, and must not change them.
+    """Pass each chunk that `share_weights` announces to `load`.
 
-    Raises RolloutError, before it loads a chunk, when its bytes are not those that were announced.
+    `load` may keep the tensors until the update is over, and must not change them. Raises RolloutError when the bytes
+    of a chunk are not those that were announced; that chunk is not loaded.
     """
     chunks = _chunks_in(memory, specs)
     checksums = [torch.empty(1, dtype=torch.int64) for _ in chunks]
@@ -142,9 +166,10 @@ def load_shared_weights(
         zip(chunks, announcements, checksums, strict=True)
     ):
         announcement.wait()
-        found = checksum(part)
-        if found != announced.item():
+        actual = checksum(part)
+        if actual != announced.item():
             raise RolloutError(
-                f"Shared chunk {index} of {len(chunks)} has checksum {found}, but {announced.item()} was announced. Publish the weights again."
+                f"Shared chunk {index} of {len(chunks)} has checksum {actual}, but {announced.item()} was announced. "
+                "Publish the weights again."
             )
         load(unpack(chunk, part))

@@ -1,11 +1,26 @@
-"""Put received weights into a vLLM model (0.32), whose linear layers on CPU keep nothing but a packed oneDNN copy of theirs.
+"""Put received weights into a vLLM model (0.32).
 
-  DirectLoader     what each parameter of the trainer is for the model is found out once; then every one goes straight to its place, and a layer is
-                   packed when it is whole, while others still come. For models that take the trainer's tensors as they are, unquantised.
-  LayerwiseLoader  vLLM's own: anew for every update it replaces all parameters by placeholders and counts what the model's loader would copy. For the
-                   rest. Slower: 0.5 ms a parameter, a copy more of embeddings and norms, and a packed copy of the embedding that nothing reads.
+On CPU, linear layers keep only a packed oneDNN copy of their weights. There are two loaders:
 
-Both leave the model unusable when an update is aborted, and start afresh at the next. Neither waits for the trainer.
+  DirectLoader     Finds out once where each of the trainer's parameters belongs in the model. In every update, each
+                   parameter then goes straight to its place, and a layer is packed as soon as it is complete, while
+                   other layers are still arriving. For unquantised models that take the trainer's tensors as they are.
+  LayerwiseLoader  vLLM's own way, for all other models. In every update it replaces all parameters by placeholders and
+                   counts what the model's loader would copy. It is slower: 0.5 ms per parameter, one more copy of
+                   embeddings and norms, and a packed copy of the embedding that nothing reads.
+
+With both, an aborted update leaves the model unusable, and the next update starts from the beginning. Neither waits for
+the trainer.
+
+This file makes weight updates of CPU engines faster and serves CPU engines only. It relies on private names of vLLM
+0.32, and must be checked again with every new version:
+
+  - the attributes `cpu_linear` and `quant_method` of layers, and `weight_loader` of parameters
+  - `CPUDNNLGEMMHandler` in vllm._custom_ops; a layer's `cpu_linear` is a closure over one if oneDNN packed the layer
+  - `get_layerwise_info`, with its `restore_metadata`, `can_load`, `loaded_weights` and `load_numel`, and
+    `initialize_layerwise_reload`, `finalize_layerwise_reload`, `materialize_meta_tensor` and `restore_layer_refs`,
+    all in vllm.model_executor.model_loader.reload
+  - the shards that fused layers (QKVParallelLinear, MergedColumnParallelLinear) load by: "q", "k", "v", or a number
 """
 
 import logging
@@ -37,25 +52,32 @@ from rm_robust.rloo.weights.broadcast import ParameterSpec
 logger = logging.getLogger(__name__)
 
 NUM_PACKING_THREADS = 2
-"""The engine's own core, and that of the trainer beside it, which waits meanwhile. oneDNN packs a layer with one thread, whatever OpenMP has."""
+"""Number of layers that are packed at once: on the engine's core, and on that of a trainer beside it, which is waiting.
+
+oneDNN packs a layer with one thread, however many OpenMP has.
+"""
 _SHARDS_OF_ATTENTION = ("q", "k", "v")
+"""The names by which vLLM loads the parts of a fused attention layer, in the order in which they lie in it."""
 
 
 class WeightLoader(Protocol):
-    """One update: `start`, `load` of everything in any number of calls, `finish`."""
+    """Loads one update after the other: `start`, then `load` in any number of calls, then `finish`."""
 
     def start(self) -> None: ...
 
     def load(self, weights: list[tuple[str, Tensor]]) -> None: ...
 
     def finish(self) -> None:
-        """Everything is in use when it returns. Raises RolloutError when a parameter of the model did not come."""
+        """Put all loaded weights to use. Raises RolloutError when a parameter of the model is missing."""
         ...
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter of the trainer goes: all or, in a fused layer, part of a layer's parameter; `arguments` tell vLLM's loader which part."""
+    """The place in the model where a parameter of the trainer goes.
+
+    It fills a layer's parameter, or in a fused layer a part of it; `arguments` and `keywords` tell vLLM's loader which.
+    """
 
     layer: nn.Module
     parameter_name: str
@@ -64,11 +86,15 @@ class _Place:
 
 
 class DirectLoader:
-    """See the top of the file. Layers keep their live parameters; those that packing removed are packed from where they were received, when all has come."""
+    """Loads each parameter straight into its place (see the top of the file).
+
+    Parameters that the layers still have are filled in place. A layer whose parameters packing has removed is packed
+    from the memory in which the weights were received, as soon as it is complete.
+    """
 
     def __init__(self, model: Any, places: dict[str, _Place]) -> None:
         self._places = places
-        self._num_sources = Counter(place.layer for place in places.values())
+        self._num_expected = Counter(place.layer for place in places.values())
         self._num_waiting = Counter[nn.Module]()
         self._pieces: dict[nn.Module, dict[str, list[tuple[_Place, Tensor]]]] = {}
         self._threads = ThreadPoolExecutor(NUM_PACKING_THREADS, thread_name_prefix="pack_weights")
@@ -78,22 +104,22 @@ class DirectLoader:
         self._tied_heads = {
             e: [head for head in heads if head is not e and head.weight is e.weight]
             for e in embeddings
-            if e in self._num_sources
+            if e in self._num_expected
         }
         for embedding in embeddings:
             if embedding not in heads:
-                embedding.cpu_linear = torch.nn.functional.linear  # vLLM packed it as if it were an output head
+                embedding.cpu_linear = torch.nn.functional.linear  # vLLM has packed it like an output head
 
     def start(self) -> None:
-        wait(self._packing)  # of an update that was aborted
+        wait(self._packing)  # an aborted update may have left some
         self._packing = []
-        self._num_waiting = self._num_sources.copy()
+        self._num_waiting = self._num_expected.copy()
         self._pieces = {}
 
     def load(self, weights: list[tuple[str, Tensor]]) -> None:
         for name, tensor in weights:
             if name not in self._places:
-                continue  # vLLM's own loader ignores it too
+                continue  # vLLM's own loader ignores such a name too
             place = self._places[name]
             live = getattr(place.layer, place.parameter_name)
             if _template_of(place.layer, place.parameter_name).shape == live.shape:
@@ -109,33 +135,37 @@ class DirectLoader:
     def finish(self) -> None:
         for packing in self._packing:
             packing.result()
-        late = sum(num_waiting > 0 for num_waiting in self._num_waiting.values())
-        if late:
+        num_incomplete = sum(num_waiting > 0 for num_waiting in self._num_waiting.values())
+        if num_incomplete:
             raise RolloutError(
-                f"{late} layers of the engine's model did not get all of their weights. Publish them again."
+                f"{num_incomplete} layers of the engine's model did not get all of their weights. Publish them again."
             )
 
-    @torch.no_grad()  # a thread begins without
+    @torch.no_grad()  # the caller's no_grad does not hold in this thread
     def _put_to_use(self, layer: Any, pieces_of: dict[str, list[tuple[_Place, Tensor]]]) -> None:
         for name, pieces in pieces_of.items():
             template = _template_of(layer, name)
-            whole = _side_by_side(pieces, template) if _packs_a_copy(layer) else None
-            if whole is None:
-                whole = restore_layer_refs(materialize_meta_tensor(template), layer)
+            parameter = _side_by_side(pieces, template) if _packs_a_copy(layer) else None
+            if parameter is None:
+                parameter = restore_layer_refs(materialize_meta_tensor(template), layer)
                 for place, tensor in pieces:
-                    _load_piece(whole, place, tensor)
-            setattr(layer, name, whole)  # until it is packed
-        for packed in (layer, *self._tied_heads.get(layer, ())):
-            repack(packed)
+                    _load_piece(parameter, place, tensor)
+            setattr(layer, name, parameter)  # packing removes it again
+        for layer_to_pack in (layer, *self._tied_heads.get(layer, ())):
+            repack(layer_to_pack)
 
 
 class LayerwiseLoader:
-    """vLLM's own way, with two gaps closed: a tied output head would keep its old packed copy, and an aborted update would count towards the next."""
+    """Loads in vLLM's own way, with two faults repaired.
+
+    Without the repairs a tied output head would keep its old packed copy, and the weights of an aborted update would
+    count towards the next one.
+    """
 
     def __init__(self, model: Any, model_config: ModelConfig) -> None:
         self._model = model
         self._model_config = model_config
-        # Taken before the first update: during one, a tied head is a placeholder of its own and would be missed.
+        # Read before the first update: during an update a tied head is a separate placeholder, which would be missing.
         self._parameter_names = frozenset(name for name, _ in model.named_parameters())
         self._loaded_names: set[str] = set()
 
@@ -159,10 +189,14 @@ class LayerwiseLoader:
 
 
 def new_loader(model: Any, model_config: ModelConfig, specs: list[ParameterSpec]) -> WeightLoader:
-    """The loader for updates that send `specs`. Raises ValueError for a parameter that the model does not know, RolloutError when one would be missing."""
+    """Return the loader for updates that send `specs`.
+
+    Raises ValueError for a parameter that the model does not know, and RolloutError when a parameter of the model would
+    get no weights.
+    """
     places = _find_places(model, specs)
     if places is None:
-        logger.info("%s does not take weights as they are sent: vLLM's slower loader is used.", type(model).__name__)
+        logger.info("%s does not take weights as they are sent; vLLM's slower loader is used.", type(model).__name__)
         return LayerwiseLoader(model, model_config)
     num_sent = Counter[tuple[nn.Module, str]]()
     for spec in specs:
@@ -179,13 +213,16 @@ def new_loader(model: Any, model_config: ModelConfig, specs: list[ParameterSpec]
 
 
 def repack(layer: Any) -> None:
-    """Pack a CPU layer again from its parameter; does nothing for layers that are not packed."""
+    """Pack a CPU layer again from its parameter; do nothing for layers that are not packed."""
     if getattr(layer, "cpu_linear", torch.nn.functional.linear) is not torch.nn.functional.linear:
         layer.quant_method.process_weights_after_loading(layer)
 
 
 def _find_places(model: Any, specs: list[ParameterSpec]) -> dict[str, _Place] | None:
-    """What the model's own loader does with each parameter, by letting it load placeholders; None when it changes them or a layer is quantised."""
+    """Find out where the model's own loader puts each parameter, by letting it load placeholders.
+
+    Returns None when the loader changes a parameter on the way, or a layer is quantised.
+    """
     placeholders = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs}
     name_of = {id(placeholder): name for name, placeholder in placeholders.items()}
     places: dict[str, _Place] = {}
@@ -219,17 +256,16 @@ def _find_places(model: Any, specs: list[ParameterSpec]) -> dict[str, _Place] | 
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """(name, layer, name in the layer) of every parameter, a tied one once."""
+    """Return (name, layer, name in the layer) of every parameter; a tied one comes once."""
     layers = dict(model.named_modules())
     return [(name, layers[name.rpartition(".")[0]], name.rpartition(".")[2]) for name, _ in model.named_parameters()]
 
 
 def _template_of(layer: nn.Module, parameter_name: str) -> Tensor:
-    """Shape, dtype and loader of a parameter as the model was built: packing has removed some live ones."""
+    """Return a parameter's shape, dtype and loader as the model was built; packing removes some parameters."""
     template = get_layerwise_info(layer).restore_metadata[0].get(parameter_name)
-    return (
-        getattr(layer, parameter_name) if template is None else template
-    )  # biases are never removed and have no template
+    # biases have no template, and packing never removes them
+    return getattr(layer, parameter_name) if template is None else template
 
 
 def _load_piece(parameter: Tensor, place: _Place, tensor: Tensor) -> None:
@@ -237,13 +273,16 @@ def _load_piece(parameter: Tensor, place: _Place, tensor: Tensor) -> None:
 
 
 def _packs_a_copy(layer: Any) -> bool:
-    """As oneDNN does. vLLM's other ways of packing may go on reading what they were given, which here is memory that the trainer changes."""
+    """Return whether packing makes a copy, as oneDNN's does.
+
+    vLLM's other ways of packing may continue to read the original, which here is memory that the trainer changes.
+    """
     closure = getattr(getattr(layer, "cpu_linear", None), "__closure__", None) or ()
     return any(isinstance(cell.cell_contents, CPUDNNLGEMMHandler) for cell in closure)
 
 
 def _side_by_side(pieces: list[tuple[_Place, Tensor]], template: Tensor) -> Tensor | None:
-    """The pieces of one parameter as a view of the memory in which they lie as they would in it, row after row; None when they do not."""
+    """Return one parameter as a view of the memory of its pieces; None unless they lie there in order of their rows."""
     ordered = sorted(pieces, key=lambda piece: _position(piece[0]))
     storage, next_pointer = ordered[0][1].untyped_storage().data_ptr(), ordered[0][1].data_ptr()
     for position, (place, tensor) in enumerate(ordered):
@@ -262,12 +301,15 @@ def _side_by_side(pieces: list[tuple[_Place, Tensor]], template: Tensor) -> Tens
         next_pointer += tensor.nbytes
     if sum(tensor.numel() for _, tensor in ordered) != template.numel():
         return None
-    whole = ordered[0][1].as_strided(template.shape, torch.empty(template.shape, device="meta").stride())
-    return nn.Parameter(whole, requires_grad=False)
+    view = ordered[0][1].as_strided(template.shape, torch.empty(template.shape, device="meta").stride())
+    return nn.Parameter(view, requires_grad=False)
 
 
 def _position(place: _Place) -> int:
-    """Of a piece in its parameter, by the shard that vLLM's fused layers (QKVParallelLinear, MergedColumnParallelLinear) name; -1 for any other."""
+    """Return the position of a piece in its parameter, or -1 if it is unknown.
+
+    It follows from the shard that vLLM's fused layers (QKVParallelLinear, MergedColumnParallelLinear) name.
+    """
     if place.keywords or len(place.arguments) > 1:
         return -1
     shard = place.arguments[0] if place.arguments else 0
@@ -277,17 +319,18 @@ def _position(place: _Place) -> int:
 
 
 def _output_heads(model: Any) -> list[Any]:
-    """Layers that compute logits: ParallelLMHead, and embeddings that stand in the model a second time, as its head."""
-    times = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    """Return the layers that compute logits: ParallelLMHead, and embeddings that are also used as the head."""
+    num_uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     return [
         m
         for m in model.modules()
-        if isinstance(m, ParallelLMHead) or (isinstance(m, VocabParallelEmbedding) and times[m] > 1)
+        if isinstance(m, ParallelLMHead) or (isinstance(m, VocabParallelEmbedding) and num_uses[m] > 1)
     ]
 
 
 def _require_none_missing(names: list[str]) -> None:
     if names:
         raise RolloutError(
-            f"The trainer sent no weights for all or part of {len(names)} parameters of the engine's model, the first is {names[0]}."
+            f"The trainer sent no weights for all or part of {len(names)} parameters of the engine's model; "
+            f"the first is {names[0]}."
         )

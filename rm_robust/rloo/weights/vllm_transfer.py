@@ -1,4 +1,10 @@
-"""vLLM's end of the gloo weight transfer (vLLM 0.32). Imported by vLLM itself, through the factory that `register_gloo_backend` fills."""
+"""vLLM's end of the gloo weight transfer (vLLM 0.32): receive the trainer's weights and load them into the model.
+
+vLLM itself imports this file, through the factory that `register_gloo_backend` fills. It serves CPU engines only; GPU
+engines use vLLM's own NCCL transfer. It subclasses vllm.distributed.weight_transfer.base.WeightTransferEngine and reads
+its `parallel_config`, `model_config` and `model`; vllm_loader.py lists the private names of vLLM that loading relies
+on.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """How to join the trainer's group: this engine's workers are the ranks from `rank_offset` on."""
+    """The address of the trainer's group. This engine's workers have the ranks from `rank_offset` on."""
 
     master_address: str
     master_port: int
@@ -31,17 +37,17 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The parameters that follow, in the order in which they are sent."""
+    """The parameters of an update, in the order in which they are sent."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
     shared_memory: tuple[str, int, int] | None
-    """The `MemoryAddress` where the trainer shares them; None: they are broadcast."""
+    """The `MemoryAddress` where the trainer shares them; None when they are broadcast."""
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Loads what the trainer broadcasts or shares into this worker's model."""
+    """Loads the weights that the trainer broadcasts or shares into this worker's model."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
@@ -67,7 +73,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._loader = None
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Raises RolloutError when bytes were altered on the way or a parameter of the model is not among what is sent."""
+        """Receive and load all weights of an update.
+
+        Raises RolloutError when bytes were altered on the way, or a parameter of the model is not among those sent.
+        """
         group = self._require_group()
         specs = [
             ParameterSpec(name, getattr(torch, dtype_name), tuple(shape))
@@ -91,7 +100,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._loader = loader
 
     def finish_weight_update(self) -> None:
-        """Does nothing when the update was aborted before its weights had come."""
+        """Put the loaded weights to use; do nothing when the update was aborted before they were all loaded."""
         if self._loader is not None:
             self._loader.finish()
 

@@ -1,4 +1,4 @@
-"""Copy a committed folder out of an object store, for programs that know nothing of this.
+"""Copy a committed folder out of an object store, for programs that do not know how a run lies there.
 
 python -m rm_robust.runs.storage s3://bucket/runs/mine/checkpoints/policy DIR
 """
@@ -14,6 +14,7 @@ from rm_robust.runs.storage.transfer import fetch_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Return the exit code: 0, or 2 for a folder that cannot be copied."""
     parser = argparse.ArgumentParser(
         prog="python -m rm_robust.runs.storage", description="Copy a committed folder of a run out of an object store."
     )

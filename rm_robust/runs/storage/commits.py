@@ -15,15 +15,16 @@ from rm_robust.runs.storage.copies import shown
 from rm_robust.runs.storage.transfer import put_file, put_folder
 
 _STORAGE_SIGNS = ("inline_container.cc", "PytorchStreamWriter", "I/O error")
-"""In the texts of torch's RuntimeError and of SafetensorError when a file takes only a part of what is written."""
+"""Signs, in the texts of torch's RuntimeError and of SafetensorError, that the storage took only a part of a write."""
 
 
 def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills an empty folder beside `target`, which becomes `target` in one rename, whole or not at all; one writer at a time.
+    """Let `write` fill an empty folder beside `target`, and make it `target` in one rename: whole or not at all.
 
-    An older `target` is moved aside just before and deleted after. A kill between these renames is the one moment without a `target`; the next
-    commit then puts the older one back before it does anything else. Where the run lies in an object store, it is committed there first
-    (object_storage/). Raises StorageError when it cannot be written; `target` is then as it was.
+    One process at a time may write a target. An older `target` is moved aside just before the rename and deleted after
+    it. A kill between these two renames leaves no `target`; the next commit then puts the older one back before it does
+    anything else. In an object store the folder is committed there first. Raises StorageError when the folder cannot be
+    written; `target` is then as it was.
     """
     with storage_errors(target):
         _commit_directory(target, write)
@@ -31,7 +32,7 @@ def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def storage_errors(target: Path) -> Iterator[None]:
-    """StorageError for what the operating system, torch and safetensors raise when `target` cannot be written."""
+    """Raise StorageError for what the operating system, torch and safetensors raise when `target` cannot be written."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -43,13 +44,13 @@ def storage_errors(target: Path) -> Iterator[None]:
             else f"{str(error).splitlines()[0].rstrip('.')} ({_free_bytes(target)})"
         )
         raise StorageError(
-            f"{shown(target)} could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage, and run the same "
-            "command again."
+            f"{shown(target)} could not be written: {reason}. What was committed before is as it was. Make room, or "
+            "mend the storage, and run the same command again."
         ) from error
 
 
 def _free_bytes(path: Path) -> str:
-    """What torch and safetensors do not say of a disk that takes no more."""
+    """Return how much room is left, which the errors of torch and safetensors do not say."""
     folder = next(parent for parent in path.parents if parent.exists())
     return f"{shutil.disk_usage(folder).free} bytes are free there"
 
@@ -89,14 +90,15 @@ def _sync(path: Path) -> None:
 
 
 def write_json_atomic(path: Path, obj: object) -> None:
-    """Write `obj` as indented JSON so that a reader sees the old file or the new one, never a part. ValueError on NaN or infinity."""
+    """Write `obj` as indented JSON, as `write_text_atomic` does. Raises ValueError for NaN and infinity."""
     write_text_atomic(path, json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write beside, sync, rename: a reader sees the old file or the new one, never a part; then put it where a run in an object store has it.
+    """Write a file beside, sync it and rename it, so that a reader sees the old file or the new one, never a part.
 
-    Raises StorageError, naming the file, when it cannot be written; what was there is then as it was.
+    A file of a run in an object store is then put there. Raises StorageError, naming the file, when it cannot be
+    written; what was there is then as it was.
     """
     partial = path.with_name(f".{path.name}.partial")
     with storage_errors(path):
@@ -109,9 +111,5 @@ def write_text_atomic(path: Path, text: str) -> None:
         except OSError:
             partial.unlink(missing_ok=True)  # it takes the room that is missing
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(path.parent)
     put_file(path)

@@ -1,6 +1,9 @@
-"""Where a path or URI leads. A path is local; a URI (s3://bucket/folder, gs://…, abfs://…, hdfs://…, file:///…) goes through the filesystem that
-pyarrow has for its scheme, with the credentials and the endpoint that this filesystem finds in its environment (s3: AWS's variables, profile or
-instance role; options such as `?region=` or `?endpoint_override=` may follow the path of a data source). Every node needs them.
+"""The filesystem that a path or a URI leads to.
+
+A path is local. A URI (s3://bucket/folder, gs://…, abfs://…, hdfs://…, file:///…) is read through pyarrow's filesystem
+for its scheme. That filesystem takes its credentials and endpoint from its environment (for s3: AWS's variables,
+profile or instance role), and the URI of a data source may have options such as `?region=` or `?endpoint_override=`.
+Every node needs them.
 """
 
 import functools
@@ -14,12 +17,16 @@ from rm_robust.errors import DataError
 
 
 def is_uri(path: str) -> bool:
+    """Return whether the text is a URI and not a path."""
     return "://" in path
 
 
 @functools.lru_cache(maxsize=64)
 def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URI, and its place there. Raises DataError for a URI that pyarrow cannot read and a host that it cannot reach."""
+    """Return the filesystem of a path or URI, and the path there.
+
+    Raises DataError for a URI that pyarrow cannot read and a host that it cannot reach.
+    """
     if not is_uri(path):
         return pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
     refuse_password(path)
@@ -27,23 +34,25 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
         filesystem, inner = pafs.FileSystem.from_uri(path)
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{path} is no usable URI: {error}. Its scheme may be file, s3, gs, abfs or hdfs, its options those of pyarrow's filesystem."
+            f"{path} is no usable URI: {error}. Its scheme may be file, s3, gs, abfs or hdfs, its options those of "
+            "pyarrow's filesystem."
         ) from error
-    except Exception as error:  # pyarrow lets the errors of other libraries through: hf:// raises httpx's
+    except Exception as error:  # pyarrow passes errors of other libraries on: hf:// raises those of httpx
         raise unreachable(path, error) from error
     return filesystem, inner
 
 
 def refuse_password(uri: str) -> None:
-    """Raise DataError for a URI that would put one into config.resolved.json and logs."""
+    """Raise DataError for a URI with a password, which would get into config.resolved.json and logs."""
     if urlsplit(uri).password is not None:
         raise DataError(
-            f"A {urlsplit(uri).scheme}:// URI holds a password, which would be written to config.resolved.json and logs. Take it out, and give the "
-            "credentials through the environment."
+            f"A {urlsplit(uri).scheme}:// URI holds a password, which would be written to config.resolved.json and "
+            "logs. Take it out, and give the credentials through the environment."
         )
 
 
 def unreachable(path: str, error: Exception) -> DataError:
+    """Return the error for a path or URI that cannot be reached."""
     return DataError(
         f"{path} cannot be reached: {error}. Check the address, the network and the credentials of this machine."
     )

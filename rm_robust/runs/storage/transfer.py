@@ -1,4 +1,4 @@
-"""Bring a node's copy of a run to what its bucket holds, and a bucket to what a node has written: files, and folders that are committed whole."""
+"""Bring a node's copy of a run to what the bucket holds (pull), and the bucket to what the node has written (put)."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from rm_robust.errors import CheckpointError
-from rm_robust.runs.storage.copies import LOCK, PARTIAL, mark, only_one, place, reached, uri_of
+from rm_robust.runs.storage.copies import LOCK, PARTIAL, generation_mark, locked, object_of, reached, uri_of
 from rm_robust.runs.storage.generations import (
     GENERATION,
     UNCOMMITTED,
@@ -29,15 +29,16 @@ from rm_robust.runs.storage.generations import (
 )
 
 STATE = "state"
-"""Folders of training states, by far the largest: they are pulled only by who names them."""
+"""The name of the folders of training states. They are by far the largest, so only a caller that names one pulls it."""
 NUM_READINGS = 5
-"""Of a folder that is committed again and again while it is pulled."""
+"""Attempts at pulling a folder that is committed again while it is pulled."""
 
 
 def pull(run_dir: Path) -> Path:
-    """Bring this node's copy of a run, or of a part of one, to what is committed, but for training states; returns it.
+    """Bring this node's copy of a run, or of a part of one, to what is committed, and return its path.
 
-    Raises StorageError when the store cannot be reached, CheckpointError when it holds other bytes than were committed.
+    Training states are left out. Nothing happens for a run on a file system. Raises StorageError when the store cannot
+    be reached, CheckpointError when it holds other bytes than were committed.
     """
     if uri_of(run_dir) is not None:
         with reached(run_dir):
@@ -50,16 +51,19 @@ def pull(run_dir: Path) -> Path:
 
 
 def pull_anew(run_dir: Path) -> Path:
-    """As `pull`, where a run begins or goes on: what was never committed is gone after it."""
+    """Delete what was never committed, and `pull`: for a node where a run begins or goes on."""
     forget_uncommitted(run_dir)
     return pull(run_dir)
 
 
 def pull_folder(path: Path) -> Path:
-    """As `pull`, of the committed folder that `path` is or lies in, and of that alone; nothing where there is none."""
+    """Pull the committed folder that `path` is or lies in, and nothing else.
+
+    Returns `path`, also where there is no such folder.
+    """
     if uri_of(path) is not None:
         with reached(path):
-            _, inner = place(path)
+            _, inner = object_of(path)
             for folder in (path, *path.parents[: len(Path(inner).parts) - 1]):  # not above the bucket
                 if fetch_folder(folder):
                     break
@@ -67,7 +71,7 @@ def pull_folder(path: Path) -> Path:
 
 
 def pull_files(path: Path) -> Path:
-    """As `pull`, without any committed folder: the records and metrics of the runs below."""
+    """Pull the files below `path` that are in no committed folder: the records and metrics of runs. Returns `path`."""
     if uri_of(path) is not None:
         with reached(path):
             _fetch_files(path, files_below(path))
@@ -75,13 +79,16 @@ def pull_files(path: Path) -> Path:
 
 
 def forget_uncommitted(run_dir: Path) -> None:
-    """On a node where a run begins, or goes on after a loss: what its copy has beyond the store was never committed, and is deleted."""
+    """Delete what this node's copy has and the store has not: it was never committed.
+
+    For a node where a run begins, or goes on after a loss.
+    """
     if uri_of(run_dir) is None:
         return
     with reached(run_dir):
         files = files_below(run_dir)
         folders = committed_folders(run_dir, files)
-        kept = {run_dir / key for key in files if is_a_file(key)} | {mark(folder) for folder in folders}
+        kept = {run_dir / key for key in files if is_a_file(key)} | {generation_mark(folder) for folder in folders}
         for path in sorted(run_dir.rglob("*"), reverse=True):  # files before their folders
             if is_in_a_folder(path, folders) or path.name.endswith(LOCK):
                 continue
@@ -93,32 +100,36 @@ def forget_uncommitted(run_dir: Path) -> None:
 
 
 def fetch_folder(folder: Path) -> bool:
-    """Unless this node has its generation. False where there is no such committed folder."""
+    """Download a committed folder unless this node has its generation. Returns False where there is no such folder."""
     for reading in range(1, NUM_READINGS + 1):
         commit = read_commit(folder)
         if commit is None:
             return False
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(folder):
-            if folder.is_dir() and mark(folder).is_file() and mark(folder).read_text() == commit.generation:
+        with locked(folder):
+            if (
+                folder.is_dir()
+                and generation_mark(folder).is_file()
+                and generation_mark(folder).read_text() == commit.generation
+            ):
                 return True
             try:
                 partial = _download_generation(folder, commit)
             except FileNotFoundError:
                 if reading == NUM_READINGS or read_commit(folder) == commit:
                     raise
-                continue  # it was committed anew meanwhile, and the former generation is gone
-            mark(folder).unlink(missing_ok=True)
+                continue  # a new commit has deleted the generation meanwhile
+            generation_mark(folder).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-            mark(folder).write_text(commit.generation)
+            generation_mark(folder).write_text(commit.generation)
             return True
     raise AssertionError("the last reading returns or raises")
 
 
 def _download_generation(folder: Path, commit: Commit) -> Path:
-    """Into a folder beside, every file checked."""
-    filesystem, inner = place(folder)
+    """Download a generation into a folder beside `folder`, check every file, and return it."""
+    filesystem, inner = object_of(folder)
     partial = folder.with_name(f".{folder.name}{PARTIAL}-pull")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -128,14 +139,15 @@ def _download_generation(folder: Path, commit: Commit) -> Path:
         download(filesystem, f"{inner}/{commit.generation}/{key}", path)
         if (path.stat().st_size, sha256(path)) != (stored.num_bytes, stored.sha256):
             raise CheckpointError(
-                f"{uri_of(folder)}/{commit.generation}/{key} has other bytes than were committed. Restore the object, or commit again."
+                f"{uri_of(folder)}/{commit.generation}/{key} has other bytes than were committed. Restore the object, "
+                "or commit again."
             )
     return partial
 
 
 def _fetch_files(path: Path, files: Mapping[str, pafs.FileInfo]) -> None:
-    """Those that are of no folder."""
-    filesystem, _ = place(path)
+    """Download the files that are in no committed folder."""
+    filesystem, _ = object_of(path)
     for key, info in files.items():
         if is_a_file(key):
             _fetch_file(filesystem, info, path / key)
@@ -152,38 +164,48 @@ def _fetch_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, path: Path) ->
 
 
 def put_file(path: Path) -> None:
-    """After `path` was written: the object of which it is the copy. Raises StorageError."""
+    """Put a file that was written into the store, so that every node can read it. Raises StorageError.
+
+    Nothing happens for a file on a file system.
+    """
     if uri_of(path) is None:
         return
     with reached(path):
-        filesystem, inner = place(path)
+        filesystem, inner = object_of(path)
         write_object(filesystem, inner, path.read_bytes())
         stored = filesystem.get_file_info(inner)
-        os.utime(path, ns=(stored.mtime_ns, stored.mtime_ns))  # so that a pull finds the two alike
+        os.utime(path, ns=(stored.mtime_ns, stored.mtime_ns))  # a pull compares size and time
 
 
 @contextlib.contextmanager
 def put_folder(written: Path, folder: Path) -> Iterator[None]:
-    """Commit what was `written` as the `folder`; the body makes the copy that too, while no other process of this node pulls it. Raises OSError."""
+    """Commit the files below `written` as `folder`, in the store; the body then makes the copy the same. Raises
+    OSError.
+
+    No other process of this node pulls the folder meanwhile. On a file system the body alone is run.
+    """
     if uri_of(folder) is None:
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with only_one(folder):
-        mark(folder).unlink(missing_ok=True)
+    with locked(folder):
+        generation_mark(folder).unlink(missing_ok=True)
         generation = new_generation()
         commit_generation(folder, generation, [put_part(written, folder, generation)])
         yield
-        mark(folder).write_text(generation)
+        generation_mark(folder).write_text(generation)
 
 
 @contextlib.contextmanager
 def written_by_any_node(folder: Path, target: Path) -> Iterator[tuple[str, pafs.FileSystem | None]]:
-    """Where all nodes of a cluster can write files that are then in `folder`, here: `folder` itself, or a place beside `target` in its store."""
+    """Yield where all nodes can write files that are in `folder` on this node when the body ends.
+
+    That is `folder` itself on a file system, and a temporary place beside `target` in an object store.
+    """
     if uri_of(target) is None:
         yield str(folder), None
         return
-    filesystem, inner = place(target)
+    filesystem, inner = object_of(target)
     name = UNCOMMITTED + uuid.uuid4().hex
     written = f"{inner}/{name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,31 +221,31 @@ def written_by_any_node(folder: Path, target: Path) -> Iterator[tuple[str, pafs.
 
 
 def delete_uncommitted(run_dir: Path) -> None:
-    """In the store, at the start of a run: what interrupted puts have left where nothing was committed before them."""
+    """Delete, in the store, what interrupted uploads left where nothing has been committed. For the start of a run."""
     if uri_of(run_dir) is None:
         return
     with reached(run_dir):
-        filesystem, inner = place(run_dir)
+        filesystem, inner = object_of(run_dir)
         files = files_below(run_dir)
         folders = committed_folders(run_dir, files)
-        left = {
+        abandoned_keys = {
             key[: key.index(part)] + part
             for key in files
             for part in key.split("/")
             if part.startswith((GENERATION, UNCOMMITTED))
         }
-        for key in sorted(left):
+        for key in sorted(abandoned_keys):
             if not is_in_a_folder(run_dir / key, folders):
                 filesystem.delete_dir(f"{inner}/{key}")
 
 
 def require_writable(run_dir: Path) -> None:
-    """Raises OSError where nothing can be written to the run directory."""
+    """Raise OSError when nothing can be written to the run directory."""
     name = f".writable-{os.getpid()}"
     if uri_of(run_dir) is None:
         (run_dir / name).touch()
         (run_dir / name).unlink()
         return
-    filesystem, inner = place(run_dir / name)
+    filesystem, inner = object_of(run_dir / name)
     write_object(filesystem, inner, b"")
     filesystem.delete_file(inner)

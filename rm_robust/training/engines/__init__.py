@@ -1,4 +1,4 @@
-"""How a module is trained over ranks: one engine a strategy, behind the protocol of engine.py."""
+"""How a module is trained over ranks: one engine for each strategy, behind the protocol of engine.py."""
 
 import torch
 from torch import nn
@@ -11,7 +11,10 @@ from rm_robust.training.engines.engine import TrainEngine
 def create_engine(
     module: nn.Module, *, strategy: StrategyConfig, optimizer: OptimizerConfig, device: torch.device
 ) -> TrainEngine:
-    """The engine that the config names. torch.distributed must be initialised when there is more than one rank."""
+    """Return the engine that the config names.
+
+    torch.distributed must be initialised when there is more than one rank.
+    """
     if strategy.kind == "deepspeed":
         from rm_robust.training.engines.deepspeed import DeepSpeedEngine
 

@@ -15,7 +15,7 @@ from rm_robust.training.engines.engine import clip_and_update, new_optimizer
 
 
 class DdpEngine:
-    """Replicated weights; gradients meet once a step (torch DistributedDataParallel). One rank runs the bare module."""
+    """Replicated weights, whose gradients are reduced over ranks once a step. A single rank runs the bare module."""
 
     def __init__(self, module: nn.Module, *, optimizer: OptimizerConfig, device: torch.device) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -34,7 +34,8 @@ class DdpEngine:
         return self.replicated.no_sync()
 
     def backward(self, global_sum_term: Tensor) -> None:
-        (global_sum_term * self.world_size).backward()  # DistributedDataParallel averages over ranks; the sum is wanted
+        # DistributedDataParallel averages over ranks, and TrainEngine promises the sum
+        (global_sum_term * self.world_size).backward()
 
     def step(self, learning_rate: float) -> float:
         return float(

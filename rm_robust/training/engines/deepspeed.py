@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO 1-3 behind the TrainEngine protocol. The only file that imports deepspeed.
+"""DeepSpeed ZeRO 1-3 behind the TrainEngine protocol. No other file imports deepspeed.
 
-DeepSpeed ignores unknown config keys and clips at 1.0 unless told otherwise, so every key is written here and checked by a test.
+DeepSpeed ignores unknown config keys and clips at 1.0 by default, so every key is written here and checked by a test.
 """
 
 import contextlib
@@ -16,7 +16,10 @@ from rm_robust.training.engines.engine import new_optimizer
 
 
 def deepspeed_config(*, zero_stage: int, max_gradient_norm: float, cpu_offload: bool) -> dict[str, Any]:
-    """DeepSpeed's own config. Batch sizes are nominal: our losses are sums over the global batch, scaled by nobody else."""
+    """Return DeepSpeed's own config.
+
+    The batch sizes are nominal: our losses are sums over the global batch, and nothing else scales them.
+    """
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": False}} if cpu_offload else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -66,7 +69,8 @@ class DeepSpeedEngine:
         return self.engine(*inputs)
 
     def backward(self, global_sum_term: Tensor) -> None:
-        self.engine.backward(global_sum_term * self.world_size)  # ZeRO averages over ranks; the sum is wanted
+        # ZeRO averages over ranks, and TrainEngine promises the sum
+        self.engine.backward(global_sum_term * self.world_size)
 
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:

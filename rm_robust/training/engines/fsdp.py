@@ -1,4 +1,7 @@
-"""FSDP2 (torch fully_shard) behind the TrainEngine protocol: parameters, gradients and optimiser state sharded over all ranks, a decoder layer at a time."""
+"""FSDP2 (torch fully_shard) behind the TrainEngine protocol.
+
+Parameters, gradients and optimiser state are sharded over all ranks, one decoder layer at a time.
+"""
 
 import contextlib
 from pathlib import Path
@@ -24,7 +27,7 @@ from rm_robust.training.engines.engine import clip_and_update, new_optimizer
 
 
 class FsdpEngine:
-    """Weights meet a layer at a time in forward and backward, gradients after each micro-batch."""
+    """Sharded weights, gathered one layer at a time; gradients are reduced after each micro-batch."""
 
     def __init__(
         self, module: nn.Module, *, optimizer: OptimizerConfig, device: torch.device, cpu_offload: bool
@@ -46,11 +49,14 @@ class FsdpEngine:
         return contextlib.nullcontext()
 
     def backward(self, global_sum_term: Tensor) -> None:
-        (global_sum_term * self.world_size).backward()  # FSDP averages over ranks; the sum is wanted
+        # FSDP averages over ranks, and TrainEngine promises the sum
+        (global_sum_term * self.world_size).backward()
 
     def step(self, learning_rate: float) -> float:
         return float(
-            whole(clip_and_update(self.module, self.optimizer, learning_rate, max_gradient_norm=self.max_gradient_norm))
+            full_value(
+                clip_and_update(self.module, self.optimizer, learning_rate, max_gradient_norm=self.max_gradient_norm)
+            )
         )
 
     def save(self, folder: Path) -> None:
@@ -63,7 +69,7 @@ class FsdpEngine:
         set_state_dict(self.module, self.optimizer, model_state_dict=module_state, optim_state_dict=optimizer_state)
 
     def full_parameter(self, parameter: Tensor) -> Tensor:
-        return whole(parameter.detach())
+        return full_value(parameter.detach())
 
     def full_state_dict(self) -> dict[str, Tensor]:
         state: dict[str, Any] = get_model_state_dict(
@@ -73,7 +79,7 @@ class FsdpEngine:
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers that transformers says must stay whole (`_no_split_modules`)."""
+    """Return the layers that must stay whole according to transformers (`_no_split_modules`)."""
     whole_names = {
         name for part in module.modules() if isinstance(part, PreTrainedModel) for name in part._no_split_modules or ()
     }
@@ -82,6 +88,6 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's full value, on every rank."""
+def full_value(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor's full value, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,6 @@
-"""What a reward model in training makes of held-out prompts: one scenario at a time, each rank its share, the same figures on every rank.
+"""Figures of a reward model in training on held-out prompts, one scenario at a time.
+
+Each rank scores its share of the prompts, and every rank gets the same figures.
 
 Shapes: N completions, H hidden.
 """
@@ -30,39 +32,40 @@ def held_out_metrics(
     *,
     device: torch.device,
 ) -> dict[str, float]:
-    """Figures of the prompts' completions (score units; norms before the decoder's final norm unless named final):
+    """Return figures of the prompts' completions.
+
+    They are in score units. Hidden norms are those before the decoder's final norm, unless they are named final.
 
     `accuracy`  fraction of pairs of completions with different gold scores that the model orders alike (strictly)
     `brier`  mean squared error of sigmoid(score difference) as the probability of the gold order, over the same pairs
     `kendall_tau_b`  mean over prompts with different gold scores; only where a prompt has more than two completions
     `score_mean`, `score_std` (population), `score_length_correlation` (Pearson, with the completion's tokens)
-    `hidden_norm_mean`, `hidden_norm_std`, `hidden_norm_skewness`, `final_hidden_norm_mean`, `final_hidden_norm_std`, `effective_rank`: of the hidden states
-    that are scored
+    `hidden_norm_mean`, `hidden_norm_std`, `hidden_norm_skewness`, `final_hidden_norm_mean`, `final_hidden_norm_std`,
+    `effective_rank`: figures of the hidden states that are scored
     """
-    own = [rows[i] for i in rank_share(list(range(len(rows))), rank=engine.rank, world_size=engine.world_size)]
-    bins = micro_batches([row.tokens for row in own], packed.layout, settings.max_tokens_per_micro_batch)
+    rank_rows = [rows[i] for i in rank_share(list(range(len(rows))), rank=engine.rank, world_size=engine.world_size)]
+    bins = micro_batches([row.tokens for row in rank_rows], packed.layout, settings.max_tokens_per_micro_batch)
     is_right: list[float] = []
     errors: list[float] = []
     taus: list[float] = []
     columns = [torch.zeros(0, 4, device=device)]
     hidden: list[Tensor] = [torch.zeros(0, device=device)]
     for number in range(largest_over_ranks(len(bins), device)):
-        members = (
-            [own[i] for i in bins[number]] if number < len(bins) else rows[:1]
-        )  # an idle rank takes part in the forward pass
+        # a rank without a batch of its own still takes part in the forward pass, which is collective
+        members = [rank_rows[i] for i in bins[number]] if number < len(bins) else rows[:1]
         batch = lay_out([row.tokens for row in members], packed.layout, pad_id=settings.pad_id).to(device)
         with torch.no_grad():
             scored = engine.forward(batch)
         if number >= len(bins):
             continue
         scores = [
-            own_scores.tolist() for own_scores in scored.scores_N.split([len(row.gold_scores) for row in members])
+            row_scores.tolist() for row_scores in scored.scores_N.split([len(row.gold_scores) for row in members])
         ]
-        for row, own_scores in zip(members, scores, strict=True):
-            is_right += map(float, ordered_alike(own_scores, row.gold_scores))
-            errors += squared_errors(own_scores, row.gold_scores)
+        for row, row_scores in zip(members, scores, strict=True):
+            is_right += map(float, ordered_alike(row_scores, row.gold_scores))
+            errors += squared_errors(row_scores, row.gold_scores)
             if len(set(row.gold_scores)) > 1:
-                taus.append(kendall_tau_b(own_scores, row.gold_scores))
+                taus.append(kendall_tau_b(row_scores, row.gold_scores))
         lengths_N = torch.tensor(
             [float(len(ids)) for row in members for ids in row.tokens.completion_ids], device=device
         )
@@ -90,6 +93,6 @@ def held_out_metrics(
     }
 
 
-def _mean(own: list[float], device: torch.device) -> float:
-    """Over all ranks' values."""
-    return float(gather_rows(torch.tensor(own, device=device))[0].mean())
+def _mean(rank_values: list[float], device: torch.device) -> float:
+    """Return the mean over the values of all ranks."""
+    return float(gather_rows(torch.tensor(rank_values, device=device))[0].mean())

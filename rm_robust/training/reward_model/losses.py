@@ -1,10 +1,14 @@
-"""Objectives of reward-model training: pure functions of the scores. `objective_value` is finite with finite gradients at any finite float32 score.
+"""Objectives of reward-model training: pure functions of the scores.
 
-Shapes: B pairs. `chosen_scores_B[i]` and `rejected_scores_B[i]` belong to one pair. Per-pair losses are [B], penalties scalars.
+`objective_value` and its gradient are finite at any finite float32 score.
+
+Shapes: B pairs. `chosen_scores_B[i]` and `rejected_scores_B[i]` belong to one pair. Per-pair losses are [B], and
+penalties are scalars.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +21,44 @@ SUMS_OVER_PAIRS = (Objective.BRADLEY_TERRY, Objective.MARGIN, Objective.HINGE, O
 """Objectives in which no pair's gradient depends on another pair."""
 
 
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """The objective and the constants of all of them, each of which reads its own; defaults and bounds: RewardModelConfig."""
+class ObjectiveSettings(Protocol):
+    """The objective and the constants of all objectives, each of which reads its own.
 
-    objective: Objective
-    bsr_coefficient: float = 0.0
-    bsr_scale: BsrScale = BsrScale.PAIRS
-    bsr_scope: BsrScope = BsrScope.STEP
-    bsr_micro_pairs: int = 1
-    """Pairs of a block of BsrScope.MICRO."""
-    norm_epsilon: float = 1e-6
-    norm_temperature: float = 1.0
-    centering_coefficient: float = 0.0
+    RewardModelConfig has these fields, with their defaults, bounds and meanings.
+    """
+
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def bsr_coefficient(self) -> float: ...
+
+    @property
+    def bsr_scale(self) -> BsrScale: ...
+
+    @property
+    def bsr_scope(self) -> BsrScope: ...
+
+    @property
+    def bsr_micro_pairs(self) -> int | None:
+        """Pairs of a block of BsrScope.MICRO; other scopes do not read it."""
+
+    @property
+    def norm_epsilon(self) -> float: ...
+
+    @property
+    def norm_temperature(self) -> float: ...
+
+    @property
+    def centering_coefficient(self) -> float: ...
 
 
 @dataclass(frozen=True)
 class ObjectiveValue:
-    """Loss of one optimiser step and its parts (nats; `batch_mean_score` in score units), with the gradient by score.
+    """The loss of one optimiser step, its parts and its gradient by score.
 
-    `pair_loss`: the weighted mean over pairs; `penalty`: what BSR or centering adds to it, coefficient included.
+    Losses are in nats, `batch_mean_score` in score units. `pair_loss` is the weighted mean over pairs. `penalty` is
+    what BSR or centering adds to it, coefficient included.
     """
 
     loss: float
@@ -48,31 +70,38 @@ class ObjectiveValue:
 
 
 def bradley_terry_losses(chosen_scores_B: Tensor, rejected_scores_B: Tensor) -> Tensor:
-    """Negative log-likelihood that chosen beats rejected (nats). Bradley & Terry 1952; paper Eq. 3."""
+    """Return the negative log-likelihood that chosen beats rejected (nats). Bradley & Terry 1952; paper Eq. 3."""
     return -F.logsigmoid(chosen_scores_B - rejected_scores_B)
 
 
 def margin_losses(chosen_scores_B: Tensor, rejected_scores_B: Tensor, margins_B: Tensor) -> Tensor:
-    """Negative log-likelihood (nats) that chosen beats rejected by its margin. Llama 2 (Touvron et al. 2023), Eq. 2; TRL's `margin` column."""
+    """Return the negative log-likelihood (nats) that chosen beats rejected by its margin.
+
+    Llama 2 (Touvron et al. 2023), Eq. 2; TRL's `margin` column.
+    """
     return -F.logsigmoid(chosen_scores_B - rejected_scores_B - margins_B)
 
 
 def hinge_losses(chosen_scores_B: Tensor, rejected_scores_B: Tensor, margins_B: Tensor) -> Tensor:
-    """max(0, margin - (chosen - rejected)), score units. Paper Eq. 30."""
+    """Return max(0, margin - (chosen - rejected)), in score units. Paper Eq. 30."""
     return F.relu(margins_B - (chosen_scores_B - rejected_scores_B))
 
 
 def bt_norm_losses(chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, epsilon: float, temperature: float) -> Tensor:
-    """Bradley-Terry (nats) on the score difference over the length of (chosen, rejected). Paper Eq. 29, after LogitNorm (Wei et al. 2022).
+    """Return Bradley-Terry losses (nats) on the score difference divided by the length of (chosen, rejected).
 
-    `epsilon`, inside the root, keeps the gradient finite at (0, 0), where the released code's is NaN; `temperature` divides the quotient.
+    Paper Eq. 29, after LogitNorm (Wei et al. 2022). `epsilon`, inside the root, keeps the gradient finite at (0, 0),
+    where the gradient of the released code is NaN. `temperature` divides the quotient.
     """
     length_B = (chosen_scores_B.square() + rejected_scores_B.square() + epsilon).sqrt()
     return -F.logsigmoid((chosen_scores_B - rejected_scores_B) / (length_B * temperature))
 
 
 def bt_dr_losses(chosen_scores_B: Tensor, rejected_scores_B: Tensor) -> Tensor:
-    """Bradley-Terry plus -log sigma(chosen) - log sigma(-rejected) (nats). Paper Eq. 31, after Eurus (Yuan et al. 2024)."""
+    """Return Bradley-Terry losses plus -log sigma(chosen) - log sigma(-rejected) (nats).
+
+    Paper Eq. 31, after Eurus (Yuan et al. 2024).
+    """
     return (
         bradley_terry_losses(chosen_scores_B, rejected_scores_B)
         - F.logsigmoid(chosen_scores_B)
@@ -81,24 +110,28 @@ def bt_dr_losses(chosen_scores_B: Tensor, rejected_scores_B: Tensor) -> Tensor:
 
 
 def batch_sum_to_zero_penalty(chosen_scores_B: Tensor, rejected_scores_B: Tensor) -> Tensor:
-    """Square of the mean of all 2B scores (score units squared). Paper Eq. 25, L_BSR."""
+    """Return the square of the mean of all 2B scores (score units squared). Paper Eq. 25, L_BSR."""
     return torch.cat([chosen_scores_B, rejected_scores_B]).mean().square()
 
 
 def centering_penalty(chosen_scores_B: Tensor, rejected_scores_B: Tensor) -> Tensor:
-    """Mean over pairs of (chosen + rejected)^2 (score units squared). TRL's `center_rewards_coefficient`; Eisenstein et al. 2023."""
+    """Return the mean over pairs of (chosen + rejected)^2 (score units squared).
+
+    TRL's `center_rewards_coefficient`; Eisenstein et al. 2023.
+    """
     return (chosen_scores_B + rejected_scores_B).square().mean()
 
 
 def objective_value(
     scores_B2: Tensor, settings: ObjectiveSettings, *, margins_B: Tensor | None = None, weights_B: Tensor | None = None
 ) -> ObjectiveValue:
-    """The objective over a whole optimiser-step batch and its gradient with respect to every score.
+    """Return the objective over a whole optimiser-step batch and its gradient with respect to every score.
 
-    `scores_B2`: (chosen, rejected) of all pairs of all ranks and micro-batches; working from them makes loss and gradient the same for any
-    number of ranks, micro-batches or packings. `margins_B` (default 0) are for Objective.MARGIN and HINGE. `weights_B` > 0 (default 1) weigh
-    the pairs' losses, whose weighted mean is taken, and leave penalties alone. Computed in float64, because a square or a difference of finite
-    float32 scores may overflow in float32; the gradient is float32.
+    `scores_B2` are (chosen, rejected) of all pairs of all ranks and micro-batches, so loss and gradient are the same
+    for any number of ranks, micro-batches or packings. `margins_B` (default 0) are for Objective.MARGIN and HINGE.
+    `weights_B` > 0 (default 1) weigh the losses of the pairs, whose weighted mean is taken; penalties ignore them.
+    The computation is in float64, because a square or a difference of finite float32 scores may overflow in float32.
+    The gradient is float32.
     """
     leaf_B2 = scores_B2.detach().double().requires_grad_(True)
     chosen_B, rejected_B = leaf_B2.unbind(1)
@@ -136,12 +169,16 @@ def _pair_losses(settings: ObjectiveSettings) -> Callable[[Tensor, Tensor, Tenso
 
 
 def _penalty(chosen_B: Tensor, rejected_B: Tensor, settings: ObjectiveSettings) -> tuple[float, Tensor]:
-    """The effective coefficient and the term. BSR: paper Eq. 24; the factor of BsrScale.PAIRS is the released code's (reward_trainer.py, l. 318)."""
+    """Return the effective coefficient and the penalty.
+
+    BSR: paper Eq. 24. The factor of BsrScale.PAIRS is that of the released code (reward_trainer.py, l. 318).
+    """
     if settings.objective is Objective.CENTERING:
         return settings.centering_coefficient, settings.centering_coefficient * centering_penalty(chosen_B, rejected_B)
     if settings.objective is not Objective.BATCH_SUM_TO_ZERO:
         return 0.0, torch.zeros_like(chosen_B).sum()
     pairs_in_scope = len(chosen_B) if settings.bsr_scope is BsrScope.STEP else settings.bsr_micro_pairs
+    assert pairs_in_scope is not None, "RewardModelConfig demands bsr_micro_pairs with BsrScope.MICRO"
     coefficient = settings.bsr_coefficient * (pairs_in_scope if settings.bsr_scale is BsrScale.PAIRS else 1)
     blocks = zip(chosen_B.split(pairs_in_scope), rejected_B.split(pairs_in_scope), strict=True)
     return coefficient, coefficient * torch.stack(

@@ -1,9 +1,12 @@
 """One optimiser step of reward-model training, exact over ranks and micro-batches.
 
-    scores of every micro-batch ─gather over ranks─► objective over the whole batch ─► gradient by score ─► one backward a micro-batch
+    scores of every micro-batch ─gather over ranks─► objective over the whole batch ─► gradient by score
+                                                                                      ─► one backward a micro-batch
 
-With one micro-batch its graph is kept and each token is computed once. With more, a batch-coupled objective (BSR, centering) needs a first pass
-without gradient that finds all scores; the others are sums over pairs, whose gradient each micro-batch knows by itself.
+With one micro-batch, its graph is kept and each token is computed once. With more, a batch-coupled objective (BSR,
+centering) needs a first pass without gradient that computes all scores. The other objectives are sums over pairs, whose
+gradient each micro-batch knows by itself.
+
 Shapes: B pairs of the whole step (b of this rank); N = 2b completions, chosen and rejected in turn; H hidden.
 """
 
@@ -25,7 +28,7 @@ from rm_robust.training.reward_model.metrics import correlation, skewness
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What one step needs of the config and the tokenizer."""
+    """What one step needs from the config and the tokenizer."""
 
     objective: ObjectiveSettings
     max_tokens_per_micro_batch: int
@@ -34,22 +37,22 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class _PairColumns:
-    """What every rank learns of every pair of the step; [B, 2] is (chosen, rejected)."""
+    """What every rank learns about every pair of the step; [B, 2] is (chosen, rejected)."""
 
     scores_B2: Tensor
     norms_before_B2: Tensor
     norms_after_B2: Tensor
     lengths_B2: Tensor
-    """Tokens of the completion."""
+    """Number of tokens of each completion."""
     distance_before_B: Tensor
-    """|h_chosen - h_rejected| before the final norm."""
+    """The distance |h_chosen - h_rejected| before the final norm."""
     distance_after_B: Tensor
     margins_B: Tensor
     weights_B: Tensor
     num_tokens_B: Tensor
-    """Prompt counted once."""
+    """Number of tokens of each pair, with the prompt counted once."""
     num_repeated_tokens_B: Tensor
-    """Prompt counted with each completion, as a trainer that does not share prompts computes them."""
+    """Number of tokens of each pair, with the prompt counted twice, as a trainer computes it without shared prompts."""
 
 
 def reward_model_step(
@@ -60,7 +63,9 @@ def reward_model_step(
     model: PackedRewardModel,
     device: torch.device,
 ) -> dict[str, float]:
-    """Gradient of the objective over all ranks' pairs, left in the engine; returns the step's metrics (same on every rank).
+    """Leave the gradient of the objective over all ranks' pairs in the engine; return the step's metrics.
+
+    The metrics are the same on every rank.
 
     Raises ScoringError, on every rank, when any score is not finite.
     """
@@ -75,7 +80,7 @@ def reward_model_step(
             columns, value, gradients = _objective([scored], bins, pairs, settings, device)
             engine.backward((scored.scores_N * gradients[0]).sum())
         return _metrics(columns, value)
-    # a rank with fewer micro-batches repeats its last one, which then counts for nothing
+    # a rank with fewer micro-batches repeats its last one with a zero gradient
     rounds = [*batches, *batches[-1:] * (num_rounds - len(batches))]
     if settings.objective.objective in SUMS_OVER_PAIRS:
         scored_rounds = _forward_and_backward_each(engine, rounds, bins, pairs, settings, device)
@@ -96,7 +101,10 @@ def _forward_and_backward_each(
     settings: StepSettings,
     device: torch.device,
 ) -> list[ScoredBatch]:
-    """One pass over this rank's micro-batches: each pair's term is its own loss times its share of all ranks' weight."""
+    """Run one pass over this rank's micro-batches.
+
+    The term of a micro-batch is its own loss times its share of the weight of all ranks' pairs.
+    """
     all_weights_B, _ = gather_rows(torch.tensor([pair.weight for pair in pairs], device=device))
     scored_rounds: list[ScoredBatch] = []
     for number, batch in enumerate(rounds):
@@ -131,58 +139,61 @@ def _objective(
     settings: StepSettings,
     device: torch.device,
 ) -> tuple[_PairColumns, ObjectiveValue, list[Tensor]]:
-    """All ranks' columns, the objective, and its gradient by each score of each of this rank's micro-batches."""
+    """Return all ranks' columns, the objective, and its gradient by score for each of this rank's micro-batches."""
     order_b = torch.tensor([i for members in bins for i in members], device=device)
     columns, start = _gather_columns(scored, order_b, pairs, device)
     if not torch.isfinite(columns.scores_B2).all():
         raise ScoringError(
-            f"The reward model gave non-finite scores {columns.scores_B2.tolist()[:4]} in training; lower the learning rate."
+            f"The reward model gave non-finite scores {columns.scores_B2.tolist()[:4]} in training; "
+            "lower the learning rate."
         )
     value = objective_value(
         columns.scores_B2, settings.objective, margins_B=columns.margins_B, weights_B=columns.weights_B
     )
-    own_gradient_b2 = value.gradient_B2[start : start + len(pairs)][order_b]
+    rank_gradient_b2 = value.gradient_B2[start : start + len(pairs)][order_b]
     return (
         columns,
         value,
-        [gradient_b2.flatten() for gradient_b2 in own_gradient_b2.split([len(members) for members in bins])],
+        [gradient_b2.flatten() for gradient_b2 in rank_gradient_b2.split([len(members) for members in bins])],
     )
 
 
 def _gather_columns(
     scored: list[ScoredBatch], order_b: Tensor, pairs: list[PreferencePair], device: torch.device
 ) -> tuple[_PairColumns, int]:
-    """Pairs of rank 0 in their order, then of rank 1, …; and where this rank's begin. One collective call."""
-    place_b = torch.argsort(order_b)  # micro-batches hold the pairs in another order
+    """Return the columns of all pairs (rank 0's in their order, then rank 1's, …) and where this rank's pairs start.
+
+    One gather brings all columns. All ranks must call it.
+    """
+    position_b = torch.argsort(order_b)  # micro-batches hold the pairs in another order
     before_NH, after_NH = (
         torch.cat([s.hidden_before_final_norm_NH for s in scored]),
         torch.cat([s.hidden_after_final_norm_NH for s in scored]),
     )
     scores_N = torch.cat([s.scores_N.detach() for s in scored])
 
-    def known(values: Sequence[Sequence[int] | float]) -> Tensor:
+    def column(values: Sequence[Sequence[int] | float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
-    own = _PairColumns(
-        scores_B2=scores_N.view(-1, 2)[place_b],
-        norms_before_B2=before_NH.norm(dim=1).view(-1, 2)[place_b],
-        norms_after_B2=after_NH.norm(dim=1).view(-1, 2)[place_b],
-        lengths_B2=known([[len(ids) for ids in p.tokens.completion_ids] for p in pairs]),
-        distance_before_B=(before_NH[0::2] - before_NH[1::2]).norm(dim=1)[place_b],
-        distance_after_B=(after_NH[0::2] - after_NH[1::2]).norm(dim=1)[place_b],
-        margins_B=known([p.margin for p in pairs]),
-        weights_B=known([p.weight for p in pairs]),
-        num_tokens_B=known([group_length(p.tokens) for p in pairs]),
-        num_repeated_tokens_B=known([group_length(p.tokens) + len(p.tokens.prompt_ids) for p in pairs]),
+    rank_columns = _PairColumns(
+        scores_B2=scores_N.view(-1, 2)[position_b],
+        norms_before_B2=before_NH.norm(dim=1).view(-1, 2)[position_b],
+        norms_after_B2=after_NH.norm(dim=1).view(-1, 2)[position_b],
+        lengths_B2=column([[len(ids) for ids in p.tokens.completion_ids] for p in pairs]),
+        distance_before_B=(before_NH[0::2] - before_NH[1::2]).norm(dim=1)[position_b],
+        distance_after_B=(after_NH[0::2] - after_NH[1::2]).norm(dim=1)[position_b],
+        margins_B=column([p.margin for p in pairs]),
+        weights_B=column([p.weight for p in pairs]),
+        num_tokens_B=column([group_length(p.tokens) for p in pairs]),
+        num_repeated_tokens_B=column([group_length(p.tokens) + len(p.tokens.prompt_ids) for p in pairs]),
     )
-    names = [field.name for field in fields(own)]
-    parts = [getattr(own, name).view(len(pairs), -1) for name in names]
+    names = [field.name for field in fields(rank_columns)]
+    parts = [getattr(rank_columns, name).view(len(pairs), -1) for name in names]
     widths = [part.shape[1] for part in parts]
     gathered, start = gather_rows(torch.cat(parts, dim=1).flatten())
-    columns = gathered.view(-1, sum(widths)).split(widths, dim=1)
-    return _PairColumns(**{name: column.squeeze(1) for name, column in zip(names, columns, strict=True)}), start // sum(
-        widths
-    )
+    gathered_parts = gathered.view(-1, sum(widths)).split(widths, dim=1)
+    columns = _PairColumns(**{name: part.squeeze(1) for name, part in zip(names, gathered_parts, strict=True)})
+    return columns, start // sum(widths)
 
 
 def _metrics(columns: _PairColumns, value: ObjectiveValue) -> dict[str, float]:
@@ -214,16 +225,20 @@ def _metrics(columns: _PairColumns, value: ObjectiveValue) -> dict[str, float]:
     }
 
 
-def gather_rows(own_N: Tensor) -> tuple[Tensor, int]:
-    """Every rank's values in rank order (ranks may hold different numbers), and where this rank's begin."""
+def gather_rows(rank_values_N: Tensor) -> tuple[Tensor, int]:
+    """Return every rank's values in rank order, and where this rank's values start.
+
+    Ranks may hold different numbers of values. All ranks must call it.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own_N, 0
+        return rank_values_N, 0
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    counts = [torch.zeros(1, dtype=torch.long, device=own_N.device) for _ in range(world_size)]
-    dist.all_gather(counts, torch.tensor([len(own_N)], device=own_N.device))
+    device = rank_values_N.device
+    counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size)]
+    dist.all_gather(counts, torch.tensor([len(rank_values_N)], device=device))
     sizes = [int(count) for count in counts]
-    padded = torch.zeros(max(sizes), dtype=own_N.dtype, device=own_N.device)
-    padded[: len(own_N)] = own_N
+    padded = torch.zeros(max(sizes), dtype=rank_values_N.dtype, device=device)
+    padded[: len(rank_values_N)] = rank_values_N
     gathered = [torch.zeros_like(padded) for _ in range(world_size)]
     dist.all_gather(gathered, padded)
     return torch.cat([values[:size] for values, size in zip(gathered, sizes, strict=True)]), sum(sizes[:rank])

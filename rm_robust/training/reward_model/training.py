@@ -22,7 +22,6 @@ from rm_robust.runs.trackers import open_trackers
 from rm_robust.training.engines import create_engine
 from rm_robust.training.loop import BestStep, LoopSettings, batch_indices, rank_share, run_loop, steps_in
 from rm_robust.training.reward_model.held_out import held_out_metrics
-from rm_robust.training.reward_model.losses import ObjectiveSettings
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 from rm_robust.training.state import load_best, load_state, save_state
 
@@ -36,7 +35,10 @@ LOGGED = (
 
 
 def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
-    """Train on top of the SFT model to checkpoints/reward_model, resuming from the last committed state. Returns the number of steps."""
+    """Train on top of the SFT model to checkpoints/reward_model, resuming from the last committed state.
+
+    Returns the number of steps.
+    """
     layout, settings = RunLayout(run_dir), config.reward_model
     device = worker_device()
     base_dir = settings.base_path or layout.sft_model_dir(config)
@@ -54,23 +56,23 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     packed = PackedRewardModel(model, choose_layout(model.config, device), settings.compute)
     engine = create_engine(packed, strategy=settings.strategy, optimizer=settings.optimizer, device=device)
     num_steps = steps_in(len(pairs), settings.batch_size, settings.num_epochs)
-    step_settings = StepSettings(objective_settings(settings), settings.max_tokens_per_micro_batch, chat.pad_id)
+    step_settings = StepSettings(settings, settings.max_tokens_per_micro_batch, chat.pad_id)
     first_step = load_state(engine, layout.reward_model_state)
 
     def train_step(step: int) -> dict[str, float]:
         rows = batch_indices(step, num_rows=len(pairs), batch_size=settings.batch_size, seed=config.seed)
-        mine = [pairs[i] for i in rank_share(rows, rank=engine.rank, world_size=engine.world_size)]
-        metrics = reward_model_step(engine, mine, step_settings, model=packed, device=device)
+        rank_pairs = [pairs[i] for i in rank_share(rows, rank=engine.rank, world_size=engine.world_size)]
+        metrics = reward_model_step(engine, rank_pairs, step_settings, model=packed, device=device)
         return metrics | {"reward_model/head_norm": float(engine.full_parameter(score_head(model).weight).norm())}
 
     def evaluate(step: int) -> dict[str, float]:
         if step % settings.evaluate_every_steps and step != num_steps:
             return {}
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, rows in held_out.items():
-            own = held_out_metrics(engine, packed, rows, step_settings, device=device)
-            found |= {f"reward_model/{name}_{key}": value for key, value in own.items()}
-        return found
+            figures = held_out_metrics(engine, packed, rows, step_settings, device=device)
+            metrics |= {f"reward_model/{name}_{key}": value for key, value in figures.items()}
+        return metrics
 
     best = (
         BestStep(f"reward_model/{settings.best_metric}", settings.early_stopping_evaluations)
@@ -109,8 +111,8 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
         num_done = best.step
     calibration = {}
     if held_out:
-        own = held_out_metrics(engine, packed, next(iter(held_out.values())), step_settings, device=device)
-        calibration = {key: own[key] for key in ("score_mean", "score_std")}
+        figures = held_out_metrics(engine, packed, next(iter(held_out.values())), step_settings, device=device)
+        calibration = {key: figures[key] for key in ("score_mean", "score_std")}
     weights = engine.full_state_dict()
     if engine.rank == 0:
         state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
@@ -126,27 +128,17 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     return {"num_steps": num_done}
 
 
-def objective_settings(config: RewardModelConfig) -> ObjectiveSettings:
-    """What losses.py reads of the config."""
-    return ObjectiveSettings(
-        objective=config.objective,
-        bsr_coefficient=config.bsr_coefficient,
-        bsr_scale=config.bsr_scale,
-        bsr_scope=config.bsr_scope,
-        bsr_micro_pairs=config.bsr_micro_pairs or 1,
-        norm_epsilon=config.norm_epsilon,
-        norm_temperature=config.norm_temperature,
-        centering_coefficient=config.centering_coefficient,
-    )
-
-
 def training_pairs(rows: list[TokenisedGroup], config: RewardModelConfig) -> list[PreferencePair]:
-    """Pairs with the margins that the objective reads. Raises DataError when it wants the data's and a row has none."""
+    """Return the pairs with the margins that the objective reads.
+
+    Raises DataError when the objective reads the margins of the data and a row has none.
+    """
     reads_column = config.objective is Objective.MARGIN and config.margin is None
     without = [row.group_id for row in rows if row.margin is None]
     if reads_column and without:
         raise DataError(
-            f'objective = "margin" takes each pair\'s own margin, and {len(without)} of {len(rows)} training pairs have none (first: {without[0]}). '
+            f'objective = "margin" takes each pair\'s own margin, and {len(without)} of {len(rows)} training pairs '
+            f"have none (first: {without[0]}). "
             "Give the column `margin`, or one margin for all with reward_model.margin."
         )
     return [

@@ -1,4 +1,4 @@
-"""Gloo is told the interface that has this node's Ray address, and nothing where somebody has told it already or no interface has it."""
+"""Gloo uses the interface of this node's Ray address, unless one is set already or no interface has that address."""
 
 import os
 import socket
@@ -20,17 +20,17 @@ ADDRESSES = {
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {
-        name: [SimpleNamespace(family=socket.AF_INET, address=address) for address in own]
-        for name, own in ADDRESSES.items()
+    interfaces = {
+        name: [SimpleNamespace(family=socket.AF_INET, address=address) for address in addresses]
+        for name, addresses in ADDRESSES.items()
     }
-    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
-    monkeypatch.setenv(INTERFACE_VARIABLE, "before")  # so that the test's end takes away what it sets
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces)
+    monkeypatch.setenv(INTERFACE_VARIABLE, "before")  # so that the end of the test removes what it sets
     monkeypatch.delenv(INTERFACE_VARIABLE)
 
 
 @pytest.mark.parametrize(("address", "name"), [("10.0.0.7", "enp3s0"), ("10.0.0.77", "enp4s0"), ("127.0.0.1", "lo")])
-def test_gloo_is_told_the_interface_that_has_rays_address(
+def test_gloo_uses_the_interface_that_has_rays_address(
     monkeypatch: pytest.MonkeyPatch, address: str, name: str
 ) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
@@ -38,14 +38,14 @@ def test_gloo_is_told_the_interface_that_has_rays_address(
     assert os.environ[INTERFACE_VARIABLE] == name
 
 
-def test_an_interface_that_somebody_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interface_that_is_already_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
     monkeypatch.setenv(INTERFACE_VARIABLE, "docker0")
     listen_where_ray_does()
     assert os.environ[INTERFACE_VARIABLE] == "docker0"
 
 
-def test_an_address_that_no_interface_has_is_said_and_nothing_is_set(
+def test_an_address_that_no_interface_has_is_logged_and_nothing_is_set(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "203.0.113.9")

@@ -1,4 +1,4 @@
-"""Every log line says of which run, stage and worker it is: for people, or as one JSON object."""
+"""Every log line names its run, stage and worker, as text for people or as one JSON object."""
 
 import json
 import logging
@@ -51,24 +51,27 @@ def test_as_json_every_line_is_one_object_with_run_stage_and_worker() -> None:
     ages_s = [(datetime.now(UTC) - datetime.fromisoformat(line.pop("time"))).total_seconds() for line in lines]
     assert all(-1 < age_s < 60 for age_s in ages_s)
     assert lines[2].pop("exception").splitlines()[-1] == "OSError: away"
-    own = {"run": "mine", "stage": "reward_model", "worker": "rank 1", "logger": "rm_robust.some_module"}
+    about = {"run": "mine", "stage": "reward_model", "worker": "rank 1", "logger": "rm_robust.some_module"}
     assert lines == [
         {"level": "INFO", "logger": "rm_robust.some_module", "message": "before\nthe run"},
-        {"level": "WARNING", **own, "message": "7 pairs of né"},
-        {"level": "ERROR", **own, "message": "lost"},
+        {"level": "WARNING", **about, "message": "7 pairs of né"},
+        {"level": "ERROR", **about, "message": "lost"},
         {"level": "INFO", "run": "mine", "stage": "report", "logger": "rm_robust.some_module", "message": "the end"},
     ]
 
 
-def test_for_people_they_stand_in_brackets_and_a_child_process_may_be_told_by_its_environment() -> None:
-    script = "import logging; from rm_robust.cluster.log_lines import start_logging; start_logging(); logging.getLogger('x').info('up')"
+def test_text_lines_have_them_in_brackets_and_a_child_process_can_get_them_from_its_environment() -> None:
+    script = (
+        "import logging; from rm_robust.cluster.log_lines import start_logging; start_logging(); "
+        "logging.getLogger('x').info('up')"
+    )
     assert stderr_of(script, **environment_of("mine", "rloo", "trainer 0")).endswith(
         " INFO [mine rloo trainer 0] x: up\n"
     )
     assert stderr_of(script).endswith(" INFO x: up\n")
 
 
-def test_what_it_says_follows_the_process_from_stage_to_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines_follow_the_process_from_stage_to_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_lines, "_about", {})
     record = logging.makeLogRecord({"name": "x", "levelname": "INFO", "msg": "done"})
     lines_are_of("mine", "sft", "rank 0")
@@ -78,9 +81,9 @@ def test_what_it_says_follows_the_process_from_stage_to_stage(monkeypatch: pytes
     assert "worker" not in json.loads(JsonLines().format(record))
 
 
-def test_a_format_that_there_is_not_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_format_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORMAT_VARIABLE, "yaml")
     with pytest.raises(
-        ConfigError, match="RM_ROBUST_LOG_FORMAT = 'yaml' is no format of log lines; set it to text or json"
+        ConfigError, match="RM_ROBUST_LOG_FORMAT = 'yaml' is not a format of log lines; set it to text or json"
     ):
         start_logging()

@@ -1,4 +1,4 @@
-"""What is left of a local Ray's workers is ended with it, and nothing else is."""
+"""Workers that outlive their local Ray are killed with it, and no other process is."""
 
 import json
 import os
@@ -17,7 +17,7 @@ STUBBORN = (
 
 
 def worker_of(driver: str) -> subprocess.Popen[str]:
-    """A process that does not end by itself."""
+    """Start a process that does not end by itself."""
     worker = subprocess.Popen(
         [sys.executable, "-c", STUBBORN], env=os.environ | {DRIVER_VARIABLE: driver}, stdout=subprocess.PIPE, text=True
     )
@@ -39,46 +39,46 @@ def test_workers_that_hang_are_killed_and_those_of_another_driver_are_not(
     workers: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("rm_robust.cluster.session.WORKERS_END_S", 0.2)
-    own, other = workers
-    assert [process.pid for process in workers_of(f"own {os.getpid()}")] == [own.pid]
+    ours, other = workers
+    assert [process.pid for process in workers_of(f"own {os.getpid()}")] == [ours.pid]
     shut_down(f"own {os.getpid()}")
-    assert own.wait(10) < 0
+    assert ours.wait(10) < 0
     assert other.poll() is None
-    assert f"killing process {own.pid}" in caplog.text
+    assert f"killing process {ours.pid}" in caplog.text
 
 
 def test_workers_that_end_by_themselves_are_only_waited_for(
     workers: list[subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    own, _ = workers
-    own.kill()
-    own.wait(10)
+    ours, _ = workers
+    ours.kill()
+    ours.wait(10)
     shut_down(f"own {os.getpid()}")
     assert "killing" not in caplog.text
 
 
-def as_ray_says_it(of_job: dict[str, str]) -> str:
-    """As ray/dashboard/modules/job/job_supervisor.py of 2.60."""
-    return json.dumps({"runtime_env": {"env_vars": of_job}, "metadata": {}})
+def job_config(variables: dict[str, str]) -> str:
+    """Return a job's config as ray/dashboard/modules/job/job_supervisor.py of Ray 2.60 writes it."""
+    return json.dumps({"runtime_env": {"env_vars": variables}, "metadata": {}})
 
 
-def test_workers_are_told_what_their_job_has_not_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_get_the_variables_that_their_job_does_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "TQDM_DISABLE", "RM_ROBUST_LOG_FORMAT"):
         monkeypatch.delenv(name, raising=False)
     assert worker_environment() == WORKER_ENVIRONMENT
     monkeypatch.setenv("RM_ROBUST_LOG_FORMAT", "json")
     assert worker_environment() == {**WORKER_ENVIRONMENT, "RM_ROBUST_LOG_FORMAT": "json"}
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it({"OTHER": "1"}))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job_config({"OTHER": "1"}))
     assert worker_environment() == {**WORKER_ENVIRONMENT, "RM_ROBUST_LOG_FORMAT": "json"}
-    of_job = {"RM_ROBUST_LOG_FORMAT": "json", "TOKENIZERS_PARALLELISM": "true"}
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", as_ray_says_it(of_job))
+    job_variables = {"RM_ROBUST_LOG_FORMAT": "json", "TOKENIZERS_PARALLELISM": "true"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job_config(job_variables))
     assert worker_environment() == {
         name: value for name, value in WORKER_ENVIRONMENT.items() if name != "TOKENIZERS_PARALLELISM"
     }
 
 
 def test_a_local_ray_has_a_token_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "so that it is as before at the end")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "restored at the end of the test")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "mine")
     make_own_token()

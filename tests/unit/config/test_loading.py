@@ -1,4 +1,4 @@
-"""From a command line to a claimed run directory; every refusal names path, value and fix, and no Ray is started."""
+"""A command line becomes a claimed run directory. Every refusal names path, value and fix, and starts no Ray."""
 
 import json
 import threading
@@ -9,7 +9,7 @@ import pytest
 from pipelines.driver import parse_run
 from rm_robust.config.loading import load_config
 from rm_robust.errors import ConfigError
-from rm_robust.runs import directory as config_loading
+from rm_robust.runs import directory as run_directory
 from rm_robust.runs.directory import (
     RESOLVED_NAME,
     RUN_ROOT_VARIABLE,
@@ -84,7 +84,7 @@ def test_a_wrong_override_is_refused_with_its_path_and_value(
 
 def test_all_problems_are_listed_at_once(config_path: Path) -> None:
     message = refusal(config_path, "seed=-1", "typo=1", "sft.batch_size=0")
-    assert all(place in message for place in (str(config_path), "seed = -1", "typo: unknown key", "sft.batch_size = 0"))
+    assert all(part in message for part in (str(config_path), "seed = -1", "typo: unknown key", "sft.batch_size = 0"))
 
 
 def test_a_missing_unreadable_or_nameless_file_is_refused_by_path(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_job_variable_is_the_one_that_rays_job_supervisor_sets() -> None:
     assert RAY_JOB_CONFIG_JSON_ENV_VAR == JOB_VARIABLE
 
 
-def test_a_command_line_leaves_the_run_directory_to_whoever_writes_it(config_path: Path, tmp_path: Path) -> None:
+def test_parsing_a_command_line_does_not_claim_the_run_directory(config_path: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "mine"
     run = parse_run("", config_path, ["--run-dir", str(run_dir)])
     assert (run.run_dir, run.config.rloo.num_steps) == (run_dir, 7)
@@ -140,7 +140,7 @@ def test_a_command_line_leaves_the_run_directory_to_whoever_writes_it(config_pat
     assert [path.name for path in run_dir.iterdir()] == [RESOLVED_NAME]
     parse_run("", config_path, ["--run-dir", str(run_dir), "--set", "rloo.num_steps=8"])
     assert json.loads((run_dir / RESOLVED_NAME).read_text()) == resolved, (
-        "a job that is refused later must not put its config in the place of another's"
+        "a job that is refused later must not replace the config of another job"
     )
     (run_dir / "world").mkdir()
     with pytest.raises(ConfigError, match=r"rloo.num_steps: 7 there, 8 now"):
@@ -183,7 +183,7 @@ def test_a_setting_that_an_earlier_version_did_not_have_is_a_change_only_beyond_
         claim_run_dir(run_dir, load_config(config_path, []))
 
 
-def test_a_run_that_was_refused_before_it_began_leaves_its_directory_to_the_mended_config(
+def test_a_run_that_was_refused_before_it_began_leaves_its_directory_to_the_corrected_config(
     config_path: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -208,7 +208,7 @@ def test_an_unusable_run_directory_is_refused_by_path(config_path: Path, tmp_pat
 def test_a_run_directory_that_a_node_does_not_see_is_refused_with_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_loading, "SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(run_directory, "SEEN_WITHIN_S", 0.0)
     with pytest.raises(
         ConfigError,
         match=f"does not see {tmp_path}/absent/config.*{RUN_ROOT_VARIABLE} or --run-dir to a shared file system",

@@ -18,7 +18,7 @@ CONFIGS = sorted((REPOSITORY / "pipelines" / "configs").glob("*.toml"))
 FULL_RLHF = REPOSITORY / "pipelines" / "configs" / "full_rlhf.toml"
 
 Resources = dict[str, float]
-"""Of one process or one node: CPU, GPU and custom names."""
+"""The resources of one process or one node: CPU, GPU and custom names."""
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -27,7 +27,7 @@ def test_every_config_is_valid_and_named_after_its_file(path: Path) -> None:
 
 
 def jobs_before(config: Path) -> list[list[str]]:
-    """The commands in a config's comments, as a shell splits them."""
+    """Return the commands in a config's comments, as a shell splits them."""
     commented = "".join(
         line.removeprefix("#") for line in config.read_text().splitlines(keepends=True) if line.startswith("#")
     )
@@ -53,9 +53,9 @@ def test_the_jobs_before_full_rlhf_make_what_it_reads_where_it_reads_it() -> Non
         "--config",
         str(FULL_RLHF.relative_to(REPOSITORY)),
     ]
-    own = load_config(FULL_RLHF, entrypoints[2][5::2])
-    assert config.reward_model.base_path == f"/shared/rm_robust/runs/{own.name}/checkpoints/sft"
-    assert (own.name, own.model.path) == ("ultrachat_3b", "Qwen/Qwen2.5-3B")
+    backbone_run = load_config(FULL_RLHF, entrypoints[2][5::2])
+    assert config.reward_model.base_path == f"/shared/rm_robust/runs/{backbone_run.name}/checkpoints/sft"
+    assert (backbone_run.name, backbone_run.model.path) == ("ultrachat_3b", "Qwen/Qwen2.5-3B")
 
 
 def resources(num_cpus: float, num_gpus: float, custom: Resources) -> Resources:
@@ -73,7 +73,7 @@ def replica_bundles(replica: ReplicaConfig) -> list[Resources]:
 
 
 def bundles_by_stage(config: PipelineConfig) -> dict[str, list[Resources]]:
-    """What each stage holds at one time: one entry a process."""
+    """Return what each stage holds at one time, with an entry for each process."""
     evaluation, rloo, serve = config.evaluation, config.rloo, config.serve
     engines = [resources(rloo.engine_num_cpus, rloo.engine_num_gpus, rloo.engine_resources)] * rloo.num_engines
     return {
@@ -91,21 +91,24 @@ def bundles_by_stage(config: PipelineConfig) -> dict[str, list[Resources]]:
 
 
 def unplaced_bundles(bundles: list[Resources], cluster: dict[str, Any]) -> list[Resources]:
-    """The bundles left over when each goes to the first node with room, on a cluster grown to its `max_workers` of every kind."""
+    """Return the bundles that are left over when each goes to the first node with room.
+
+    The cluster has grown to its `max_workers` of every kind.
+    """
     nodes = [
         dict(kind["resources"]) for kind in cluster["available_node_types"].values() for _ in range(kind["max_workers"])
     ]
     unplaced = []
     for bundle in bundles:
-        home = next(
+        host = next(
             (node for node in nodes if all(node.get(name, 0) >= amount for name, amount in bundle.items())), None
         )
-        if home is None:
+        if host is None:
             unplaced.append(bundle)
             continue
         for name, amount in bundle.items():
             if amount:
-                home[name] -= amount
+                host[name] -= amount
     return unplaced
 
 
@@ -123,7 +126,7 @@ def test_every_stage_of_full_rlhf_fits_on_the_cluster() -> None:
     ("override", "stage"),
     [
         ("reward_model.workers.num_workers=9", "reward_model"),  # two trainer nodes of four GPUs
-        ("sft.workers.num_cpus_per_worker=13", "sft"),  # 48 CPUs for four of them
+        ("sft.workers.num_cpus_per_worker=13", "sft"),  # a node has 48 CPUs for four of them
         ("evaluation.resources={trainr=1}", "evaluation"),
         ("data.task_resources={dat=1}", "preferences"),
         ("rloo.engine_num_gpus=2", "rloo"),  # rollout nodes have one GPU
@@ -136,7 +139,7 @@ def test_a_stage_that_asks_for_too_much_is_found(override: str, stage: str) -> N
 
 
 def test_every_gpu_of_full_rlhf_is_asked_for_on_a_kind_of_node() -> None:
-    """Without a custom resource a process lands on whatever kind of node has a GPU free, and takes the place of another stage's."""
+    """A process without a custom resource lands on any node with a free GPU, and takes the place of another stage's."""
     for stage, bundles in bundles_by_stage(load_config(FULL_RLHF, [])).items():
         for bundle in bundles:
             assert bundle["GPU"] == sum(

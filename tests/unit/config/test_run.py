@@ -1,4 +1,4 @@
-"""What a config refuses, and which defaults a partly given section keeps."""
+"""A config refuses what cannot work, and a partly given section keeps the defaults of the section around it."""
 
 import tomllib
 from pathlib import Path
@@ -18,17 +18,17 @@ CONFIGS = sorted(Path("pipelines/configs").glob("*.toml"))
 
 
 def sections(model: type[BaseModel] = PipelineConfig) -> list[type[Section]]:
-    """Every section class below the pipeline's, itself included."""
-    found: list[type[Section]] = [model] if issubclass(model, Section) else []
+    """Return `model` and every section class below it."""
+    classes: list[type[Section]] = [model] if issubclass(model, Section) else []
     for field in model.model_fields.values():
         kinds = [field.annotation, *get_args(field.annotation)]
-        found += [
+        classes += [
             section
             for kind in kinds
             if isinstance(kind, type) and issubclass(kind, Section)
             for section in sections(kind)
         ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(classes))
 
 
 def parse(**values: Any) -> PipelineConfig:
@@ -129,7 +129,7 @@ def test_a_single_completion_per_prompt_is_refused_with_the_fix() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "place"),
+    ("values", "setting"),
     [
         ({"seed": -1}, "seed"),
         ({"name": "a/b"}, "name"),
@@ -146,8 +146,8 @@ def test_a_single_completion_per_prompt_is_refused_with_the_fix() -> None:
         ({"serve": {"request_timeout_s": 0}}, "serve.request_timeout_s"),
     ],
 )
-def test_a_value_out_of_its_bounds_is_refused_by_its_path(values: dict[str, Any], place: str) -> None:
-    assert problem_of(**values).startswith(f"{place}: ")
+def test_a_value_out_of_its_bounds_is_refused_by_its_path(values: dict[str, Any], setting: str) -> None:
+    assert problem_of(**values).startswith(f"{setting}: ")
 
 
 @pytest.mark.parametrize(

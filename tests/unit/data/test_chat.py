@@ -1,4 +1,4 @@
-"""ChatFormat: one tokenisation, the template's own where text is ordinary, and no control token out of anybody's text."""
+"""Check that ordinary text gets the ids that its template gives, and that no message's text becomes a control token."""
 
 import contextlib
 import functools
@@ -20,7 +20,8 @@ from tests.support.tiny_models import TEXT, tiny_tokenizer
 PAD, TURN_START, TURN_END = 0, 1, 2
 LLAMA_SPECIALS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
 LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 words = st.lists(st.sampled_from(TEXT.split()), min_size=1, max_size=6).map(" ".join)
@@ -51,7 +52,11 @@ def chatml() -> ChatFormat:
 
 @functools.cache
 def llama() -> ChatFormat:
-    """As Llama 3: the template writes BOS, tokenizing adds another one, and the header tokens are special without being in all_special_tokens."""
+    """Return a chat format like that of Llama 3.
+
+    The template writes BOS, tokenizing adds another one, and the header tokens are special but not in
+    all_special_tokens.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -75,7 +80,7 @@ def llama() -> ChatFormat:
 
 @st.composite
 def conversations(draw: st.DrawFn, contents: st.SearchStrategy[str]) -> list[Message]:
-    """An optional system turn, then user and assistant in turn, the user last."""
+    """Draw an optional system turn, then turns of user and assistant, the user's last."""
     system: list[Message] = [{"role": "system", "content": draw(contents)}] if draw(st.booleans()) else []
     num_exchanges = draw(st.integers(0, 2))
     turns: list[Message] = [
@@ -104,8 +109,8 @@ def test_prompt_and_completion_ids_are_the_templates_conversation_up_to_its_last
 ) -> None:
     newline = chatml().tokenizer("\n", add_special_tokens=False)["input_ids"]
     for chat, after in ((chatml(), newline), (llama(), [])):
-        whole: list[Message] = [*messages, {"role": "assistant", "content": completion}]
-        expected = chat.tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)
+        conversation: list[Message] = [*messages, {"role": "assistant", "content": completion}]
+        expected = chat.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
         assert chat.prompt_ids(messages) + chat.completion_ids(completion) + after == expected
 
 
@@ -244,10 +249,10 @@ def test_a_tokenizer_that_would_make_scores_wrong_is_refused_with_the_fix(
 
 
 def test_a_template_that_could_write_a_date_and_writes_a_fixed_one_is_kept_as_it_is() -> None:
-    """As Llama 3.1's: what counts is whether the text changes with the day, not whether the clock is named."""
+    """Llama 3.1 has such a template. Only a text that changes with the day is refused, not the mention of the clock."""
     fixed = (
-        "{% set day = strftime_now('%d %b %Y') if tools is defined and tools else '26 Jul 2024' %}{{ 'Today is ' + day + '\\n' }}"
-        + CHATML
+        "{% set day = strftime_now('%d %b %Y') if tools is defined and tools else '26 Jul 2024' %}"
+        "{{ 'Today is ' + day + '\\n' }}" + CHATML
     )
     chat = ChatFormat(with_template(fixed), source="fixed")
     assert chat.tokenizer.decode(chat.prompt_ids("red")).startswith("Today is 26 Jul 2024\n<|im_start|>user")
@@ -258,8 +263,10 @@ WITHOUT_SYSTEM = CHATML.replace(
 )
 LAST_TWO_TURNS = CHATML.replace("{% for message in messages %}", "{% for message in messages[-2:] %}")
 SYSTEM_INSIDE_USER = (
-    "{% set ns = namespace(system='') %}{% for message in messages %}{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\\n' %}"
-    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + (ns.system if loop.last else '') + message['content'] + '<|im_end|>' + '\\n' }}{% endif %}"
+    "{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\\n' %}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + (ns.system if loop.last else '') + message['content'] }}"
+    "{{ '<|im_end|>' + '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SYSTEM: Message = {"role": "system", "content": "Answer in blue."}
@@ -308,16 +315,16 @@ def test_a_system_turn_that_the_template_puts_into_the_users_is_taken() -> None:
     assert chat.prompt_ids([SYSTEM, USER]) == chat.prompt_ids("Answer in blue.\nWhich is first?")
 
 
-# What the released code did to a tokenizer (PAPER.md, 8.1)
+# What the paper's released code does to a tokenizer
 
 
 def test_the_tokenizers_own_template_is_used_and_kept_whatever_it_is(tmp_path: Path) -> None:
-    """The released code put its own template over that of every Instruct model."""
+    """The released code replaces the template of every Instruct model by its own."""
     for chat in (chatml(), llama()):
-        own = chat.tokenizer.chat_template
+        template = chat.tokenizer.chat_template
         chat.tokenizer.save_pretrained(tmp_path / chat.source)
         loaded = ChatFormat.load(tmp_path / chat.source)
-        assert loaded.tokenizer.chat_template == own
+        assert loaded.tokenizer.chat_template == template
         assert loaded.tokenizer.decode(loaded.prompt_ids("red")) == loaded.tokenizer.apply_chat_template(
             [{"role": "user", "content": "red"}], tokenize=False, add_generation_prompt=True
         )
@@ -331,7 +338,7 @@ ZEPHYR = (
 
 @given(words)
 def test_the_scored_token_is_the_end_of_turn_under_the_released_template(completion: str) -> None:
-    """It ends a conversation in a newline, and the released code read the score there."""
+    """The template ends a conversation with a newline, and the released code reads the score there."""
     chat = ChatFormat(with_template(ZEPHYR), source="zephyr")
     naive = chat.tokenizer.apply_chat_template(
         [USER, {"role": "assistant", "content": completion}], tokenize=True, return_dict=False
@@ -344,7 +351,7 @@ def test_the_scored_token_is_the_end_of_turn_under_the_released_template(complet
 
 @pytest.mark.parametrize("name", ["qwen2.5", "Llama-3", "my-model"])
 def test_pad_and_end_of_turn_come_from_the_tokenizer_and_not_from_its_path(tmp_path: Path, name: str) -> None:
-    """The released code looked for "qwen" and "llama" in the path, and left other tokenizers without a pad token."""
+    """The released code looks for "qwen" and "llama" in the path, and leaves other tokenizers without a pad token."""
     tiny_tokenizer().save_pretrained(str(tmp_path / name))
     chat = ChatFormat.load(tmp_path / name)
     assert (chat.pad_id, chat.end_of_turn_id) == (PAD, TURN_END)
@@ -410,9 +417,9 @@ def test_a_rendered_conversation_has_the_ids_of_its_messages(messages: list[Mess
     for chat in (chatml(), llama()):
         text = rendered(chat, messages, completion)
         expected = (chat.prompt_ids(messages), chat.completion_ids(completion))
-        found = [chat.rendered_text(text), chat.rendered_ids(expected[0] + expected[1])]
-        assert [(whole.prompt_ids, whole.completion_ids) for whole in found] == [expected, expected]
-        assert [whole.was_cut for whole in found] == [chat is chatml(), False]
+        results = [chat.rendered_text(text), chat.rendered_ids(expected[0] + expected[1])]
+        assert [(result.prompt_ids, result.completion_ids) for result in results] == [expected, expected]
+        assert [result.was_cut for result in results] == [chat is chatml(), False]
 
 
 def test_what_the_template_writes_after_the_end_of_turn_may_be_there_or_not() -> None:
@@ -428,9 +435,9 @@ def test_what_the_template_writes_after_the_end_of_turn_may_be_there_or_not() ->
 
 @pytest.mark.parametrize("completion", ["", "\n", "\n\nred", " red", "red<|im_end|>green", "<|im_start|>"])
 def test_a_rendered_completion_keeps_its_own_tokens_at_both_ends(completion: str) -> None:
-    whole = chatml().rendered_text(f"<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>")
-    assert whole.prompt_ids == chatml().prompt_ids("red")
-    assert whole.completion_ids == chatml().completion_ids(completion)
+    result = chatml().rendered_text(f"<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>")
+    assert result.prompt_ids == chatml().prompt_ids("red")
+    assert result.completion_ids == chatml().completion_ids(completion)
 
 
 LLAMA_TEXT = rendered(llama(), [{"role": "user", "content": "red"}], "green")

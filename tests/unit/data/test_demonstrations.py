@@ -1,4 +1,4 @@
-"""A tokenizer and a model out of nothing: deterministic, lossless on any text, and plain transformers on disk."""
+"""Check a run's own tokenizer and model: deterministic, lossless on any text, and saved as plain transformers files."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Where paths and URIs lead, and how lines are cut. s3:// is read from moto's server: no real object store was at hand."""
+"""Check which files a path or URI names, and how lines are split.
+
+s3:// is read from moto's server. No real object store was available.
+"""
 
 import json
 import re
@@ -66,7 +69,7 @@ def test_a_path_and_its_uri_name_the_same_files_with_their_sizes_and_contents(tm
 
 
 def test_a_folder_of_a_filesystem_that_is_not_local_is_listed_and_read() -> None:
-    """pyarrow's filesystem in memory; filesystem_of keeps one for each URI, so that what is written here is what is read."""
+    """pyarrow's mock filesystem is in memory. filesystem_of caches one for each URI, so the rows can be read again."""
     filesystem, folder = filesystem_of("mock:///rows")
     assert isinstance(filesystem, pafs._MockFileSystem)
     filesystem.create_dir(folder)

@@ -1,4 +1,4 @@
-"""Pairs that come as token ids: read as TRL names them, and refused where ids would be scored wrongly in silence."""
+"""Check that pairs of token ids are read under TRL's names, and refused where they would silently get a wrong score."""
 
 from typing import Any
 
@@ -12,26 +12,28 @@ from rm_robust.data.records import Message, TokenGroup
 from rm_robust.errors import DataError
 from tests.unit.data.test_chat import chatml, conversations, llama, words
 
-WHOLE = [
+CONVERSATION_COLUMNS = [
     ("chosen_ids", "rejected_ids"),
     ("chosen_input_ids", "rejected_input_ids"),
     ("input_ids_chosen", "input_ids_rejected"),
 ]
 
 
-@given(conversations(words), words, words, st.sampled_from(WHOLE))
+@given(conversations(words), words, words, st.sampled_from(CONVERSATION_COLUMNS))
 def test_whole_conversations_and_ids_apart_give_the_ids_that_the_text_gives(
     prompt: list[Message], chosen: str, rejected: str, names: tuple[str, str]
 ) -> None:
     for chat in (chatml(), llama()):
         expected = TokenGroup(chat.prompt_ids(prompt), [chat.completion_ids(chosen), chat.completion_ids(rejected)])
-        apart = {
+        separate = {
             "prompt_ids": expected.prompt_ids,
             "chosen_ids": expected.completion_ids[0],
             "rejected_ids": expected.completion_ids[1],
         }
-        whole = {name: expected.prompt_ids + ids for name, ids in zip(names, expected.completion_ids, strict=True)}
-        for row in (apart, whole):
+        conversations = {
+            name: expected.prompt_ids + ids for name, ids in zip(names, expected.completion_ids, strict=True)
+        }
+        for row in (separate, conversations):
             assert holds_ids(row)
             assert parse_id_pair(row, chat) == expected
 
@@ -118,12 +120,12 @@ def refusals() -> list[tuple[ChatFormat, dict[str, Any], str]]:
         (
             llama(),
             pair(llama(), prompt_ids=[begin, *llama().prompt_ids("red")]),
-            "begin with 2 begin-of-sequence tokens, the template of llama writes 1",
+            "begin with 2 begin-of-sequence tokens, but the template of llama writes 1",
         ),
         (
             llama(),
             pair(llama(), prompt_ids=llama().prompt_ids("red")[1:]),
-            "begin with 0 begin-of-sequence tokens, the template of llama writes 1",
+            "begin with 0 begin-of-sequence tokens, but the template of llama writes 1",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Named responses are read whole or not at all: a lost row would bias the split."""
+"""Check that named responses are read completely or not at all: a lost row would bias the split."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_a_torn_line_a_foreign_encoding_and_an_empty_file_are_refused(tmp_path: 
     path = tmp_path / "a.jsonl"
     for content in (json.dumps(ROW).encode()[:-3], b"\xff" + json.dumps(ROW).encode()):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=f"{path}, line 1 is not JSON.*Mend or remove"):
+        with pytest.raises(DataError, match=f"{path}, line 1 is not JSON.*Fix or remove"):
             read_named_responses([str(path)])
     path.write_bytes(b"")
     with pytest.raises(DataError, match="hold no response"):

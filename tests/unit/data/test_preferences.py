@@ -1,4 +1,4 @@
-"""Which files a config means, and that a wrong one is refused before any cluster work."""
+"""Check which files a config names, and that a missing one is refused without a cluster."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from rm_robust.config.data import Overlong
 from rm_robust.config.run import PipelineConfig
-from rm_robust.data.pipeline import Source
+from rm_robust.data.pipeline import DataSource
 from rm_robust.data.preferences import (
     check_preference_sources,
     preference_sources,
@@ -44,27 +44,31 @@ def test_scenarios_that_the_run_builds_are_ranked_rows_of_its_own() -> None:
             "response_disjoint",
             "mutual_disjoint",
         ]
-        assert sources[1] == Source("in_domain", ("/runs/test/preferences/scenarios/in_domain.jsonl",), RowKind.RANKED)
+        assert sources[1] == DataSource(
+            "in_domain", ("/runs/test/preferences/scenarios/in_domain.jsonl",), RowKind.RANKED
+        )
 
 
 def test_ready_made_scenarios_are_the_users_files_and_only_those_that_there_are() -> None:
     train = ["a.jsonl", {"path": "s3://bucket/b.parquet", "weight": 2.0}]
     config = config_of(source="scenarios", train=train, in_domain=["i.jsonl", "j.jsonl"], mutual_disjoint=["m.jsonl"])
     assert preference_sources(config, LAYOUT) == [
-        Source("train", ("a.jsonl",), RowKind.TRAINING_PAIRS, 1.0),
-        Source("train", ("s3://bucket/b.parquet",), RowKind.TRAINING_PAIRS, 2.0),
-        Source("in_domain", ("i.jsonl", "j.jsonl"), None),
-        Source("mutual_disjoint", ("m.jsonl",), None),
+        DataSource("train", ("a.jsonl",), RowKind.TRAINING_PAIRS, 1.0),
+        DataSource("train", ("s3://bucket/b.parquet",), RowKind.TRAINING_PAIRS, 2.0),
+        DataSource("in_domain", ("i.jsonl", "j.jsonl"), None),
+        DataSource("mutual_disjoint", ("m.jsonl",), None),
     ]
 
 
 def test_prompts_for_rloo_come_from_the_world_or_from_the_user() -> None:
-    own = {"source": "scenarios", "train": ["t"], "in_domain": ["i"]}
-    assert rloo_prompt_source(config_of(), LAYOUT) == Source(
+    user_data = {"source": "scenarios", "train": ["t"], "in_domain": ["i"]}
+    assert rloo_prompt_source(config_of(), LAYOUT) == DataSource(
         "rloo_prompts", ("/runs/test/world/rloo_prompts.jsonl",), RowKind.PROMPT
     )
-    assert rloo_prompt_source(config_of(**own), LAYOUT) == Source("rloo_prompts", ("prompts.jsonl",), RowKind.PROMPT)
-    assert rloo_prompt_source(config_of(**own, rloo_prompts=[]), LAYOUT) is None
+    assert rloo_prompt_source(config_of(**user_data), LAYOUT) == DataSource(
+        "rloo_prompts", ("prompts.jsonl",), RowKind.PROMPT
+    )
+    assert rloo_prompt_source(config_of(**user_data, rloo_prompts=[]), LAYOUT) is None
 
 
 def test_the_reward_model_grows_from_the_sft_model_unless_told_otherwise() -> None:

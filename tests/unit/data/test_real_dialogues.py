@@ -1,4 +1,7 @@
-"""Packed, padded and one-at-a-time training agree on real dialogues: K = 2 from hh-rlhf, K = 4 from RMB's best-of-N lists. Skipped without --data."""
+"""Check that packed, padded and one-at-a-time training agree on real dialogues.
+
+Groups with K = 2 come from hh-rlhf, those with K = 4 from RMB's best-of-N lists. The tests are skipped without --data.
+"""
 
 import copy
 from pathlib import Path
@@ -11,14 +14,15 @@ from transformers import PreTrainedModel, Qwen2ForSequenceClassification
 
 from research.bench.preference_pairs import hh_rlhf_dialogues
 from rm_robust.config.objectives import BsrScale, Objective
+from rm_robust.config.training import RewardModelConfig
 from rm_robust.data.records import TokenGroup
 from rm_robust.models.packing import Layout, lay_out
 from rm_robust.models.reward_model import PackedRewardModel
-from rm_robust.training.reward_model.losses import ObjectiveSettings, objective_value
+from rm_robust.training.reward_model.losses import objective_value
 from tests.support.tiny_models import TRAINED_ON_CPU, tiny_reward_model, tiny_tokenizer
 
 MAX_TOKENS = 512
-BSR = ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=0.05, bsr_scale=BsrScale.PAIRS)
+BSR = RewardModelConfig(objective=Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=0.05, bsr_scale=BsrScale.PAIRS)
 
 
 def token_group(prompt: str, completions: list[str]) -> TokenGroup:
@@ -52,7 +56,7 @@ def model() -> Qwen2ForSequenceClassification:
 
 
 def gradients(model: PreTrainedModel, scores_N: Tensor, num_completions: int) -> dict[str, Tensor]:
-    """Of BSR over the first completion against each other one."""
+    """Return the gradients of BSR over the pairs of each group's first completion and each of its others."""
     scores_GK = scores_N.view(-1, num_completions)
     pairs_B2 = torch.stack([scores_GK[:, :1].expand(-1, num_completions - 1).flatten(), scores_GK[:, 1:].flatten()], 1)
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""Rows of user files: what each kind means, and that whatever else a row holds is refused with a reason."""
+"""Check what each kind of row in a user's file means, and that every other row is refused with a reason."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The four scenarios: who may appear where, and that whatever is left out is counted."""
+"""Check which prompts and response models each scenario holds, and that everything left out is counted."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,7 +44,7 @@ def build(rows: list[NamedResponse] | None = None, *, seed: int = 0) -> Scenario
 def change(
     rows: list[NamedResponse], prompt_id: str, to: Callable[[NamedResponse], NamedResponse | None]
 ) -> list[NamedResponse]:
-    """`rows` with every response to `prompt_id` replaced, or left out."""
+    """Return `rows` with every response to `prompt_id` replaced or left out."""
     changed = [to(row) if row.prompt_id == prompt_id else row for row in rows]
     return [row for row in changed if row is not None]
 

@@ -1,4 +1,4 @@
-"""Tokenised rows come back as they were written, in an order that does not depend on the files."""
+"""Check that tokenised rows are read as they were written, in an order that does not depend on the files."""
 
 import json
 from pathlib import Path

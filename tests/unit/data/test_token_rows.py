@@ -1,4 +1,4 @@
-"""What becomes of one row: its token rows, kept or dropped with a reason."""
+"""Check which token rows one row becomes, and that each is kept or dropped with a reason."""
 
 import functools
 import json
@@ -235,17 +235,17 @@ CUT = Overlong.TRUNCATE_PROMPT_LEFT
 def test_a_cut_prompt_fits_and_keeps_its_begin_its_last_tokens_and_its_header(
     chat_format: Any, num_words: int, max_tokens: int
 ) -> None:
-    own = chat_format()
-    whole = own.prompt_ids(" ".join(WORDS[:num_words]))
-    cut = fit_prompt(whole, own, TokenLimits(max_tokens, 20, 0.0, CUT))
-    num_own = len(own.bos_ids) + len(own.header_ids)
-    if len(whole) <= max_tokens or max_tokens <= num_own:
-        assert cut == whole
+    template = chat_format()
+    prompt_ids = template.prompt_ids(" ".join(WORDS[:num_words]))
+    cut = fit_prompt(prompt_ids, template, TokenLimits(max_tokens, 20, 0.0, CUT))
+    num_bos, num_header = len(template.bos_ids), len(template.header_ids)
+    if len(prompt_ids) <= max_tokens or max_tokens <= num_bos + num_header:
+        assert cut == prompt_ids
     else:
         assert len(cut) == max_tokens
-        assert cut[: len(own.bos_ids)] == own.bos_ids == whole[: len(own.bos_ids)]
-        assert cut[len(own.bos_ids) :] == whole[len(own.bos_ids) - max_tokens :]
-        assert cut[-len(own.header_ids) :] == own.header_ids
+        assert cut[:num_bos] == template.bos_ids == prompt_ids[:num_bos]
+        assert cut[num_bos:] == prompt_ids[num_bos - max_tokens :]
+        assert cut[-num_header:] == template.header_ids
 
 
 def test_a_template_with_a_begin_of_sequence_token_is_told_from_one_without() -> None:
@@ -255,12 +255,15 @@ def test_a_template_with_a_begin_of_sequence_token_is_told_from_one_without() ->
 
 @pytest.mark.parametrize("kind", [RowKind.PAIR, RowKind.TRAINING_PAIRS, None])
 def test_a_truncated_pair_keeps_its_completions_and_says_what_is_left(kind: RowKind | None) -> None:
-    """The released code cut prompts on the right, through the assistant header, or not at all (its max_length had no effect on token ids)."""
+    """The released code cuts prompts on the right, through the assistant header, or not at all.
+
+    (Its max_length has no effect on token ids.)
+    """
     row = tokenise({**PAIR, "prompt": LONG}, kind, limits=TokenLimits(30, 20, 0.0, CUT))
-    whole = chat().prompt_ids(LONG)
-    assert (row["drop_reason"], row["prompt_ids"]) == ("", whole[-30:])
+    long_ids = chat().prompt_ids(LONG)
+    assert (row["drop_reason"], row["prompt_ids"]) == ("", long_ids[-30:])
     assert row["completion_ids"] == tokenise(PAIR)["completion_ids"]
-    assert row["truncation"] == f"prompt truncated: the last 30 of {len(whole)} tokens are left"
+    assert row["truncation"] == f"prompt truncated: the last 30 of {len(long_ids)} tokens are left"
     assert row["row_text"] == json.dumps({**PAIR, "prompt": LONG})[:300]
 
 

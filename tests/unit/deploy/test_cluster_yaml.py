@@ -1,7 +1,8 @@
-"""cluster.yaml is a file that `ray up` accepts, keeps the cluster closed, and offers the resources that the configs ask for.
+"""`ray up` accepts cluster.yaml, which keeps the cluster closed and offers the resources that the configs ask for.
 
-Offline: Ray's own JSON schema, then what `ray up` does before it calls a cloud (prepare_config, validate_config). That schema leaves node_config
-free, so botocore's model of EC2 is asked whether its call of RunInstances would take it.
+The tests work offline. They use Ray's own JSON schema, and then what `ray up` does before it calls a cloud
+(prepare_config, validate_config). That schema does not check node_config, so botocore's model of EC2 checks whether
+RunInstances would accept it.
 """
 
 import copy
@@ -34,7 +35,7 @@ CUSTOM_RESOURCES = {
     "serving": {"serving"},
     "head": set[str](),
 }
-"""What rm_robust's stages may ask for, by node type."""
+"""The custom resources that the stages of rm_robust may ask for, by node type."""
 
 INSTANCES = {
     "m7i.xlarge": (4, 0),
@@ -43,7 +44,7 @@ INSTANCES = {
     "g6e.2xlarge": (8, 1),
     "g6e.12xlarge": (48, 4),
 }
-"""CPUs and GPUs, as AWS says."""
+"""The CPUs and GPUs of an instance, by AWS's name for it."""
 PORTS = {"--port": "6379", "--object-manager-port": "8076", "--metrics-export-port": "8080"}
 
 ClusterConfig = dict[str, Any]
@@ -55,13 +56,16 @@ def load_cluster_config() -> ClusterConfig:
 
 
 def custom_resources_by_node_type(config: ClusterConfig) -> dict[str, set[str]]:
-    """Node type -> names of its custom resources (all but CPU, GPU and memory)."""
+    """Return the names of each node type's custom resources: all except CPU, GPU and memory."""
     built_in = {"CPU", "GPU", "memory", "object_store_memory"}
     return {name: set(node_type["resources"]) - built_in for name, node_type in config["available_node_types"].items()}
 
 
 def check_cluster_config(config: ClusterConfig) -> None:
-    """Raises what `ray up` would raise before it starts anything, or AssertionError when the resources are not the ones stages ask for."""
+    """Check the file as `ray up` does before it starts anything, and raise what it would raise.
+
+    Raises AssertionError if the resources are not those that stages ask for.
+    """
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
     jsonschema.Draft7Validator.check_schema(schema)
     jsonschema.validate(config, schema)
@@ -71,28 +75,31 @@ def check_cluster_config(config: ClusterConfig) -> None:
 
 @functools.cache
 def run_instances() -> StructureShape:
-    """What AWS takes to start an instance."""
+    """Return the model of the arguments with which AWS starts an instance."""
     shape = ServiceModel(Loader().load_service_model("ec2", "service-2")).operation_model("RunInstances").input_shape
     assert isinstance(shape, StructureShape)
     return shape
 
 
 def check_instances(config: ClusterConfig) -> None:
-    """AWS knows every name and takes every type in node_config, which says all that has no default; a node has the CPUs and GPUs that Ray is told."""
+    """Check that AWS accepts every node_config, and that a node has the CPUs and GPUs that Ray is told.
+
+    AWS must know every name and accept every type, and node_config must set everything that has no default.
+    """
     for name, node_type in config["available_node_types"].items():
-        wanted = node_type["node_config"]
-        report = ParamValidator().validate({**wanted, "MinCount": 1, "MaxCount": 1}, run_instances())
+        node_config = node_type["node_config"]
+        report = ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, run_instances())
         assert not report.has_errors(), f"{name}: {report.generate_report()}"
-        assert {"ImageId", "InstanceType", "SecurityGroupIds", "BlockDeviceMappings"} <= wanted.keys()
-        assert wanted["InstanceType"] in run_instances().members["InstanceType"].enum
-        (disk,) = wanted["BlockDeviceMappings"]
+        assert {"ImageId", "InstanceType", "SecurityGroupIds", "BlockDeviceMappings"} <= node_config.keys()
+        assert node_config["InstanceType"] in run_instances().members["InstanceType"].enum
+        (disk,) = node_config["BlockDeviceMappings"]
         assert disk.keys() == {"DeviceName", "Ebs"}
         assert 100 <= disk["Ebs"]["VolumeSize"] <= 1000
-        market = wanted.get("InstanceMarketOptions", {"MarketType": "on-demand"})
+        market = node_config.get("InstanceMarketOptions", {"MarketType": "on-demand"})
         assert market in ({"MarketType": "spot"}, {"MarketType": "on-demand"})
         resources = node_type["resources"]
         if name != config["head_node_type"]:
-            assert (resources["CPU"], resources.get("GPU", 0)) == INSTANCES[wanted["InstanceType"]], name
+            assert (resources["CPU"], resources.get("GPU", 0)) == INSTANCES[node_config["InstanceType"]], name
             assert node_type["labels"] == {"ray.io/market-type": market["MarketType"]}, name
 
 
@@ -101,7 +108,11 @@ def options_of(command: str) -> dict[str, str]:
 
 
 def check_starts(config: ClusterConfig) -> None:
-    """Workers ask the head where it listens; ports that the head and the workers have alike are the same; a stopped job has time to end."""
+    """Check the commands that start Ray.
+
+    Workers reach the head at its port, the ports that head and workers share are the same, and a stopped job has time
+    to end.
+    """
     (head,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
     (worker,) = [command for command in config["worker_start_ray_commands"] if "ray start" in command]
     assert {name: options_of(head)[name] for name in PORTS} == PORTS
@@ -112,7 +123,7 @@ def check_starts(config: ClusterConfig) -> None:
 
 
 def check_setup(config: ClusterConfig) -> None:
-    """Every package that pip may choose a version of has the lock's."""
+    """Check that every package whose version pip may choose has the lock's version."""
     installs = [
         command
         for key in ("setup_commands", "head_setup_commands")
@@ -210,7 +221,7 @@ def test_a_broken_file_is_refused(
 REMOVED = object()
 TYPES = "available_node_types"
 MUTATIONS: list[tuple[Callable[[ClusterConfig], None], str, str, object]] = [
-    (check_instances, f"{TYPES} trainer node_config", "ImageId", "ImagId"),  # another name for the key at the end
+    (check_instances, f"{TYPES} trainer node_config", "ImageId", "ImagId"),  # the last entry is the key's new name
     (check_instances, f"{TYPES} trainer node_config", "BlockDeviceMappings", "BlockDeviceMapping"),
     (check_instances, f"{TYPES} data node_config", "InstanceMarketOptions", "MarketOptions"),
     (check_instances, f"{TYPES} data node_config InstanceMarketOptions", "MarketType", "Market"),
@@ -249,12 +260,12 @@ REPLACEMENTS: list[tuple[Callable[[ClusterConfig], None], str, str]] = [
 @pytest.mark.parametrize(("check", "path", "key", "new"), MUTATIONS)
 def test_a_wrong_name_is_refused(check: Callable[[ClusterConfig], None], path: str, key: str, new: object) -> None:
     config: Any = load_cluster_config()
-    place = config
+    parent = config
     for part in path.split():
-        place = place[int(part)] if part.isdigit() else place[part]
-    value = place.pop(key)
+        parent = parent[int(part)] if part.isdigit() else parent[part]
+    value = parent.pop(key)
     if isinstance(new, str):
-        place[new] = value
+        parent[new] = value
     with pytest.raises((AssertionError, KeyError)):
         check(config)
 
@@ -262,7 +273,7 @@ def test_a_wrong_name_is_refused(check: Callable[[ClusterConfig], None], path: s
 @pytest.mark.parametrize(("check", "old", "new"), REPLACEMENTS)
 def test_a_wrong_value_is_refused(check: Callable[[ClusterConfig], None], old: str, new: str) -> None:
     text = (REPOSITORY / "cluster.yaml").read_text()
-    at = text.rindex(old)  # not in the comments at the head of the file
+    at = text.rindex(old)  # the last one, because the comments at the head of the file may have it too
     with pytest.raises((AssertionError, KeyError, ValueError)):
         check(yaml.safe_load(text[:at] + new + text[at + len(old) :]))
 
@@ -277,7 +288,7 @@ def test_an_on_premise_cluster_is_made_of_the_file_as_its_head_says() -> None:
     validate_config(prepared)
     (only,) = prepared[TYPES].values()
     assert (only["min_workers"], only["max_workers"], only["resources"]) == (2, 2, {}), (
-        "all machines stay up, and say themselves what they have"
+        "all machines stay up, and state their resources themselves"
     )
 
 
@@ -299,7 +310,7 @@ def test_every_worker_type_scales_to_zero_and_has_a_bound_and_an_idle_timeout() 
 
 
 def with_roles(profile: str) -> ClusterConfig:
-    """The file with the comments taken away that give nodes a role."""
+    """Return the file with the comments removed that hide the nodes' roles."""
     text, count = re.subn(
         r"^( +)# (IamInstanceProfile: )\{Name: \w+\}",
         rf"\1\2{profile}",
@@ -312,7 +323,7 @@ def with_roles(profile: str) -> ClusterConfig:
 
 
 def test_every_worker_has_a_role_for_runs_in_an_object_store_once_the_comments_are_taken_away() -> None:
-    """Ray gives one to the head alone (_configure_iam_role), and only where the file gives that none."""
+    """Ray gives a role to the head alone (_configure_iam_role), and only if the file gives it none."""
     config = with_roles("{Name: bucket}")
     for check in CHECKS:
         check(config)
@@ -359,7 +370,10 @@ def test_every_ray_start_has_the_token_on_and_the_token_comes_from_the_users_hom
 
 
 def test_no_port_is_open_to_the_world() -> None:
-    """Without SecurityGroupIds, Ray makes a group that admits SSH from 0.0.0.0/0; its default start command binds the dashboard to all."""
+    """Without SecurityGroupIds, Ray makes a group that admits SSH from 0.0.0.0/0.
+
+    Its default start command binds the dashboard to all addresses.
+    """
     config = load_cluster_config()
     assert all(node_type["node_config"]["SecurityGroupIds"] for node_type in config["available_node_types"].values())
     assert not [text for text in all_strings(config) if "0.0.0.0" in text]
@@ -404,11 +418,11 @@ def test_a_job_upload_leaves_environments_runs_weights_and_bench_results_behind(
         "serve/app.py",
         "data/pairs.jsonl",
     ]
-    left = [
-        ".git/objects/aa", ".venv/bin/python", "runs/tiny_cpu/metrics.jsonl", "research/bench/results/table.json", "models/model.safetensors",
-        "rm_robust/__pycache__/config.pyc", ".mypy_cache/x.json",
+    left_out = [
+        ".git/objects/aa", ".venv/bin/python", "runs/tiny_cpu/metrics.jsonl", "research/bench/results/table.json",
+        "models/model.safetensors", "rm_robust/__pycache__/config.pyc", ".mypy_cache/x.json",
     ]  # fmt: skip
-    for name in kept + left:
+    for name in kept + left_out:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("x")
     shutil.copy(REPOSITORY / ".rayignore", source)

@@ -1,5 +1,8 @@
-"""The Grafana dashboard asks for metrics that exist. Those of training are held against a real run in tests/e2e/test_smoke.py, and what Ray makes of all of
-them against a real node's endpoint in tests/component/test_cluster_metrics.py."""
+"""The Grafana dashboard asks for metrics that exist.
+
+tests/e2e/test_smoke.py compares the metrics of training with a real run. tests/component/test_cluster_metrics.py
+compares all names that Ray exports with a real node's endpoint.
+"""
 
 import json
 import re
@@ -31,8 +34,8 @@ def names_in(expression: str) -> set[str]:
 def test_every_panel_has_a_place_and_names_its_metrics() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(ids) == len(set(ids))
-    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
-    assert len(places) == len(set(places))
+    positions = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
+    assert len(positions) == len(set(positions))
     assert all(names_in(expression) for expression in expressions())
 
 
@@ -103,7 +106,7 @@ def test_what_it_asks_ray_for_ray_exports() -> None:
     import ray
 
     sources = "".join(path.read_text() for path in (Path(ray.__file__).parent / "dashboard").rglob("*.py"))
-    for name in asked - {"ray_object_store_memory"}:  # that one is the raylet's, which is compiled
+    for name in asked - {"ray_object_store_memory"}:  # this one comes from the raylet, which is compiled
         assert name.removeprefix("ray_") in sources
 
 

@@ -1,4 +1,7 @@
-"""deploy/*.yaml holds, and a wrong name, port, field, secret or version in it, or less security, is refused by the check that is for it."""
+"""The files of deploy/*.yaml are correct, and the right check refuses a wrong name, port, field, secret or version.
+
+Less security is refused, too.
+"""
 
 import re
 from collections.abc import Callable
@@ -39,7 +42,7 @@ def test_the_manifests_hold(check: Callable[[Manifests], None]) -> None:
     check(load_manifests())
 
 
-SHIPPED = ("rm_robust", "serve", "pipelines", "deploy", "README.md", "Makefile", "cluster.yaml")
+SHIPPED = ("rm_robust", "serve", "pipelines", "deploy", "docs/cluster", "README.md", "Makefile", "cluster.yaml")
 TOKEN_OFF = re.compile(r"RAY_AUTH_MODE\W{1,6}(?:value\W{1,6})?disabled|authOptions\W+mode\W+disabled")
 
 
@@ -52,7 +55,7 @@ def test_no_shipped_file_turns_the_token_off() -> None:
     texts = {path: path.read_text() for path in paths if path.is_file() and "__pycache__" not in path.parts}
     assert (
         sum("RAY_AUTH_MODE" in text or "authOptions" in text for text in texts.values()) >= 5
-    )  # the three of deploy/, cluster.yaml, README
+    )  # three manifests and a script of deploy/, and cluster.yaml, at least
     assert [str(path) for path, text in texts.items() if TOKEN_OFF.search(text)] == []
 
 
@@ -69,27 +72,27 @@ def test_a_line_that_turns_the_token_off_is_seen(line: str) -> None:
     assert TOKEN_OFF.search(line)
 
 
-# Each of the following, done to a good set of files, is refused by the check that is named.
+# Each of the following changes to a correct set of files is refused by the check that is named.
 
 REMOVED = object()
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """The key at the end of the path gets another name."""
+    """A change that gives the key at the end of the path another name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Appended:
-    """The list at the end of the path gets one more entry."""
+    """A change that adds an entry to the list at the end of the path."""
 
     entry: Fields
 
 
 def step_into(value: Any, key: str) -> Any:
-    """One step of a path: a key, an index, or the `name` or `groupName` of a list's entry."""
+    """Do one step of a path: a key, an index, or the `name`, `groupName` or `job_name` of a list's entry."""
     if isinstance(value, dict):
         return value[key]
     if key.isdigit():
@@ -116,7 +119,10 @@ def mutate(root: Fields, path: str, value: object) -> None:
 
 
 def mutated(where: str, path: str, value: object) -> Manifests:
-    """`where`: "ray" for the cluster in all three files alike, "serve" for what is inside serveConfigV2, or one manifest."""
+    """Return the manifests with one change.
+
+    `where` is "ray" for the cluster in all three files, "serve" for the content of serveConfigV2, or one manifest.
+    """
     manifests = load_manifests()
     if where == "ray":
         group = path.split()[1] if path.startswith("workerGroupSpecs") else None
@@ -194,7 +200,7 @@ MUTATIONS: list[tuple[str, str, object, Callable[[Manifests], None]]] = [
     ("serve", "applications 0 import_path", "serve.app:biuld", check_service),
     ("serve", "applications 0 deployments 0 name", "scorer_model", check_service),
     ("serve", "applications 0 args limits max_body_bytes", 1, check_service),
-    # ports, and who may reach them
+    # ports, and the pods that may reach them
     ("ray", f"{HEAD_CONTAINER} ports dashboard containerPort", 8266, check_network),
     ("ray", f"{HEAD_CONTAINER} ports dashboard name", "dash", check_network),
     ("ray", f"{HEAD_CONTAINER} ports", Appended({"name": "client", "containerPort": 10001}), check_network),
@@ -205,7 +211,7 @@ MUTATIONS: list[tuple[str, str, object, Callable[[Manifests], None]]] = [
     ("NetworkPolicy ray-pods", "spec ingress 0 from 0 podSelector", {}, check_network),
     ("NetworkPolicy ray-pods", "spec podSelector matchLabels", {"ray.io/is-ray-nod": "yes"}, check_network),
     ("NetworkPolicy scores", "spec ingress 0 ports 0 port", 8265, check_network),
-    # who reads metrics, and where
+    # the readers of metrics, and their ports
     ("PodMonitor ray-nodes", "spec podMetricsEndpoints 0 port", "metric", check_monitor),
     ("PodMonitor ray-nodes", "spec podMetricsEndpoints", Renamed("endpoints"), check_monitor),
     ("PodMonitor ray-nodes", "metadata namespace", "monitoring", check_names),
@@ -263,7 +269,7 @@ MUTATIONS: list[tuple[str, str, object, Callable[[Manifests], None]]] = [
     ("ray", f"{HEAD_CONTAINER} securityContext allowPrivilegeEscalation", True, check_security),
     ("ray", "autoscalerOptions securityContext", REMOVED, check_security),
     ("ray", f"{TRAINER} template spec automountServiceAccountToken", True, check_security),
-    # one file that has come apart from the others
+    # one file that differs from the others
     ("job", f"spec rayClusterSpec {TRAINER} maxReplicas", 4, check_one_cluster),
     ("service", f"spec rayClusterConfig {SERVING_CONTAINER} resources limits memory", "1Gi", check_one_cluster),
     ("service", f"spec rayClusterConfig {HEAD} restartPolicy", "OnFailure", check_one_cluster),

@@ -1,4 +1,7 @@
-"""The Dockerfiles copy files that exist and that Docker may see, install the locks, and run as a user who is not root; the locks fit pyproject.toml."""
+"""The Dockerfiles copy files that exist and that Docker sees, install the locks, and run as a user other than root.
+
+The locks fit pyproject.toml.
+"""
 
 import fnmatch
 import re
@@ -14,19 +17,18 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """Every instruction of a Dockerfile in order, with what stands after it on its line (none here goes on over two)."""
+    """Return every instruction of a Dockerfile in order, with the rest of its line. Each has only one line here."""
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
 
 
 def copied(text: str) -> list[str]:
-    return [
-        path for name, rest in instructions(text) if name == "COPY" for path in rest.split()[1:-1]
-    ]  # after --chown, before the target
+    # The copied paths come after --chown and before the target.
+    return [path for name, rest in instructions(text) if name == "COPY" for path in rest.split()[1:-1]]
 
 
 def visible_to_docker(path: str, dockerignore: str) -> bool:
-    """The last line that matches decides, as Docker has it."""
+    """Return whether Docker sees `path`. The last line that matches decides, as in Docker."""
     visible = True
     for line in dockerignore.splitlines():
         if line and not line.startswith("#") and fnmatch.fnmatch(path, line.removeprefix("!")):
@@ -63,7 +65,7 @@ def check_dockerfile(text: str, dockerignore: str) -> None:
     )
     assert not re.search(r"https?://|\b[\w-]+\.(?:org|io|com)\b", text), "no registry's host"
     (image,) = re.findall(r"^ARG PYTHON_IMAGE=python:(\d+\.\d+)-", text, re.MULTILINE)
-    assert image == "3.11"  # what the locks are for
+    assert image == "3.11"  # the Python version of the locks
 
 
 def dockerignore() -> str:
@@ -77,7 +79,7 @@ def test_a_dockerfile_holds(name: str) -> None:
 
 IN_BOTH = [
     ("serve serve", "server server"),  # a folder that does not exist
-    ("pipelines pipelines\n", "docs docs\n"),  # one that Docker does not see
+    ("pipelines pipelines\n", "docs docs\n"),  # a folder that Docker does not see
     ("COPY --chown=1000:1000 pipelines pipelines\n", ""),
     ("USER 1000:1000", "USER ray"),
     ("USER 1000:1000", "USER 0:0"),
@@ -112,9 +114,10 @@ def test_a_lock_has_a_version_that_pyproject_allows_for_everything_it_asks_for(l
     pinned = dict(line.split("==") for line in (REPOSITORY / "requirements" / lock).read_text().splitlines())
     asked = [Requirement(entry) for entry in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra])]
     assert [
-        str(one)
-        for one in asked
-        if one.name not in pinned or not one.specifier.contains(pinned[one.name].partition("+")[0])
+        str(requirement)
+        for requirement in asked
+        if requirement.name not in pinned
+        or not requirement.specifier.contains(pinned[requirement.name].partition("+")[0])
     ] == []
 
 

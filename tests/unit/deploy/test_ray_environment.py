@@ -11,11 +11,16 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 
 FAKES = {
-    "make": 'echo "$@" > made\nmkdir -p .venv/bin\necho "export PATH=$PWD/.venv/bin:$PATH" > .venv/bin/activate\nexit $MAKE_STATUS',
+    "make": """echo "$@" > made
+mkdir -p .venv/bin
+echo "export PATH=$PWD/.venv/bin:$PATH" > .venv/bin/activate
+exit $MAKE_STATUS""",
     "ray": """test "$*" = "get-auth-token --generate" && test "$RAY_AUTH_MODE" = token && mkdir -p ~/.ray || exit 1
-test -n "$RAY_AUTH_TOKEN" || test -e ~/.ray/auth_token || { echo made > ~/.ray/auth_token; ls -l ~/.ray/auth_token > created; }""",
+test -n "$RAY_AUTH_TOKEN" || test -e ~/.ray/auth_token && exit 0
+echo made > ~/.ray/auth_token
+ls -l ~/.ray/auth_token > created""",
 }
-"""In place of an installation that takes minutes."""
+"""Scripts that replace an installation, which would take minutes."""
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -23,18 +28,19 @@ test -n "$RAY_AUTH_TOKEN" || test -e ~/.ray/auth_token || { echo made > ~/.ray/a
 def test_a_terminal_is_ready_for_ray_after_one_command_or_says_why_not(
     tmp_path: Path, make_status: int, argument: str
 ) -> None:
-    told = source_ray_environment(
+    terminal = source_ray_environment(
         tmp_path,
         f"{argument}\necho $? $RAY_AUTH_MODE $RAY_JOB_STOP_WAIT_TIME_S $RM_ROBUST_RUN_ROOT",
         MAKE_STATUS=str(make_status),
     )
-    assert told.stdout.split() == (["0", "token", "60", *argument.split()] if make_status == 0 else ["2"]), told.stderr
+    expected = ["0", "token", "60", *argument.split()] if make_status == 0 else ["2"]
+    assert terminal.stdout.split() == expected, terminal.stderr
     assert (tmp_path / "made").read_text() == "--no-print-directory install\n"
     assert (tmp_path / ".ray" / "auth_token").exists() == (make_status == 0)
 
 
 def source_ray_environment(home: Path, rest: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """In a terminal whose files everybody may read; the script's line ends in `rest`."""
+    """Source the script in a terminal whose files everybody may read. `rest` follows on the same line."""
     for name, text in FAKES.items():
         (home / name).write_text(f"#!/bin/sh\n{text}\n")
         (home / name).chmod(0o755)
@@ -45,9 +51,9 @@ def source_ray_environment(home: Path, rest: str = "", **variables: str) -> subp
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_rays_token_is_never_readable_by_others_and_the_terminals_umask_stays(tmp_path: Path) -> None:
-    told = source_ray_environment(tmp_path, "&& umask")
-    assert (told.stdout, told.stderr) == ("0022\n", "")
-    assert (tmp_path / "created").read_text().startswith("-rw-------"), "from the start, and not by a chmod after it"
+    terminal = source_ray_environment(tmp_path, "&& umask")
+    assert (terminal.stdout, terminal.stderr) == ("0022\n", "")
+    assert (tmp_path / "created").read_text().startswith("-rw-------"), "from the start, and not by a later chmod"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -64,13 +70,13 @@ def test_a_token_that_others_could_read_is_replaced_and_what_to_restart_is_said(
     held.chmod(mode)
     if is_link:
         token.symlink_to(held)
-    told = source_ray_environment(tmp_path, **variables)
-    assert told.returncode == 0, told.stderr
+    terminal = source_ray_environment(tmp_path, **variables)
+    assert terminal.returncode == 0, terminal.stderr
     if mode in (0o600, 0o400):
-        assert (token.read_text(), told.stderr) == ("old\n", "")
+        assert (token.read_text(), terminal.stderr) == ("old\n", "")
         return
     assert (token.read_text(), stat.S_IMODE(token.lstat().st_mode)) == ("made\n", 0o600)
-    (line,) = told.stderr.splitlines()
+    (line,) = terminal.stderr.splitlines()
     assert re.search(
         r"a new token takes its place\. Stop, and start again, every cluster and run that began with the old one", line
     )

@@ -1,4 +1,4 @@
-"""Scorers of which theory says how a constant answer fares."""
+"""Scorers for which theory says how often a constant answer wins."""
 
 import random
 
@@ -17,7 +17,7 @@ CASES = [
 
 
 def figures(scores: list[list[float]], cases: list[Case] = CASES) -> dict[str, float]:
-    return {name: own.value for name, own in figures_of(SUITE, cases, scores).items()}
+    return {name: estimate.value for name, estimate in figures_of(SUITE, cases, scores).items()}
 
 
 def test_the_best_completion_of_a_row_is_what_the_answers_are_held_against() -> None:
@@ -27,28 +27,28 @@ def test_the_best_completion_of_a_row_is_what_the_answers_are_held_against() -> 
 
 
 def test_a_scorer_of_length_alone_lets_an_answer_win_wherever_the_best_completion_is_shorter() -> None:
-    found = figures([[float(len(text)) for text in case.completions] for case in CASES])
+    values = figures([[float(len(text)) for text in case.completions] for case in CASES])
     for name, answer in ANSWERS.items():
-        assert found[f"{name}.wins"] == pytest.approx(
+        assert values[f"{name}.wins"] == pytest.approx(
             sum(len(answer) > len(case.completions[0]) for case in CASES) / len(CASES)
         )
-        assert found[f"{name}.margin"] == pytest.approx(
+        assert values[f"{name}.margin"] == pytest.approx(
             sum(len(case.completions[0]) - len(answer) for case in CASES) / len(CASES)
         )
-    assert 0 < found["refusal.wins"] < found["padding.wins"] < 1
-    assert found["any.wins"] == max(found[f"{name}.wins"] for name in ANSWERS)
+    assert 0 < values["refusal.wins"] < values["padding.wins"] < 1
+    assert values["any.wins"] == max(values[f"{name}.wins"] for name in ANSWERS)
 
 
 def test_a_random_scorer_lets_each_answer_win_half_of_the_time_and_any_of_six_in_six_of_seven() -> None:
     numbers = random.Random(0)
-    found = figures_of(SUITE, CASES, [[numbers.random() for _ in case.completions] for case in CASES])
-    assert all(found[f"{name}.wins"].low < 0.5 < found[f"{name}.wins"].high for name in ANSWERS)
-    assert found["any.wins"].low < len(ANSWERS) / (len(ANSWERS) + 1) < found["any.wins"].high
+    estimates = figures_of(SUITE, CASES, [[numbers.random() for _ in case.completions] for case in CASES])
+    assert all(estimates[f"{name}.wins"].low < 0.5 < estimates[f"{name}.wins"].high for name in ANSWERS)
+    assert estimates["any.wins"].low < len(ANSWERS) / (len(ANSWERS) + 1) < estimates["any.wins"].high
 
 
 def test_a_constant_scorer_lets_no_answer_win() -> None:
-    found = figures([[2.0] * (1 + len(ANSWERS))] * len(CASES))
-    assert set(found.values()) == {0.0}
+    values = figures([[2.0] * (1 + len(ANSWERS))] * len(CASES))
+    assert set(values.values()) == {0.0}
 
 
 def test_a_row_without_completions_is_refused() -> None:

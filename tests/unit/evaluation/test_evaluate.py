@@ -21,10 +21,10 @@ from rm_robust.data.chat import ChatFormat
 from rm_robust.errors import ConfigError, DataError, RefusedInputError, ScorerUnavailableError, ScoringError
 from rm_robust.evaluation import evaluate as evaluate_module
 from rm_robust.evaluation.constant_answers import ANSWERS
-from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, Evaluation, figure_names, read_data
+from rm_robust.evaluation.evaluate import CASES_AT_A_TIME, EvaluationPlan, figure_names, read_data
 from rm_robust.evaluation.suites import SUITES
 from rm_robust.models.checkpoint import MANIFEST_NAME, commit_checkpoint
-from rm_robust.scoring.checkpoint_scorer import CheckpointSource
+from rm_robust.scoring.checkpoint_scorer import CheckpointScorer
 from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
 from tests.support.tiny_reward_model import save_tiny_reward_model
 
@@ -34,7 +34,7 @@ WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a mac
 
 
 class TextScorer:
-    """Refuses a request with a completion that it has no score for, as a service does, and counts what it is asked."""
+    """A scorer that refuses a request with a completion that has no score, as a service does, and counts its inputs."""
 
     def __init__(self, score_of: Callable[[str], float | None], checkpoint: str = "sha256:one") -> None:
         self.score_of, self.checkpoint, self.num_scored = score_of, checkpoint, 0
@@ -50,8 +50,8 @@ class TextScorer:
         )
 
 
-def evaluate(what: Evaluation, scorer: TextScorer, *, cases_at_a_time: int = CASES_AT_A_TIME) -> dict[str, Any]:
-    return evaluate_module.evaluate(what, read_data(what), scorer, cases_at_a_time=cases_at_a_time)
+def evaluate(plan: EvaluationPlan, scorer: TextScorer, *, cases_at_a_time: int = CASES_AT_A_TIME) -> dict[str, Any]:
+    return evaluate_module.evaluate(plan, read_data(plan), scorer, cases_at_a_time=cases_at_a_time)
 
 
 def length(text: str) -> float:
@@ -69,12 +69,12 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def what(data: Path, *, leave_out: bool = False) -> Evaluation:
-    return Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "out", leave_out)
+def plan_of(data: Path, *, leave_out: bool = False) -> EvaluationPlan:
+    return EvaluationPlan("preferences", SUITES["preferences"], [str(data)], data.parent / "out", leave_out)
 
 
 def test_the_result_says_what_was_evaluated_with_what(data: Path) -> None:
-    result = evaluate(what(data), TextScorer(length))
+    result = evaluate(plan_of(data), TextScorer(length))
     assert result["figures"]["all.accuracy"]["value"] == 0.75
     assert (result["checkpoint"], result["num_cases"], result["num_refused"]) == ("sha256:one", NUM_PAIRS, 0)
     assert result["files"] == [
@@ -99,7 +99,7 @@ def test_texts_are_read_a_few_at_a_time_and_not_kept(tmp_path: Path, suffix: str
     del rows
     tracemalloc.start()
     try:
-        assert evaluate(what(path), TextScorer(length), cases_at_a_time=8)["num_cases"] == num_rows
+        assert evaluate(plan_of(path), TextScorer(length), cases_at_a_time=8)["num_cases"] == num_rows
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -107,32 +107,32 @@ def test_texts_are_read_a_few_at_a_time_and_not_kept(tmp_path: Path, suffix: str
 
 
 def test_a_file_that_changes_between_its_two_readings_is_refused(data: Path) -> None:
-    known = read_data(what(data))
+    known = read_data(plan_of(data))
     lines = data.read_text().splitlines()
     lines[3] = lines[3].replace("long answer", "long ANSWER")  # as many characters
     data.write_text("".join(f"{line}\n" for line in lines))
     with pytest.raises(DataError, match=r"Case pairs\.jsonl:4 is not what it was a moment ago"):
-        evaluate_module.evaluate(what(data), known, TextScorer(length))
+        evaluate_module.evaluate(plan_of(data), known, TextScorer(length))
     data.write_text("".join(f"{line}\n" for line in data.read_text().splitlines()[:3]))
     with pytest.raises(DataError, match=r"Case pairs\.jsonl:4 is not what it was a moment ago"):
         evaluate_module.evaluate(
-            Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "other"),
+            EvaluationPlan("preferences", SUITES["preferences"], [str(data)], data.parent / "other"),
             known,
             TextScorer(length),
         )
 
 
 def test_scores_of_a_suites_former_texts_are_not_mixed_with_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Evaluation("constant_answers", SUITES["constant_answers"], [str(data)], data.parent / "out")
-    assert evaluate(own, TextScorer(length))["figures"]["padding.wins"]["value"] == 1
+    plan = EvaluationPlan("constant_answers", SUITES["constant_answers"], [str(data)], data.parent / "out")
+    assert evaluate(plan, TextScorer(length))["figures"]["padding.wins"]["value"] == 1
     monkeypatch.setitem(ANSWERS, "padding", "short")
     with pytest.raises(DataError, match="texts was"):
-        evaluate(own, TextScorer(length))
+        evaluate(plan, TextScorer(length))
 
 
 def test_a_stopped_evaluation_goes_on_where_it_stopped(data: Path) -> None:
     once = evaluate(
-        Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "once"),
+        EvaluationPlan("preferences", SUITES["preferences"], [str(data)], data.parent / "once"),
         TextScorer(length),
         cases_at_a_time=6,
     )
@@ -144,19 +144,19 @@ def test_a_stopped_evaluation_goes_on_where_it_stopped(data: Path) -> None:
             return super().score(inputs)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(what(data), StopsScorer(length), cases_at_a_time=6)
+        evaluate(plan_of(data), StopsScorer(length), cases_at_a_time=6)
     log = data.parent / "out" / "scores.jsonl"
     assert not (data.parent / "out" / "result.json").exists()
     log.write_bytes(log.read_bytes() + b'{"case": 12, "sco')  # what a killed process was writing
     rest = TextScorer(length)
-    assert evaluate(what(data), rest, cases_at_a_time=6) == once
+    assert evaluate(plan_of(data), rest, cases_at_a_time=6) == once
     assert rest.num_scored == NUM_PAIRS - 12 + 1  # the first case is asked again, for the checkpoint
 
 
 def test_scores_of_another_checkpoint_are_not_mixed(data: Path) -> None:
-    evaluate(what(data), TextScorer(length))
+    evaluate(plan_of(data), TextScorer(length))
     with pytest.raises(DataError, match="checkpoint was 'sha256:one', is 'sha256:two'"):
-        evaluate(what(data), TextScorer(length, checkpoint="sha256:two"))
+        evaluate(plan_of(data), TextScorer(length, checkpoint="sha256:two"))
 
 
 def test_a_checkpoint_that_changes_on_the_way_ends_the_evaluation(data: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_changes_on_the_way_ends_the_evaluation(data: Path) ->
             return reply
 
     with pytest.raises(ScoringError, match="has changed from sha256:one to sha256:two"):
-        evaluate(what(data), SwappedScorer(length))
+        evaluate(plan_of(data), SwappedScorer(length))
 
 
 def no_score_of_bad(text: str) -> float | None:
@@ -175,34 +175,36 @@ def no_score_of_bad(text: str) -> float | None:
 
 
 def test_a_case_without_scores_ends_the_evaluation_unless_it_may_be_left_out(data: Path) -> None:
-    stopping = Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "stopping")
+    stopping = EvaluationPlan("preferences", SUITES["preferences"], [str(data)], data.parent / "stopping")
     lines = data.read_text().splitlines(keepends=True)
     data.write_text("".join(lines[1:] + lines[:1]))
     with pytest.raises(ScoringError, match="Case pairs.jsonl:4 has no scores"):
         evaluate(stopping, TextScorer(no_score_of_bad))
-    assert (
-        len((data.parent / "stopping" / "scores.jsonl").read_text().splitlines()) == 1 + 3
-    )  # what came before it is kept
-    result = evaluate(what(data, leave_out=True), TextScorer(no_score_of_bad))
+    # The scores of the cases before it are kept.
+    assert len((data.parent / "stopping" / "scores.jsonl").read_text().splitlines()) == 1 + 3
+    result = evaluate(plan_of(data, leave_out=True), TextScorer(no_score_of_bad))
     assert result["refused"][0] == {"case": "pairs.jsonl:4", "reason": "Input 0 has no score."}
     with pytest.raises(DataError, match="leave_out_refused was True, is False"):
-        evaluate(what(data), TextScorer(length))
+        evaluate(plan_of(data), TextScorer(length))
     assert (result["num_refused"], result["figures"]["all.accuracy"]["value"]) == (NUM_PAIRS // 4, 1.0)
     assert f"{NUM_PAIRS // 4} of {NUM_PAIRS} cases have no scores and are left out" in result["notes"]
 
 
 def test_a_scorer_that_makes_no_number_of_anything_has_no_result(data: Path) -> None:
     with pytest.raises(ScoringError, match="None of the first 20 cases has scores"):
-        evaluate(what(data, leave_out=True), TextScorer(lambda _: None))
+        evaluate(plan_of(data, leave_out=True), TextScorer(lambda _: None))
 
 
 def test_a_checkpoint_that_makes_nan_of_a_word_has_figures_of_the_other_cases_alone(tmp_path: Path) -> None:
-    """The embedding of one token is NaN. A case with it ends the evaluation, or is left out, counted and named; it never has a score."""
-    whole = save_tiny_reward_model(tmp_path / "whole")
-    chat = ChatFormat.load(whole)
+    """The embedding of one token is NaN.
+
+    A case with this token ends the evaluation, or is left out, counted and named; it never has a score.
+    """
+    intact = save_tiny_reward_model(tmp_path / "intact")
+    chat = ChatFormat.load(intact)
 
     def write(folder: Path) -> None:
-        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        shutil.copytree(intact, folder, dirs_exist_ok=True)
         (folder / MANIFEST_NAME).unlink()
         weights = load_file(folder / "model.safetensors")
         weights["model.embed_tokens.weight"][chat.completion_ids("river")[0]] = torch.nan
@@ -218,32 +220,32 @@ def test_a_checkpoint_that_makes_nan_of_a_word_has_figures_of_the_other_cases_al
         for i in range(NUM_PAIRS)
     ]
     files = {"all": rows, "others": [row for row in rows if row["chosen"] != "river stone"]}
-    for name, own in files.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    for name, file_rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in file_rows))
 
     def figures(checkpoint: str, data: str, *, leave_out: bool) -> dict[str, Any]:
-        source = CheckpointSource(
+        scorer = CheckpointScorer(
             tmp_path / checkpoint, device="cpu", max_length_tokens=None, max_tokens_per_batch=8192
         )
-        own = Evaluation(
+        plan = EvaluationPlan(
             "preferences",
             SUITES["preferences"],
             [str(tmp_path / f"{data}.jsonl")],
             tmp_path / f"{checkpoint}_{data}_{leave_out}",
             leave_out,
         )
-        return evaluate_module.evaluate(own, read_data(own), source)
+        return evaluate_module.evaluate(plan, read_data(plan), scorer)
 
     with pytest.raises(
         ScoringError, match=r"Case all\.jsonl:1 has no scores: Input 0 got the scores \[nan.*not finite"
     ):
         figures("nan", "all", leave_out=False)
-    found, expected = figures("nan", "all", leave_out=True), figures("whole", "others", leave_out=False)
-    assert found["num_refused"] == NUM_PAIRS / 4
-    assert f"{NUM_PAIRS // 4} of {NUM_PAIRS} cases have no scores and are left out" in found["notes"]
-    assert all("not finite" in own["reason"] for own in found["refused"])
-    assert found["figures"] == {
-        name: pytest.approx(own, abs=1e-4, nan_ok=True) for name, own in expected["figures"].items()
+    result, expected = figures("nan", "all", leave_out=True), figures("intact", "others", leave_out=False)
+    assert result["num_refused"] == NUM_PAIRS / 4
+    assert f"{NUM_PAIRS // 4} of {NUM_PAIRS} cases have no scores and are left out" in result["notes"]
+    assert all("not finite" in case["reason"] for case in result["refused"])
+    assert result["figures"] == {
+        name: pytest.approx(figure, abs=1e-4, nan_ok=True) for name, figure in expected["figures"].items()
     }
 
 
@@ -255,7 +257,7 @@ def test_a_service_that_is_away_is_no_reason_to_leave_cases_out(data: Path) -> N
             return super().score(inputs)
 
     with pytest.raises(ScorerUnavailableError):
-        evaluate(what(data, leave_out=True), AwayScorer(length))
+        evaluate(plan_of(data, leave_out=True), AwayScorer(length))
 
 
 def test_a_service_that_refuses_the_key_is_no_reason_to_leave_cases_out(data: Path) -> None:
@@ -264,7 +266,7 @@ def test_a_service_that_refuses_the_key_is_no_reason_to_leave_cases_out(data: Pa
             raise ScoringError("HTTP 401: no key")
 
     with pytest.raises(ScoringError, match="HTTP 401"):
-        evaluate(what(data, leave_out=True), LockedScorer(length))
+        evaluate(plan_of(data, leave_out=True), LockedScorer(length))
 
 
 @pytest.mark.parametrize(
@@ -277,17 +279,17 @@ def test_a_service_that_refuses_the_key_is_no_reason_to_leave_cases_out(data: Pa
     ids=["twice", "not JSON", "a score too many"],
 )
 def test_a_spoilt_log_is_not_used(data: Path, spoil: Callable[[list[str]], list[str]], message: str) -> None:
-    evaluate(what(data), TextScorer(length))
+    evaluate(plan_of(data), TextScorer(length))
     log = data.parent / "out" / "scores.jsonl"
     log.write_text("".join(line + "\n" for line in spoil(log.read_text().splitlines())))
     with pytest.raises(DataError, match=message):
-        evaluate(what(data), TextScorer(length))
+        evaluate(plan_of(data), TextScorer(length))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--url=http://127.0.0.1:port", "--data=DATA"], "is no URL"),
+        (["--url=http://127.0.0.1:port", "--data=DATA"], "is not a URL"),
         (
             ["--url=http://127.0.0.1:9", "--data=DATA", "--require=accuracy>=0.5"],
             "none of the figures: all.tied_scores, all.accuracy",
@@ -337,22 +339,22 @@ def test_inside_a_ray_job_a_relative_out_is_refused(
 
 
 def test_the_names_of_figures_are_known_before_any_score(data: Path) -> None:
-    assert figure_names(SUITES["preferences"], read_data(what(data)).cases) == list(
-        evaluate(what(data), TextScorer(length))["figures"]
+    assert figure_names(SUITES["preferences"], read_data(plan_of(data)).cases) == list(
+        evaluate(plan_of(data), TextScorer(length))["figures"]
     )
 
 
 def test_a_constant_scorer_is_warned_of(data: Path) -> None:
     assert any(
         "does not tell their completions apart" in note
-        for note in evaluate(what(data), TextScorer(lambda _: 0.0))["notes"]
+        for note in evaluate(plan_of(data), TextScorer(lambda _: 0.0))["notes"]
     )
 
 
 def test_a_row_that_cannot_be_read_is_named(data: Path) -> None:
     data.write_text(data.read_text() + '{"prompt": "p"}\n')
     with pytest.raises(DataError, match=f"Row pairs.jsonl:{NUM_PAIRS + 1}: Columns"):
-        evaluate(what(data), TextScorer(length))
+        evaluate(plan_of(data), TextScorer(length))
 
 
 @pytest.mark.parametrize(
@@ -373,22 +375,24 @@ def test_what_is_no_requirement_is_refused(text: str) -> None:
 
 
 def test_requirements_that_do_not_hold_are_named(data: Path) -> None:
-    result = evaluate(what(data), TextScorer(length))
+    result = evaluate(plan_of(data), TextScorer(length))
     assert command.unmet([("all.accuracy", ">=", 0.75), ("all.accuracy", "<=", 0.75)], result) == []
     assert command.unmet([("all.accuracy", ">=", 0.8)], result) == ["all.accuracy >= 0.8: it is 0.7500"]
     with pytest.raises(ConfigError, match="none of the figures"):
         command.unmet([("accuracy", ">=", 0.8)], result)
 
 
-def against(data: Path, other: str) -> Evaluation:
-    return Evaluation("preferences", SUITES["preferences"], [str(data)], data.parent / "own", True, data.parent / other)
+def against(data: Path, other: str) -> EvaluationPlan:
+    return EvaluationPlan(
+        "preferences", SUITES["preferences"], [str(data)], data.parent / "own", True, data.parent / other
+    )
 
 
 def test_two_models_are_compared_on_the_cases_that_both_have_scores_of(data: Path) -> None:
-    evaluate(what(data, leave_out=True), TextScorer(no_score_of_bad, checkpoint="sha256:two"))
-    found = evaluate(against(data, "out"), TextScorer(lambda text: -length(text)))["against"]
-    assert (found["checkpoint"], found["num_cases"]) == ("sha256:two", NUM_PAIRS * 3 // 4)
-    assert found["differences"]["all.accuracy"] == {
+    evaluate(plan_of(data, leave_out=True), TextScorer(no_score_of_bad, checkpoint="sha256:two"))
+    comparison = evaluate(against(data, "out"), TextScorer(lambda text: -length(text)))["against"]
+    assert (comparison["checkpoint"], comparison["num_cases"]) == ("sha256:two", NUM_PAIRS * 3 // 4)
+    assert comparison["differences"]["all.accuracy"] == {
         "value": -1.0,
         "low": -1.0,
         "high": -1.0,
@@ -397,13 +401,16 @@ def test_two_models_are_compared_on_the_cases_that_both_have_scores_of(data: Pat
 
 
 def test_a_model_does_not_differ_from_itself(data: Path) -> None:
-    evaluate(what(data), TextScorer(length))
-    found = evaluate(against(data, "out"), TextScorer(length))["against"]["differences"]
-    assert all((own["value"], own["low"], own["high"], own["p_value"]) == (0, 0, 0, 1) for own in found.values())
+    evaluate(plan_of(data), TextScorer(length))
+    differences = evaluate(against(data, "out"), TextScorer(length))["against"]["differences"]
+    assert all(
+        (difference["value"], difference["low"], difference["high"], difference["p_value"]) == (0, 0, 0, 1)
+        for difference in differences.values()
+    )
 
 
 def test_an_evaluation_of_other_data_or_an_unfinished_one_is_not_compared_with(data: Path) -> None:
-    evaluate(what(data), TextScorer(length))
+    evaluate(plan_of(data), TextScorer(length))
     log = data.parent / "out" / "scores.jsonl"
     log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))
     with pytest.raises(DataError, match="has the scores of 19 of 20 cases"):
@@ -411,14 +418,14 @@ def test_an_evaluation_of_other_data_or_an_unfinished_one_is_not_compared_with(d
     data.write_text(data.read_text().replace("Prompt", "Question"))
     with pytest.raises(DataError, match="files was"):
         evaluate(
-            Evaluation(
+            EvaluationPlan(
                 "preferences", SUITES["preferences"], [str(data)], data.parent / "new", True, data.parent / "out"
             ),
             TextScorer(length),
         )
     with pytest.raises(DataError, match="There is no"):
         evaluate(
-            Evaluation(
+            EvaluationPlan(
                 "preferences", SUITES["preferences"], [str(data)], data.parent / "third", True, data.parent / "nowhere"
             ),
             TextScorer(length),

@@ -1,4 +1,4 @@
-"""The page of an evaluation is made from its result alone, and shows what that has."""
+"""The page of an evaluation is made from its result alone, and shows everything that the result has."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,12 +15,13 @@ def result_of(suite_name: str, rows: list[dict[str, Any]], scores: list[list[flo
     suite: Suite = SUITES[suite_name]
     cases = [suite.parse(row) for row in rows]
     figures = {
-        name: {"value": own.value, "low": own.low, "high": own.high}
-        for name, own in figures_of(suite, cases, scores).items()
+        name: {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+        for name, estimate in figures_of(suite, cases, scores).items()
     }
     return {
-        "suite": suite_name, "checkpoint": "sha256:one", "num_cases": len(rows), "num_refused": 0, "notes": ["a <note>"], "interval": "95%",
-        "figures": figures, "versions": {"torch": "2"}, "files": [{"path": "a&b.jsonl", "sha256": "sha256:two"}],
+        "suite": suite_name, "checkpoint": "sha256:one", "num_cases": len(rows), "num_refused": 0,
+        "notes": ["a <note>"], "interval": "95%", "figures": figures, "versions": {"torch": "2"},
+        "files": [{"path": "a&b.jsonl", "sha256": "sha256:two"}],
     } | suite.details(cases, scores)  # fmt: skip
 
 
@@ -35,6 +36,8 @@ STYLED = [
 
 
 class Pictures(HTMLParser):
+    """The names of the pictures of a page."""
+
     def __init__(self, html: str) -> None:
         super().__init__()
         self.names: list[str | None] = []
@@ -72,10 +75,8 @@ def test_differences_have_their_p_values(tmp_path: Path) -> None:
         "differences": {"all.accuracy": {"value": 0.5, "low": None, "high": 1.0, "p_value": 0.0125}},
     }
     html = write_page(result | {"against": against}, tmp_path).read_text()
-    assert (
-        '<td>all.accuracy</td><td class="number">0.5000</td><td class="number">—</td><td class="number">1.0000</td><td class="number">0.0125</td>'
-        in html
-    )
+    cells = "".join(f'<td class="number">{number}</td>' for number in ("0.5000", "—", "1.0000", "0.0125"))
+    assert f"<td>all.accuracy</td>{cells}" in html
 
 
 def test_best_of_n_is_drawn_against_its_divergence() -> None:

@@ -1,4 +1,4 @@
-"""Figures worked out by hand; tests/compat compares with reward-bench's own functions."""
+"""Figures of RewardBench worked out by hand. tests/compat compares them with reward-bench's own functions."""
 
 import math
 from dataclasses import replace
@@ -30,16 +30,16 @@ def best_of(own_id: str, subset: str, *, num_right: int = 1, num_wrong: int = 3)
 
 
 def figures(suite: str, cases: list[Case], scores: list[list[float]]) -> dict[str, float]:
-    return {name: own.value for name, own in figures_of(SUITES[suite], cases, scores).items()}
+    return {name: estimate.value for name, estimate in figures_of(SUITES[suite], cases, scores).items()}
 
 
 def test_a_section_weighs_its_subsets_by_the_benchmarks_counts_and_a_tie_is_wrong() -> None:
     cases = [pair(0, "alpacaeval-easy"), pair(1, "alpacaeval-easy"), pair(2, "mt-bench-easy"), pair(3, "hep-go")]
-    found = figures("reward_bench", cases, [[1, 0], [1, 1], [2, 1], [0, 1]])
-    assert found["alpacaeval-easy.accuracy"] == 0.5
-    assert found["Chat.accuracy"] == pytest.approx((100 * 0.5 + 28 * 1) / 128)
-    assert found["overall.accuracy"] == pytest.approx((found["Chat.accuracy"] + 0) / 2)
-    assert "Safety.accuracy" not in found
+    values = figures("reward_bench", cases, [[1, 0], [1, 1], [2, 1], [0, 1]])
+    assert values["alpacaeval-easy.accuracy"] == 0.5
+    assert values["Chat.accuracy"] == pytest.approx((100 * 0.5 + 28 * 1) / 128)
+    assert values["overall.accuracy"] == pytest.approx((values["Chat.accuracy"] + 0) / 2)
+    assert "Safety.accuracy" not in values
 
 
 def test_the_highest_score_shared_by_several_is_worth_a_share() -> None:
@@ -51,9 +51,10 @@ def test_the_highest_score_shared_by_several_is_worth_a_share() -> None:
 
 def test_ties_reward_right_answers_that_lie_closer_to_each_other_than_to_the_wrong_ones() -> None:
     cases = [best_of("ref:0", "Ties"), best_of("tied:0", "Ties", num_right=3, num_wrong=2)]
-    # tied: right ones 5.0 to 4.5, wrong 3.5: margins 0.5 and 1. ref: 4 against 2: margin 2. The smaller margin is 1, twice the 0.5.
-    found = figures("reward_bench_2", cases, [[4, 2, 1, 0], [5, 4.5, 4.75, 3.5, 0]])
-    assert found["Ties.accuracy"] == pytest.approx(0.3 + 0.3 + 0.2 + 0.2 + 0.01 * math.tanh(1))
+    # tied: the right answers have 4.5 to 5.0, the best wrong one 3.5, so the margins are 0.5 and 1.
+    # ref: 4 against 2, so the margin is 2. The smaller margin to a wrong answer is 1, which is twice 0.5.
+    values = figures("reward_bench_2", cases, [[4, 2, 1, 0], [5, 4.5, 4.75, 3.5, 0]])
+    assert values["Ties.accuracy"] == pytest.approx(0.3 + 0.3 + 0.2 + 0.2 + 0.01 * math.tanh(1))
 
 
 def test_equal_scores_of_all_right_answers_have_no_margin_to_compare() -> None:

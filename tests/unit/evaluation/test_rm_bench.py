@@ -21,16 +21,16 @@ def row(number: int, domain: str) -> dict[str, object]:
 
 
 def figures(cases: list[Case], scores: list[list[float]]) -> dict[str, float]:
-    return {name: own.value for name, own in figures_of(SUITES["rm_bench"], cases, scores).items()}
+    return {name: estimate.value for name, estimate in figures_of(SUITES["rm_bench"], cases, scores).items()}
 
 
 def test_each_cell_counts_for_its_difficulty() -> None:
     # chosen 1, 5, 3 against rejected 2, 4, 0: rows of the matrix: [0 0 1], [1 1 1], [1 0 1]
-    found = figures([rm_bench.parse(row(0, "chat"))], [[1, 5, 3, 2, 4, 0]])
-    assert found["chat.hard"] == pytest.approx(2 / 3)  # (0,1) 0, (0,2) 1, (1,2) 1
-    assert found["chat.normal"] == pytest.approx(2 / 3)  # 0, 1, 1
-    assert found["chat.easy"] == pytest.approx(2 / 3)  # (1,0) 1, (2,0) 1, (2,1) 0
-    assert found["overall.mean"] == pytest.approx(2 / 3)
+    values = figures([rm_bench.parse(row(0, "chat"))], [[1, 5, 3, 2, 4, 0]])
+    assert values["chat.hard"] == pytest.approx(2 / 3)  # (0,1) 0, (0,2) 1, (1,2) 1
+    assert values["chat.normal"] == pytest.approx(2 / 3)  # 0, 1, 1
+    assert values["chat.easy"] == pytest.approx(2 / 3)  # (1,0) 1, (2,0) 1, (2,1) 0
+    assert values["overall.mean"] == pytest.approx(2 / 3)
 
 
 def test_the_style_matrix_averages_domains_and_not_prompts() -> None:
@@ -42,9 +42,9 @@ def test_the_style_matrix_averages_domains_and_not_prompts() -> None:
     assert [a, b, c] == [0.25, 0.25, 0.75]  # means of 0, 0, 1 and of a half
     assert [d, e, f] == [0.75, 0.75, 0.75]
     assert [g, h, i] == [0.75, 0.25, 0.75]
-    found = figures(cases, [chat, first_code, second_code])
-    assert found["overall.hard"] == pytest.approx((b + c + f) / 3)
-    assert found["overall.easy"] == pytest.approx((d + g + h) / 3)
+    values = figures(cases, [chat, first_code, second_code])
+    assert values["overall.hard"] == pytest.approx((b + c + f) / 3)
+    assert values["overall.easy"] == pytest.approx((d + g + h) / 3)
 
 
 def test_safety_is_the_mean_of_its_parts_and_overall_that_of_the_domains_whatever_their_sizes() -> None:
@@ -53,14 +53,14 @@ def test_safety_is_the_mean_of_its_parts_and_overall_that_of_the_domains_whateve
         rm_bench.parse(row(i, domain))
         for i, domain in enumerate(["code", "safety-refuse", "safety-refuse", "safety-refuse", "safety-response"])
     ]
-    found = figures(cases, [right, right, wrong, wrong, right])
-    assert found["safety.hard"] == pytest.approx((1 / 3 + 1) / 2)
-    assert found["overall.hard"] == pytest.approx((1 + 2 / 3) / 2)
+    values = figures(cases, [right, right, wrong, wrong, right])
+    assert values["safety.hard"] == pytest.approx((1 / 3 + 1) / 2)
+    assert values["overall.hard"] == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_a_scorer_of_length_alone_is_right_where_it_is_easy_and_wrong_where_it_is_hard() -> None:
-    found = figures([rm_bench.parse(row(0, "chat"))], [[1, 2, 3, 1, 2, 3]])
-    assert (found["chat.easy"], found["chat.normal"], found["chat.hard"]) == (1, 0, 0)
+    values = figures([rm_bench.parse(row(0, "chat"))], [[1, 2, 3, 1, 2, 3]])
+    assert (values["chat.easy"], values["chat.normal"], values["chat.hard"]) == (1, 0, 0)
 
 
 def test_missing_domains_are_named() -> None:
@@ -79,12 +79,11 @@ def test_a_row_that_is_none_of_rm_bench_is_refused(changed: dict[str, object]) -
 
 def test_a_scorer_of_length_alone_gets_what_was_measured_of_the_real_file(data_dir: Path) -> None:
     cases = list(read_cases([str(data_dir / "rm_bench.parquet")], rm_bench.parse))
-    pooled = [
-        replace(case, subset=rm_bench.PARTS.get(case.subset, case.subset)) for case in cases
-    ]  # the known figures are of all safety prompts together
-    found = figures(pooled, [[float(len(text)) for text in case.completions] for case in cases])
+    # The known figures are of all safety prompts together.
+    pooled = [replace(case, subset=rm_bench.PARTS.get(case.subset, case.subset)) for case in cases]
+    values = figures(pooled, [[float(len(text)) for text in case.completions] for case in cases])
     by_domain = {
-        domain: [round(found[f"{domain}.{name}"], 2) for name in ("easy", "normal", "hard")]
+        domain: [round(values[f"{domain}.{name}"], 2) for name in ("easy", "normal", "hard")]
         for domain in ("chat", "code", "safety")
     }
     assert by_domain == {"chat": [0.80, 0.28, 0.03], "code": [0.78, 0.53, 0.26], "safety": [0.92, 0.38, 0.10]}

@@ -1,4 +1,7 @@
-"""A model from elsewhere becomes a checkpoint that scores as it did there, with not a byte altered; what cannot is refused and nothing is written."""
+"""A model from elsewhere becomes a checkpoint with unchanged files, which scores as it did there.
+
+A model that cannot become one is refused, and nothing is written.
+"""
 
 import copy
 import json
@@ -38,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def save_one_score(folder: Path, *, template: str, **config: object) -> Path:
-    """As other trainers save a reward model."""
+    """Save a reward model as other trainers do."""
     model = tiny_reward_model()
     model.config.pad_token_id = None
     model.save_pretrained(folder)
@@ -134,14 +137,14 @@ def test_a_template_that_goes_on_after_the_end_of_turn_is_refused(tmp_path: Path
     message = refusal(
         save_one_score(tmp_path / "source", template=LLAMA_TEMPLATE.replace("'<|eot_id|>' }}", "'<|eot_id|>\\n' }}"))
     )
-    assert "writes '\\n' after the last '<|eot_id|>'. Other programs read the score at the end of that" in message
+    assert "writes '\\n' after the last '<|eot_id|>'. Other programs read the score after that text" in message
 
 
 def test_a_pad_token_that_conversations_hold_is_refused(tmp_path: Path) -> None:
     message = refusal(save_tiny_armorm(tmp_path / "source", config={"pad_token_id": llama().end_of_turn_id}))
     assert (
-        f"has pad_token_id = {llama().end_of_turn_id}, '<|eot_id|>', which the chat template writes into every conversation"
-        in message
+        f"has pad_token_id = {llama().end_of_turn_id}, '<|eot_id|>', "
+        "which the chat template writes into every conversation" in message
     )
 
 
@@ -179,18 +182,18 @@ def test_an_index_that_names_weights_elsewhere_is_refused(tmp_path: Path, kind: 
         save_one_score(source, template=LLAMA_TEMPLATE)
     else:
         save_tiny_armorm(source, weights=tiny_armorm_weights())
-    own = source / "model.safetensors"
-    names = list(load_file(own))
+    weights = source / "model.safetensors"
+    names = list(load_file(weights))
     (source / elsewhere).parent.mkdir(exist_ok=True)
-    own.rename(source / elsewhere)
+    weights.rename(source / elsewhere)
     (source / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, elsewhere)})
     )
-    assert f"index.json names weights that are no safetensors files of this directory: {elsewhere}." in refusal(source)
+    assert f"index.json names weights that are not safetensors files of this directory: {elsewhere}." in refusal(source)
 
 
 def test_an_adapter_whose_base_lies_elsewhere_is_refused(tmp_path: Path) -> None:
-    """transformers would read the base, and leave the weights beside the adapter alone."""
+    """transformers would read the base and ignore the weights beside the adapter."""
     source, base = save_one_score(tmp_path / "source", template=LLAMA_TEMPLATE), tmp_path / "base"
     tiny_reward_model().save_pretrained(base)
     adapted = add_adapters(tiny_reward_model(), LoraConfig(rank=1))

@@ -1,4 +1,7 @@
-"""ArmoRM's scores are those of its published code, one conversation at a time; a directory that is not quite it is refused by name."""
+"""ArmoRM's scores are those of its published code, one conversation at a time.
+
+A directory that differs from the published one is refused, with the name of what differs.
+"""
 
 import copy
 import functools
@@ -65,7 +68,7 @@ def published_decoder() -> LlamaModel:
 
 @torch.no_grad()
 def published_score(ids: list[int], gate_at: Callable[[list[int]], int] | None = None) -> float:
-    """What modeling_custom.py does with one conversation, in float64 and with the plain weights: no class of rm_robust."""
+    """Score one conversation as modeling_custom.py does, in float64 and without any class of rm_robust."""
     w = {name: weight.double() for name, weight in weights().items()}
     hidden_TH = published_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
     last = (torch.eq(torch.tensor(ids), CONFIG["pad_token_id"]).int().argmax().item() - 1) % len(ids)  # type: ignore[call-overload]
@@ -73,8 +76,8 @@ def published_score(ids: list[int], gate_at: Callable[[list[int]], int] | None =
     pattern = llama().tokenizer.encode(
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", add_special_tokens=False
     )
-    found = next(j for j in range(len(ids) - len(pattern), -1, -1) if ids[j : j + len(pattern)] == pattern)
-    x = hidden_TH[gate_at(ids) if gate_at else found]
+    header_start = next(j for j in range(len(ids) - len(pattern), -1, -1) if ids[j : j + len(pattern)] == pattern)
+    x = hidden_TH[gate_at(ids) if gate_at else header_start]
     for i in range(3):
         x = F.relu(w[f"gating.layers.{i}.weight"] @ x + w[f"gating.layers.{i}.bias"])
     gate = (
@@ -84,8 +87,8 @@ def published_score(ids: list[int], gate_at: Callable[[list[int]], int] | None =
     return float(((rewards @ w["reward_transform_matrix"]) * gate).sum())
 
 
-def published_scores(of: list[TokenGroup]) -> list[float]:
-    return [published_score(group.prompt_ids + completion) for group in of for completion in group.completion_ids]
+def published_scores(groups: list[TokenGroup]) -> list[float]:
+    return [published_score(group.prompt_ids + completion) for group in groups for completion in group.completion_ids]
 
 
 def packed(folder: Path, layout: Layout, dtype: torch.dtype = torch.float32) -> PackedArmoRM:
@@ -97,8 +100,8 @@ def packed(folder: Path, layout: Layout, dtype: torch.dtype = torch.float32) -> 
 
 
 @torch.inference_mode()
-def scores(model: PackedArmoRM, of: list[TokenGroup]) -> list[float]:
-    scores_N: Tensor = model(lay_out(of, model.layout, pad_id=llama().pad_id)).scores_N
+def scores(model: PackedArmoRM, groups: list[TokenGroup]) -> list[float]:
+    scores_N: Tensor = model(lay_out(groups, model.layout, pad_id=llama().pad_id)).scores_N
     return scores_N.tolist()
 
 
@@ -119,17 +122,17 @@ def test_scores_in_every_layout_are_those_of_the_published_code_one_conversation
 
 
 def test_the_gate_and_where_it_is_read_matter(folder: Path) -> None:
-    """Control: a gate read at the prompt's last token, or at the first end of turn of several, gives other scores."""
+    """The control: a gate at the prompt's last token, or at the first end of turn of several, gives other scores."""
     turns: list[Message] = [
         {"role": role, "content": content}
         for role, content in (("user", "red"), ("assistant", "blue"), ("user", "seven apples"))
     ]
     group = TokenGroup(llama().prompt_ids(turns), [llama().completion_ids("green river")])
     (score,) = scores(packed(folder, Layout.SEGMENTS), [group])
-    whole, prompt_length = group.prompt_ids + group.completion_ids[0], len(group.prompt_ids)
-    assert score == pytest.approx(published_score(whole), abs=1e-5)
-    for elsewhere in (prompt_length - 1, prompt_length - 4, whole.index(llama().end_of_turn_id), len(whole) - 1):
-        assert abs(score - published_score(whole, lambda _, column=elsewhere: column)) > 1e-3  # type: ignore[misc]
+    ids, prompt_length = group.prompt_ids + group.completion_ids[0], len(group.prompt_ids)
+    assert score == pytest.approx(published_score(ids), abs=1e-5)
+    for elsewhere in (prompt_length - 1, prompt_length - 4, ids.index(llama().end_of_turn_id), len(ids) - 1):
+        assert abs(score - published_score(ids, lambda _, column=elsewhere: column)) > 1e-3  # type: ignore[misc]
     uniform = copy.deepcopy(packed(folder, Layout.SEGMENTS))
     for name, weight in uniform.model.gating.layers.named_parameters():
         if name.startswith("3."):
@@ -166,7 +169,7 @@ def test_a_bfloat16_decoder_keeps_heads_and_scores_in_float32(folder: Path) -> N
 
 @pytest.mark.parametrize("layout", Layout)
 def test_a_prompt_that_does_not_end_in_the_assistant_header_is_refused(folder: Path, layout: Layout) -> None:
-    """The second prompt is the header without its first token, which the group before it happens to end in."""
+    """The second prompt is the header without its first token, and the group before it ends with that token."""
     model, header, end = packed(folder, layout), llama().header_ids, llama().end_of_turn_id
     for prompt in ([7, 8, 9], header[1:], header[:-1], [*header, 5]):
         with pytest.raises(ScoringError, match=r"completions \[1, 2\] of a batch do not end in the assistant header"):
@@ -199,7 +202,7 @@ def test_an_unexpected_weight_is_refused_by_its_name(tmp_path: Path, name: str) 
 
 
 def test_a_weight_of_another_shape_is_refused_by_its_name_and_shapes(tmp_path: Path) -> None:
-    """19 objectives with 5 quantiles each, as in QRM, which has the same architecture's name."""
+    """QRM names the same architecture and has 19 objectives with 5 quantiles each."""
     quantiles = save_tiny_armorm(
         tmp_path / "quantiles", weights={**weights(), "regression_layer.weight": torch.zeros(95, 64)}
     )
@@ -268,8 +271,8 @@ def test_a_head_that_is_not_known_is_refused_by_its_name(tmp_path: Path, archite
         f"has the architecture {architectures[0] if architectures else '[]'}, whose head is not known here" in message
     )
     assert (
-        "Known are …ForSequenceClassification with one score (num_labels=1) and LlamaForRewardModelWithGating"
-        in message
+        "The known architectures are …ForSequenceClassification with one score (num_labels=1) and "
+        "LlamaForRewardModelWithGating" in message
     )
 
 
@@ -316,9 +319,9 @@ def test_a_model_with_one_score_still_loads_as_before(tmp_path: Path) -> None:
     loaded = load_packed_reward_model(folder, ChatFormat.load(folder), dtype=torch.float32, device=CPU)
     group = random_group(Random(0), num_completions=2)
     with torch.inference_mode():
-        found_N = loaded(lay_out([group], loaded.layout, pad_id=0)).scores_N
+        scores_N = loaded(lay_out([group], loaded.layout, pad_id=0)).scores_N
         expected = [
             tiny_reward_model()(input_ids=torch.tensor([group.prompt_ids + ids])).logits.item()
             for ids in group.completion_ids
         ]
-    assert found_N.tolist() == pytest.approx(expected, abs=1e-4)
+    assert scores_N.tolist() == pytest.approx(expected, abs=1e-4)

@@ -1,4 +1,4 @@
-"""A commit shows the old directory or the new one, never a part, and a manifest notices every change after it."""
+"""A commit shows the old directory or the new one, never a part. A manifest notices every change after it."""
 
 import json
 from collections.abc import Callable

@@ -16,7 +16,7 @@ GROUPS = [random_group(Random(seed), num_completions=3) for seed in range(4)]
 
 
 def scores_and_gradient(compute: ComputeConfig, layout: Layout) -> tuple[Tensor, Tensor, int]:
-    """Scores [N], the gradient of their sum of squares, and how often a decoder layer ran forward."""
+    """Return the scores [N], the gradient of their sum of squares, and how often a decoder layer ran forward."""
     model = tiny_reward_model().eval()  # as from_pretrained leaves it
     prepare_for_training(model, compute)
     packed = PackedRewardModel(model, layout, compute)

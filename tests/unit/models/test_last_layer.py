@@ -1,4 +1,4 @@
-"""The last layer at the scored columns alone against the whole layer, for every family that has segments."""
+"""The last layer at the scored columns alone equals the whole layer, for every family that has segments."""
 
 import copy
 
@@ -39,12 +39,13 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel], dict[st
 
 def random_model(family: str, *, num_layers: int) -> PreTrainedModel:
     torch.manual_seed(0)
-    config, model, own = FAMILIES[family]
-    made = model(config(**SHAPE, **own, num_hidden_layers=num_layers, num_labels=1, pad_token_id=0)).eval()
-    for name, weight in made.named_parameters():  # norms and biases begin as ones and zeros, which hide mistakes
+    config_type, model_type, settings = FAMILIES[family]
+    config = config_type(**SHAPE, **settings, num_hidden_layers=num_layers, num_labels=1, pad_token_id=0)
+    model = model_type(config).eval()
+    for name, weight in model.named_parameters():  # norms and biases begin as ones and zeros, which hide mistakes
         if weight.dim() == 1:
             torch.nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.3)
-    return made
+    return model
 
 
 def random_groups() -> list[TokenGroup]:
@@ -76,10 +77,10 @@ def test_scores_hidden_states_and_gradients_are_those_of_padded_rows_through_the
 ) -> None:
     model = random_model(family, num_layers=num_layers)
     expected, expected_gradients = scored_with_gradients(copy.deepcopy(model), Layout.PADDED)
-    found, gradients = scored_with_gradients(model, Layout.SEGMENTS)
+    scored, gradients = scored_with_gradients(model, Layout.SEGMENTS)
     assert expected.scores_N.std() > 0.3
     for name in ("scores_N", "hidden_before_final_norm_NH", "hidden_after_final_norm_NH"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(getattr(scored, name), getattr(expected, name), atol=5e-5, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-6, name
@@ -101,8 +102,8 @@ def test_a_pass_that_names_no_scored_columns_goes_through_the_whole_layer_also_i
     expected = model.model(input_ids=ids_1T).last_hidden_state
     PackedRewardModel(model, Layout.SEGMENTS)
     model.model.config._attn_implementation = "sdpa"
-    for whole in (model, copy.deepcopy(model)):
-        assert torch.equal(whole.model(input_ids=ids_1T).last_hidden_state, expected)
+    for same_model in (model, copy.deepcopy(model)):
+        assert torch.equal(same_model.model(input_ids=ids_1T).last_hidden_state, expected)
     twin = copy.deepcopy(model)
     torch.nn.init.zeros_(twin.model.layers[-1].mlp.down_proj.weight)  # the copy's layer is its own
     assert torch.equal(model.model(input_ids=ids_1T).last_hidden_state, expected)

@@ -12,14 +12,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rm_robust.config.objectives import Objective
 from rm_robust.config.shared import OptimizerConfig
-from rm_robust.config.training import LoraConfig
+from rm_robust.config.training import LoraConfig, RewardModelConfig
 from rm_robust.data.records import PreferencePair
 from rm_robust.errors import CheckpointError
 from rm_robust.models.lora import ADAPTER_DIR, add_adapters, save_merged
 from rm_robust.models.packing import Layout, lay_out
 from rm_robust.models.reward_model import PackedRewardModel, load_reward_model, score_head
 from rm_robust.training.engines.ddp import DdpEngine
-from rm_robust.training.reward_model.losses import ObjectiveSettings
 from rm_robust.training.reward_model.step import StepSettings, reward_model_step
 from tests.support.tiny_models import random_group, tiny_reward_model
 
@@ -37,7 +36,7 @@ def scores_of(model: PreTrainedModel) -> Tensor:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """After five steps: the adapted model, and its state as an engine returns it."""
+    """Train five steps; return the adapted model, and its state as an engine returns it."""
     model = tiny_reward_model()
     add_adapters(model, LORA)
     packed = PackedRewardModel(model, Layout.SEGMENTS)
@@ -46,7 +45,7 @@ def trained() -> tuple[PreTrainedModel, dict[str, Tensor]]:
         reward_model_step(
             engine,
             PAIRS,
-            StepSettings(ObjectiveSettings(Objective.BRADLEY_TERRY), 10_000, pad_id=0),
+            StepSettings(RewardModelConfig(objective=Objective.BRADLEY_TERRY), 10_000, pad_id=0),
             model=packed,
             device=CPU,
         )
@@ -103,7 +102,7 @@ def test_the_saved_adapter_alone_brings_its_head(
 def test_a_state_without_its_head_is_not_saved(
     trained: tuple[PreTrainedModel, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """What PEFT's own loading does not mind: adapters without the head that was trained with them."""
+    """PEFT's own loading accepts adapters without the head that was trained with them."""
     _, state = copy.deepcopy(trained)
     del state["score.modules_to_save.default.weight"]
     with pytest.raises(CheckpointError, match=r"missing \['score.modules_to_save.default.weight'\]"):

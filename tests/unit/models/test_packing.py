@@ -1,4 +1,7 @@
-"""Four ways to the same numbers: segments, FlexAttention, padded rows, and plain transformers on one completion at a time."""
+"""Four ways give the same numbers: segments, FlexAttention, padded rows, and plain transformers.
+
+Plain transformers computes one completion at a time.
+"""
 
 import copy
 import itertools
@@ -75,7 +78,7 @@ def packed_scores(model: PreTrainedModel, groups: list[TokenGroup], layout: Layo
 
 
 def single_scores(model: PreTrainedModel, groups: list[TokenGroup]) -> Tensor:
-    """Plain transformers, one unpadded row at a time, pooled by transformers."""
+    """Score with plain transformers, one unpadded row at a time, pooled by transformers."""
     rows = [torch.tensor([group.prompt_ids + completion]) for group in groups for completion in group.completion_ids]
     return torch.cat([model(input_ids=row).logits[0] for row in rows])
 
@@ -183,16 +186,16 @@ def test_token_logprobs_and_entropies_are_those_of_a_plain_forward(num_completio
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_flex_trains_as_padded_rows_do_on_cuda(precision: str) -> None:
     groups, cuda = random_groups(0, [1, 2, 4, 2, 1]), torch.device("cuda")
-    found = {}
+    results = {}
     for layout in (Layout.FLEX, Layout.PADDED):
         packed = PackedRewardModel(
             copy.deepcopy(REWARD_MODEL), layout, ComputeConfig.model_validate({"precision": precision})
         ).to(cuda)
         scores = packed(lay_out(groups, layout, pad_id=PAD).to(cuda)).scores_N
         gradients = gradients_of(packed.model, scores.square().sum())
-        found[layout] = scores.detach(), torch.cat([gradient.flatten() for gradient in gradients.values()])
+        results[layout] = scores.detach(), torch.cat([gradient.flatten() for gradient in gradients.values()])
     tolerance = 1e-3 if precision == "float32" else 0.05
-    for flex, padded in zip(*found.values(), strict=True):
+    for flex, padded in zip(*results.values(), strict=True):
         assert (flex - padded).norm() < tolerance * padded.norm()
 
 
@@ -294,7 +297,8 @@ def test_a_model_that_cannot_be_packed_is_named_in_one_line(caplog: pytest.LogCa
     choose_layout(MistralConfig(**SIZES, sliding_window=8), CPU)
     choose_layout(config_of("qwen2"), CPU)
     assert [record.getMessage() for record in caplog.records] == [
-        "mistral has sliding-window or hybrid layers: prompts are not shared, completions are computed in padded rows of like lengths"
+        "mistral has sliding-window or hybrid layers: prompts are not shared, "
+        "and completions are computed in padded rows of similar lengths"
     ]
 
 

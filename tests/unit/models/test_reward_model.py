@@ -1,4 +1,4 @@
-"""The reward model: paper's head, float32 scores, plain transformers directories, and nothing random passed off as trained."""
+"""The reward model: the paper's head, float32 scores, plain transformers directories, and no random trained weight."""
 
 import math
 from pathlib import Path

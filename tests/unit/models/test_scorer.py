@@ -1,4 +1,4 @@
-"""The one inference path: plain transformers' scores, alone and in any batch, from checkpoints that are what they say."""
+"""The one inference path: plain transformers' scores, alone and in any batch, from unaltered checkpoints."""
 
 import json
 from pathlib import Path
@@ -51,10 +51,10 @@ def test_scores_are_those_of_plain_transformers_alone_and_in_any_batch(
 
 
 def test_the_token_budget_of_a_batch_does_not_change_scores_norms_or_order(scorer: RewardScorer) -> None:
-    whole = scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=10_000)
+    together = scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=10_000)
     for budget in (1, 30):
         for part, expected in zip(
-            scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=budget), whole, strict=True
+            scorer.score_groups_with_norms(GROUPS, max_tokens_per_batch=budget), together, strict=True
         ):
             assert part.scores == pytest.approx(expected.scores, abs=1e-4)
             assert part.norms_before_final_norm == pytest.approx(expected.norms_before_final_norm, rel=1e-4)

@@ -1,16 +1,20 @@
-"""Which stages of a run the cluster will be asked for, what its service is called, and what a run that fails says."""
+"""Which stages ask the cluster for something, how a run's service is named, and what a run that fails says."""
 
+import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 from ray.exceptions import NodeDiedError, RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from pipelines.driver import exit_code_of, stages_ahead
-from pipelines.stages import ALL_STAGES, REWARD_MODEL_STAGES
+from pipelines.stages import ALL_STAGES, REWARD_MODEL_STAGES, Stage
 from rm_robust.config.loading import load_config
 from rm_robust.errors import DataError, StorageError
 from rm_robust.runs.directory import Run
+from rm_robust.runs.layout import STAGES
 from serve.run_service import service_name
 
 SMOKE = Path("pipelines/configs/smoke.toml")
@@ -22,22 +26,36 @@ def commit(run_dir: Path, *stages: str) -> None:
         (run_dir / "stages" / f"{stage}.json").write_text("{}")
 
 
+def names(stages: Sequence[Stage]) -> list[str]:
+    return [stage.name for stage in stages]
+
+
+def test_every_stage_that_records_itself_is_run_in_the_order_of_the_layout() -> None:
+    recorded = [stage.name for stage in STAGES]
+    assert [name for name in names(ALL_STAGES) if name in recorded] == recorded
+
+
+def test_stages_that_reach_another_node_are_the_same_stages() -> None:
+    """The driver's task asks whether RLOO and the twin are among them."""
+    assert pickle.loads(cloudpickle.dumps(ALL_STAGES)) == ALL_STAGES
+
+
 def test_what_is_not_committed_is_ahead(tmp_path: Path) -> None:
     run = Run(load_config(SMOKE, []), tmp_path)
-    assert stages_ahead(run, ALL_STAGES) == ["sft", "preferences", "reward_model", "evaluation", "rloo"]
+    assert names(stages_ahead(run, ALL_STAGES)) == ["sft", "preferences", "reward_model", "evaluation", "rloo"]
     commit(tmp_path, "world", "sft", "preferences")
-    assert stages_ahead(run, ALL_STAGES) == ["reward_model", "evaluation", "rloo"]
-    assert stages_ahead(run, REWARD_MODEL_STAGES) == ["reward_model", "evaluation"]
+    assert names(stages_ahead(run, ALL_STAGES)) == ["reward_model", "evaluation", "rloo"]
+    assert names(stages_ahead(run, REWARD_MODEL_STAGES)) == ["reward_model", "evaluation"]
 
 
 def test_the_bradley_terry_twin_asks_for_what_the_reward_model_does(tmp_path: Path) -> None:
     run = Run(load_config(SMOKE, ["reward_model.bt_twin=true"]), tmp_path)
     commit(tmp_path, "world", "sft", "preferences", "reward_model", "evaluation", "rloo")
-    assert stages_ahead(run, ALL_STAGES) == ["reward_model", "evaluation"]
+    assert names(stages_ahead(run, ALL_STAGES)) == ["reward_model", "evaluation"]
     commit(tmp_path / "bt_twin", "reward_model")
-    assert stages_ahead(run, ALL_STAGES) == ["evaluation"]
+    assert names(stages_ahead(run, ALL_STAGES)) == ["evaluation"]
     commit(tmp_path / "bt_twin", "evaluation")
-    assert stages_ahead(run, ALL_STAGES) == []
+    assert names(stages_ahead(run, ALL_STAGES)) == []
 
 
 def test_two_runs_of_one_name_have_a_service_each(tmp_path: Path) -> None:
@@ -49,7 +67,7 @@ def test_two_runs_of_one_name_have_a_service_each(tmp_path: Path) -> None:
 
 
 def in_task(error: Exception) -> Exception:
-    """As `ray.get` of a task that raised it: of Ray's class and of its own."""
+    """Return the error as `ray.get` raises it for a task: an instance of Ray's class and of its own class."""
     raised: Exception = RayTaskError(
         "driver", "Traceback (most recent call last):\n  File drive.py", error
     ).as_instanceof_cause()

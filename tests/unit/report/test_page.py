@@ -84,12 +84,19 @@ def add_reward_model(run_dir: Path) -> None:
     for step in range(1, 142):
         progress = 1 - math.exp(-step / 40)
         row: dict[str, object] = {
-            "stage": "reward_model", "step": step, "time": step, "reward_model/loss": 0.69 - 0.35 * progress + 0.03 * rng.normal(),
-            "reward_model/accuracy": min(1.0, 0.5 + 0.36 * progress + 0.04 * rng.normal()), "reward_model/margin_mean": 1.6 * progress,
-            "reward_model/batch_mean_score": 0.4 * math.exp(-step / 10) + 0.05 * rng.normal(), "reward_model/score_std": 0.2 + progress,
-            "reward_model/penalty": 0.01 * math.exp(-step / 10), "reward_model/hidden_norm_mean": 30 + 8 * progress,
-            "reward_model/hidden_norm_std": 1 + 2 * progress, "reward_model/gradient_norm": 2 - progress + 0.2 * rng.random(),
-        }  # fmt: skip
+            "stage": "reward_model",
+            "step": step,
+            "time": step,
+            "reward_model/loss": 0.69 - 0.35 * progress + 0.03 * rng.normal(),
+            "reward_model/accuracy": min(1.0, 0.5 + 0.36 * progress + 0.04 * rng.normal()),
+            "reward_model/margin_mean": 1.6 * progress,
+            "reward_model/batch_mean_score": 0.4 * math.exp(-step / 10) + 0.05 * rng.normal(),
+            "reward_model/score_std": 0.2 + progress,
+            "reward_model/penalty": 0.01 * math.exp(-step / 10),
+            "reward_model/hidden_norm_mean": 30 + 8 * progress,
+            "reward_model/hidden_norm_std": 1 + 2 * progress,
+            "reward_model/gradient_norm": 2 - progress + 0.2 * rng.random(),
+        }
         rows.append(row | ({"reward_model/in_domain_accuracy": 0.5 + 0.32 * progress} if step % 25 == 0 else {}))
     write_lines(run_dir / "metrics.jsonl", rows)
 
@@ -100,12 +107,16 @@ def add_rloo(run_dir: Path, *, num_steps: int = 60) -> None:
     for step in range(1, num_steps + 1):
         progress = step / num_steps
         rows.append({
-            "stage": "rloo", "step": step, "time": step, "rloo/proxy_score_mean": -0.2 + 1.9 * progress + 0.1 * rng.normal(),
-            "rloo/gold_score_mean": 0.45 + 0.6 * progress - 0.3 * progress**3 + 0.05 * rng.normal(), "rloo/gold_score_std": 0.5,
-            "rloo/kl_mean": 6 * progress**1.3 + 0.1 * rng.random(), "rloo/entropy_mean": 1.2 - 0.6 * progress + 0.03 * rng.normal(),
-            "rloo/completion_tokens_mean": 22 + 9 * progress + rng.normal(), "rloo/truncated_fraction": 0.05 * (1 - progress),
-            "rloo/reward_mean": -0.2 + 1.6 * progress + 0.1 * rng.normal(), "time/generate_s": 1.1 + 0.1 * rng.random(),
-            "time/measure_s": 0.35, "time/wait_for_scores_s": 0.25,
+            "stage": "rloo", "step": step, "time": step,
+            "rloo/proxy_score_mean": -0.2 + 1.9 * progress + 0.1 * rng.normal(),
+            "rloo/gold_score_mean": 0.45 + 0.6 * progress - 0.3 * progress**3 + 0.05 * rng.normal(),
+            "rloo/gold_score_std": 0.5,
+            "rloo/kl_mean": 6 * progress**1.3 + 0.1 * rng.random(),
+            "rloo/entropy_mean": 1.2 - 0.6 * progress + 0.03 * rng.normal(),
+            "rloo/completion_tokens_mean": 22 + 9 * progress + rng.normal(),
+            "rloo/truncated_fraction": 0.05 * (1 - progress),
+            "rloo/reward_mean": -0.2 + 1.6 * progress + 0.1 * rng.normal(),
+            "time/generate_s": 1.1 + 0.1 * rng.random(), "time/measure_s": 0.35, "time/wait_for_scores_s": 0.25,
             "time/update_s": 0.9, "time/weight_sync_s": 0.12, "time/step_s": 2.9,
         })  # fmt: skip
         if step >= 20:
@@ -128,7 +139,10 @@ def add_rloo(run_dir: Path, *, num_steps: int = 60) -> None:
             rows[-1] |= {f"rloo/eval/{name}": progress for name in (*names, "sft_completion_tokens_mean")}
     write_lines(run_dir / "metrics.jsonl", rows)
     samples = [
-        {"step": step, "prompt": "Order: pear apple fig", "completion": completion, "proxy_score": 0.5, "gold_score": 0.25, "num_tokens": 9}
+        {
+            "step": step, "prompt": "Order: pear apple fig", "completion": completion,
+            "proxy_score": 0.5, "gold_score": 0.25, "num_tokens": 9,
+        }
         for step in (1, num_steps) for completion in ("apple fig pear", SCRIPT, "  two\n  lines")
     ]  # fmt: skip
     write_lines(run_dir / "rloo" / "samples.jsonl", samples)
@@ -144,7 +158,8 @@ def add_evaluation(run_dir: Path) -> None:
             "scenario": [scenario] * num_rows, "prompt_id": [f"p{i // 4}" for i in range(num_rows)],
             "completion_index": [i % 4 for i in range(num_rows)], "gold_score": rng.normal(size=num_rows),
             "score": rng.normal(0.1 * index, 1 + 0.15 * index, num_rows),
-            "hidden_norm_before_final_norm": rng.normal(40, 1.5, num_rows) + (rng.gamma(2, 1.5, num_rows) if is_unseen else 0),
+            "hidden_norm_before_final_norm": rng.normal(40, 1.5, num_rows)
+            + (rng.gamma(2, 1.5, num_rows) if is_unseen else 0),
             "hidden_norm_after_final_norm": rng.normal(12.6, 0.02 + 0.02 * is_unseen, num_rows),
         }))  # fmt: skip
     (run_dir / "evaluation").mkdir()
@@ -161,7 +176,7 @@ def add_stages(run_dir: Path) -> None:
 
 
 def add_twin(run_dir: Path) -> None:
-    """A run of its own below the run, whose reward model is a little worse."""
+    """Add a twin: a run in a folder of the run, whose reward model is a little worse."""
     twin_dir = run_dir / "bt_twin"
     twin_dir.mkdir()
     add_reward_model(twin_dir)
@@ -249,8 +264,8 @@ def test_every_figure_of_a_full_run_is_drawn_and_nothing_is_said_to_be_missing(f
     page = page_of(full_run)
     titles = [value for name, value in page.attributes if name == "alt"]
     assert titles == [
-        "Against RLOO step", "Against KL divergence", "The four scenarios", "Scores", "Hidden norms", "Dispersion of hidden norms",
-        "Reward-model training: curves",
+        "Against RLOO step", "Against KL divergence", "The four scenarios", "Scores", "Hidden norms",
+        "Dispersion of hidden norms", "Reward-model training: curves",
         "Supervised fine-tuning: curves", "RLOO policy: curves", "Stages of the run", "One RLOO step",
     ]  # fmt: skip
     assert ("class", "absent") not in page.attributes
@@ -315,7 +330,10 @@ def test_a_completion_with_unicode_line_separators_is_one_sample(tmp_path: Path)
 
 
 def test_the_summary_gives_the_tenths_and_the_gain_worked_out_by_hand(tmp_path: Path) -> None:
-    """20 steps, so two a tenth: gold 1, 3 (std 1 each) ... 5, 7. Pooled variance = 1 + var(1, 3) = 2; gain = (6 - 2) / sqrt(2)."""
+    """There are 20 steps, so a tenth has two: gold 1, 3 (std 1 each) ... 5, 7.
+
+    The pooled variance is 1 + var(1, 3) = 2, and the gain is (6 - 2) / sqrt(2).
+    """
     gold = [1.0, 3.0, *[0.0] * 16, 5.0, 7.0]
     rows: list[dict[str, object]] = [
         {

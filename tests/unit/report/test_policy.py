@@ -1,6 +1,10 @@
-"""What the report and the summary say of over-optimisation and of the policy's evaluations: what was logged, dense or every n steps."""
+"""The report and the summary show the over-optimisation and the policy's evaluations that a run logged.
+
+The run may log gold scores at every step or at every n-th step.
+"""
 
 import json
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,15 @@ from rm_robust.report.summary import summary_lines, write_summary
 
 Row = dict[str, Any]
 EVALUATION = {
-    "gold_mean": 0.81, "sft_gold_mean": 0.62, "win_rate": 0.655, "win_rate_se": 0.021, "length_controlled_win_rate": 0.587,
-    "completion_tokens_mean": 31.25, "sft_completion_tokens_mean": 24.5, "kl_mean": 3.456,
-}  # fmt: skip
+    "gold_mean": 0.81,
+    "sft_gold_mean": 0.62,
+    "win_rate": 0.655,
+    "win_rate_se": 0.021,
+    "length_controlled_win_rate": 0.587,
+    "completion_tokens_mean": 31.25,
+    "sft_completion_tokens_mean": 24.5,
+    "kl_mean": 3.456,
+}
 
 
 def judged(proxy_rise: float, gold_rise: float, *, is_over: bool) -> Row:
@@ -27,7 +37,7 @@ def judged(proxy_rise: float, gold_rise: float, *, is_over: bool) -> Row:
 
 
 def run_with(run_dir: Path, additions: dict[int, Row], *, num_steps: int = 12, gold_every_steps: int = 1) -> Path:
-    """A run whose steps have proxy scores and KL, gold scores at every n-th, and `additions` by step."""
+    """Write a run whose steps have proxy scores and KL, gold scores at every n-th step, and `additions` by step."""
     rows = []
     for step in range(1, num_steps + 1):
         row: Row = {
@@ -86,8 +96,8 @@ def test_a_run_that_was_not_over_optimised_says_so_with_its_largest_proxy_rise(t
     assert 'class="warning"' not in text
     assert "did not fire at any of the 3 steps that it judged" in text
     assert (
-        "was 0.52 standard deviations of the first step&#x27;s scores, up to step 9; the gold score changed by +0.31"
-        in text
+        "was 0.52 standard deviations of the first step's scores, up to step 9; the gold score changed by +0.31"
+        in unescape(text)
     )
 
 

@@ -1,4 +1,4 @@
-"""What is refused before anything is read or generated."""
+"""generate_responses refuses what cannot work before it reads or generates anything."""
 
 from pathlib import Path
 
@@ -30,8 +30,8 @@ def test_labelling_on_a_gpu_that_this_machine_has_not_is_refused_at_once(
 ) -> None:
     out = tmp_path / "out"
     assert command.main("", [*CONFIG, "--out", str(out), "--set", "labels.device=cuda"]) == 2
-    said = capsys.readouterr().err
-    assert 'labels.device = "cuda" cannot be used: this process, on ' in said
-    assert "has no CUDA. Start it on a machine with a GPU" in said
-    assert 'or set labels.device = "cpu", or labels.url' in said
+    error = capsys.readouterr().err
+    assert 'labels.device = "cuda" cannot be used: this process, on ' in error
+    assert "has no CUDA. Start it on a machine with a GPU" in error
+    assert 'or set labels.device = "cpu", or labels.url' in error
     assert not out.exists()

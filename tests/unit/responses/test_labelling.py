@@ -17,7 +17,7 @@ MODELS = ("short", "long")
 
 
 class LengthScorer:
-    """Refuses a request that has a completion of more than 20 characters."""
+    """A scorer that refuses a request that has a completion of more than 20 characters."""
 
     def __init__(self, checkpoint: str = "sha256:one") -> None:
         self.checkpoint, self.num_scored = checkpoint, 0
@@ -32,7 +32,11 @@ class LengthScorer:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two chunks of three prompts. `long` says nothing to the second of them and too much to the third; `short` has no room for the first."""
+    """Write two chunks of three prompts and return their folder.
+
+    The first prompt is too long for `short`. `long` has an empty response to the second prompt and a response to the
+    third that is too long for the scorer.
+    """
     for chunk in range(NUM_CHUNKS):
         for model in MODELS:
             responses = []
@@ -63,8 +67,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_labelled_responses_are_what_the_scenarios_are_built_from(folder: Path) -> None:
     assert label(MODELS, NUM_CHUNKS, folder, LengthScorer()) == "sha256:one"
-    found = read_named_responses([str(folder / "labelled")])
-    assert sorted((own.prompt_id, own.model, own.completion, own.gold_score) for own in found) == [
+    rows = read_named_responses([str(folder / "labelled")])
+    assert sorted((row.prompt_id, row.model, row.completion, row.gold_score) for row in rows) == [
         (f"{chunk}-{number}", model, f"{model} answer {number}", float(len(f"{model} answer {number}")))
         for chunk in range(NUM_CHUNKS)
         for number, model in ((0, "long"), (1, "short"), (2, "short"))
@@ -74,12 +78,12 @@ def test_labelled_responses_are_what_the_scenarios_are_built_from(folder: Path) 
 
 def test_what_is_labelled_is_not_scored_again_and_a_killed_chunk_is(folder: Path) -> None:
     label(MODELS, NUM_CHUNKS, folder, LengthScorer())
-    whole = (folder / "labelled" / "chunk_00001.jsonl").read_bytes()
+    first_content = (folder / "labelled" / "chunk_00001.jsonl").read_bytes()
     (folder / "labelled" / "chunk_00001.jsonl").unlink()
     rest = LengthScorer()
     label(MODELS, NUM_CHUNKS, folder, rest)
     assert rest.num_scored == 3
-    assert (folder / "labelled" / "chunk_00001.jsonl").read_bytes() == whole
+    assert (folder / "labelled" / "chunk_00001.jsonl").read_bytes() == first_content
 
 
 def test_labels_of_two_checkpoints_are_not_mixed(folder: Path) -> None:

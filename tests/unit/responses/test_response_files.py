@@ -1,4 +1,4 @@
-"""Prompts and responses that are there already, from files of several shapes."""
+"""Prompts and existing responses, read from files of several shapes."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_prompts_come_once_in_the_order_of_their_files(tmp_path: Path) -> None:
 
 
 def test_existing_responses_bring_their_prompts_in_their_own_shape_and_in_ultrafeedbacks(tmp_path: Path) -> None:
-    own = write(
+    own_shape = write(
         tmp_path / "own.jsonl",
         [
             {"prompt": "One?", "model": "a", "completion": "1\u2028"},
@@ -54,25 +54,26 @@ def test_existing_responses_bring_their_prompts_in_their_own_shape_and_in_ultraf
         [{"source": "x", "instruction": "Two?", "models": ["c", "d"], "completions": completions}],
     )
     prompts = write(tmp_path / "more.jsonl", [{"prompt": "One?"}, {"prompt": "Three?"}])
-    material = read_material(config(existing=[own, ultrafeedback], prompts=[prompts]))
+    material = read_material(config(existing=[own_shape, ultrafeedback], prompts=[prompts]))
     assert [prompt.messages[0]["content"] for prompt in material.prompts] == ["One?", "Two?", "Three?"]
     chunks = chunks_of(material.prompts, 2)
     write_existing(material, chunks, tmp_path)
     written = [read_responses(chunk_path(tmp_path, EXISTING, number)) for number in range(len(chunks))]
-    assert [[(own.model, own.completion) for own in part] for part in written] == [
+    assert [[(response.model, response.completion) for response in part] for part in written] == [
         [("a", "1\u2028"), ("b", "uno"), ("c", "2"), ("d", "due")],
         [],
     ]
     assert all(
-        isinstance(own, Response) and own.prompt_id in {prompt.prompt_id for prompt in chunks[0]} for own in written[0]
+        isinstance(response, Response) and response.prompt_id in {prompt.prompt_id for prompt in chunks[0]}
+        for response in written[0]
     )
 
 
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([{"prompt": "One?", "model": "a"}], "row 1: a response needs the names of its model and its text"),
-        ([{"instruction": "One?", "completions": ["text"]}], "row 1: a response needs the names"),
+        ([{"prompt": "One?", "model": "a"}], "row 1: a response needs the name of its model and its text"),
+        ([{"instruction": "One?", "completions": ["text"]}], "row 1: a response needs the name of its model"),
         ([{"completions": []}], "row 1: column 'prompt' is missing"),
         (
             [

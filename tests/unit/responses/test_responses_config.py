@@ -1,4 +1,4 @@
-"""The recipes are valid, and wrong settings are refused by name."""
+"""The configs in pipelines/configs/responses are valid, and wrong settings are refused by name."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What RLOO's actors are told when they are made, and what it means when they do not come up."""
+"""RLOO's actors get the right environment, and failures to start are the right errors."""
 
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -25,7 +25,7 @@ from rm_robust.rloo.actors import TrainersLostError, _new_engine, _new_trainer, 
         ),
     ],
 )
-def test_an_actor_that_does_not_start_is_said_in_one_line(
+def test_an_actor_that_does_not_start_is_an_error_of_one_line(
     monkeypatch: pytest.MonkeyPatch, raised: Exception, error: type[Exception], message: str
 ) -> None:
     def get(calls: Any, *, timeout: float) -> NoReturn:
@@ -37,7 +37,7 @@ def test_an_actor_that_does_not_start_is_said_in_one_line(
 
 
 class Remote:
-    """In place of ray.remote: notes the options of the actor that is not made."""
+    """Stands in for ray.remote: starts no actor, and keeps the environment that it would get."""
 
     def __init__(self, actor_class: type) -> None:
         self.environment: dict[str, str] = {}
@@ -51,7 +51,7 @@ class Remote:
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1])
-def test_the_lines_of_engines_and_trainers_say_whose_they_are(
+def test_the_log_lines_of_engines_and_trainers_name_their_run_and_worker(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_gpus: int
 ) -> None:
     monkeypatch.setattr(ray, "remote", Remote)

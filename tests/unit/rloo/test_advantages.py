@@ -24,7 +24,7 @@ def naive(rewards_PK: list[list[float]]) -> list[list[float]]:
     advantages = []
     for row in rewards_PK:
         others = [row[:k] + row[k + 1 :] for k in range(len(row))]
-        advantages.append([own - sum(rest) / len(rest) for own, rest in zip(row, others, strict=True)])
+        advantages.append([reward - sum(rest) / len(rest) for reward, rest in zip(row, others, strict=True)])
     return advantages
 
 
@@ -68,13 +68,10 @@ TRUNCATED_PK = torch.tensor([[False, True, False]])
     [
         ("penalty", True, [[1.0, 0.0, 3.0]], [[-0.5, -2.0, 2.5]]),  # 2 - 0.1 * 10; 5 - 0.1 * 20 - 3; 3
         ("keep", True, [[1.0, 3.0, 3.0]], [[-2.0, 1.0, 1.0]]),
-        ("mask", True, [[1.0, 3.0, 3.0]], [[-2.0, 0.0, 1.0]]),  # in the others' baseline, without a gradient of its own
-        (
-            "penalty",
-            False,
-            [[1.0, 0.0, 3.0]],
-            [[-1.5, -2.5, 1.0]],
-        ),  # of the scores 2, 2, 3: -0.5, -0.5, 1; then - 1, - 2, - 0
+        # masked: in the baseline of the others, without a gradient of its own
+        ("mask", True, [[1.0, 3.0, 3.0]], [[-2.0, 0.0, 1.0]]),
+        # advantages of the scores 2, 2, 3: -0.5, -0.5, 1; then minus the KL costs 1, 2, 0
+        ("penalty", False, [[1.0, 0.0, 3.0]], [[-1.5, -2.5, 1.0]]),
     ],
 )
 def test_a_reward_is_the_score_less_the_kl_cost_less_the_penalty_for_being_cut(
@@ -83,18 +80,19 @@ def test_a_reward_is_the_score_less_the_kl_cost_less_the_penalty_for_being_cut(
     settings = RlooConfig.model_validate(
         {"truncated_completions": truncated, "truncated_penalty": 3.0, "kl_in_baseline": in_baseline}
     )
-    found = advantages_of(SCORES_PK, KL_PK, TRUNCATED_PK, settings, kl_coefficient=0.1)
-    torch.testing.assert_close(found.rewards_PK, torch.tensor(rewards_PK))
-    torch.testing.assert_close(found.advantages_PK, torch.tensor(advantages_PK))
+    advantages = advantages_of(SCORES_PK, KL_PK, TRUNCATED_PK, settings, kl_coefficient=0.1)
+    torch.testing.assert_close(advantages.rewards_PK, torch.tensor(rewards_PK))
+    torch.testing.assert_close(advantages.advantages_PK, torch.tensor(advantages_PK))
 
 
 def test_a_completion_without_a_score_is_in_no_baseline_and_has_no_advantage() -> None:
     scores_PK = torch.tensor([[1.0, torch.nan, 4.0], [torch.nan, 7.0, torch.nan], [0.0, 3.0, 6.0]])
-    found = advantages_of(
+    advantages = advantages_of(
         scores_PK, torch.zeros(3, 3), torch.zeros(3, 3, dtype=torch.bool), RlooConfig(), kl_coefficient=0.1
     )
-    torch.testing.assert_close(found.advantages_PK, torch.tensor([[-3.0, 0.0, 3.0], [0.0, 0.0, 0.0], [-4.5, 0.0, 4.5]]))
-    assert found.num_without_baseline == 1
+    expected_PK = torch.tensor([[-3.0, 0.0, 3.0], [0.0, 0.0, 0.0], [-4.5, 0.0, 4.5]])
+    torch.testing.assert_close(advantages.advantages_PK, expected_PK)
+    assert advantages.num_without_baseline == 1
 
 
 @pytest.mark.parametrize(("kl_mean", "expected"), [(8.0, 0.1 * 1.02), (4.4, 0.1 * 1.01), (4.0, 0.1), (0.0, 0.1 * 0.98)])
@@ -104,7 +102,7 @@ def test_the_kl_coefficient_follows_the_kl_by_a_bounded_share(kl_mean: float, ex
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_kl_estimators_have_the_kl_as_their_mean_or_nearly(estimator: str) -> None:
-    """Over the policy's own distribution; k2 is biased, by the third order of the difference."""
+    """The mean is taken over the policy's distribution. k2 is biased in the third order of the difference."""
     policy, reference = (
         torch.tensor(logits, dtype=torch.float64).log_softmax(0) for logits in ([0.2, -0.1, 0.0], [0.0, 0.1, -0.1])
     )

@@ -1,4 +1,4 @@
-"""What the RLOO loop writes itself, beside its actors."""
+"""The samples that the RLOO loop writes itself."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from tests.support.full_storage import files_of_at_most
 from tests.support.rloo_run import rloo_config, rloo_run_dir
 
 
-def test_samples_for_which_there_is_no_room_are_one_error_that_names_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_under_the_samples_is_one_error_that_names_the_file(tmp_path: Path) -> None:
     config = rloo_config(tmp_path)
     layout = RunLayout(rloo_run_dir(config, tmp_path / "run", num_prompts=1))
-    controller = object.__new__(Controller)  # without the actors, which this needs not
+    controller = object.__new__(Controller)  # without actors: this test needs none
     controller.settings, controller.layout, controller.version = config.rloo, layout, 1
     controller.chat = ChatFormat.load(str(config.model.path))
     prompts = read_token_groups(layout.rloo_prompts / "scenario=rloo_prompts")

@@ -1,4 +1,4 @@
-"""Win rates by hand, and the length-controlled one against a closed form and another optimiser."""
+"""Win rates worked out by hand; length-controlled ones against a closed form and another optimiser."""
 
 import math
 
@@ -23,7 +23,11 @@ Floats = NDArray[np.float64]
 def sampled(
     seed: int, *, quality: float, per_token: float, more_tokens: float, num_prompts: int = 300
 ) -> PolicyComparison:
-    """Gold = noise + per_token * length + `quality` for the policy, which writes about `more_tokens` more; 4 completions a prompt."""
+    """Compare policies with 4 completions a prompt.
+
+    A gold score is noise + per_token * length; the policy's has `quality` on top, and it writes about `more_tokens`
+    more.
+    """
     rng = np.random.default_rng(seed)
     sides = []
     for is_policy in (1, 0):
@@ -34,71 +38,83 @@ def sampled(
 
 
 def test_means_win_rate_and_error_by_hand() -> None:
-    """Pairs won of prompt 1: 2 > 1 and 2 = 2, 3/4; of prompt 2: 0 of 1; of prompt 3: 1. Mean 7/12, deviation of 3/4, 0, 1 over sqrt(3)."""
+    """Win rate of prompt 1: 2 > 1 and 2 = 2, so 3/4; of prompt 2: 0; of prompt 3: 1. Their mean is 7/12.
+
+    The standard error is the deviation of 3/4, 0 and 1 over sqrt(3).
+    """
     policy = JudgedCompletions([[2.0], [0.0], [5.0, 7.0]], [[10], [20], [30, 40]])
     sft = JudgedCompletions([[1.0, 2.0], [4.0], [3.0]], [[10, 10], [20], [30]])
-    found = compare_policies(policy, sft)
-    assert found.gold_mean == pytest.approx((2 + 0 + 6) / 3)
-    assert found.sft_gold_mean == pytest.approx((1.5 + 4 + 3) / 3)
-    assert found.win_rate == pytest.approx(7 / 12)
+    comparison = compare_policies(policy, sft)
+    assert comparison.gold_mean == pytest.approx((2 + 0 + 6) / 3)
+    assert comparison.sft_gold_mean == pytest.approx((1.5 + 4 + 3) / 3)
+    assert comparison.win_rate == pytest.approx(7 / 12)
     squares = (3 / 4 - 7 / 12) ** 2 + (7 / 12) ** 2 + (1 - 7 / 12) ** 2
-    assert found.win_rate_se == pytest.approx(math.sqrt(squares / 2) / math.sqrt(3))
-    assert (found.completion_tokens_mean, found.sft_completion_tokens_mean, found.num_prompts) == (
-        pytest.approx(65 / 3),
-        20,
-        3,
-    )
+    assert comparison.win_rate_se == pytest.approx(math.sqrt(squares / 2) / math.sqrt(3))
+    assert comparison.completion_tokens_mean == pytest.approx(65 / 3)
+    assert (comparison.sft_completion_tokens_mean, comparison.num_prompts) == (20, 3)
 
 
 def test_metrics_are_named_after_the_fields() -> None:
-    found = sampled(0, quality=0.5, per_token=0.0, more_tokens=0.0, num_prompts=20)
-    assert set(found.metrics()) == {
-        "rloo/eval/gold_mean", "rloo/eval/sft_gold_mean", "rloo/eval/win_rate", "rloo/eval/win_rate_se", "rloo/eval/length_controlled_win_rate",
-        "rloo/eval/completion_tokens_mean", "rloo/eval/sft_completion_tokens_mean", "rloo/eval/num_prompts",
-    }  # fmt: skip
-    assert found.metrics()["rloo/eval/win_rate"] == found.win_rate
+    comparison = sampled(0, quality=0.5, per_token=0.0, more_tokens=0.0, num_prompts=20)
+    assert set(comparison.metrics()) == {
+        "rloo/eval/gold_mean",
+        "rloo/eval/sft_gold_mean",
+        "rloo/eval/win_rate",
+        "rloo/eval/win_rate_se",
+        "rloo/eval/length_controlled_win_rate",
+        "rloo/eval/completion_tokens_mean",
+        "rloo/eval/sft_completion_tokens_mean",
+        "rloo/eval/num_prompts",
+    }
+    assert comparison.metrics()["rloo/eval/win_rate"] == comparison.win_rate
 
 
 def test_all_ties_are_one_half() -> None:
-    found = compare_policies(
+    comparison = compare_policies(
         JudgedCompletions([[1.0, 1.0]] * 5, [[9, 30]] * 5), JudgedCompletions([[1.0, 1.0]] * 5, [[5, 7]] * 5)
     )
-    assert (found.win_rate, found.win_rate_se) == (0.5, 0.0)
-    assert found.length_controlled_win_rate == pytest.approx(0.5, abs=1e-9)
+    assert (comparison.win_rate, comparison.win_rate_se) == (0.5, 0.0)
+    assert comparison.length_controlled_win_rate == pytest.approx(0.5, abs=1e-9)
 
 
-def test_where_the_longer_completion_always_wins_nothing_is_left_at_equal_length() -> None:
+def test_if_the_longer_completion_always_wins_the_win_rate_at_equal_length_is_one_half() -> None:
     rng = np.random.default_rng(0)
-    own_QK, sft_QK = rng.integers(10, 60, (200, 4)), rng.integers(5, 45, (200, 4))
-    policy, sft = (JudgedCompletions(tokens.astype(float).tolist(), tokens.tolist()) for tokens in (own_QK, sft_QK))
-    found = compare_policies(policy, sft)
-    assert found.win_rate > 0.65
-    assert found.length_controlled_win_rate == pytest.approx(0.5, abs=0.05)
+    policy_QK, sft_QK = rng.integers(10, 60, (200, 4)), rng.integers(5, 45, (200, 4))
+    policy, sft = (JudgedCompletions(tokens.astype(float).tolist(), tokens.tolist()) for tokens in (policy_QK, sft_QK))
+    comparison = compare_policies(policy, sft)
+    assert comparison.win_rate > 0.65
+    assert comparison.length_controlled_win_rate == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_better_policy_that_is_not_longer_keeps_its_win_rate() -> None:
-    found = sampled(1, quality=0.7, per_token=0.0, more_tokens=0.0)
-    assert found.win_rate == pytest.approx(0.69, abs=0.03)  # P(N(0.7, 2) > 0) = 0.690
-    assert found.length_controlled_win_rate == pytest.approx(found.win_rate, abs=0.01)
+    comparison = sampled(1, quality=0.7, per_token=0.0, more_tokens=0.0)
+    assert comparison.win_rate == pytest.approx(0.69, abs=0.03)  # P(N(0.7, 2) > 0) = 0.690
+    assert comparison.length_controlled_win_rate == pytest.approx(comparison.win_rate, abs=0.01)
 
 
 def test_a_longer_policy_is_credited_with_its_quality_alone() -> None:
-    """At equal length the difference of scores is N(0.7, 2), at any: 0.69. The tanh bends the length's effect, hence the tolerance."""
+    """At any equal length the difference of scores is N(0.7, 2), so the rate is 0.69.
+
+    The tanh bends the effect of the length, so the tolerance is wide.
+    """
     for quality, expected in ((0.7, 0.69), (0.0, 0.5), (-0.7, 0.31)):
-        found = sampled(2, quality=quality, per_token=0.1, more_tokens=8.0)
-        assert found.win_rate > expected + 0.05
-        assert found.length_controlled_win_rate == pytest.approx(expected, abs=0.04)
+        comparison = sampled(2, quality=quality, per_token=0.1, more_tokens=8.0)
+        assert comparison.win_rate > expected + 0.05
+        assert comparison.length_controlled_win_rate == pytest.approx(expected, abs=0.04)
 
 
 def test_length_control_by_closed_form() -> None:
-    """Lengths differ by +d or -d, so two cells and two coefficients: the constant is the mean of both log-odds. 0.9 and 0.5: ln(9) / 2, so 3/4."""
+    """Lengths differ by +d or -d, so two coefficients fit two cells exactly.
+
+    The constant is the mean of the two log-odds: rates 0.9 and 0.5 give ln(9) / 2, so 3/4.
+    """
     preferences_M = np.repeat([1.0, 0.0, 1.0, 0.0], [900, 100, 500, 500])
     differences_M = np.repeat([7.0, -7.0], 1000)
     assert length_controlled_win_rate(preferences_M, differences_M, np.ones(2000)) == pytest.approx(0.75, abs=1e-4)
 
 
 def newton(preferences_M: Floats, differences_M: Floats, weights_M: Floats) -> float:
-    """The same by Newton's method with halved steps, written down independently."""
+    """Compute the same rate by Newton's method with halved steps, written independently."""
     mean = (weights_M * differences_M).sum() / weights_M.sum()
     spread = math.sqrt((weights_M * (differences_M - mean) ** 2).sum() / weights_M.sum())
     x_M = np.tanh(differences_M / spread)
@@ -117,10 +133,10 @@ def newton(preferences_M: Floats, differences_M: Floats, weights_M: Floats) -> f
         gradient = np.array([error_M.sum() + RIDGE * a, (error_M * x_M).sum() + RIDGE * b])
         cross = (curve_M * x_M).sum()
         step = np.linalg.solve([[curve_M.sum() + RIDGE, cross], [cross, (curve_M * x_M**2).sum() + RIDGE]], gradient)
-        size = 1.0
-        while size > 1e-9 and loss(a - size * step[0], b - size * step[1]) > loss(a, b):
-            size /= 2
-        a, b = a - size * step[0], b - size * step[1]
+        scale = 1.0
+        while scale > 1e-9 and loss(a - scale * step[0], b - scale * step[1]) > loss(a, b):
+            scale /= 2
+        a, b = a - scale * step[0], b - scale * step[1]
     return float(1 / (1 + math.exp(-a)))
 
 
@@ -141,19 +157,19 @@ def test_the_fit_is_that_of_another_optimiser_also_on_separable_data(rows: list[
     )
 
 
-def test_swapping_the_policies_turns_every_rate_round() -> None:
+def test_swapping_the_policies_turns_every_rate_into_its_complement() -> None:
     rng = np.random.default_rng(5)
     sides = [
         JudgedCompletions(rng.normal(size=(40, 3)).tolist(), rng.integers(5, 50, (40, 3)).tolist()) for _ in range(2)
     ]
-    there, back = compare_policies(sides[0], sides[1]), compare_policies(sides[1], sides[0])
-    assert there.win_rate + back.win_rate == pytest.approx(1)
-    assert there.length_controlled_win_rate + back.length_controlled_win_rate == pytest.approx(1, abs=1e-6)
-    assert there.win_rate_se == pytest.approx(back.win_rate_se)
+    forward, swapped = compare_policies(sides[0], sides[1]), compare_policies(sides[1], sides[0])
+    assert forward.win_rate + swapped.win_rate == pytest.approx(1)
+    assert forward.length_controlled_win_rate + swapped.length_controlled_win_rate == pytest.approx(1, abs=1e-6)
+    assert forward.win_rate_se == pytest.approx(swapped.win_rate_se)
 
 
 def test_a_constant_length_difference_gives_length_half_of_the_log_odds() -> None:
-    """80 of 100 wins, always 5 longer: log-odds ln 4, half of it gives odds 2."""
+    """Of 1000 pairs 800 are wins, and the policy is always 5 longer: the log-odds are ln 4, half of it is odds 2."""
     preferences_M = np.repeat([1.0, 0.0], [800, 200])
     assert length_controlled_win_rate(preferences_M, np.full(1000, 5.0), np.ones(1000)) == pytest.approx(
         2 / 3, abs=1e-3
@@ -167,12 +183,12 @@ def test_a_policy_that_always_wins_has_a_finite_fit_near_one() -> None:
     assert 0.99 < rate < 1
 
 
-def test_prompts_without_scores_of_both_are_left_out_and_counted() -> None:
+def test_prompts_without_scores_of_both_are_left_out_of_the_count() -> None:
     policy, sft = (
         JudgedCompletions([[1.0], [], [2.0], [3.0]], [[5], [], [5], [5]]),
         JudgedCompletions([[0.0], [9.0], [], [4.0]], [[5], [5], [], [5]]),
     )
-    found = compare_policies(policy, sft)
-    assert (found.num_prompts, found.win_rate, found.gold_mean) == (2, 0.5, 2.0)
+    comparison = compare_policies(policy, sft)
+    assert (comparison.num_prompts, comparison.win_rate, comparison.gold_mean) == (2, 0.5, 2.0)
     with pytest.raises(RolloutError, match="of 1 only 1"):
         compare_policies(JudgedCompletions([[1.0]], [[5]]), JudgedCompletions([[1.0]], [[5]]))

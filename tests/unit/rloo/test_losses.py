@@ -1,4 +1,4 @@
-"""The policy loss case by case; that on policy it is REINFORCE; that it is TRL's; what staleness and masks do to it."""
+"""The policy loss: case by case, against REINFORCE on policy, against TRL, and with a stale sampler."""
 
 import math
 from typing import Any
@@ -19,24 +19,24 @@ def settings(**changed: Any) -> RlooConfig:
 
 
 def term(log_ratio: float, advantage: float, **changed: Any) -> tuple[float, float]:
-    """Loss term of a completion of one token, and its gradient by the new log-probability."""
+    """Return the loss term of a completion of one token, and its gradient by the new log-probability."""
     new_M = torch.tensor([log_ratio - 3.0], requires_grad=True)
     old_M = torch.tensor([-3.0])
-    found = policy_loss(new_M, old_M, old_M, torch.tensor([advantage]), torch.tensor([0]), settings(**changed))
-    found.terms_N.sum().backward()
+    loss = policy_loss(new_M, old_M, old_M, torch.tensor([advantage]), torch.tensor([0]), settings(**changed))
+    loss.terms_N.sum().backward()
     assert new_M.grad is not None
-    return found.terms_N.item(), new_M.grad.item()
+    return loss.terms_N.item(), new_M.grad.item()
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize(
     ("ratio", "advantage", "expected", "gradient"),
     [
-        (1.1, 2.0, -2.2, -2.2),  # inside: -A r
-        (1.5, 2.0, -2.4, 0.0),  # better already made likelier: clipped at 1.2, no more push
-        (0.5, 2.0, -1.0, -1.0),  # better made less likely: not clipped
-        (1.5, -2.0, 3.0, 3.0),  # worse made likelier: not clipped
-        (0.5, -2.0, 1.6, 0.0),  # worse already made less likely: clipped at 0.8
+        (1.1, 2.0, -2.2, -2.2),  # inside the clip range: -A r
+        (1.5, 2.0, -2.4, 0.0),  # a better completion is already likelier: clipped at 1.2, no gradient
+        (0.5, 2.0, -1.0, -1.0),  # a better completion is less likely: not clipped
+        (1.5, -2.0, 3.0, 3.0),  # a worse completion is likelier: not clipped
+        (0.5, -2.0, 1.6, 0.0),  # a worse completion is already less likely: clipped at 0.8
     ],
 )
 def test_the_term_is_the_worse_of_ratio_and_clipped_ratio(
@@ -47,12 +47,12 @@ def test_the_term_is_the_worse_of_ratio_and_clipped_ratio(
 
 @given(advantage=st.floats(-10, 10, width=32))
 def test_on_policy_the_gradient_is_that_of_reinforce(advantage: float) -> None:
-    """Minus advantage times the gradient of the log-probability."""
+    """REINFORCE's gradient is minus the advantage times the gradient of the log-probability."""
     assert term(0.0, advantage) == pytest.approx((-advantage, -advantage), abs=1e-5)
 
 
 def random_step(num_prompts: int, num_completions: int, *, seed: int) -> dict[str, Tensor]:
-    """Log-probabilities of completions of 1 to 6 tokens, new near old near sampler."""
+    """Return log-probabilities of completions of 1 to 6 tokens: old near the sampler's, new near old."""
     generator = torch.Generator().manual_seed(seed)
     lengths_N = torch.randint(1, 7, (num_prompts * num_completions,), generator=generator)
     num_tokens = int(lengths_N.sum())
@@ -74,7 +74,10 @@ def random_step(num_prompts: int, num_completions: int, *, seed: int) -> dict[st
 
 
 def trl_loss(step: dict[str, Tensor], *, beta: float, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL 1.16.0, trl/trainer/rloo_trainer.py, on padded rows: KL and advantages of lines 1656-1699, loss of lines 1822-1833."""
+    """Compute KL, advantages and loss as TRL 1.16.0 does, on padded rows.
+
+    From trl/trainer/rloo_trainer.py: KL and advantages are lines 1656-1699, the loss is lines 1822-1833.
+    """
     num_prompts, num_completions = step["scores_PK"].shape
     count = num_prompts * num_completions
     lengths = torch.bincount(step["owner_M"], minlength=count)
@@ -114,17 +117,17 @@ def test_kl_advantages_and_loss_are_those_of_trls_rloo_trainer(seed: int, has_fa
     (gradient_M,) = torch.autograd.grad(terms_N.mean(), step["new_M"])
     expected_kl, expected_advantages, expected_loss = trl_loss(step, beta=0.07, epsilon=0.2)
     (expected_gradient_M,) = torch.autograd.grad(expected_loss, step["new_M"])
-    for found, expected in [
+    for actual, expected in [
         (kl_N, expected_kl),
         (advantages_PK.flatten(), expected_advantages),
         (terms_N.mean(), expected_loss),
         (gradient_M, expected_gradient_M),
     ]:
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
 def test_every_completion_of_every_prompt_carries_gradient() -> None:
-    """The paper's code throws half of them away (PAPER.md 8.2)."""
+    """The paper's code loses half of them (PAPER.md 8.2)."""
     step = random_step(5, 4, seed=0)
     advantages_PK = advantages_of(
         step["scores_PK"], torch.zeros(5, 4), step["truncated_PK"], settings(), kl_coefficient=0.0
@@ -143,19 +146,19 @@ def test_every_completion_of_every_prompt_carries_gradient() -> None:
 
 @pytest.mark.parametrize("correction", ["sequence", "token"])
 def test_a_stale_sampler_gets_the_gradient_of_the_policy_as_it_is_now(correction: str) -> None:
-    """One token, drawn from a sampler q: E_q[p/q A grad log p] = E_p[A grad log p]; without the correction it is another vector."""
+    """For one token from a sampler q, E_q[p/q A grad log p] = E_p[A grad log p]; without p/q it is another vector."""
     logits = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
     sampler_logprobs = torch.log_softmax(torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64), 0)
     advantages = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
 
     def expected_gradient(weights: Tensor, chosen: RlooConfig) -> Tensor:
-        own = logits.clone().requires_grad_()
-        new = torch.log_softmax(own, 0)
+        policy_logits = logits.clone().requires_grad_()
+        new = torch.log_softmax(policy_logits, 0)
         old = new.detach()
         terms = policy_loss(
             new, old, sampler_logprobs if weights is sampler_logprobs else old, advantages, torch.arange(3), chosen
         ).terms_N
-        (gradient,) = torch.autograd.grad((weights.exp() * terms).sum(), own)
+        (gradient,) = torch.autograd.grad((weights.exp() * terms).sum(), policy_logits)
         return gradient
 
     on_policy = expected_gradient(torch.log_softmax(logits, 0), settings())
@@ -180,5 +183,5 @@ def test_importance_weights_are_capped_and_have_no_gradient() -> None:
 
 def test_the_share_of_clipped_ratios_counts_those_whose_gradient_is_gone() -> None:
     new_M, old_M = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-2.0, -1.0, -1.0])
-    found = policy_loss(new_M, old_M, old_M, torch.tensor([1.0, 1.0, 1.0]), torch.arange(3), settings())
-    assert found.clipped_N.tolist() == [1.0, 0.0, 0.0]
+    loss = policy_loss(new_M, old_M, old_M, torch.tensor([1.0, 1.0, 1.0]), torch.arange(3), settings())
+    assert loss.clipped_N.tolist() == [1.0, 0.0, 0.0]

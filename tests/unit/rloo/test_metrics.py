@@ -27,16 +27,34 @@ def metrics(rewards: list[list[float]], *, gold: list[list[float]] | None = None
     return rollout_metrics(
         COMPLETIONS,
         scores_of([[1.0, 3.0], [5.0, 7.0]], gold),
-        [Measurement(kl=[0.5, 1.5], num_tokens=4, entropy_mean=2.0, sampler_gap_mean=0.1, sampler_gap_max=0.3, sampler_kl_mean=0.01),
-         Measurement(kl=[2.0, 4.0], num_tokens=12, entropy_mean=1.0, sampler_gap_mean=0.5, sampler_gap_max=0.2, sampler_kl_mean=0.05)],
+        [
+            Measurement(
+                kl=[0.5, 1.5],
+                num_tokens=4,
+                entropy_mean=2.0,
+                sampler_gap_mean=0.1,
+                sampler_gap_max=0.3,
+                sampler_kl_mean=0.01,
+            ),
+            Measurement(
+                kl=[2.0, 4.0],
+                num_tokens=12,
+                entropy_mean=1.0,
+                sampler_gap_mean=0.5,
+                sampler_gap_max=0.2,
+                sampler_kl_mean=0.05,
+            ),
+        ],
         Advantages(rewards_PK, leave_one_out_advantages(rewards_PK).nan_to_num(0.0), num_without_baseline=1),
         kl_PK=torch.tensor([[0.5, 1.5], [2.0, 4.0]]),
-    )  # fmt: skip
+    )
 
 
 def test_means_are_over_all_completions_and_token_means_over_all_tokens_of_all_trainers() -> None:
-    """Population deviations: sqrt((9 + 1 + 1 + 9) / 4) and 1/2. Entropy: (4 * 2 + 12 * 1) / 16. Gap: (4 * 0.1 + 12 * 0.5) / 16.
-    Advantages: -1, 1, -3, 3."""
+    """The population deviations are sqrt((9 + 1 + 1 + 9) / 4) and 1/2, the entropy is (4 * 2 + 12 * 1) / 16.
+
+    The gap is (4 * 0.1 + 12 * 0.5) / 16, and the advantages are -1, 1, -3, 3.
+    """
     assert metrics([[1.0, 2.0], [3.0, 6.0]], gold=[[0.0, 0.0], [1.0, 1.0]]) == pytest.approx(
         {
             "rloo/proxy_score_mean": 4.0,
@@ -80,6 +98,6 @@ def test_equal_rewards_that_have_no_exact_mean_count_as_equal() -> None:
 
 
 def test_a_step_without_gold_has_no_gold_metric_and_a_missing_reward_is_in_no_mean() -> None:
-    found = metrics([[1.0, torch.nan], [3.0, 5.0]])
-    assert not any("gold" in key for key in found)
-    assert (found["rloo/reward_mean"], found["rloo/without_gradient_fraction"]) == (3.0, 0.5)
+    without_gold = metrics([[1.0, torch.nan], [3.0, 5.0]])
+    assert not any("gold" in key for key in without_gold)
+    assert (without_gold["rloo/reward_mean"], without_gold["rloo/without_gradient_fraction"]) == (3.0, 0.5)

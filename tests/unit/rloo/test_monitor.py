@@ -1,4 +1,4 @@
-"""The over-optimisation monitor: what fires, what does not, how often noise does, and that a resumed run agrees."""
+"""The over-optimisation monitor: when it fires, how often noise makes it fire, and that a resumed run agrees."""
 
 import json
 import logging
@@ -18,17 +18,23 @@ WINDOW = MonitorConfig().window_steps
 def observe(
     monitor: OveroptimisationMonitor, proxy: Sequence[float], gold: Sequence[float | None], *, first_step: int = 1
 ) -> list[dict[str, float]]:
-    """The metrics of every step; all scores of a step have standard deviation 2 (proxy) and 0.5 (gold)."""
+    """Return the metrics of every step; the scores of a step have standard deviation 2 (proxy) and 0.5 (gold)."""
     return [
-        monitor.observe(step, proxy_mean=own, proxy_std=2.0, gold_mean=judge, gold_std=None if judge is None else 0.5)
-        for step, (own, judge) in enumerate(zip(proxy, gold, strict=True), first_step)
+        monitor.observe(
+            step,
+            proxy_mean=proxy_mean,
+            proxy_std=2.0,
+            gold_mean=gold_mean,
+            gold_std=None if gold_mean is None else 0.5,
+        )
+        for step, (proxy_mean, gold_mean) in enumerate(zip(proxy, gold, strict=True), first_step)
     ]
 
 
 def noisy(
     seed: int, *, num_steps: int, num_completions: int, proxy_slope: float = 0.0, gold_slope: float = 0.0
 ) -> tuple[list[float], list[float]]:
-    """Means over a step's completions. Slopes are in standard deviations of a completion's score a step."""
+    """Return the mean scores of each step. The unit of a slope is the standard deviation of one score, per step."""
     rng = np.random.default_rng(seed)
     noise_2S = rng.normal(size=(2, num_steps)) / math.sqrt(num_completions)
     trend_2S = np.outer([proxy_slope, gold_slope], np.arange(num_steps))
@@ -37,7 +43,7 @@ def noisy(
 
 
 def test_rise_and_error_by_hand() -> None:
-    """Differences 1, 1, 3, 1, 1 about their mean 1.4: sum of squares 3.2, variance 0.64, of a step 0.32; halves of 3."""
+    """The differences 1, 1, 3, 1, 1 have mean 1.4 and variance 3.2 / 5 = 0.64; a step has half, 0.32; halves have 3."""
     rise, error = rise_with_error([1, 2, 3, 6, 7, 8])
     assert rise == 5
     assert error == pytest.approx(math.sqrt(2 * 0.32 / 3))
@@ -56,7 +62,10 @@ def test_the_error_is_the_spread_of_the_rise_of_pure_noise() -> None:
 
 
 def test_rises_are_in_standard_deviations_of_the_first_step() -> None:
-    """Window of 4: proxy 0 0 3 3 rises by 3 of 2, gold 0 0 1 1 by 1 of 0.5; the later steps' own deviations do not matter."""
+    """In a window of 4, the proxy 0 0 3 3 rises by 3 in units of 2, and gold 0 0 1 1 by 1 in units of 0.5.
+
+    The deviations of later steps do not matter.
+    """
     monitor = OveroptimisationMonitor(MonitorConfig(window_steps=4))
     observe(monitor, [0, 0, 3], [0, 0, 1])
     metrics = monitor.observe(4, proxy_mean=3, proxy_std=99.0, gold_mean=1, gold_std=99.0)
@@ -64,10 +73,10 @@ def test_rises_are_in_standard_deviations_of_the_first_step() -> None:
     assert metrics["rloo/monitor/gold_rise"] == 2.0
 
 
-def test_nothing_is_said_before_the_window_is_full() -> None:
+def test_there_are_no_metrics_before_the_window_is_full() -> None:
     metrics = observe(OveroptimisationMonitor(MonitorConfig(window_steps=4)), range(5), [0] * 5)
     assert metrics[:3] == [{}, {}, {}]
-    assert [found["rloo/overoptimised"] for found in metrics[3:]] == [1, 1]
+    assert [step_metrics["rloo/overoptimised"] for step_metrics in metrics[3:]] == [1, 1]
 
 
 def test_a_first_step_whose_scores_are_all_equal_gives_no_unit_and_the_next_does() -> None:
@@ -85,31 +94,24 @@ def test_a_rising_proxy_with_flat_or_falling_gold_fires(gold: float) -> None:
 
 
 def test_a_proxy_that_rises_with_gold_does_not_fire_nor_does_one_that_falls_or_hardly_rises() -> None:
-    for proxy_slope, gold_slope in (
-        (0.1, 0.01),
-        (-0.1, -0.01),
-        (0.04, 0.0),
-    ):  # 0.04: a rise of 0.4, which is 0.2 deviations
+    # the last slope, 0.04, is a rise of 0.4, which is 0.2 deviations
+    for proxy_slope, gold_slope in ((0.1, 0.01), (-0.1, -0.01), (0.04, 0.0)):
         monitor = OveroptimisationMonitor(MonitorConfig())
         observe(monitor, [proxy_slope * step for step in range(60)], [gold_slope * step for step in range(60)])
         assert monitor.num_firings == 0
 
 
 def test_a_gold_score_that_falls_fires_however_little_the_proxy_rises_but_not_when_it_falls_too() -> None:
-    for proxy_step, gold_step, num_firings in (
-        (0.001, -0.01, 1),
-        (0.001, -0.002, 0),
-        (-0.001, -0.01, 0),
-    ):  # gold falls by 0.2 and 0.04 of 0.5
+    # gold falls by 0.2, 0.04 and 0.2 deviations
+    for proxy_step, gold_step, num_firings in ((0.001, -0.01, 1), (0.001, -0.002, 0), (-0.001, -0.01, 0)):
         monitor = OveroptimisationMonitor(MonitorConfig())
         observe(monitor, [proxy_step * step for step in range(WINDOW)], [gold_step * step for step in range(WINDOW)])
         assert monitor.num_firings == num_firings
 
 
 def test_a_fall_of_gold_by_chance_does_not_fire() -> None:
-    zigzag = [
-        0.2 if step % 2 else -0.2 for step in range(WINDOW)
-    ]  # a standard error of a quarter deviation: 0.97 would be needed
+    # its standard error is a quarter deviation, so a fall of 0.97 would be needed
+    zigzag = [0.2 if step % 2 else -0.2 for step in range(WINDOW)]
     fired = []
     for fall in (0.8, 1.5):
         monitor = OveroptimisationMonitor(MonitorConfig())
@@ -122,7 +124,7 @@ def test_a_fall_of_gold_by_chance_does_not_fire() -> None:
     assert fired == [0, 1]
 
 
-def test_max_gold_rise_is_what_gold_may_rise_by() -> None:
+def test_the_monitor_fires_when_gold_rises_by_max_gold_rise_at_most() -> None:
     """Gold rises by 10 * 0.01 / 0.5 = 0.2 deviations over a window of 20."""
     for max_gold_rise, num_firings in ((0.19, 0), (0.21, 1)):
         monitor = OveroptimisationMonitor(MonitorConfig(max_gold_rise=max_gold_rise))
@@ -133,7 +135,7 @@ def test_max_gold_rise_is_what_gold_may_rise_by() -> None:
 def firing_fraction(
     num_runs: int, *, num_steps: int, num_completions: int, proxy_slope: float = 0.0, gold_slope: float = 0.0
 ) -> float:
-    """Of so many runs with the default settings, those that fire at any step."""
+    """Return the fraction of simulated runs with the default settings that fire at any step."""
     monitors = []
     for seed in range(num_runs):
         monitors.append(OveroptimisationMonitor(MonitorConfig()))
@@ -152,7 +154,7 @@ def firing_fraction(
 
 @pytest.mark.parametrize(("num_completions", "most"), [(8, 0.03), (32, 0.02), (128, 0.004)])
 def test_noise_of_a_flat_run_hardly_ever_fires(num_completions: int, most: float) -> None:
-    """Measured over 3,000 seeds: 1.8 %, 1.0 % and 0.03 %."""
+    """Over 3,000 seeds the fractions are 1.8 %, 1.0 % and 0.03 %."""
     assert firing_fraction(300, num_steps=60, num_completions=num_completions) <= most
 
 
@@ -163,7 +165,7 @@ def test_noise_does_not_hide_over_optimisation_nor_invent_it_in_a_healthy_run() 
     assert firing_fraction(200, num_steps=60, num_completions=128, proxy_slope=0.004, gold_slope=-0.02) == 1.0
 
 
-def test_gold_of_every_third_step_is_judged_as_if_those_were_all_steps() -> None:
+def test_steps_without_gold_scores_do_not_count() -> None:
     proxy, gold = noisy(1, num_steps=40, num_completions=128, proxy_slope=0.05)
     sparse_proxy = [proxy[i // 3] if i % 3 == 0 else 1e6 for i in range(120)]
     sparse_gold = [gold[i // 3] if i % 3 == 0 else None for i in range(120)]
@@ -199,12 +201,12 @@ def test_a_run_that_goes_on_over_optimising_fires_again_after_a_whole_window() -
     assert factors == [1.0] * (WINDOW - 1) + [0.5] * WINDOW + [0.25] * WINDOW + [0.125]
 
 
-def test_a_rule_that_flickers_fires_once() -> None:
+def test_a_rule_that_holds_on_and_off_fires_once() -> None:
     monitor = OveroptimisationMonitor(MonitorConfig())
     gold = [0.0] * WINDOW + [20.0 if step % 2 else -20.0 for step in range(WINDOW - 1)]
     flags = [
-        found["rloo/overoptimised"]
-        for found in observe(monitor, [0.1 * step for step in range(len(gold))], gold)[WINDOW - 1 :]
+        step_metrics["rloo/overoptimised"]
+        for step_metrics in observe(monitor, [0.1 * step for step in range(len(gold))], gold)[WINDOW - 1 :]
     ]
     assert sum(before < after for before, after in zip(flags, flags[1:], strict=False)) > 1
     assert monitor.num_firings == 1
@@ -230,17 +232,17 @@ def test_the_action_decides_what_a_firing_does() -> None:
 def test_a_resumed_monitor_is_the_uninterrupted_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, num_committed: int, gold_every_steps: int
 ) -> None:
-    """The file holds steps beyond the committed ones, as a killed run leaves them."""
+    """The file holds steps beyond the committed ones, as a killed run leaves it."""
     settings = MonitorConfig(window_steps=10, action="lower_learning_rate")
     proxy, dense_gold = noisy(3, num_steps=80, num_completions=128, proxy_slope=0.06)
     gold = [value if step % gold_every_steps == 0 else None for step, value in enumerate(dense_gold)]
     uninterrupted = OveroptimisationMonitor(settings)
     metrics = observe(uninterrupted, proxy, gold)
     with (tmp_path / "metrics.jsonl").open("w") as file:
-        for step, (own, judge, found) in enumerate(zip(proxy[:70], gold, metrics, strict=False), 1):
-            scores = {"rloo/proxy_score_mean": own, "rloo/proxy_score_std": 2.0}
-            scores |= {} if judge is None else {"rloo/gold_score_mean": judge, "rloo/gold_score_std": 0.5}
-            file.write(json.dumps({"stage": "rloo", "step": step, "time": 0.0} | scores | found) + "\n")
+        for step, (proxy_mean, gold_mean, step_metrics) in enumerate(zip(proxy[:70], gold, metrics, strict=False), 1):
+            scores = {"rloo/proxy_score_mean": proxy_mean, "rloo/proxy_score_std": 2.0}
+            scores |= {} if gold_mean is None else {"rloo/gold_score_mean": gold_mean, "rloo/gold_score_std": 0.5}
+            file.write(json.dumps({"stage": "rloo", "step": step, "time": 0.0} | scores | step_metrics) + "\n")
     caplog.clear()
     resumed = OveroptimisationMonitor(settings)
     resumed.resume(tmp_path, num_committed)

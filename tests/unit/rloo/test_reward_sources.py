@@ -1,4 +1,4 @@
-"""Scores by threads of real (tiny) scorers: in order, in batches, with what fails isolated and counted."""
+"""Scores from threads that ask small scorers: in order, in batches, with failures isolated and counted."""
 
 import logging
 import math
@@ -24,11 +24,14 @@ from tests.unit.scoring.test_client import Answer, scored, serving
 K = 4
 NAN = math.nan
 RULES = "tests.unit.rloo.test_reward_sources"
-"""This module, as a function source names it."""
+"""The name of this module in the config of a reward function."""
 
 
 class NumberScorer:
-    """A completion's score is its number: "7.5" -> 7.5. Completions in `poison` fail every request that they are in; those in `nan` come back as NaN."""
+    """Scores a completion with its number: "7.5" -> 7.5.
+
+    Completions in `poison` fail every request that they are in; those in `nan` get the score NaN.
+    """
 
     def __init__(self, *, poison: Sequence[str] = (), nan: Sequence[str] = (), checkpoint: str = "sha256:a") -> None:
         self.poison, self.nan, self.checkpoint = set(poison), set(nan), checkpoint
@@ -53,7 +56,7 @@ class NumberScorer:
 
 
 class DownScorer:
-    """Fails whatever it is asked, with the error that it is made of."""
+    """Fails every call with the given error."""
 
     def __init__(self, error: BaseException) -> None:
         self.error, self.num_calls = error, 0
@@ -90,23 +93,23 @@ def same_numbers(rows: list[list[float]], expected: list[list[float]], *, but: s
     return all(rows[p][k] == expected[p][k] for p in range(len(rows)) for k in range(K) if f"{p}.{k}" not in but)
 
 
-# What function sources of these tests name.
+# Reward functions that the configs of these tests name.
 
 
 def length_in_prompt(messages: list[dict[str, str]], completion: str) -> float:
-    messages[0]["content"] += " changed"  # its own copy
+    messages[0]["content"] += " changed"  # the function gets a copy
     return float(len(completion) + 100 * len(messages))
 
 
 def picky(messages: list[dict[str, str]], completion: str) -> Any:
-    whats: dict[str, Callable[[], Any]] = {
+    failures: dict[str, Callable[[], Any]] = {
         "0.1": lambda: 1 / 0,
         "1.0": lambda: "good",
         "1.1": lambda: True,
         "2.2": lambda: NAN,
         "2.3": lambda: None,
     }
-    return whats[completion]() if completion in whats else 1
+    return failures[completion]() if completion in failures else 1
 
 
 NOT_A_FUNCTION = 3
@@ -123,10 +126,8 @@ def test_the_reward_is_the_weighted_sum_and_gold_is_kept_apart() -> None:
     chosen = settings(3, proxy_weight=2.0, reward_sources=(function_source("length_in_prompt", weight=0.5),))
     with RewardSources(chosen, proxy=NumberScorer(), gold=NumberScorer(checkpoint="sha256:g")) as sources:
         scores = one_step(sources, 3, with_gold=True)
-    assert scores.source_scores == {
-        "proxy": right(3),
-        "length_in_prompt": [[103.0] * K] * 3,
-    }  # "0.1" has three characters, one message
+    # "0.1" has three characters, and there is one message
+    assert scores.source_scores == {"proxy": right(3), "length_in_prompt": [[103.0] * K] * 3}
     assert scores.gold == right(3)
     assert torch.equal(
         scores.rewards_PK,
@@ -156,7 +157,7 @@ def test_prompts_that_come_in_any_order_are_collected_by_their_index() -> None:
     assert scores.gold == right(32)
 
 
-def test_what_comes_while_a_call_is_out_is_one_call() -> None:
+def test_prompts_that_come_while_a_call_is_running_are_one_call() -> None:
     proxy, is_out, may_reply = NumberScorer(), threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -177,7 +178,7 @@ def test_what_comes_while_a_call_is_out_is_one_call() -> None:
     assert [len(call) for call in proxy.calls] == [1, 31]
 
 
-def test_what_comes_together_is_one_call_of_each_source() -> None:
+def test_prompts_that_come_together_are_few_calls_to_each_source() -> None:
     proxy, gold = NumberScorer(), NumberScorer()
     with RewardSources(settings(32), proxy=proxy, gold=gold) as sources:
         one_step(sources, 32, with_gold=True)
@@ -218,7 +219,7 @@ def test_five_percent_of_failed_scores_are_counted_exactly_and_no_other_is_lost(
 
 
 def test_a_completion_that_fails_every_request_it_is_in_fails_alone_and_soon() -> None:
-    """Of 128 completions: one call for all, four of 32, four of 8, four of 2, and two."""
+    """The calls for 128 completions are one for all, four with 32, four with 8, four with 2, and two with 1."""
     proxy = NumberScorer(poison=["17.2"])
     with RewardSources(settings(32), proxy=proxy, gold=None) as sources:
         scores = one_step(sources, 32)
@@ -238,16 +239,22 @@ def test_a_gold_score_that_failed_leaves_the_reward_alone() -> None:
 
 
 def test_a_source_that_refuses_everything_ends_the_step_after_few_calls() -> None:
-    """Of 128 completions 25 may fail. Beside the 26 that fail alone: 1 call for all, 1 for 32, 4 for 8 and 13 for 2."""
+    """Of 128 completions, 25 may fail.
+
+    Besides the calls for the 26 that fail alone there are 1 call for all, 1 for 32, 4 for 8 and 13 for 2.
+    """
     proxy = DownScorer(ScoringError("HTTP 401: A valid key is needed"))
     with RewardSources(settings(32), proxy=proxy, gold=NumberScorer()) as sources:
-        message = r"proxy gave no score to 26 of the step's 128 completions; rloo.max_failed_score_fraction = 0.2 allows 25. The last reason: HTTP 401: A valid key"
+        message = (
+            r"proxy gave no score to 26 of the step's 128 completions; rloo.max_failed_score_fraction = 0.2 allows 25. "
+            "The last reason: HTTP 401: A valid key"
+        )
         with pytest.raises(RolloutError, match=message):
             one_step(sources, 32, with_gold=True)
     assert proxy.num_calls <= 26 + 1 + 1 + 4 + 13 + 6
 
 
-def test_a_source_that_is_away_is_not_asked_in_parts() -> None:
+def test_a_source_that_is_unavailable_is_not_asked_in_parts() -> None:
     gold = DownScorer(ScorerUnavailableError("19 attempts, the last one: ConnectError"))
     with (
         RewardSources(settings(32), proxy=NumberScorer(), gold=gold) as sources,
@@ -257,7 +264,7 @@ def test_a_source_that_is_away_is_not_asked_in_parts() -> None:
     assert gold.num_calls <= 3
 
 
-def test_a_source_that_was_away_for_one_call_of_few_costs_those_completions_alone() -> None:
+def test_a_source_that_is_unavailable_for_one_call_costs_only_the_completions_of_that_call() -> None:
     proxy, first_is_asked, others_wait = NumberScorer(), threading.Event(), threading.Event()
 
     def away_at_first() -> None:
@@ -279,7 +286,7 @@ def test_a_source_that_was_away_for_one_call_of_few_costs_those_completions_alon
 
 
 def test_failures_of_several_sources_that_together_are_too_many_end_the_step() -> None:
-    """Of 20 completions 5 may fail: one fails here and five there, all different."""
+    """Of 20 completions, 5 may fail; one fails with the proxy and five others with the rule."""
     rule = RewardSourceConfig(name="rule", function=f"{RULES}:picky")
     with (
         RewardSources(
@@ -289,7 +296,8 @@ def test_failures_of_several_sources_that_together_are_too_many_end_the_step() -
         ) as sources,
         pytest.raises(
             RolloutError,
-            match=r"proxy and rule gave no score to 6 of the step's 20 completions; .* = 0.25 allows 5\..*the score is nan",
+            match=r"proxy and rule gave no score to 6 of the step's 20 completions; .* = 0.25 allows 5\."
+            r".*the score is nan",
         ),
     ):
         one_step(sources, 5)
@@ -304,7 +312,7 @@ def test_as_many_as_are_allowed_may_fail() -> None:
         assert one_step(sources, 5).num_failed == {"proxy": 6}
 
 
-def test_an_error_that_is_no_failed_score_comes_out_of_collect() -> None:
+def test_an_error_other_than_a_failed_score_is_raised_by_collect() -> None:
     with (
         RewardSources(settings(2), proxy=DownScorer(KeyError("a bug")), gold=None) as sources,
         pytest.raises(KeyError, match="a bug"),
@@ -344,7 +352,7 @@ def test_a_step_that_was_abandoned_is_forgotten_and_its_late_answers_are_ignored
             sources.submit(step, index, prompt(index))
         may_reply.set()
         assert sources.collect(step, 2).source_scores["proxy"] == right(2)
-    assert [len(call) for call in proxy.calls] == [1, 2], "the abandoned prompt that waited was not asked about"
+    assert [len(call) for call in proxy.calls] == [1, 2], "the waiting prompt of the abandoned step is not asked about"
 
 
 def test_failures_of_an_abandoned_step_do_not_count_in_the_next_and_a_failed_step_can_be_redone() -> None:
@@ -400,7 +408,7 @@ def test_closing_ends_the_threads_and_does_not_wait_for_a_call_that_hangs(monkey
 # Checkpoints
 
 
-def test_a_checkpoint_that_changes_is_counted_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_change_is_counted_every_time_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     proxy, changes = NumberScorer(), []
     with RewardSources(settings(1), proxy=proxy, gold=None) as sources:
         for checkpoint in ("sha256:a", "sha256:b", "sha256:b", "sha256:a"):
@@ -456,7 +464,7 @@ def test_a_function_that_is_not_there_is_refused_before_anything_runs(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("scores of")]
 
 
-def test_two_sources_of_one_name_and_a_reward_of_nothing_are_refused() -> None:
+def test_two_sources_with_the_same_name_and_a_reward_without_sources_are_refused() -> None:
     twice = (function_source("picky", called="a"), function_source("length_in_prompt", called="a"))
     with pytest.raises(ConfigError, match=r"names must differ, got \['a', 'a'\]"):
         RewardSources(settings(1, reward_sources=twice), proxy=NumberScorer(), gold=None)

@@ -1,4 +1,4 @@
-"""What a step asks for depends on run, step and prompt alone, and answers that do not fit are refused."""
+"""The requests of a step depend on run, step and prompt alone, and answers that do not match them are refused."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def answers(requests: list[GenerationRequest], *, version: int = 5) -> list[Prom
     ]
 
 
-def test_a_request_has_the_prompts_ids_and_the_settings() -> None:
+def test_a_request_has_the_prompts_token_ids_and_the_settings() -> None:
     for request in requests_of(0):
         (prompt,) = [prompt for prompt in PROMPTS if prompt.group_id == request.prompt_id]
         assert request.prompt_ids == prompt.tokens.prompt_ids
@@ -64,28 +64,25 @@ def test_seven_steps_of_three_go_three_times_through_seven_prompts() -> None:
     assert sorted(asked) == sorted([prompt.group_id for prompt in PROMPTS] * 3)
 
 
-def test_whole_answers_of_the_current_policy_in_order_are_accepted() -> None:
+def test_complete_answers_of_the_current_policy_in_order_are_accepted() -> None:
     check_completions(answers(requests_of(0)), requests_of(0), policy_versions=range(5, 6))
 
 
 def test_answers_in_another_order_missing_short_or_stale_are_refused() -> None:
     requests = requests_of(0)
-    whole = answers(requests)
-    short = [replace(whole[0], completions=whole[0].completions[:-1]), *whole[1:]]
-    stale = [
-        *whole[:2],
-        replace(
-            whole[2], completions=[*whole[2].completions[:-1], replace(whole[2].completions[-1], policy_version=4)]
-        ),
-    ]
+    right = answers(requests)
+    short = [replace(right[0], completions=right[0].completions[:-1]), *right[1:]]
+    *fresh_completions, last_completion = right[2].completions
+    stale_completions = [*fresh_completions, replace(last_completion, policy_version=4)]
+    stale = [*right[:2], replace(right[2], completions=stale_completions)]
     for wrong, message in (
-        (list(reversed(whole)), "another order"),
-        (whole[:-1], "answered 2 prompts"),
-        (short, "has 3 completions, 4 were asked"),
+        (list(reversed(right)), "another order"),
+        (right[:-1], "answered 2 prompts"),
+        (short, "has 3 completions, 4 were asked for"),
     ):
         with pytest.raises(RolloutError, match=message):
             check_completions(wrong, requests, policy_versions=range(5, 6))
-    with pytest.raises(RolloutError, match=rf"Prompt {whole[2].prompt_id} has completions of policy versions \[4, 5\]"):
+    with pytest.raises(RolloutError, match=rf"Prompt {right[2].prompt_id} has completions of policy versions \[4, 5\]"):
         check_completions(stale, requests, policy_versions=range(5, 6))
 
 

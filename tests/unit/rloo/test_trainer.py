@@ -1,4 +1,4 @@
-"""A trainer without Ray and without engines: its KL, its update and its resume against plain transformers and formulas."""
+"""A trainer without Ray or engines: KL, update and resume against plain transformers and formulas."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sampled() -> list[PromptCompletions]:
-    """Three prompts, two completions each. The sampler's log-probabilities are made up: nothing but the gap may depend on them."""
+    """Return three prompts with two completions each.
+
+    The sampler's log-probabilities are made up: only the gap may depend on them.
+    """
     rng = Random(0)
     groups = [random_group(rng, num_completions=2, max_prompt_tokens=30, max_completion_tokens=20) for _ in range(3)]
     return [
@@ -42,11 +45,11 @@ def sampled() -> list[PromptCompletions]:
 
 
 COMMON = {"temperature": 0.7, "importance_correction": "none", "num_prompts_per_step": 3}
-"""The sampler's log-probabilities are made up here."""
+"""Settings of all trainers here; without importance correction, because the sampler's log-probabilities are made up."""
 
 
 def new_trainer(model_dir: Path, run_dir: Path, **rloo: Any) -> tuple[PolicyTrainer, int]:
-    """The trainer and the number of steps that it resumes after."""
+    """Return a started trainer and the number of steps that it resumes after."""
     optimizer = {
         "kind": "sgd",
         "learning_rate": LEARNING_RATE,
@@ -65,7 +68,7 @@ def new_trainer(model_dir: Path, run_dir: Path, **rloo: Any) -> tuple[PolicyTrai
 
 
 def sequence_logprobs(model: torch.nn.Module) -> Tensor:
-    """[N] sums of log-probabilities at temperature 0.7, one plain forward a completion."""
+    """Return [N] sums of log-probabilities at temperature 0.7, from one plain forward pass per completion."""
     sums = []
     for prompt in sampled():
         for completion in prompt.completions:
@@ -87,11 +90,11 @@ def update(trainer: PolicyTrainer, step: int = 0, *, learning_rate_factor: float
 def test_gloo_knows_the_interface_of_rays_address_when_a_trainer_has_started(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(INTERFACE_VARIABLE, "before")  # so that the test's end takes away what is set
+    monkeypatch.setenv(INTERFACE_VARIABLE, "before")  # so that the end of the test removes what the trainer sets
     monkeypatch.delenv(INTERFACE_VARIABLE)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     new_trainer(model_dir, tmp_path)
-    assert "127.0.0.1" in [each.address for each in psutil.net_if_addrs()[os.environ[INTERFACE_VARIABLE]]]
+    assert "127.0.0.1" in [address.address for address in psutil.net_if_addrs()[os.environ[INTERFACE_VARIABLE]]]
 
 
 def test_the_kl_to_the_reference_is_zero_before_the_first_update_and_not_after_it(
@@ -110,20 +113,20 @@ def test_the_kl_to_the_reference_is_zero_before_the_first_update_and_not_after_i
 
 @pytest.mark.parametrize("max_tokens", [8192, 64])
 def test_an_update_is_one_gradient_step_on_all_completions(model_dir: Path, tmp_path: Path, max_tokens: int) -> None:
-    """On policy the loss is -mean(A log pi): its gradient is worked out on plain transformers."""
+    """On policy the loss is -mean(A log pi); plain transformers give its gradient."""
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     (-(torch.tensor(ADVANTAGES) * sequence_logprobs(plain)).mean()).backward()
     trainer, _ = new_trainer(model_dir, tmp_path, max_tokens_per_micro_batch=max_tokens)
-    found = update(trainer)
+    report = update(trainer)
     assert len(trainer.policy.state_dict()) == len(before)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(
             (before[name] - weights(trainer)[name]) / LEARNING_RATE, parameter.grad, atol=2e-6, rtol=1e-4
         )
-    assert found.loss == pytest.approx(-sum(ADVANTAGES) / 6, abs=1e-6)
-    assert found.learning_rate == LEARNING_RATE
-    assert found.gradient_norm == pytest.approx(
+    assert report.loss == pytest.approx(-sum(ADVANTAGES) / 6, abs=1e-6)
+    assert report.learning_rate == LEARNING_RATE
+    assert report.gradient_norm == pytest.approx(
         sum(float(p.grad.square().sum()) for p in plain.parameters() if p.grad is not None) ** 0.5, rel=1e-4
     )
 
@@ -146,7 +149,10 @@ def test_many_micro_batches_measure_the_same_as_one(model_dir: Path, tmp_path: P
 
 
 def test_a_step_of_two_epochs_of_minibatches_is_plain_ppo(model_dir: Path, tmp_path: Path) -> None:
-    """Against a loop on plain transformers, one prompt a minibatch; every completion is in one minibatch of each epoch."""
+    """The expected weights come from a loop on plain transformers with one prompt per minibatch.
+
+    Every completion is in one minibatch of each epoch.
+    """
     trainer, _ = new_trainer(model_dir, tmp_path, num_epochs_per_step=2, num_minibatches_per_epoch=3, clip_range=0.01)
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
     optimizer = torch.optim.SGD(plain.parameters(), lr=LEARNING_RATE)
@@ -163,11 +169,11 @@ def test_a_step_of_two_epochs_of_minibatches_is_plain_ppo(model_dir: Path, tmp_p
             optimizer.zero_grad()
             terms_n.mean().backward()
             optimizer.step()
-    found = update(trainer)
+    report = update(trainer)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(weights(trainer)[name], parameter.detach(), atol=1e-5, rtol=0)
     assert num_clipped > 0
-    assert found.clip_fraction == pytest.approx(num_clipped / 12)
+    assert report.clip_fraction == pytest.approx(num_clipped / 12)
 
 
 def test_the_learning_rate_is_the_schedules_times_the_factor(model_dir: Path, tmp_path: Path) -> None:
@@ -191,19 +197,19 @@ def test_the_sampler_gap_is_the_distance_from_the_samplers_log_probabilities(mod
     assert measured.sampler_gap_max == pytest.approx(max(gaps), rel=1e-4)
 
 
-def test_a_killed_trainer_goes_on_from_its_last_saved_step(model_dir: Path, tmp_path: Path) -> None:
-    whole, _ = new_trainer(model_dir, tmp_path / "whole")
+def test_a_killed_trainer_resumes_from_its_last_saved_step(model_dir: Path, tmp_path: Path) -> None:
+    uninterrupted, _ = new_trainer(model_dir, tmp_path / "uninterrupted")
     killed, first = new_trainer(model_dir, tmp_path / "killed")
     assert first == 0
-    update(whole)
+    update(uninterrupted)
     update(killed)
     killed.save(1)
     resumed, first = new_trainer(model_dir, tmp_path / "killed")
     assert first == 1
-    update(whole, step=1)
+    update(uninterrupted, step=1)
     update(resumed, step=1)
-    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(whole).items())
-    assert resumed.measure(sampled()).kl == whole.measure(sampled()).kl
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(uninterrupted).items())
+    assert resumed.measure(sampled()).kl == uninterrupted.measure(sampled()).kl
 
 
 def test_the_committed_policy_is_a_verified_plain_transformers_model_with_the_new_weights(

@@ -1,4 +1,4 @@
-"""Two drivers never write one run directory; whoever ends, however, leaves it free."""
+"""Two drivers never write one run directory. A driver that ends, however that happens, leaves it free."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def test_a_process_may_take_it_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def as_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Claims are of that job from now on, in a cluster whose store and job table are below. "05" has ended."""
+    """Return a function that makes this process a driver of the named job. The job "05" has ended."""
     store: dict[str, bytes] = {}
 
     def put(key: str, value: str, overwrite: bool = True, *, namespace: str) -> None:
@@ -92,7 +92,7 @@ def test_of_two_jobs_that_find_the_holder_ended_one_takes_its_place(
     table = claim.jobs()
 
     def sees_the_table_late() -> list[dict[str, object]]:
-        """07 has read who holds it; before it goes on, 06 comes and is done with its claim."""
+        """Let job 06 make its claim after job 07 has read who the holder is."""
         monkeypatch.setattr(claim, "jobs", lambda: table)
         as_job("06")
         claim_for_job(tmp_path)

@@ -1,4 +1,4 @@
-"""A file system that becomes read-only, or full, in the middle of a commit: a real one, in a mount namespace of its own."""
+"""A real file system, in a mount namespace of its own, becomes read-only or full in the middle of a commit."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ IN_A_NAMESPACE = ("unshare", "--mount", "--propagation", "private")
 COMMITS = """
 import subprocess, sys
 from pathlib import Path
-from rm_robust.models.checkpoint import commit_directory
+from rm_robust.runs.storage.commits import commit_directory
 from rm_robust.errors import StorageError
 
 disk, breaks = Path(sys.argv[1]), sys.argv[2]
@@ -63,7 +63,5 @@ def test_the_last_commit_is_whole_and_the_next_one_works(tmp_path: Path, breaks:
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert (
-        f"{tmp_path}/checkpoint could not be written: {reason}. What was committed before is as it was. Make room, or mend the storage"
-        in done.stdout
-    )
+    message = f"{tmp_path}/checkpoint could not be written: {reason}. What was committed before is as it was. "
+    assert message + "Make room, or mend the storage" in done.stdout

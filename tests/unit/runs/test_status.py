@@ -1,4 +1,4 @@
-"""What a run's files say of where it stands."""
+"""A run's files say where it stands."""
 
 import json
 import time
@@ -22,7 +22,7 @@ def write_metrics(run_dir: Path, lines: list[dict[str, object]]) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """SFT done, the reward model at step 30 of 50 with two seconds a step, of which one took a minute."""
+    """Make a run with SFT done, and the reward model at step 30 of 50. A step takes two seconds; one took a minute."""
     now = time.time()
     folder = tmp_path / "runs" / "smoke"
     claim_run_dir(folder, load_config(SMOKE, []))

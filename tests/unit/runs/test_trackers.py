@@ -1,5 +1,8 @@
-"""What trackers are sent. Their packages, which the lock leaves out, are replaced by recorders of our calls; tried by hand with wandb 0.31.0 (offline) and
-mlflow-skinny 3.17.2 (file store): every value arrived, and a resumed stage went on in the same run."""
+"""What trackers are sent. Recorders of our calls stand in for the trackers' packages, which the lock leaves out.
+
+Tried by hand with wandb 0.31.0 (offline) and mlflow-skinny 3.17.2 (file store): every value arrived, and a resumed
+stage went on in the same run.
+"""
 
 import sys
 from pathlib import Path
@@ -19,7 +22,7 @@ def config_of(**tracking: str) -> PipelineConfig:
 
 
 class Recorder:
-    """Stands for a library's client: answers are what `answers` says, by method name."""
+    """Stand in for a library's client. `answers` says, by method name, what a call returns."""
 
     def __init__(self, **answers: Any) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""The scoring client against a real HTTP server that misbehaves in every way we know of."""
+"""The scoring client works against a real HTTP server that fails in every way we know of."""
 
 import asyncio
 import json
@@ -37,11 +37,11 @@ class Answer:
 
 
 Behaviour = Callable[[int, list[dict[str, Any]]], Answer]
-"""(number of this request from 0, its inputs) -> what the server answers."""
+"""A function of the number of the request, from 0, and its inputs that returns the server's answer."""
 
 
 def right_scores(inputs: list[dict[str, Any]]) -> list[list[float]]:
-    """A completion's score is its number: "7.5" -> 7.5."""
+    """Return the scores: a completion's score is its number, "7.5" -> 7.5."""
     return [[float(completion) for completion in item["completions"]] for item in inputs]
 
 
@@ -60,7 +60,7 @@ class Server:
     url: str
     num_requests: int = 0
     authorization: str | None = None
-    """Of the last request."""
+    """The Authorization header of the last request."""
     num_in_flight: int = 0
     most_in_flight: int = 0
     connections: set[tuple[str, int]] = field(default_factory=set)
@@ -195,7 +195,7 @@ def test_backoff_doubles_with_jitter_up_to_a_bound(monkeypatch: pytest.MonkeyPat
 
 
 def waits_until_the_end(failures: Callable[[int], Failure]) -> tuple[list[float], ScoringError]:
-    """The waits before each new attempt, and the error in place of one more; failures(n) ends attempt n."""
+    """Return the waits before each new attempt and the error after the last one; failures(n) ends attempt n."""
     retries, waits = Retries(MAX_RETRIES), list[float]()
     try:
         while True:
@@ -208,7 +208,7 @@ def waits_until_the_end(failures: Callable[[int], Failure]) -> tuple[list[float]
 def test_a_service_may_be_full_or_away_for_a_minute(
     jitter: float, total_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """0.1 doubled up to 6.4 are 12.7 s, and 11 times 10 s are 110 s; jitter takes half of it at most."""
+    """0.1 s doubled up to 6.4 s gives 12.7 s, and 11 times 10 s gives 110 s. Jitter takes away half at most."""
     monkeypatch.setattr("rm_robust.scoring.client.FIRST_BACKOFF_S", 0.1)
     monkeypatch.setattr("random.uniform", lambda *_: jitter)
     for status in (429, 502, 503):
@@ -396,16 +396,16 @@ def test_threads_may_share_one_sync_client() -> None:
         serving(lambda _, inputs: scored(right_scores(inputs))) as server,
         RewardClient(server.url, max_completions_per_request=2) as client,
     ):
-        found: dict[int, list[list[float]]] = {}
+        scores: dict[int, list[list[float]]] = {}
         threads = [
-            threading.Thread(target=lambda n=n: found.update({n: client.score(numbered_inputs(n)).scores}))
+            threading.Thread(target=lambda n=n: scores.update({n: client.score(numbered_inputs(n)).scores}))
             for n in range(1, 9)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
-    assert found == {n: right_reply(numbered_inputs(n)) for n in range(1, 9)}
+    assert scores == {n: right_reply(numbered_inputs(n)) for n in range(1, 9)}
 
 
 def test_a_client_that_was_never_closed_does_not_keep_the_program_alive() -> None:
@@ -485,7 +485,10 @@ def test_calibrated_scores_are_asked_for_and_say_what_they_were_made_with() -> N
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"calibrated": True}, "the scores are raw"), ({"model": "other"}, "from the model 'm', asked was 'other'")],
+    [
+        ({"calibrated": True}, "the scores are raw, but calibrated ones were asked for"),
+        ({"model": "other"}, "from the model 'm', but 'other' was asked for"),
+    ],
 )
 def test_a_server_that_does_not_know_what_is_asked_for_is_an_error(options: Any, message: str) -> None:
     with (

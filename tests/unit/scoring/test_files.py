@@ -1,4 +1,4 @@
-"""The file-scoring command against a real HTTP server."""
+"""The command that scores a file works against a real HTTP server."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_every_line_gets_its_scores_in_order(tmp_path: Path, capsys: pytest.Capt
     assert f"{NUM_LINES} lines" in capsys.readouterr().out
 
 
-def test_a_command_that_failed_or_was_killed_in_a_line_goes_on_and_scores_no_line_twice(
+def test_a_command_that_failed_or_was_killed_within_a_line_continues_and_scores_no_line_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = write_data(tmp_path), tmp_path / "out.jsonl"
@@ -64,7 +64,7 @@ def test_a_command_that_failed_or_was_killed_in_a_line_goes_on_and_scores_no_lin
         assert main(["score", "--url", server.url, str(data), "--out", str(out)]) == 0
         assert main(["score", "--url", server.url, str(data), "--out", str(out)]) == 0
     assert written(out) == ALL_RIGHT
-    assert len(asked) == NUM_LINES + 4  # the refused four were asked again, no other
+    assert len(asked) == NUM_LINES + 4  # the four that were refused were asked again, and no others
 
 
 def test_scores_of_two_checkpoints_do_not_get_into_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""How long the scorer inside the cluster keeps trying, with a handle of our own and a clock that only its waits move."""
+"""Test how long the scorer inside the cluster keeps trying.
+
+The handle is one of our own, and only the scorer's waits move its clock.
+"""
 
 import random
 from collections.abc import Callable
@@ -21,7 +24,7 @@ Outcome = ScoreReply | Refusal | Exception
 
 @dataclass
 class Handle:
-    """Answers every call with outcome_at(seconds since the first)."""
+    """Answers every call with `outcome_at(now_s)`; `now_s` is in seconds since the first call."""
 
     outcome_at: Callable[[float], Outcome]
     now_s: float = 0.0
@@ -45,14 +48,14 @@ class Handle:
         self.now_s += seconds
 
 
-def right() -> ScoreReply:
+def good_reply() -> ScoreReply:
     return ScoreReply(model="proxy", checkpoint="sha256:a", results=[ScoreResult(scores=[1.0, 2.0])])
 
 
 @pytest.fixture
 def scorer_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Handle], ClusterScorer]:
     def make(handle: Handle) -> ClusterScorer:
-        monkeypatch.setattr("serve.cluster_scorer.serve.get_app_handle", lambda _: handle)
+        monkeypatch.setattr("serve.cluster_scorer.ray_serve.get_app_handle", lambda _: handle)
         monkeypatch.setattr("serve.cluster_scorer.time.sleep", handle.sleep)
         return ClusterScorer("app", "proxy")
 
@@ -67,7 +70,7 @@ def test_a_service_that_is_full_or_away_for_a_minute_costs_no_score(
 ) -> None:
     for seed in range(20):
         random.seed(seed)
-        handle = Handle(lambda now_s: failure if now_s < 60 else right())
+        handle = Handle(lambda now_s: failure if now_s < 60 else good_reply())
         assert scorer_on(handle).score(INPUTS).scores == [[1.0, 2.0]]
         assert handle.now_s < 60 + 11
 

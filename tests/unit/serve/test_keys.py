@@ -1,4 +1,4 @@
-"""API keys without a server: what a keys file may say, who passes the guard, and how often."""
+"""Test API keys without a server: what a keys file may hold, who passes the guard, and how often."""
 
 import argparse
 import hashlib
@@ -103,7 +103,7 @@ def test_every_key_is_compared_whichever_matches(monkeypatch: pytest.MonkeyPatch
     compared = []
     monkeypatch.setattr(
         "serve.http.middleware.hmac.compare_digest",
-        lambda found, expected: compared.append(expected) or found == expected,
+        lambda digest, expected: compared.append(expected) or digest == expected,
     )
     assert matching_key([f"Bearer {ALICE}".encode()], KEYS) == ALICE_ENTRY
     assert compared == [ALICE_ENTRY.sha256, BOB_ENTRY.sha256]

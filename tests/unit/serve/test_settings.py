@@ -1,4 +1,4 @@
-"""What can be refused before Ray starts: settings, the YAML for `serve deploy`, hosts and ports."""
+"""Test what is refused before Ray starts: settings, the YAML for `serve deploy`, hosts and ports."""
 
 import socket
 from pathlib import Path
@@ -39,21 +39,21 @@ def test_the_yamls_args_build_an_application(deployed: ServeDeploySchema) -> Non
 
 
 def test_the_yaml_repeats_the_defaults_it_shows(deployed: ServeDeploySchema) -> None:
-    (shown,) = deployed.applications[0].args["models"]
-    chosen = {"model_name", "checkpoint_dir", "num_cpus", "max_replicas"}
+    (model,) = deployed.applications[0].args["models"]
+    chosen_fields = {"model_name", "checkpoint_dir", "num_cpus", "max_replicas"}
     defaults = ModelSettings(model_name="m", embedded_judge=True).model_dump()
-    assert {name: shown[name] for name in shown.keys() - chosen} == {
-        name: defaults[name] for name in shown.keys() - chosen
+    assert {name: model[name] for name in model.keys() - chosen_fields} == {
+        name: defaults[name] for name in model.keys() - chosen_fields
     }
     limits = deployed.applications[0].args["limits"]
     assert limits == ServiceLimits().model_dump()
 
 
 def test_the_yamls_swap_names_the_deployment_and_checkpoint_of_its_model(deployed: ServeDeploySchema) -> None:
-    (shown,) = deployed.applications[0].args["models"]
+    (model,) = deployed.applications[0].args["models"]
     (scorer,) = deployed.applications[0].deployments
-    assert scorer.name == scorer_name(ModelSettings.model_validate(shown))
-    assert scorer.user_config == {"checkpoint_dir": shown["checkpoint_dir"], "generation": 1}
+    assert scorer.name == scorer_name(ModelSettings.model_validate(model))
+    assert scorer.user_config == {"checkpoint_dir": model["checkpoint_dir"], "generation": 1}
 
 
 JUDGE = {"model_name": "m", "embedded_judge": True}

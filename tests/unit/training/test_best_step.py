@@ -1,4 +1,4 @@
-"""The best evaluation and early stopping, by hand."""
+"""The best evaluation and early stopping, against values worked out by hand."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ def recorded(values: dict[int, float], *, patience: int | None) -> BestStep:
 
 def test_the_first_of_equal_bests_stays() -> None:
     best = BestStep(KEY, None)
-    news = [best.record(step, {KEY: value}) for step, value in ((5, 0.6), (10, 0.7), (15, 0.7), (20, 0.65))]
-    assert (news, best.step) == ([True, True, False, False], 10)
+    is_new_best = [best.record(step, {KEY: value}) for step, value in ((5, 0.6), (10, 0.7), (15, 0.7), (20, 0.65))]
+    assert (is_new_best, best.step) == ([True, True, False, False], 10)
 
 
 def test_steps_without_an_evaluation_change_nothing() -> None:

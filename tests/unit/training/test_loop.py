@@ -1,4 +1,4 @@
-"""The order of the data, and what the loop calls when. `run_loop` runs with a real engine on a two-weight module."""
+"""The order of the data, and when the loop calls what. `run_loop` runs with a real engine on a module of one weight."""
 
 import json
 from collections import Counter
@@ -61,7 +61,10 @@ OPTIMIZER = OptimizerConfig(kind="sgd", learning_rate=0.1, max_gradient_norm=100
 def run(
     run_dir: Path, *, first_step: int, num_steps: int = 5, fail_at: int | None = None, reclaimed_from: int | None = None
 ) -> tuple[list[int], list[int], DdpEngine]:
-    """Steps trained, numbers of steps committed, engine. Step i has gradient i + 1 on the one weight."""
+    """Run the loop; return the trained steps, the committed numbers of steps and the engine.
+
+    Step i has the gradient i + 1 on the one weight.
+    """
     trained: list[int] = []
     committed: list[int] = []
     module = nn.Linear(1, 1, bias=False)

@@ -100,15 +100,15 @@ def test_training_lowers_the_loss_and_commits_a_policy_that_plain_transformers_l
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights_as_one_that_is_not(
     base_dir: Path, tmp_path: Path
 ) -> None:
-    whole, killed = prepared(tmp_path / "whole", base_dir), prepared(tmp_path / "killed", base_dir)
-    train_sft(config_of(base_dir, num_epochs=2), whole)
+    unbroken, killed = prepared(tmp_path / "unbroken", base_dir), prepared(tmp_path / "killed", base_dir)
+    train_sft(config_of(base_dir, num_epochs=2), unbroken)
     train_sft(config_of(base_dir, num_epochs=1), killed)  # three of six steps; the schedule is constant
     shutil.rmtree(RunLayout(killed).sft_checkpoint)
     train_sft(config_of(base_dir, num_epochs=2), killed)
     assert [line["step"] for line in read_metrics(killed, "sft")] == [1, 2, 3, 4, 5, 6]
-    for line, other in zip(read_metrics(killed, "sft"), read_metrics(whole, "sft"), strict=True):
+    for line, other in zip(read_metrics(killed, "sft"), read_metrics(unbroken, "sft"), strict=True):
         assert line["sft/loss"] == other["sft/loss"]
     hashes = {
-        verify_checkpoint(RunLayout(run_dir).sft_checkpoint, "policy").content_sha256 for run_dir in (whole, killed)
+        verify_checkpoint(RunLayout(run_dir).sft_checkpoint, "policy").content_sha256 for run_dir in (unbroken, killed)
     }
     assert len(hashes) == 1

@@ -121,7 +121,8 @@ def test_an_older_state_that_cannot_be_deleted_is_an_error_that_says_the_new_one
         without_rights.setattr(shutil, "rmtree", refuse)
         with pytest.raises(
             StorageError,
-            match=rf"^{tmp_path}/step-0000002, an older state, could not be deleted: .*denied.* step-0000004 is committed",
+            match=rf"^{tmp_path}/step-0000002, an older state, could not be deleted: "
+            r".*denied.* step-0000004 is committed",
         ):
             save_state(engine, tmp_path, 4)
     resumed = new_engine(seed=1)

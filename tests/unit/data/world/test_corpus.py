@@ -1,4 +1,4 @@
-"""The world: the same bytes from a seed, sets of prompts that share no text, and room between the demonstrations and the best model."""
+"""Check that a seed gives one world, that its sets share no prompt, and that RLOO can improve on the demonstrations."""
 
 import functools
 import hashlib
@@ -42,7 +42,7 @@ def world_of(seed: int) -> World:
 
 
 def groups_of(world: World) -> dict[tuple[str, bool], list[NamedResponse]]:
-    """Responses by prompt and by whether an unseen model wrote them."""
+    """Group responses by prompt and by whether an unseen model wrote them."""
     groups = defaultdict(list)
     for response in world.responses:
         groups[response.prompt_id, response.model in world.unseen_models].append(response)

@@ -1,4 +1,4 @@
-"""Gold judge: right, full, fitting and plain answers score more, and no trick beats answering."""
+"""Check that right, complete, short and plain answers get higher gold scores, and that no trick beats answering."""
 
 import itertools
 from random import Random

@@ -1,4 +1,4 @@
-"""Response models: as skilled as they say, and style goes with quality among the training models but not among the unseen ones."""
+"""Check that response models are as skilled as they say, and how their style goes with their quality."""
 
 from random import Random
 from statistics import correlation, fmean, median
@@ -40,7 +40,7 @@ def mean_words(model: ResponseModel) -> float:
 
 
 def friendliness(model: ResponseModel) -> float:
-    """Share of completions that have an opener, flattery, padding, a closing offer or a numbered list."""
+    """Return the share of completions that have an opener, flattery, padding, a closing offer or a numbered list."""
     marks = (*OPENERS, *FLATTERY, *PADDING, *CLOSINGS, "1. ")
     return fmean(any(mark in completion for mark in marks) for completion in COMPLETIONS[model.name])
 

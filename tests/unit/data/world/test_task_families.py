@@ -1,4 +1,4 @@
-"""Task families: what is made can be read back, ideal answers are right, and form does not matter where it should not."""
+"""Check that made prompts can be read back, that ideal answers are right, and that the form of an answer is free."""
 
 from random import Random
 
@@ -28,7 +28,7 @@ EXAMPLES = {
     "Today Eva had five hats and got six more. How many hats are there?": (ADD_NUMBERS, "There are eleven hats."),
     "Describe the goat with the words sad and warm but not big.": (DESCRIBE_WITH, "The goat is sad and warm."),
 }
-"""Prompts as they are worded, their family, and answers worked out by hand."""
+"""Prompts with their family and an answer worked out by hand."""
 
 families = st.sampled_from(list(FAMILIES.values()))
 rngs = st.integers(0, 2**32 - 1).map(Random)
@@ -145,6 +145,6 @@ def test_case_numerals_plurals_lists_and_free_order_are_tolerated(prompt: str, c
 )
 def test_a_partly_right_answer_gets_the_documented_part(prompt: str, completion: str, expected: Verification) -> None:
     task = task_of(prompt)
-    found = FAMILIES[task.family].verify(task, completion)
-    assert found.correctness == pytest.approx(expected.correctness)
-    assert found.coverage == pytest.approx(expected.coverage)
+    verification = FAMILIES[task.family].verify(task, completion)
+    assert verification.correctness == pytest.approx(expected.correctness)
+    assert verification.coverage == pytest.approx(expected.coverage)

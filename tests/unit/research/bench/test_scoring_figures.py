@@ -6,7 +6,7 @@ from research.bench.scoring_figures import percentile, ratio_of_rounds, token_li
 
 
 def test_a_percentile_is_the_smallest_value_that_enough_values_do_not_exceed() -> None:
-    values = [float(value) for value in range(200, 0, -1)]  # 200 … 1
+    values = [float(value) for value in range(200, 0, -1)]  # 200 down to 1
     assert percentile(values, 50) == 100
     assert percentile(values, 99) == 198
     assert percentile(values, 100) == 200

@@ -1,4 +1,4 @@
-"""Sampling, weight updates and the object store, by hand and against real pickles."""
+"""Sampling, weight updates and object-store traffic agree with hand counts and with real pickles."""
 
 import pickle
 from dataclasses import replace
@@ -14,7 +14,10 @@ from rm_robust.config.rloo import RlooConfig
 from rm_robust.rloo.rollout import Completion, PromptCompletions
 
 SMALL = ModelShape("small", 10, 10, 20, 2, 2, 1, 5, is_tied=True, has_qkv_bias=False)
-"""2 layers of 920 parameters, a table of 100, a norm of 10: 1,950; a token's keys and values are 2 x 2 x 5 numbers."""
+"""A model with 2 layers of 920 parameters, a table of 100 and a norm of 10: 1,950 in total.
+
+A token's keys and values are 2 x 2 x 5 numbers.
+"""
 INF = float("inf")
 IDLE = replace(GPUS["h100"], peak_flops_per_s=INF, memory_bytes_per_s=INF, decode_utilisation=1.0, engine_step_s=0.0)
 EIGHT_OF_FIVE = Sampling(
@@ -31,7 +34,10 @@ def test_a_decoding_step_reads_weights_and_caches() -> None:
 
 
 def test_generation_is_as_many_steps_as_the_longest_completion_has_tokens() -> None:
-    """40 tokens over 10 steps, 4 sequences on average that have 22.5 tokens: the mean times 1 + … + 1/8 would be 13.6, and 10 is the limit."""
+    """40 tokens need 10 steps, with 4 sequences of 22.5 tokens on average.
+
+    The mean times 1 + … + 1/8 would be 13.6 steps, but 10 is the limit.
+    """
     assert EIGHT_OF_FIVE.longest_completion == 10
     assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, engine_step_s=0.5)) == 5
     assert generation_seconds(SMALL, EIGHT_OF_FIVE, ONE_ENGINE, replace(IDLE, engine_token_s=0.5)) == 20
@@ -48,15 +54,18 @@ def test_more_sequences_than_an_engine_takes_need_more_steps() -> None:
 
 
 def test_completions_share_the_whole_blocks_of_their_prompt() -> None:
-    """20 tokens: one block of 16 once, and 4 for each of the 4 completions; no block of 128."""
+    """20 tokens fill one block of 16, which counts once, and leave 4 for each of the 4 completions.
+
+    They fill no block of 128.
+    """
     assert EIGHT_OF_FIVE.computed_prompt_tokens(16) == 2 * (16 + 4 * 4)
     assert EIGHT_OF_FIVE.computed_prompt_tokens(128) == 2 * 4 * 20
 
 
 def test_the_cache_of_an_engine_is_what_its_weights_leave() -> None:
-    """Llama 8B in bfloat16 on a GPU of 80 GiB: 72 GiB less 16.06 GB, at 128 KiB a token."""
-    found = cached_tokens(SHAPES["llama-3.1-8b"], ONE_ENGINE, GPUS["h100"])
-    assert found == pytest.approx((72 * GIB - 2 * 8_030_261_248) / (128 * 1024))
+    """Llama 8B in bfloat16 on a GPU of 80 GiB has 72 GiB less 16.06 GB for the cache, at 128 KiB per token."""
+    num_cached = cached_tokens(SHAPES["llama-3.1-8b"], ONE_ENGINE, GPUS["h100"])
+    assert num_cached == pytest.approx((72 * GIB - 2 * 8_030_261_248) / (128 * 1024))
 
 
 def test_an_update_beside_the_trainer_reads_twice_packs_once_and_probes() -> None:
@@ -78,7 +87,7 @@ def test_an_update_over_nccl_sends_float32_once_and_a_sharded_one_is_gathered_be
 
 @pytest.mark.parametrize("vocab_size", [200, 60_000, 128_256])
 def test_the_object_store_gets_what_completions_take_as_pickles(vocab_size: int) -> None:
-    """Requests once and completions twice; fields' names and the lists themselves are beside the formula."""
+    """Requests count once and completions twice. The formula leaves out field names and the lists themselves."""
     sampling = Sampling(
         num_prompts=4, num_completions_per_prompt=4, prompt_tokens=300, completion_tokens=200, max_new_tokens=400
     )
@@ -101,7 +110,10 @@ def test_a_balanced_ratio_makes_generation_last_as_long_as_training() -> None:
 
 
 def test_an_update_of_one_micro_batch_has_no_forward_pass_of_its_own() -> None:
-    """`measure` kept the graph: backward is twice a forward pass, measure is one of the policy and one of the reference."""
+    """`measure` keeps the graph, so an update is a backward pass alone, which costs two forward passes.
+
+    `measure` itself has one forward pass of the policy and one of the reference.
+    """
     shape, lengths, gpu = SHAPES["llama-3.2-1b"], Lengths(100, 40), replace(GPUS["h100"], memory_bytes_per_s=INF)
     kept = rloo_plan(RlooConfig(max_tokens_per_micro_batch=10**6), shape, (), lengths, gpu)
     again = rloo_plan(RlooConfig(max_tokens_per_micro_batch=4096), shape, (), lengths, gpu)

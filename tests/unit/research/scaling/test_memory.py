@@ -1,4 +1,4 @@
-"""Memory of a trainer against hand counts, and the activations against what torch keeps."""
+"""A trainer's memory agrees with hand counts, and its activations agree with what torch keeps."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,14 +28,14 @@ from rm_robust.models.reward_model import PackedRewardModel
 
 P = 1000
 SMALL = ModelShape("small", 10, 10, 20, 2, 2, 1, 5, is_tied=True, has_qkv_bias=False)
-"""A layer has 10 x (2 x 10 + 2 x 5) + 3 x 10 x 20 + 2 x 10 = 920 parameters."""
+"""A model whose layer has 10 x (2 x 10 + 2 x 5) + 3 x 10 x 20 + 2 x 10 = 920 parameters."""
 NOTHING = MicroBatch(0)
 BUCKET, LIVE = 4 * 500_000_000, 4 * P
 
 
 def states(strategy: StrategyConfig, num_devices: int, *, num_trained: int = P) -> tuple[float, float, float, float]:
-    """Weights, gradients, optimiser and gathered bytes of a model of P parameters."""
-    found = trainer_memory(
+    """Return the bytes of weights, gradients, optimiser and gathered values for a model of P parameters."""
+    memory = trainer_memory(
         Trained(SMALL, P, num_trained),
         NOTHING,
         strategy=strategy,
@@ -43,11 +43,11 @@ def states(strategy: StrategyConfig, num_devices: int, *, num_trained: int = P) 
         num_devices=num_devices,
         overhead_bytes=0,
     )
-    return found.weight_bytes, found.gradient_bytes, found.optimizer_bytes, found.gathered_bytes
+    return memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes, memory.gathered_bytes
 
 
 def test_states_by_strategy_are_the_hand_counts_on_four_devices() -> None:
-    """Float32: 4 a weight, 4 a gradient, 8 of moments; DeepSpeed adds a copy of 4."""
+    """In float32 a weight needs 4 bytes, its gradient 4 and its moments 8. DeepSpeed adds a copy of 4."""
     layers_and_rest = 2 * (2 * 4 * 920 + 4 * (P - 2 * 920))
     assert states(StrategyConfig(kind="ddp"), 4) == (4000, 4000, 8000, 4000)
     assert states(StrategyConfig(kind="fsdp2"), 4) == (1000, 1000, 2000, layers_and_rest)
@@ -67,11 +67,14 @@ def test_offloaded_states_leave_the_device() -> None:
 
 
 def test_the_peak_of_a_policy_is_the_hand_count() -> None:
-    """SMALL as it is: 2 x 920 + 10 + 100 = 1,950 parameters. 9 tokens, 3 of them predicted, bfloat16, checkpointing, one device."""
+    """SMALL has 2 x 920 + 10 + 100 = 1,950 parameters.
+
+    The batch has 9 tokens, 3 of them predicted, in bfloat16 with checkpointing on one device.
+    """
     number = SMALL.policy_parameters
     assert number == 1950
     compute = ComputeConfig(precision="bfloat16", gradient_checkpointing=True)
-    found = trainer_memory(
+    memory = trainer_memory(
         Trained(SMALL, number, number, has_reference=True),
         MicroBatch(9, 3),
         strategy=StrategyConfig(kind="ddp"),
@@ -83,16 +86,16 @@ def test_the_peak_of_a_policy_is_the_hand_count() -> None:
     logits, casts = 16 * 3 * 10, 2 * (number - 100)
     assert layer > casts
     assert inputs + layer + logits > 4 * number  # the update's temporary values
-    assert found.training_bytes == 16 * number + 4 * number + inputs + layer + logits + 5
-    assert found.loading_bytes == 8 * number
-    assert found.peak_bytes == found.training_bytes
+    assert memory.training_bytes == 16 * number + 4 * number + inputs + layer + logits + 5
+    assert memory.loading_bytes == 8 * number
+    assert memory.peak_bytes == memory.training_bytes
 
 
 def test_loading_is_the_peak_of_a_deep_model_on_many_devices() -> None:
-    """50 layers of 920 and 110 beside them: two layers at work are far less than the whole float32 model."""
+    """The model has 50 layers of 920 parameters and 110 more: two layers in use are far less than the whole model."""
     deep = replace(SMALL, num_layers=50)
     number = 50 * 920 + 110
-    found = trainer_memory(
+    memory = trainer_memory(
         Trained(deep, number, number),
         NOTHING,
         strategy=StrategyConfig(kind="fsdp2"),
@@ -100,21 +103,24 @@ def test_loading_is_the_peak_of_a_deep_model_on_many_devices() -> None:
         num_devices=10**6,
         overhead_bytes=7,
     )
-    assert found.training_bytes < found.peak_bytes == 4 * number + 7
+    assert memory.training_bytes < memory.peak_bytes == 4 * number + 7
 
 
 def test_an_update_needs_a_value_of_each_weight_of_the_shard() -> None:
-    """Without activations it is the height of a step; FSDP2 holds a quarter of 16 bytes a weight on 4 devices, DDP all of them."""
+    """Without activations, the update is the peak of a step.
+
+    On 4 devices, FSDP2 holds a quarter of 16 bytes per weight, and DDP holds all 16.
+    """
     for strategy, shard, gathered in [
         (StrategyConfig(kind="ddp"), P, 4 * P),
         (StrategyConfig(kind="fsdp2", cpu_offload=False), P / 4, None),
     ]:
-        found = trainer_memory(
+        memory = trainer_memory(
             Trained(SMALL, P, P), NOTHING, strategy=strategy, compute=ComputeConfig(), num_devices=4, overhead_bytes=0
         )
-        assert found.update_bytes == 4 * shard
-        assert found.training_bytes == 16 * shard + max(
-            4 * shard, found.gathered_bytes if gathered is None else gathered
+        assert memory.update_bytes == 4 * shard
+        assert memory.training_bytes == 16 * shard + max(
+            4 * shard, memory.gathered_bytes if gathered is None else gathered
         )
 
 
@@ -123,7 +129,10 @@ def test_an_update_needs_a_value_of_each_weight_of_the_shard() -> None:
 def test_a_layer_keeps_of_a_token_what_the_formula_says(
     precision: str, hidden: int, heads: int, kv_heads: int, wide: int
 ) -> None:
-    """Every storage that autograd saves, once. Differences between lengths and depths leave a layer's bytes of a token."""
+    """Count every storage that autograd saves once.
+
+    Differences between lengths and between depths leave the bytes of one layer and one token.
+    """
     compute = ComputeConfig.model_validate({"precision": precision})
     shape = shape_of_config(
         ModelConfig(hidden_size=hidden, intermediate_size=wide, num_heads=heads, num_kv_heads=kv_heads)
@@ -163,7 +172,10 @@ def test_a_layer_keeps_of_a_token_what_the_formula_says(
 
 
 def test_scored_tokens_alone_change_what_the_last_layer_keeps_and_nothing_else() -> None:
-    """SMALL, 2 layers of 44 x 10 + 16 x 20 + 8 x 2 = 776 bytes a token; the last keeps 20 x 10 a token, and 776 of each of 3 scored ones."""
+    """SMALL has 2 layers of 44 x 10 + 16 x 20 + 8 x 2 = 776 bytes per token.
+
+    The last one keeps only 20 x 10 bytes per token, and 776 more for each of 3 scored tokens.
+    """
 
     def kept(batch: MicroBatch) -> float:
         trained = Trained(SMALL, P, P)
@@ -181,7 +193,7 @@ def test_scored_tokens_alone_change_what_the_last_layer_keeps_and_nothing_else()
 
 
 def saved_bytes(model: PackedRewardModel, num_groups: int) -> int:
-    """Of a forward pass over groups of 64 tokens, weights apart."""
+    """Return the bytes that a forward pass over groups of 64 tokens saves, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, Tensor] = {}
 
@@ -198,7 +210,7 @@ def saved_bytes(model: PackedRewardModel, num_groups: int) -> int:
 
 
 class CastCounter(TorchDispatchMode):
-    """Casts of square matrices."""
+    """Count the casts of square matrices."""
 
     count = 0
 
@@ -210,7 +222,7 @@ class CastCounter(TorchDispatchMode):
 
 
 def test_autocast_keeps_the_casts_of_weights_that_fsdp2_has_given_back() -> None:
-    """Each layer's weight is cast once for a whole context: its copy outlives the weight that was gathered."""
+    """Each layer's weight is cast once in a whole context, so its copy outlives the gathered weight."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

@@ -1,4 +1,4 @@
-"""Sizes of models, the documents' tables, and the comparison with what was measured."""
+"""Sizes of models, the tables of the documents, and the comparison with the measurements."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ PUBLISHED = {
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
 }
-"""Parameters, as the checkpoints' safetensors say."""
+"""The numbers of parameters in the checkpoints' safetensors files."""
 
 
 def count(model: torch.nn.Module) -> int:
@@ -109,7 +109,10 @@ def test_the_cache_of_llama_8b_takes_128_kib_a_token() -> None:
 
 
 def test_what_a_token_sees_is_counted_by_hand() -> None:
-    """2 of prompt see 1 on average, 4 in each of 2 completions see the prompt and 2: (2 x 1 + 8 x 4) / 10."""
+    """2 prompt tokens see 1 token on average, and 4 tokens in each of 2 completions see the prompt and 2 more.
+
+    The mean is (2 x 1 + 8 x 4) / 10.
+    """
     lengths = Lengths(2, 4)
     assert lengths.group_tokens(2) == 10
     assert lengths.visible(2) == pytest.approx(3.4)
@@ -142,10 +145,14 @@ def test_a_line_agrees_up_to_a_factor_of_two_either_way() -> None:
 
 
 def test_every_measured_run_is_compared_and_agrees() -> None:
-    """Rates and runs of one machine in one file, so that only a formula or the file can change the outcome: as `make check-scaling`."""
-    found = read_measurements(REPOSITORY / MEASURED)
-    lines = compare(found, REPOSITORY)
-    assert len(lines) == len(found.training) + len(found.memory) + len(found.updates) >= 10
+    """One file has the rates and runs of one machine, so only a formula or the file can change the outcome.
+
+    `make check-scaling` does the same.
+    """
+    measurements = read_measurements(REPOSITORY / MEASURED)
+    lines = compare(measurements, REPOSITORY)
+    num_runs = len(measurements.training) + len(measurements.memory) + len(measurements.updates)
+    assert len(lines) == num_runs >= 10
     assert [line for line in lines if not line.agrees] == []
 
 
@@ -162,17 +169,16 @@ def test_the_command_says_of_a_config_what_fits(
 
 
 def test_check_fails_when_a_run_took_three_times_as_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = json.loads((REPOSITORY / MEASURED).read_text())
-    (tmp_path / "docs").mkdir()
+    fields = json.loads((REPOSITORY / MEASURED).read_text())
+    (tmp_path / MEASURED).parent.mkdir(parents=True)
     (tmp_path / "pipelines").symlink_to(REPOSITORY / "pipelines")
     monkeypatch.chdir(tmp_path)
     measurements = read_measurements(REPOSITORY / MEASURED)
-    for run, line in zip(
-        found["training"] + found["memory"] + found["updates"], compare(measurements, REPOSITORY), strict=True
-    ):
+    runs = fields["training"] + fields["memory"] + fields["updates"]
+    for run, line in zip(runs, compare(measurements, REPOSITORY), strict=True):
         run["measured"] = line.predicted
-    (tmp_path / MEASURED).write_text(json.dumps(found))
+    (tmp_path / MEASURED).write_text(json.dumps(fields))
     assert main(["--check"]) == 0
-    found["training"][0]["measured"] *= 3
-    (tmp_path / MEASURED).write_text(json.dumps(found))
+    fields["training"][0]["measured"] *= 3
+    (tmp_path / MEASURED).write_text(json.dumps(fields))
     assert main(["--check"]) == 1

@@ -1,4 +1,4 @@
-"""Time of training: FLOPs against torch's own counter, operators against a count, traffic between devices by hand."""
+"""Time of training: FLOPs agree with torch's own counter, operators with a count, and traffic with hand counts."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -59,8 +59,11 @@ def batch(num_groups: int, num_completions: int) -> PackedBatch:
 
 
 def test_flops_of_a_forward_and_backward_pass_are_torchs_own_count() -> None:
-    """torch's counter leaves out the CPU's attention kernel, so a token sees nothing here; attention has the next test. The embedding needs no gradient
-    of its input, and a tied table's is part of the head's: the counts are equal to a per cent."""
+    """The counts are equal to one per cent.
+
+    torch's counter leaves out the CPU's attention kernel, so a token sees nothing here; a later test checks attention.
+    The embedding needs no gradient of its input, and the gradient of a tied table is part of the head's.
+    """
     model, packed = policy(), batch(3, 2)
     tokens = Tokens(packed.num_tokens, 0, 3, 2, num_predicted=len(packed.target_ids_M))
     with FlopCounterMode(display=False) as counter:
@@ -72,7 +75,7 @@ def test_flops_of_a_forward_and_backward_pass_are_torchs_own_count() -> None:
 
 
 def test_flops_of_a_reward_model_on_a_cpu_are_torchs_own_count_with_the_last_layer_at_the_scored_tokens() -> None:
-    """Attention left out again, and the head's H products a completion are within the per cent."""
+    """The counter leaves out attention here too. The head's H products per completion are within the one per cent."""
     config = Qwen2Config(
         vocab_size=MODEL.vocab_size,
         hidden_size=MODEL.hidden_size,
@@ -95,7 +98,7 @@ def test_flops_of_a_reward_model_on_a_cpu_are_torchs_own_count_with_the_last_lay
 
 
 def test_flops_of_attention_are_torchs_own_count_of_its_two_products() -> None:
-    """Eager attention computes the whole square: each of T tokens sees T."""
+    """Eager attention computes the whole square: each of T tokens sees T tokens."""
     length = 40
     config = Qwen2Config(
         vocab_size=300,
@@ -130,7 +133,7 @@ def test_checkpointing_and_coupled_batches_cost_a_forward_pass_each() -> None:
 
 
 class CallCounter(TorchDispatchMode):
-    """Operators, views among them."""
+    """Count the operators that are called, views included."""
 
     count = 0
 
@@ -162,7 +165,7 @@ def test_a_layer_calls_as_many_operators_as_the_formula_says(num_completions: in
 
 
 def test_each_term_of_a_step_is_its_hand_count() -> None:
-    """A model of one width, 10 tokens: one rate at a time, the others endless."""
+    """The model has width 1 and the batch 10 tokens. One rate at a time is finite."""
     shape = ModelShape("flat", 1, 1, 1, 1, 1, 1, 1, is_tied=True, has_qkv_bias=False)
     trained, tokens, passes = Trained(shape, 5, 5), Tokens(10, 0, 2, 2), Passes(1, 1)
     idle = replace(GPUS["h100"], peak_flops_per_s=float("inf"), memory_bytes_per_s=float("inf"))
@@ -183,7 +186,7 @@ def test_each_term_of_a_step_is_its_hand_count() -> None:
 
 
 def test_what_a_device_sends_is_the_hand_count() -> None:
-    """4,000 bytes of weights and as many of gradients on 4 devices: three quarters of each pass."""
+    """4,000 bytes of weights and as many of gradients on 4 devices send three quarters of their bytes in each pass."""
 
     def sent(strategy: StrategyConfig, *, num_micro_batches: int, num_first_passes: int = 0) -> float:
         return sent_bytes(
@@ -206,7 +209,7 @@ def test_deepspeed_sends_after_it_has_computed_and_fsdp2_meanwhile() -> None:
 
 
 def test_a_reward_models_hours_are_its_flops_over_what_the_gpus_do() -> None:
-    """8 GPUs, Bradley-Terry, one micro-batch a GPU: 6 FLOPs a weight and token, attention apart."""
+    """8 GPUs train Bradley-Terry with one micro-batch each: 6 FLOPs per weight and token, and attention in addition."""
     settings = RewardModelConfig(
         objective="bt", batch_size=64, workers=WorkersConfig(num_workers=8), compute=ComputeConfig(precision="bfloat16")
     )
@@ -221,7 +224,10 @@ def test_a_reward_models_hours_are_its_flops_over_what_the_gpus_do() -> None:
 
 
 def test_a_coupled_objective_gathers_the_weights_once_more_in_every_micro_batch() -> None:
-    """512 pairs of 500 tokens on 8 GPUs are 4 micro-batches: 4 passes over the weights in place of 3, and as many FLOPs more."""
+    """512 pairs of 500 tokens on 8 GPUs are 4 micro-batches.
+
+    A coupled objective makes 4 passes over the weights instead of 3, and needs 4/3 of the FLOPs.
+    """
     settings = RewardModelConfig(
         batch_size=512, workers=WorkersConfig(num_workers=8), strategy=StrategyConfig(kind="fsdp2")
     )
@@ -235,7 +241,10 @@ def test_a_coupled_objective_gathers_the_weights_once_more_in_every_micro_batch(
 
 
 def test_adapters_need_two_thirds_of_the_arithmetic_and_little_traffic() -> None:
-    """4 FLOPs a frozen weight and token in place of 6, as compute.flops_per_token counts them; gradients of the adapters alone are sent."""
+    """A frozen weight needs 4 FLOPs per token instead of 6, as flops_per_token (rm_robust/models/compute.py) counts.
+
+    Only the gradients of the adapters are sent.
+    """
     settings = RewardModelConfig(objective="bt", workers=WorkersConfig(num_workers=2))
     whole, adapted = (
         reward_model_plan(settings.model_copy(update={"lora": lora}), SHAPE, Lengths(100, 200), GPUS["h100"])

@@ -1,4 +1,4 @@
-"""Rows of a study that nobody ran, with whatever numbers a test gives them."""
+"""Make the rows of a study that nobody ran, with the numbers that a test gives them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ SEED_NOISE = (0.001, -0.001, 0.0005, -0.0005, 0.0)
 
 
 def study(number: Number, plan: Plan = FULL) -> list[Row]:
-    """Every row of a study, whose figures are number(cell, epoch, set, metric) with a little of its seed."""
+    """Return every row of a study. Its figures are number(cell, epoch, set, metric) plus a little noise by seed."""
     rows = []
     for cell in plan.cells(WORLDS):
         noise = SEED_NOISE[(cell.seed + len(cell.variant)) % len(SEED_NOISE)]  # twins differ too
@@ -60,7 +60,10 @@ def has(cell: Cell, scenario: str, metric: str) -> bool:
 
 
 def as_the_paper_says(cell: Cell, epoch: int, where: str, metric: str) -> float:
-    """A world in which every claim holds by 0.1 or more for every seed, but the head's norm, which stays."""
+    """Return numbers by which every claim holds by at least 0.1 for every seed.
+
+    The head's norm is the exception: it stays.
+    """
     is_bt, is_bsr = cell.variant == "bt", cell.variant.startswith("bsr")
     quality = {"bt": 0.5, "hinge": 0.5, "bt_dr": 0.1, "bt_norm": 0.0}.get(cell.variant, 0.7)
     strength = {"bsr_0.03": 0.0, "bsr_0.1": 0.1, "bsr_1": 0.2}.get(cell.variant, -0.2)

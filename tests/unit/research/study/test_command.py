@@ -1,4 +1,7 @@
-"""The command with every row there: nothing runs and nothing changes. With some missing it says which, and begins nothing that it has no time for."""
+"""The study's command: with every row present, nothing runs and nothing changes.
+
+With some rows missing, it says which, and starts nothing that it has no time for.
+"""
 
 from pathlib import Path
 
@@ -32,10 +35,10 @@ def test_a_complete_study_runs_nothing_and_changes_nothing(
     write_rows(folder / "study" / "results.jsonl", rows)
     assert main("", ["--quick"]) == 0
     before = state_of(folder)
-    assert (folder / "STUDY.md") in before
+    assert (folder / "study.md") in before
     assert main("", ["--quick"]) == 0
     assert state_of(folder) == before
-    assert capsys.readouterr().out.splitlines()[-1] == f"10 rows, 0 missing; {folder}/STUDY.md is as it was"
+    assert capsys.readouterr().out.splitlines()[-1] == f"10 rows, 0 missing; {folder}/study.md is unchanged"
     assert not ray.is_initialized()
 
 
@@ -49,9 +52,9 @@ def test_missing_rows_are_named_and_rows_of_other_settings_kept_but_not_shown(
     write_rows(folder / "study" / "results.jsonl", {row.key: row for row in (outdated, *others)})
     assert main("", ["--quick", "--max-minutes", "0"]) == 0
     assert "9 rows, 1 missing" in capsys.readouterr().out
-    text = (folder / "STUDY.md").read_text()
-    assert "9 runs of 0.1 hours together" in text  # 9 minutes, and not the 11 days of the other row
-    assert f"missing are 1 of {first.part} on {first.world}" in text
+    text = " ".join((folder / "study.md").read_text().split())
+    assert "9 runs took 0.1 hours in total" in text  # 9 minutes, and not the 11 days of the other row
+    assert f"These runs are missing: 1 of {first.part} on {first.world}" in text
     assert len(read_rows(folder / "study" / "results.jsonl")) == 10
 
 

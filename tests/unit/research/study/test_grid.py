@@ -1,4 +1,4 @@
-"""A study's cells are whole and valid, and a row's key follows what decides its numbers."""
+"""A study's cells are complete and valid, and a row's key follows what decides its numbers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run's own metrics become a row: which steps belong to which epoch, and what the means are of, worked out by hand."""
+"""A run's metrics become a row. The tests work out by hand which steps belong to which epoch, and what is averaged."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def write_metrics(run_dir: Path, stage: str, lines: list[dict[str, float]]) -> N
 
 
 def reward_model_line(step: int, *, is_evaluated: bool) -> dict[str, float]:
-    """Every training metric is its step; every held-out one a hundred times that."""
+    """Return a line in which every training metric equals its step, and every held-out metric a hundred times that."""
     held_out = {
         f"reward_model/{s}_{m}": 100.0 * step
         for s in SCENARIOS

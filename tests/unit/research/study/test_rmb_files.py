@@ -1,4 +1,4 @@
-"""RMB's pairs by scenario: no completion of an in-domain pair is trained on, and every pair is somewhere or counted."""
+"""RMB's pairs by scenario: training sees no completion of an in-domain pair, and every pair is in a file or counted."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,9 @@ def pair(number: int, **changes: object) -> dict[str, Any]:
     prompt = number // 6
     texts = [f"answer {prompt}.{(number + shift) % 4}" for shift in (0, 1)]
     row = {
-        "pair_uid": f"u{number}", "prompt_id": f"p{prompt}", "messages": [{"role": "user", "content": f"question {prompt}"}], "chosen": texts[0],
-        "rejected": texts[1], "chosen_model": "gpt-4o", "rejected_model": "claude", "prompt_split": "train", "n_unseen_models": 0,
+        "pair_uid": f"u{number}", "prompt_id": f"p{prompt}", "n_unseen_models": 0, "prompt_split": "train",
+        "messages": [{"role": "user", "content": f"question {prompt}"}], "chosen": texts[0], "rejected": texts[1],
+        "chosen_model": "gpt-4o", "rejected_model": "claude",
     }  # fmt: skip
     return row | changes
 

@@ -1,4 +1,4 @@
-"""results.jsonl: what is written is read back, in a fixed order; what is no row is an error."""
+"""results.jsonl: rows are read back as they were written, in a fixed order, and a line that is no row is an error."""
 
 from pathlib import Path
 
@@ -34,10 +34,10 @@ def test_rows_are_read_back_as_they_were_written_and_in_the_order_of_their_cells
 
 
 def test_numbers_keep_six_digits(tmp_path: Path) -> None:
-    own = Row("a", "rloo", "embedded", "bt", 0, 1.0, {"x": 1 / 3}, {"y": [2e-7 / 3]}, {})
-    write_rows(tmp_path / "results.jsonl", {"a": own})
-    found = read_rows(tmp_path / "results.jsonl")["a"]
-    assert (found.figures, found.curves) == ({"x": 0.333333}, {"y": [6.66667e-8]})
+    written = Row("a", "rloo", "embedded", "bt", 0, 1.0, {"x": 1 / 3}, {"y": [2e-7 / 3]}, {})
+    write_rows(tmp_path / "results.jsonl", {"a": written})
+    read = read_rows(tmp_path / "results.jsonl")["a"]
+    assert (read.figures, read.curves) == ({"x": 0.333333}, {"y": [6.66667e-8]})
 
 
 def test_a_study_without_rows_has_none(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Intervals over seeds against hand calculation and scipy's own test of paired samples."""
+"""Intervals over seeds agree with a calculation by hand and with scipy's own test of paired samples."""
 
 import math
 
@@ -34,11 +34,11 @@ def test_one_value_has_no_interval_and_no_side() -> None:
 
 
 def test_twins_are_compared_seed_by_seed_over_the_seeds_that_both_have() -> None:
-    own, other = {0: 0.61, 1: 0.72, 2: 0.55, 3: 0.90}, {0: 0.60, 1: 0.70, 2: 0.54, 9: 0.1}
-    found = between_twins(rows_of("bsr", own) + rows_of("bt", other), "rmb", "bsr", "bt", x_of)
-    assert found is not None
+    bsr, bt = {0: 0.61, 1: 0.72, 2: 0.55, 3: 0.90}, {0: 0.60, 1: 0.70, 2: 0.54, 9: 0.1}
+    interval = between_twins(rows_of("bsr", bsr) + rows_of("bt", bt), "rmb", "bsr", "bt", x_of)
+    assert interval is not None
     expected = ttest_rel([0.61, 0.72, 0.55], [0.60, 0.70, 0.54]).confidence_interval(0.95)
-    assert (found.low, found.high, found.num_seeds) == pytest.approx((expected.low, expected.high, 3))
+    assert (interval.low, interval.high, interval.num_seeds) == pytest.approx((expected.low, expected.high, 3))
 
 
 def test_what_no_row_has_has_no_interval() -> None:

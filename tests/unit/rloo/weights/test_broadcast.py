@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rm_robust.cluster.environment import INTERFACE_VARIABLE
 from rm_robust.errors import RolloutError
-from rm_robust.rloo.weights import broadcast as weight_broadcast
+from rm_robust.rloo.weights import broadcast
 from rm_robust.rloo.weights.broadcast import (
     CHUNK_BYTES,
     ModuleWeights,
@@ -32,7 +32,7 @@ TIMEOUT_S = 20.0
 
 
 class ListedWeights:
-    """Weights from a list; `announced` may differ from what is yielded."""
+    """Yields weights from a list; `announced` may differ from what is yielded."""
 
     def __init__(self, weights: list[tuple[str, Tensor]], announced: list[tuple[str, Tensor]] | None = None) -> None:
         self._weights = weights
@@ -46,7 +46,7 @@ class ListedWeights:
 
 
 def mixed_weights() -> list[tuple[str, Tensor]]:
-    """Odd sizes and dtypes, so that nothing is aligned by luck."""
+    """Return weights of odd sizes and dtypes, so that none is aligned by luck."""
     return [
         ("bfloat16", torch.arange(3, dtype=torch.bfloat16)),
         ("float32", torch.arange(10, dtype=torch.float32).view(5, 2).t()),
@@ -56,7 +56,7 @@ def mixed_weights() -> list[tuple[str, Tensor]]:
 
 
 def open_pair() -> tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo]:
-    """A trainer's and an engine's end."""
+    """Return the trainer's end and the engine's end of a group."""
     store = host_store("127.0.0.1", 2, TIMEOUT_S)
     with ThreadPoolExecutor(1) as pool:
         engine = pool.submit(lambda: open_group(join_store("127.0.0.1", store.port, 2, TIMEOUT_S), 1, 2, TIMEOUT_S))
@@ -69,18 +69,19 @@ def groups() -> tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo]:
 
 
 def transfer(
-    groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], source: ListedWeights
+    groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], weights: ListedWeights
 ) -> tuple[int, dict[str, Tensor]]:
+    """Send the weights from one end to the other; return the bytes sent and the tensors received."""
     received: dict[str, Tensor] = {}
     with ThreadPoolExecutor(1) as pool:
-        receiving = pool.submit(receive_weights, groups[1], source.metadata(), lambda weights: received.update(weights))
-        num_bytes = send_weights(groups[0], source)
+        receiving = pool.submit(receive_weights, groups[1], weights.metadata(), lambda chunk: received.update(chunk))
+        num_bytes = send_weights(groups[0], weights)
         receiving.result()
     return num_bytes, received
 
 
 def test_a_group_listens_on_the_interface_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which rm_robust/cluster/environment.py counts on."""
+    """rm_robust/cluster/environment.py relies on this."""
     monkeypatch.setenv(INTERFACE_VARIABLE, "no-such-one")
     with pytest.raises(RuntimeError, match="Unable to find address for: no-such-one"):
         open_group(host_store("127.0.0.1", 1, TIMEOUT_S), 0, 1, TIMEOUT_S)
@@ -88,9 +89,9 @@ def test_a_group_listens_on_the_interface_that_the_environment_names(monkeypatch
 
 def test_parameters_survive_packing_whatever_their_dtype_and_layout() -> None:
     weights = mixed_weights()
-    source = ListedWeights(weights)
-    (chunk,) = plan_chunks(source.metadata(), CHUNK_BYTES)
-    buffer = pack(chunk, iter(source))
+    listed_weights = ListedWeights(weights)
+    (chunk,) = plan_chunks(listed_weights.metadata(), CHUNK_BYTES)
+    buffer = pack(chunk, iter(listed_weights))
     assert buffer.numel() == chunk_num_bytes(chunk) == 8 + 40 + 8 + 16
     for (name, tensor), (sent_name, sent) in zip(unpack(chunk, buffer), weights, strict=True):
         assert (name, tensor.dtype) == (sent_name, sent.dtype)
@@ -111,7 +112,7 @@ def test_chunks_hold_whole_parameters_up_to_their_limit_and_a_larger_one_alone()
     ]
 
 
-def test_a_checksum_is_the_sum_of_int64_words_and_sees_every_altered_byte() -> None:
+def test_a_checksum_is_the_sum_of_int64_words_and_changes_with_every_byte() -> None:
     assert checksum(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0], dtype=torch.uint8)) == 1 + 2 + 256
     buffer = torch.arange(64, dtype=torch.uint8)
     for index in range(64):
@@ -151,13 +152,13 @@ def test_embedding_and_head_are_published_before_the_numbered_layers() -> None:
 
 
 def test_a_parameter_alone_in_its_chunk_is_sent_from_its_own_memory_and_any_other_is_copied() -> None:
-    whole = torch.arange(12, dtype=torch.float32)
-    sendable = {"whole": whole, "an aligned part": whole[2:4]}
-    copied = {"at an odd place": whole[1:3], "odd length": whole[:3], "transposed": whole.view(3, 4).t()}
+    storage = torch.arange(12, dtype=torch.float32)
+    sendable = {"all of it": storage, "an aligned part": storage[2:4]}
+    copied = {"at an odd offset": storage[1:3], "odd length": storage[:3], "transposed": storage.view(3, 4).t()}
     for name, tensor in (sendable | copied).items():
-        source = ListedWeights([(name, tensor)])
-        (chunk,) = plan_chunks(source.metadata(), CHUNK_BYTES)
-        buffer = pack(chunk, iter(source))
+        weights = ListedWeights([(name, tensor)])
+        (chunk,) = plan_chunks(weights.metadata(), CHUNK_BYTES)
+        buffer = pack(chunk, iter(weights))
         assert (buffer.data_ptr() == tensor.data_ptr()) == (name in sendable), name
         assert torch.equal(unpack(chunk, buffer)[0][1], tensor)
         assert isinstance(checksum(buffer), int)
@@ -167,8 +168,8 @@ def test_a_parameter_alone_in_its_chunk_is_sent_from_its_own_memory_and_any_othe
 def test_chunks_arrive_in_order_however_many_are_under_way(
     groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch, window_bytes: int
 ) -> None:
-    monkeypatch.setattr(weight_broadcast, "CHUNK_BYTES", 8)
-    monkeypatch.setattr(weight_broadcast, "WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr(broadcast, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(broadcast, "WINDOW_BYTES", window_bytes)
     weights = [(f"p{index}", torch.full((1 + index % 5,), float(index))) for index in range(40)]
     _, received = transfer(groups, ListedWeights(weights))
     assert list(received) == [name for name, _ in weights]
@@ -179,7 +180,7 @@ def test_chunks_arrive_in_order_however_many_are_under_way(
 def test_both_ends_of_a_broadcast_hold_the_same_parameters(
     groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(weight_broadcast, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(broadcast, "CHUNK_BYTES", chunk_bytes)
     weights = mixed_weights()
     num_bytes, received = transfer(groups, ListedWeights(weights))
     assert num_bytes == 72
@@ -188,7 +189,7 @@ def test_both_ends_of_a_broadcast_hold_the_same_parameters(
 
 
 def test_altered_bytes_are_an_error(groups: tuple[dist.ProcessGroupGloo, dist.ProcessGroupGloo]) -> None:
-    """The sender announces the checksum of other bytes than those that it puts on the wire."""
+    """The sender announces the checksum of other bytes than it sends."""
     weights = [("weight", torch.ones(8))]
     chunk = plan_chunks(ListedWeights(weights).metadata(), CHUNK_BYTES)[0]
     buffer = pack(chunk, iter(weights))
@@ -214,10 +215,10 @@ def test_altered_bytes_are_an_error(groups: tuple[dist.ProcessGroupGloo, dist.Pr
 def test_weights_that_differ_from_their_announcement_are_refused(
     yielded: list[tuple[str, Tensor]], message: str
 ) -> None:
-    source = ListedWeights(yielded, announced=[("a", torch.zeros(2)), ("b", torch.zeros(3))])
-    (chunk,) = plan_chunks(source.metadata(), CHUNK_BYTES)
+    weights = ListedWeights(yielded, announced=[("a", torch.zeros(2)), ("b", torch.zeros(3))])
+    (chunk,) = plan_chunks(weights.metadata(), CHUNK_BYTES)
     with pytest.raises(RolloutError, match=message):
-        pack(chunk, iter(source))
+        pack(chunk, iter(weights))
 
 
 def test_a_lost_peer_is_an_error_at_once() -> None:

@@ -18,7 +18,7 @@ def test_probe_tokens_are_different_and_spread_over_the_vocabulary() -> None:
 
 @pytest.mark.parametrize("layout", TRAINED_ON_CPU)
 def test_the_probe_is_transformers_own_forward_pass_whatever_the_policy_trains_with(layout: Layout) -> None:
-    """Neither the sampling temperature nor bfloat16 products are part of it, and it follows the weights."""
+    """Neither the sampling temperature nor bfloat16 products affect it, and it follows the weights."""
     torch.manual_seed(0)
     model, plain = (Qwen2ForCausalLM(tiny_qwen2_config(tie_word_embeddings=True)) for _ in range(2))
     probe = policy_probe(PackedPolicy(model, layout, temperature=0.5, compute=ComputeConfig(precision="bfloat16")))

@@ -1,4 +1,4 @@
-"""The trainer's end of a weight update, with engines that are threads of this process."""
+"""The trainer's end of a weight update, with threads of this process as engines."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ TIMEOUT_S = 20
 
 
 class ThreadedEngines:
-    """What a GlooSender asks of an EngineClient, of two engines that join its group and receive when the test says so."""
+    """Stands in for an EngineClient: two engines that join the sender's group, and receive when the test says so."""
 
     world_size = 3
     timeout_s = TIMEOUT_S
@@ -58,8 +58,11 @@ def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     engines.close()
 
 
-def test_an_engine_that_comes_late_to_a_broken_update_does_not_wait_for_it(engines: ThreadedEngines) -> None:
-    """As one that still generates when another dies. The error is kept here, as Ray keeps it in a reference cycle: it must not hold the group."""
+def test_an_engine_that_joins_a_broken_update_late_does_not_wait_for_it(engines: ThreadedEngines) -> None:
+    """An engine joins late if it still generates when another one dies.
+
+    The test keeps the error, as Ray keeps it in a reference cycle: the error must not keep the group alive.
+    """
     client: EngineClient = engines  # type: ignore[assignment]
     sender = GlooSender(client, ModuleWeights(torch.nn.Linear(64, 64)))
     lost, late = engines.groups

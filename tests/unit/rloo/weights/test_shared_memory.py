@@ -1,4 +1,4 @@
-"""Weights in shared memory, between two threads and, for what belongs to a process, two processes."""
+"""Weights in shared memory: between two threads, or between two processes where the process matters."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
 from rm_robust.errors import RolloutError
-from rm_robust.rloo.weights import shared_memory as weight_sharing
+from rm_robust.rloo.weights import shared_memory
 from rm_robust.rloo.weights.broadcast import (
     ModuleWeights,
     checksum,
@@ -48,7 +48,7 @@ def groups() -> tuple[ProcessGroupGloo, ProcessGroupGloo]:
 def test_shared_parameters_are_the_trainers_update_after_update(
     groups: tuple[ProcessGroupGloo, ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, is_moved: bool
 ) -> None:
-    monkeypatch.setattr(weight_sharing, "SHARED_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(shared_memory, "SHARED_CHUNK_BYTES", chunk_bytes)
     module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7, dtype=torch.bfloat16))
     weights = ModuleWeights(module)
     memory = SharedMemory(num_shared_bytes(weights.metadata()))
@@ -66,9 +66,8 @@ def test_shared_parameters_are_the_trainers_update_after_update(
             loading = pool.submit(load_shared_weights, groups[1], weights.metadata(), engines_view, received.update)
             num_bytes = share_weights(groups[0], weights, memory.buffer)
             loading.result()
-        assert (
-            num_bytes == memory.buffer.numel() == 64 + 16 + 48 + 16
-        )  # 15, 3 float32 and 21, 7 bfloat16, each to a multiple of 8
+        # 15 and 3 float32, 21 and 7 bfloat16, each padded to a multiple of 8 bytes
+        assert num_bytes == memory.buffer.numel() == 64 + 16 + 48 + 16
         assert all(torch.equal(received[name], parameter) for name, parameter in module.named_parameters())
     memory.close()
     assert all(torch.equal(received[name], parameter) for name, parameter in module.named_parameters())
@@ -79,9 +78,8 @@ def test_an_optimizer_updates_moved_parameters_where_engines_read_them() -> None
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
     weights = ModuleWeights(module)
     memory = torch.zeros(num_shared_bytes(weights.metadata()), dtype=torch.uint8)
-    loss = (
-        module(torch.ones(4)).square().sum()
-    )  # its graph is from before the move, as when an engine is replaced between measuring and the update
+    # the graph is older than the move, as when an engine is replaced between `measure` and `update`
+    loss = module(torch.ones(4)).square().sum()
     move_parameters(weights, memory)
     loss.backward()
     before = memory.clone()
@@ -90,7 +88,7 @@ def test_an_optimizer_updates_moved_parameters_where_engines_read_them() -> None
     assert torch.equal(memory[:32].view(torch.float32).view(2, 4), module.weight)
 
 
-def test_altered_memory_is_an_error_before_it_is_loaded(groups: tuple[ProcessGroupGloo, ProcessGroupGloo]) -> None:
+def test_altered_memory_is_an_error_and_is_not_loaded(groups: tuple[ProcessGroupGloo, ProcessGroupGloo]) -> None:
     weights = ModuleWeights(torch.nn.Linear(4, 4))
     memory = torch.zeros(num_shared_bytes(weights.metadata()), dtype=torch.uint8)
     loaded: list[tuple[str, Tensor]] = []
@@ -120,22 +118,22 @@ def test_another_process_opens_the_memory_by_its_address_until_it_is_closed() ->
         open_memory(memory.address, 1000)
 
 
-def test_a_file_that_got_the_number_of_closed_memory_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
-    """A trainer that fails reads its own source for the traceback, just when an engine comes to open the memory that it has closed."""
+def test_a_file_with_the_descriptor_number_of_closed_memory_is_refused_and_not_changed(tmp_path: Path) -> None:
+    """A failing trainer reads its source file for the traceback just when an engine opens the closed memory."""
     memory = SharedMemory(1000)
     memory.close()
-    source = tmp_path / "source.py"
-    source.write_text("pass\n")
-    with source.open("r+b") as opened:
+    source_file = tmp_path / "source.py"
+    source_file.write_text("pass\n")
+    with source_file.open("r+b") as opened:
         assert memory.address.path == f"/proc/{os.getpid()}/fd/{opened.fileno()}"
         with pytest.raises(RolloutError, match="is not the 1000 bytes that the trainer announced"):
             open_memory(memory.address, 1000)
-    assert source.read_text() == "pass\n"
+    assert source_file.read_text() == "pass\n"
 
 
-def test_later_memory_of_the_same_number_is_not_taken_for_the_earlier() -> None:
+def test_later_memory_with_the_same_descriptor_number_is_not_taken_for_the_earlier() -> None:
     earlier = SharedMemory(1000)
-    del earlier.buffer  # nothing holds it any longer: its inode is free too
+    del earlier.buffer  # nothing holds the memory now, so its inode is free too
     earlier.close()
     later = SharedMemory(1000)
     assert later.address.path == earlier.address.path

@@ -1,6 +1,6 @@
-"""A run in an object store, against moto's S3 server: what is committed is seen whole from every node, and what was interrupted is never seen.
+"""A run in an object store, against moto's S3 server: every node sees what is committed, whole, and nothing else.
 
-Nodes are caches of their own: RM_ROBUST_CACHE names another folder.
+Each node has a cache of its own: RM_ROBUST_CACHE names its folder.
 """
 
 import hashlib
@@ -56,7 +56,8 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def node(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
-    """The run directory's copy on a node of that name; the last one asked for is where this process is."""
+    """Return a function that moves this process to the node of a name and returns the copy of the run directory there.
+    """
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     server.put("runs", {})
@@ -124,7 +125,7 @@ def test_a_folder_committed_on_one_node_is_whole_on_another_and_only_its_newest_
 def test_what_is_written_beside_a_folder_before_its_commit_is_not_put_by_itself(
     node: Callable[[str], Path], server: S3Server
 ) -> None:
-    """A checkpoint's JSON files are written by write_json_atomic, which puts the files of a run."""
+    """The JSON files of a checkpoint are written by write_json_atomic, which also puts files into the store."""
     commit_directory(node("first") / "policy", lambda folder: write_json_atomic(folder / "config.json", {"a": 1}))
     keys = server.keys("runs")
     assert len(keys) == 2
@@ -384,7 +385,7 @@ def test_a_role_that_may_not_delete_is_told_so_after_the_state_is_committed(
     def refuse(*_: object) -> None:
         raise OSError("When deleting object: AWS Error ACCESS_DENIED")
 
-    monkeypatch.setattr("rm_robust.training.state.delete_folder", refuse)
+    monkeypatch.setattr("rm_robust.runs.files.delete_folder", refuse)
     with pytest.raises(
         StorageError,
         match=rf"^{RUN}/sft/state/step-0000002, .* ACCESS_DENIED\. step-0000004 is committed, and the same command",
@@ -429,7 +430,7 @@ def test_metrics_are_in_the_store_up_to_every_committed_state(node: Callable[[st
     run_dir = node("first")
     with MetricsWriter(run_dir, "sft", 0) as writer:
         writer.write(1, {"sft/loss": 1.0})
-        writer.publish()
+        writer.persist()
         writer.write(2, {"sft/loss": 0.5})
         assert [line["step"] for line in read_metrics(pull(node("second")), "sft")] == [1]
     assert [line["step"] for line in read_metrics(pull(node("third")), "sft")] == [1, 2]
@@ -443,7 +444,7 @@ def test_who_only_looks_leaves_the_copies_of_a_run_alone(
     claim_run_dir(run_dir, PipelineConfig(name="mine"))
     with MetricsWriter(run_dir, "sft", 0, num_steps=3) as writer:
         writer.write(1, {"sft/loss": 1.0})
-        writer.publish()
+        writer.persist()
         writer.write(2, {"sft/loss": 0.5})
         assert status_command.main("", [RUN]) == 0
         assert "step 1 of 3" in capsys.readouterr().out
@@ -466,7 +467,7 @@ def test_a_store_that_goes_away_is_a_storage_error_and_hides_no_other(
             writer.write(1, {"sft/loss": 1.0})
             monkeypatch.setattr("rm_robust.runs.storage.transfer.write_object", refuse)
             with pytest.raises(StorageError, match=f"{RUN}/metrics.jsonl cannot be reached: AWS Error"):
-                writer.publish()
+                writer.persist()
             raise KeyError("the first error")
 
     with pytest.raises(KeyError, match="the first error"):

@@ -1,4 +1,7 @@
-"""The queue between requests and replicas, with replicas that the test plays: what leaves together, what is never lost, what is never mixed."""
+"""Test the queue between requests and replicas, with replicas that the test itself plays.
+
+The tests say which items leave together, and that no request is lost and no reply mixes two checkpoints.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -21,8 +24,8 @@ from serve.work import (
     Outcome,
     Prepared,
     Refusal,
-    Request,
     Scored,
+    ScoringRequest,
     ServedModel,
     WorkItem,
     parts_of,
@@ -36,12 +39,15 @@ def served(generation: int) -> ServedModel:
 
 
 class Words:
-    """A Preparer: one token a word; the prompt `wrong` is refused. From generation 2 on, text is written in capitals."""
+    """A Preparer that counts a word as a token, and refuses the prompt `wrong`.
 
-    def __init__(self, what: ServedModel) -> None:
-        self.generation = what.generation
+    From generation 2 on, it writes prompts in capitals.
+    """
 
-    def prepare(self, request: Request) -> Prepared | Refusal:
+    def __init__(self, model: ServedModel) -> None:
+        self.generation = model.generation
+
+    def prepare(self, request: ScoringRequest) -> Prepared | Refusal:
         items = []
         for index, part in enumerate(parts_of(request)):
             item = part.content
@@ -49,11 +55,11 @@ class Words:
             assert isinstance(item.prompt, str)
             if item.prompt == "wrong":
                 return Refusal(422, "invalid_request", "wrong")
-            written = (
+            content = (
                 ScoreInput(prompt=item.prompt.upper(), completions=item.completions) if self.generation > 1 else item
             )
             num_words = sum(len(completion.split()) for completion in item.completions)
-            items.append(WorkItem(index, written, hash(item.prompt), len(item.prompt.split()), num_words))
+            items.append(WorkItem(index, content, hash(item.prompt), len(item.prompt.split()), num_words))
         return Prepared(items, [None] * len(items))
 
 
@@ -63,7 +69,7 @@ def right_scores(content: object) -> list[float]:
 
 
 class Replica:
-    """Keeps every batch, answers each after `wait` turns of the event loop."""
+    """Keeps every batch, and answers it while `gate` is open."""
 
     def __init__(self, name: str = "r", generation: int = 1) -> None:
         self.name, self.generation = name, generation
@@ -85,7 +91,7 @@ class Replica:
 
 
 class Call:
-    """As a DeploymentResponse: it runs from the start, and can be awaited and cancelled."""
+    """Works as a DeploymentResponse: it runs from the start, and can be awaited and cancelled."""
 
     def __init__(self, answer: Awaitable[object]) -> None:
         self._task = asyncio.ensure_future(answer)
@@ -106,19 +112,19 @@ async def queue_on(
 ) -> BatchQueue:
     settings = ModelSettings(**({"model_name": "m", "embedded_judge": True, "max_batch_tokens": 10} | model))
     metrics = ModelMetrics(ServiceMetrics(), "m")
-    made = BatchQueue(
+    queue = BatchQueue(
         settings,
         limits or ServiceLimits(),
         metrics,
         call=lambda batch: Call(answer(batch)),
         load_preparer=load_preparer,
     )
-    await made.adopt(served(1))
-    return made
+    await queue.adopt(served(1))
+    return queue
 
 
 def request(*inputs: tuple[str, int]) -> ScoreRequest:
-    """Prompts and the number of words of their one completion."""
+    """Return a request with these prompts; each has one completion of so many words."""
     return ScoreRequest(
         inputs=[ScoreInput(prompt=prompt, completions=[" ".join(["w"] * num_words)]) for prompt, num_words in inputs]
     )
@@ -392,7 +398,7 @@ def test_a_swap_in_the_middle_of_a_request_scores_all_of_it_with_the_new_checkpo
             for c in batch.contents
             if isinstance(c, ScoreInput)
         } == {"P"}
-        assert scores_of(outcome) == expected(asked)  # capitals are as long
+        assert scores_of(outcome) == expected(asked)  # text in capitals is as long
 
     run(test)
 
@@ -440,9 +446,12 @@ def test_a_request_that_is_given_up_during_a_swap_no_longer_counts() -> None:
     tasks: list[asyncio.Task[Outcome]] = []
 
     class LosesACaller(Words):
-        """Everything is longer in generation 2, and while the first request is prepared for it, the caller of the second goes away."""
+        """In generation 2, every completion is longer.
 
-        def prepare(self, request: Request) -> Prepared | Refusal:
+        While the first request is prepared for generation 2, the caller of the second request goes away.
+        """
+
+        def prepare(self, request: ScoringRequest) -> Prepared | Refusal:
             prepared = super().prepare(request)
             if self.generation == 1 or isinstance(prepared, Refusal):
                 return prepared

@@ -1,4 +1,7 @@
-"""Other servers' requests and replies, translated without a server. The expected JSON is written down from their schemas."""
+"""Test the translation of other servers' requests and replies, without a server.
+
+The expected JSON is written down from those servers' schemas.
+"""
 
 import json
 import math
@@ -16,7 +19,7 @@ RED, BLUE = "<|user|>red<|end|>", "<|user|>blue<|end|>"
 
 
 def scored(*scores: float) -> Scored:
-    """One conversation a score, each of 5 + 2 tokens."""
+    """Return one conversation of 5 + 2 tokens for each score."""
     return Scored(
         SERVED, [ScoreResult(scores=[score], token_counts=TokenCounts(prompt=5, completions=[2])) for score in scores]
     )

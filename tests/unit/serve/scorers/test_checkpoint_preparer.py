@@ -1,4 +1,7 @@
-"""Requests as token ids: many completions are several work items, and a tokenizer that is not the replica's is refused."""
+"""Test how requests become token ids.
+
+Many completions become several work items, and a tokenizer that is not the replica's is refused.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Scorers, ensembles and calibration without Serve: one item's failure stays its own, and batch mates change nothing."""
+"""Test scorers, ensembles and calibration without Serve.
+
+An item that fails does not affect the rest of its batch, and the rest of a batch does not change an item's score.
+"""
 
 from pathlib import Path
 from random import Random
@@ -30,7 +33,7 @@ def group(chat: ChatFormat, *completions: str) -> TokenGroup:
 
 @pytest.fixture(scope="module")
 def poisoned_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model whose score is NaN for every text with the word `river` in it."""
+    """Return the directory of a reward model whose score is NaN for every text with the word `river` in it."""
     source = save_tiny_reward_model(tmp_path_factory.mktemp("models") / "tiny")
     (token_id,) = ChatFormat.load(source).tokenizer(POISON, add_special_tokens=False)["input_ids"]
 
@@ -61,10 +64,10 @@ def scorer_on(checkpoint_dir: Path, **changed: Any) -> CheckpointScorer:
 def test_a_score_that_is_not_finite_fails_its_own_item_only(poisoned_dir: Path) -> None:
     scorer, chat = scorer_on(poisoned_dir), ChatFormat.load(poisoned_dir)
     first, last = group(chat, "blue", "green"), group(chat, "stone")
-    found = scorer.score([first, group(chat, "blue", POISON), last])
-    assert isinstance(found[1], str)
-    assert "not finite" in found[1]
-    assert [found[0], found[2]] == [scorer.score([first])[0], scorer.score([last])[0]]
+    results = scorer.score([first, group(chat, "blue", POISON), last])
+    assert isinstance(results[1], str)
+    assert "not finite" in results[1]
+    assert [results[0], results[2]] == [scorer.score([first])[0], scorer.score([last])[0]]
 
 
 @pytest.mark.parametrize("share_prompts", [True, False])
@@ -80,17 +83,17 @@ def test_an_item_scores_the_same_alone_and_inside_any_batch(poisoned_dir: Path, 
         TokenGroup(chat.prompt_ids(f"blue {index % 4}"), group_.completion_ids) for index, group_ in enumerate(groups)
     ]
     scorer = scorer_on(poisoned_dir, share_prompts=share_prompts)
-    alone = [scorer.score([one])[0] for one in groups]
+    scores_alone = [scorer.score([one_group])[0] for one_group in groups]
     order = rng.sample(range(40), 40)
-    for index, found in zip(order, scorer.score([groups[i] for i in order]), strict=True):
-        assert found == pytest.approx(alone[index], abs=1e-5)
+    for index, scores in zip(order, scorer.score([groups[i] for i in order]), strict=True):
+        assert scores == pytest.approx(scores_alone[index], abs=1e-5)
 
 
 def test_equal_prompts_become_one_group_and_every_completion_keeps_its_place() -> None:
     groups = [TokenGroup([1, 2], [[3], [4]]), TokenGroup([5], [[6]]), TokenGroup([1, 2], [[7]])]
-    shared, places = share_prompts(groups)
-    assert shared == [TokenGroup([1, 2], [[3], [4], [7]]), TokenGroup([5], [[6]])]
-    assert places == [(0, 0), (1, 0), (0, 2)]
+    shared_groups, positions = share_prompts(groups)
+    assert shared_groups == [TokenGroup([1, 2], [[3], [4], [7]]), TokenGroup([5], [[6]])]
+    assert positions == [(0, 0), (1, 0), (0, 2)]
     assert groups[0].completion_ids == [[3], [4]]
 
 

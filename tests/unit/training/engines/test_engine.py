@@ -1,4 +1,4 @@
-"""The learning-rate schedule, the optimiser's groups, and what one step of the engine does, against hand-worked values."""
+"""The learning-rate schedule, the optimiser's groups and one step of the engine, against values worked out by hand."""
 
 import math
 

@@ -1,6 +1,7 @@
 """Objectives against closed forms worked out by hand, and the laws that tell them apart."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from rm_robust.config.objectives import BsrScale, BsrScope, Objective
 from rm_robust.training.reward_model.losses import (
-    ObjectiveSettings,
     ObjectiveValue,
     batch_sum_to_zero_penalty,
     bradley_terry_losses,
@@ -27,12 +27,24 @@ scores = st.floats(-20, 20, width=32)
 pairs = st.lists(st.tuples(scores, scores), min_size=1, max_size=8)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The settings of all objectives at once, which RewardModelConfig refuses: it takes those of one objective."""
+
+    objective: Objective
+    bsr_coefficient: float = 0.1
+    bsr_scale: BsrScale = BsrScale.NONE
+    bsr_scope: BsrScope = BsrScope.STEP
+    bsr_micro_pairs: int | None = None
+    norm_epsilon: float = 1e-6
+    norm_temperature: float = 1.0
+    centering_coefficient: float = 0.1
+
+
 def value_of(
-    pairs: list[tuple[float, float]], objective: Objective, *, coefficient: float = 0.1, scale: BsrScale = BsrScale.NONE
+    pairs: list[tuple[float, float]], objective: Objective, *, scale: BsrScale = BsrScale.NONE
 ) -> ObjectiveValue:
-    return objective_value(
-        torch.tensor(pairs), ObjectiveSettings(objective, coefficient, scale, centering_coefficient=coefficient)
-    )
+    return objective_value(torch.tensor(pairs), Settings(objective, bsr_scale=scale))
 
 
 def test_bradley_terry_is_minus_log_sigmoid_of_the_margin() -> None:
@@ -47,7 +59,10 @@ def test_equal_scores_cost_ln_2() -> None:
 
 
 def test_the_penalty_is_the_square_of_the_mean_of_all_scores() -> None:
-    """(1 + 2 + 3 + 6) / 4 = 3, squared 9: neither the mean of squares (12.5) nor the mean over pairs of squares ((1.5² + 4.5²) / 2 = 11.25)."""
+    """(1 + 2 + 3 + 6) / 4 = 3, squared 9.
+
+    It is neither the mean of squares (12.5) nor the mean over pairs of squares ((1.5² + 4.5²) / 2 = 11.25).
+    """
     assert batch_sum_to_zero_penalty(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 6.0])).item() == pytest.approx(9)
 
 
@@ -98,7 +113,10 @@ def test_bsr_pulls_every_score_alike_by_coefficient_times_mean_over_pairs(
 def test_descent_on_free_scores_keeps_the_mean_under_bradley_terry_and_shrinks_it_under_bsr(
     batch: list[tuple[float, float]],
 ) -> None:
-    """Bradley-Terry gradients of a pair sum to zero; with step size B / c every score moves by the mean, so one step brings it to zero."""
+    """The Bradley-Terry gradients of a pair sum to zero.
+
+    With the step size B / c, the BSR penalty moves every score by the mean, so one step brings the mean to zero.
+    """
     scores_B2 = torch.tensor(batch)
     step_size = len(batch) / 0.1
     mean = scores_B2.double().mean().item()
@@ -118,7 +136,7 @@ def test_the_gradient_is_that_of_the_closed_form(batch: list[tuple[float, float]
 def test_on_one_pair_scaled_bsr_is_reward_centering_at_a_quarter_of_the_coefficient(
     batch: list[tuple[float, float]],
 ) -> None:
-    """TRL's centering: coefficient * (chosen + rejected)². With one pair BSR is centering with a quarter of the coefficient."""
+    """TRL's centering is coefficient * (chosen + rejected)². On one pair, BSR has a quarter of that coefficient."""
     chosen, rejected = batch[0]
     assert value_of([(chosen, rejected)], BSR, scale=BsrScale.PAIRS).penalty == pytest.approx(
         0.1 / 4 * (chosen + rejected) ** 2, rel=1e-4, abs=1e-6
@@ -145,7 +163,7 @@ def test_loss_and_gradient_are_finite_at_any_finite_score(
 ) -> None:
     """The released code: BT-Norm is NaN at (0, 0), BT-DR infinite at -90 (PAPER.md, section 8.1, points 7 and 8)."""
     finite = torch.tensor([pair], dtype=dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
-    settings = ObjectiveSettings(objective, 1e-3, centering_coefficient=1e-3)
+    settings = Settings(objective, 1e-3, BsrScale.PAIRS, centering_coefficient=1e-3)
     value = objective_value(finite, settings, margins_B=torch.tensor([0.5]))
     assert math.isfinite(value.loss)
     assert value.gradient_B2.dtype is torch.float32
@@ -179,11 +197,11 @@ def test_hinge_is_zero_beyond_the_margin_and_linear_before_it() -> None:
 def test_bt_norm_sees_the_direction_of_a_pair_and_not_its_length(pair: tuple[float, float], factor: float) -> None:
     """LogitNorm; the floor of Bradley-Terry on it is -log sigma(sqrt 2) = 0.217621 (PAPER.md, section 8.1, point 7)."""
     chosen, rejected = torch.tensor([pair[0]], dtype=torch.double), torch.tensor([pair[1]], dtype=torch.double)
-    own = bt_norm_losses(chosen, rejected, epsilon=1e-12, temperature=1).item()
+    loss = bt_norm_losses(chosen, rejected, epsilon=1e-12, temperature=1).item()
     assert bt_norm_losses(factor * chosen, factor * rejected, epsilon=1e-12, temperature=1).item() == pytest.approx(
-        own, abs=1e-6
+        loss, abs=1e-6
     )
-    assert own >= 0.217620
+    assert loss >= 0.217620
     assert bt_norm_losses(chosen, -chosen, epsilon=1e-12, temperature=1).item() == pytest.approx(0.217621, abs=1e-5)
     half = bt_norm_losses(chosen, -chosen, epsilon=1e-12, temperature=2).item()
     assert half == pytest.approx(math.log(1 + math.exp(-math.sqrt(2) / 2)), abs=1e-5)
@@ -201,14 +219,17 @@ def test_centering_is_the_mean_over_pairs_of_the_squared_sum() -> None:
 
 
 def test_micro_scope_with_pairs_is_the_released_codes_loss() -> None:
-    """reward_trainer.py, l. 318-322, on two devices of two pairs: mean over devices of BT.mean() + (lambda * 2) * mean(cat(r_c, r_r))²."""
+    """reward_trainer.py, l. 318-322, on two devices of two pairs.
+
+    The loss is the mean over devices of BT.mean() + (lambda * 2) * mean(cat(r_c, r_r))².
+    """
     batch_B2 = torch.tensor([[1.0, 2.0], [3.0, 6.0], [-1.0, -2.0], [0.5, 0.0]])
     devices = [
-        -torch.nn.functional.logsigmoid(own[:, 0] - own[:, 1]).mean()
-        + (0.1 * 2) * torch.mean(torch.cat([own[:, 0], own[:, 1]])) ** 2
-        for own in batch_B2.split(2)
+        -torch.nn.functional.logsigmoid(pairs_22[:, 0] - pairs_22[:, 1]).mean()
+        + (0.1 * 2) * torch.mean(torch.cat([pairs_22[:, 0], pairs_22[:, 1]])) ** 2
+        for pairs_22 in batch_B2.split(2)
     ]
-    value = objective_value(batch_B2, ObjectiveSettings(BSR, 0.1, BsrScale.PAIRS, BsrScope.MICRO, bsr_micro_pairs=2))
+    value = objective_value(batch_B2, Settings(BSR, 0.1, BsrScale.PAIRS, BsrScope.MICRO, bsr_micro_pairs=2))
     assert value.loss == pytest.approx((sum(devices) / 2).item(), abs=1e-6)
     assert value.effective_coefficient == pytest.approx(0.2)
     assert value_of([tuple(row) for row in batch_B2.tolist()], BSR, scale=BsrScale.PAIRS).loss != pytest.approx(
@@ -220,13 +241,13 @@ def test_micro_scope_with_pairs_is_the_released_codes_loss() -> None:
 def test_weights_act_by_their_proportions_and_leave_penalties_alone(
     batch: list[tuple[float, float]], factor: float
 ) -> None:
-    settings, weights_B = ObjectiveSettings(BSR, 0.1), torch.arange(1.0, len(batch) + 1)
-    own = objective_value(torch.tensor(batch), settings, weights_B=weights_B)
+    settings, weights_B = Settings(BSR, 0.1, BsrScale.PAIRS), torch.arange(1.0, len(batch) + 1)
+    value = objective_value(torch.tensor(batch), settings, weights_B=weights_B)
     scaled = objective_value(torch.tensor(batch), settings, weights_B=factor * weights_B)
-    assert own.loss == pytest.approx(scaled.loss, rel=1e-6)
-    assert own.penalty == value_of(batch, BSR, scale=BsrScale.PAIRS).penalty
+    assert value.loss == pytest.approx(scaled.loss, rel=1e-6)
+    assert value.penalty == value_of(batch, BSR, scale=BsrScale.PAIRS).penalty
     repeated = [pair for number, pair in enumerate(batch, start=1) for _ in range(number)]
-    assert own.pair_loss == pytest.approx(value_of(repeated, BT).loss, rel=1e-6)
+    assert value.pair_loss == pytest.approx(value_of(repeated, BT).loss, rel=1e-6)
 
 
 def test_a_lost_pair_is_penalised_by_its_margin_however_large() -> None:
@@ -236,6 +257,6 @@ def test_a_lost_pair_is_penalised_by_its_margin_however_large() -> None:
 
 def test_the_objective_leaves_the_graph_of_the_scores_alone() -> None:
     scores_B2 = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    value = objective_value(scores_B2 * 1, ObjectiveSettings(BSR, 1.0, BsrScale.NONE))
+    value = objective_value(scores_B2 * 1, Settings(BSR, 1.0, BsrScale.NONE))
     assert scores_B2.grad is None
     assert not value.gradient_B2.requires_grad

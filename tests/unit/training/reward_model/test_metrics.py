@@ -1,4 +1,4 @@
-"""Accuracy and tau-b against hand counts and scipy, and what is done where they say nothing."""
+"""Accuracy and tau-b against hand counts and scipy, and how the cases without information are counted."""
 
 import itertools
 import math
@@ -69,13 +69,9 @@ def test_nothing_to_measure_is_an_error_and_not_a_number() -> None:
 
 
 def test_only_pairs_with_different_gold_scores_are_compared() -> None:
-    assert sorted(ordered_alike([3.0, 1.0, 2.0, 2.0], [1.0, 0.0, 2.0, 0.0])) == [
-        False,
-        False,
-        True,
-        True,
-        True,
-    ]  # 2 against 0 and the tie of 2 and 3 are wrong
+    """Two pairs are wrong: completions 0 and 2, and the tied completions 2 and 3."""
+    is_right = ordered_alike([3.0, 1.0, 2.0, 2.0], [1.0, 0.0, 2.0, 0.0])
+    assert sorted(is_right) == [False, False, True, True, True]
 
 
 def test_squared_errors_are_those_of_sigmoid_of_the_difference_and_finite_at_any_score() -> None:

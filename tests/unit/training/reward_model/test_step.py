@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from rm_robust.config.objectives import BsrScale, BsrScope, Objective
 from rm_robust.config.shared import OptimizerConfig
+from rm_robust.config.training import RewardModelConfig
 from rm_robust.data.records import PreferencePair
 from rm_robust.errors import ScoringError
 from rm_robust.models.packing import Layout, group_length
 from rm_robust.models.reward_model import PackedRewardModel
 from rm_robust.training.engines.ddp import DdpEngine
-from rm_robust.training.reward_model.losses import ObjectiveSettings
 from rm_robust.training.reward_model.step import StepSettings, gather_rows, reward_model_step
 from tests.support.tiny_models import TRAINED_ON_CPU, random_group, tiny_reward_model
 
@@ -27,11 +27,17 @@ PAIRS = [
     PreferencePair(random_group(Random(seed), num_completions=2), margin=0.1 * seed, weight=1.0 + seed)
     for seed in range(6)
 ]
-BSR = ObjectiveSettings(Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=COEFFICIENT, bsr_scale=BsrScale.NONE)
+BSR = RewardModelConfig(objective=Objective.BATCH_SUM_TO_ZERO, bsr_coefficient=COEFFICIENT, bsr_scale=BsrScale.NONE)
+SETTINGS = {
+    Objective.HINGE: {"margin": 0.5},
+    Objective.BATCH_SUM_TO_ZERO: {"bsr_coefficient": COEFFICIENT},
+    Objective.CENTERING: {"centering_coefficient": COEFFICIENT},
+}
+"""The settings that these tests change, by the objective that reads them."""
 
 
 def step_with(
-    model: PreTrainedModel, *, max_tokens: int, layout: Layout = Layout.SEGMENTS, objective: ObjectiveSettings = BSR
+    model: PreTrainedModel, *, max_tokens: int, layout: Layout = Layout.SEGMENTS, objective: RewardModelConfig = BSR
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     packed = PackedRewardModel(model, layout)
     engine = DdpEngine(packed, optimizer=OptimizerConfig(kind="sgd"), device=CPU)
@@ -41,7 +47,7 @@ def step_with(
 
 
 def plain_scores(model: PreTrainedModel) -> Tensor:
-    """[B, 2], one transformers forward a completion."""
+    """Return the scores [B, 2] with one transformers forward for each completion."""
     rows = [
         torch.tensor([pair.tokens.prompt_ids + completion])
         for pair in PAIRS
@@ -70,18 +76,23 @@ def test_gradient_and_loss_are_those_of_the_formula_on_plain_scores(max_tokens: 
 
 @pytest.mark.parametrize("max_tokens", [10_000, 40, 1])
 def test_margins_weights_and_blocks_follow_their_pairs_through_any_micro_batches(max_tokens: int) -> None:
-    """Micro-batches are filled longest pair first; blocks of two are pairs (0, 1), (2, 3), (4, 5) all the same."""
+    """Micro-batches are filled longest pair first, but the blocks of two are still the pairs (0, 1), (2, 3), (4, 5)."""
     scores_B2 = plain_scores(tiny_reward_model()).detach()
     chosen_B, rejected_B = scores_B2.unbind(1)
     margins_B = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
     margin = (torch.nn.functional.softplus(rejected_B - chosen_B + margins_B) * WEIGHTS_B).sum().item()
     penalty = COEFFICIENT * 2 * scores_B2.view(3, 4).mean(1).square().mean().item()
-    metrics, _ = step_with(tiny_reward_model(), max_tokens=max_tokens, objective=ObjectiveSettings(Objective.MARGIN))
+    margins = RewardModelConfig(objective=Objective.MARGIN)
+    metrics, _ = step_with(tiny_reward_model(), max_tokens=max_tokens, objective=margins)
     assert metrics["reward_model/loss"] == pytest.approx(margin, abs=1e-5)
-    micro = ObjectiveSettings(
-        Objective.BATCH_SUM_TO_ZERO, COEFFICIENT, BsrScale.PAIRS, BsrScope.MICRO, bsr_micro_pairs=2
+    blocks = RewardModelConfig(
+        objective=Objective.BATCH_SUM_TO_ZERO,
+        bsr_coefficient=COEFFICIENT,
+        bsr_scale=BsrScale.PAIRS,
+        bsr_scope=BsrScope.MICRO,
+        bsr_micro_pairs=2,
     )
-    metrics, _ = step_with(tiny_reward_model(), max_tokens=max_tokens, objective=micro)
+    metrics, _ = step_with(tiny_reward_model(), max_tokens=max_tokens, objective=blocks)
     assert metrics["reward_model/penalty"] == pytest.approx(penalty, abs=1e-5)
 
 
@@ -89,7 +100,7 @@ def test_margins_weights_and_blocks_follow_their_pairs_through_any_micro_batches
 def test_micro_batches_of_any_objective_give_one_gradient_and_only_coupled_ones_compute_scores_twice(
     objective: Objective,
 ) -> None:
-    settings = ObjectiveSettings(objective, bsr_coefficient=COEFFICIENT, centering_coefficient=COEFFICIENT)
+    settings = RewardModelConfig.model_validate({"objective": objective, **SETTINGS.get(objective, {})})
     one, expected = step_with(tiny_reward_model(), max_tokens=10_000, objective=settings)
     model, num_forwards = tiny_reward_model(), 0
 

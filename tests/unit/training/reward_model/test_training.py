@@ -1,4 +1,7 @@
-"""Reward-model training and evaluation on one worker, in this process: it learns, resumes exactly and evaluates what it trained."""
+"""Reward-model training and evaluation on one worker, in this process.
+
+Training learns and resumes exactly, and evaluation scores what it trained.
+"""
 
 import json
 import math
@@ -32,7 +35,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(run_dir: Path, base_dir: Path) -> Path:
-    """Chosen answers end in "apples", rejected ones in "seven": one can be told from the other by a token."""
+    """Write pairs that one token tells apart: chosen answers end in "apples", rejected ones in "seven"."""
     rng, chat, tokens = Random(0), ChatFormat.load(base_dir), RunLayout(run_dir).preference_tokens
     prompts = [" ".join(rng.choices(WORDS, k=4)) for _ in range(40)]
     pairs: list[dict[str, object]] = [
@@ -89,7 +92,8 @@ def test_every_step_logs_the_objectives_parts_and_the_heads_norm(trained: Path) 
         assert line["reward_model/effective_coefficient"] == pytest.approx(0.1 * 8)
         assert term == pytest.approx(0.8 * mean**2, rel=1e-4, abs=1e-9)
         assert float(line["reward_model/loss"]) == pytest.approx(float(line["reward_model/pair_loss"]) + term, abs=1e-5)
-        assert float(line["reward_model/head_norm"]) == pytest.approx(1, abs=0.5)  # E ||W||² = H / (H + 1) at the start
+        # E ||W||^2 = H / (H + 1) at the start
+        assert float(line["reward_model/head_norm"]) == pytest.approx(1, abs=0.5)
 
 
 def test_the_best_evaluation_becomes_the_checkpoint_and_training_stops_early(base_dir: Path, tmp_path: Path) -> None:
