@@ -19,6 +19,7 @@ from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.cluster.session import connect_to_ray, head_does_no_work, keep_ray_datas_actors_here
 from rm_robust.cluster.workers import quieten_libraries
 from rm_robust.config.loading import load_config
+from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import ChatFormat
 from rm_robust.data.preferences import check_preference_sources
 from rm_robust.errors import ConfigError, RmRobustError
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
 DRIVER_CPUS = 1.0
 DRIVER_RESTARTS = 10
-"""Times that the task with the stages is started again when its node is lost. It goes on from what is committed."""
+"""Most restarts of the driver's task after its node is lost. Each goes on from what is committed."""
 DRIVER_ENDS_S = 30.0
 """Seconds that a cancelled driver task gets to end."""
 
@@ -66,10 +67,17 @@ def parse_run(description: str, default_config: Path, arguments: list[str] | Non
     )
     parsed = parser.parse_args(arguments)
     config = load_config(parsed.config, parsed.overrides)
-    run_files.locate(config.serve.gold)  # a URI that holds a password is refused before it is written anywhere
+    check_gold_address(config)
     run_dir = choose_run_dir(config.name, parsed.run_dir)
     check_run_dir(run_dir, config)
     return Run(config, run_dir)
+
+
+def check_gold_address(config: PipelineConfig) -> None:
+    """Raise DataError for an address of the judge with a password, or one that cannot hold a run, before it is written."""
+    run_files.refuse_password(config.serve.gold)
+    if config.serve.gold_url is None:
+        run_files.locate(config.serve.gold)
 
 
 def main(description: str, stages: Sequence[Stage]) -> int:
@@ -123,13 +131,13 @@ def drive_elsewhere(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage]) -
 def drive_in_task(run: Run, stages: Sequence[Stage]) -> None:
     """Run the stages: the body of the driver's Ray task."""
     require_shared(run.run_dir / RESOLVED_NAME)
-    drive(run, stages, [])
+    drive(run, stages, [])  # nothing is `ahead`: drive_elsewhere has checked the capacity
 
 
 def stages_ahead(run: Run, stages: Sequence[Stage]) -> list[Stage]:
-    """Return those of `stages` that ask the cluster for something and are not done.
+    """Return the `stages` that ask the cluster for something and are not done.
 
-    The Bradley-Terry twin runs stages of the reward model, so these are ahead while the twin's are not done.
+    The Bradley-Terry twin runs the reward model's stages again, so they also count as ahead until the twin's are done.
     """
     run_files.refresh_records(run.run_dir)
     layout = RunLayout(run.run_dir)
@@ -160,10 +168,10 @@ def drive(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage]) -> None:
 
 
 def exit_code_of(work: Callable[[], None]) -> int:
-    """Do `work` and return the exit code: 0; 2 for what a user can mend; 1 for failed training or a lost node or
-    process.
+    """Do `work` and return the exit code.
 
-    The reason is printed in one line. Any other error is raised.
+    0: done; 1: training failed, or a node or process was lost; 2: an error that a user can correct. The reason is
+    printed without a traceback. Any other error is raised.
     """
     try:
         work()

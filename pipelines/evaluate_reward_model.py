@@ -1,9 +1,9 @@
 """Measure how well a reward model ranks.
 
 --model CHECKPOINT --suite rm_bench --data FILE … --out DIR
-    a checkpoint, or a served one with --url in place of --model, on a benchmark or on files of one's own
+    evaluate a checkpoint (with --url in place of --model: a served model) on a benchmark or on your own files
 [--config FILE] [--set NAME=VALUE] [--run-dir DIR]
-    the four-scenario table: one stage of full_rlhf.py, in the run directory of the stages before it
+    make the four-scenario table: one stage of full_rlhf.py, in the run directory of the stages before it
 """
 
 import argparse
@@ -32,7 +32,10 @@ _REQUIREMENT = re.compile(r"\s*(?P<figure>.+?)\s*(?P<relation>>=|<=)\s*(?P<bound
 
 
 def evaluate_suite(description: str, arguments: Sequence[str] | None = None) -> int:
-    """Evaluate on a suite, and return the exit status: 0; 1 for an unmet requirement; 2 for a user's mistake."""
+    """Evaluate on a suite, and return the exit status.
+
+    0: done; 1: a requirement is not met; 2: an error that a user can correct; 130: stopped with Ctrl-C.
+    """
     start_logging()
     quieten_libraries()
     options = _parser(description).parse_args(arguments)
@@ -103,7 +106,7 @@ def unmet(requirements: Sequence[tuple[str, str, float]], result: dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Return the lines that a terminal shows."""
+    """Return the lines that a terminal shows: every figure with its interval, and the differences from --against."""
     width = max(map(len, result["figures"]))
     num_scored = result["num_cases"] - result["num_refused"]
     checkpoint = result["checkpoint"][:19]
@@ -203,7 +206,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-length-tokens",
         type=int,
-        help="with --model: of a prompt and one completion (default: what the model can read)",
+        help="with --model: most tokens of a prompt and one completion (default: what the model can read)",
     )
     parser.add_argument("--max-tokens-per-batch", type=int, default=8192, help="with --model (default: %(default)s)")
     parser.add_argument(
@@ -216,7 +219,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--cpus-per-worker",
         type=float,
         default=1,
-        help="cores and threads of each (default: %(default)s); on a GPU each has one",
+        help="cores and threads of each worker (default: %(default)s); with --device cuda each worker also has one GPU",
     )
     return parser
 

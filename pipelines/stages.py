@@ -39,11 +39,11 @@ class Stage:
     """One stage of a run, or a step between stages that records nothing."""
 
     name: str
-    """As in rm_robust.runs.layout.STAGES, where the stage records that it is done."""
+    """The name of the stage in rm_robust.runs.layout.STAGES, if it records that it is done."""
     run: Callable[[Run], None]
     """Does the stage's work, unless the run has done it before."""
     requests: Callable[[PipelineConfig], list[ResourceRequest]] | None = None
-    """What the stage asks of the cluster, all at once; None for one that runs in the driver."""
+    """What the stage asks of the cluster, all at once; None for one that asks for nothing of its own."""
 
 
 def world_stage(run: Run) -> None:
@@ -66,7 +66,7 @@ def sft_stage(run: Run) -> None:
             train_sft, stage="sft", config=config, run_dir=run.run_dir, workers=config.sft.workers
         )
 
-    _announce(layout, "sft", work)
+    _run_unless_done(layout, "sft", work)
 
 
 def preferences_stage(run: Run) -> None:
@@ -76,7 +76,7 @@ def preferences_stage(run: Run) -> None:
         connect_to_ray()
         return prepare_preferences(run.config, run.run_dir)
 
-    _announce(RunLayout(run.run_dir), "preferences", work)
+    _run_unless_done(RunLayout(run.run_dir), "preferences", work)
 
 
 def reward_model_stage(run: Run) -> None:
@@ -93,11 +93,11 @@ def reward_model_stage(run: Run) -> None:
             workers=config.reward_model.workers,
         )
 
-    _announce(RunLayout(run.run_dir), "reward_model", work)
+    _run_unless_done(RunLayout(run.run_dir), "reward_model", work)
 
 
 def evaluation_stage(run: Run) -> None:
-    """Score the four scenarios with the reward model, in a task on a node that has what this needs."""
+    """Score the four scenarios with the reward model, in a Ray task on a node with the resources of its config."""
     settings = run.config.evaluation
 
     def work() -> dict[str, Any]:
@@ -112,7 +112,7 @@ def evaluation_stage(run: Run) -> None:
             "evaluation": ray.get(task.remote(run.config, run.run_dir, device="cuda" if settings.num_gpus else "cpu"))
         }
 
-    _announce(RunLayout(run.run_dir), "evaluation", work)
+    _run_unless_done(RunLayout(run.run_dir), "evaluation", work)
 
 
 def evaluate_in_task(config: PipelineConfig, run_dir: Path, *, device: str) -> dict[str, dict[str, str | int | float]]:
@@ -150,16 +150,17 @@ def rloo_stage(run: Run) -> None:
         with served_scorers(run) as (proxy, gold):
             return run_rloo(run.config, run.run_dir, proxy=proxy, gold=gold)
 
-    _announce(RunLayout(run.run_dir), "rloo", work)
+    _run_unless_done(RunLayout(run.run_dir), "rloo", work)
 
 
 def report_stage(run: Run) -> None:
-    """Write the summary and the report. It is always done, since it only reads the run's own files."""
+    """Write the summary and the report. This runs every time, because it needs only the run's own files."""
     summary = write_summary(run.run_dir)
     print("\n".join(summary_lines(summary)))
 
 
-def _announce(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]]) -> None:
+def _run_unless_done(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]]) -> None:
+    """Do the work of a stage and record its result, unless the run has done it before; log which."""
     logger.info("stage %s", stage if not layout.is_done(stage) else f"{stage}: already committed, skipped")
     layout.run_stage(stage, work)
 
@@ -210,5 +211,5 @@ STAGES_OF_TWIN = tuple(stage for stage in ALL_STAGES if stage.name in TWIN_STAGE
 
 
 def requests_of(config: PipelineConfig, stages: Sequence[Stage] = ALL_STAGES) -> dict[str, list[ResourceRequest]]:
-    """Return what each of the stages asks of the cluster, by name."""
+    """Return what each stage asks of the cluster, by the stage's name; stages that ask for nothing are left out."""
     return {stage.name: stage.requests(config) for stage in stages if stage.requests is not None}

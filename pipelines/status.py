@@ -24,7 +24,10 @@ WATCH_EVERY_S = 5.0
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
-    """Return the exit code: 0, or 2 for a folder without runs."""
+    """Print the status of the runs, and return the exit code.
+
+    0: done; 2: an error that a user can correct, such as a folder without runs.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", metavar="DIR")
     parser.add_argument("--json", action="store_true")

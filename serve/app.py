@@ -31,18 +31,19 @@ from serve.settings import ModelSettings, ServiceSettings, checked_service
 from serve.work import Refusal
 
 FRONT_CPUS = 0.01
-"""The CPUs that a front reserves. It mostly waits for replicas, so they are few.
+"""The CPUs that a front reserves: few, because it mostly waits for replicas.
 
-They are not 0, because a head node that offers no CPU is not to do this work.
+With 0, Ray could place a front on a head node that offers no CPUs, and such a node is not for this work.
 """
 SPARE_S = 5.0
-"""Seconds beyond `request_timeout_s` for a front that ends: it first answers what it has begun."""
+"""Seconds beyond `request_timeout_s` in which a front that is to end still answers the requests that it has begun."""
 FRONT_BEYOND_LIMITS = 1000
 """Requests that a front accepts beyond the queues' own limits.
 
 The front, and not Serve's proxy, then refuses the overflow of a burst, with our error body.
 """
 ANY_CHECKPOINT = Path("the one of user_config")
+"""Stands for the checkpoint in settings that must be the same for every checkpoint; user_config has the real one."""
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Serve's logging: warnings only. By default, Serve writes a line per request and a dozen per deployment."""
@@ -114,7 +115,7 @@ def service_app(settings: ServiceSettings) -> Application:
         name="front",
         num_replicas=settings.num_fronts,
         max_ongoing_requests=num_accepted,
-        user_config={"version": 0},
+        user_config={"version": 0},  # any value: without one, Serve would not call FrontReplica.reconfigure
         graceful_shutdown_timeout_s=settings.limits.request_timeout_s + SPARE_S,
         ray_actor_options={"num_cpus": FRONT_CPUS},
         **SHARED_OPTIONS,
@@ -154,6 +155,7 @@ def scorer_name(model: ModelSettings) -> str:
 
 
 def refuse_no_keys(settings: ServiceSettings) -> None:
+    """Raise ConfigError for settings without keys, unless insecure_no_auth is set and HAProxy is not used."""
     if not settings.api_keys and not settings.insecure_no_auth:
         raise ConfigError(
             f"The service of {settings.models[0].model_name!r} has no keys. Make one with `python -m serve.keys NAME`; "

@@ -1,14 +1,14 @@
-"""API keys: a TOML file names them and holds their hashes. Every route but OPEN_PATHS answers 401 without one of them.
+"""API keys: a TOML file has their names and hashes. Without a key, every route but /healthz and /readyz answers 401.
 
     alice = { sha256 = "…64 hex digits…" }
     bob = { sha256 = "…", requests_per_minute = 600 }
 
 Each line is one key. RM_ROBUST_API_KEYS may hold the same text instead. `python -m serve.keys alice` prints a new key,
-once, and its line.
+which is not shown again, and its line.
 
-Keys have 256 random bits, so a plain hash gives nothing away. To take a key back, delete its line and deploy again. A
-run makes a key of its own for its scorers (run_service.py), so they are guarded as well. Without keys
-(`insecure_no_auth`), only clients on the same machine are answered.
+Keys have 256 random bits, so a plain hash gives nothing away. To withdraw a key, delete its line; then send SIGHUP to
+`python -m serve`, or deploy again on a Ray cluster. A run makes a key of its own for its scorers (run_service.py), so
+they are guarded as well. Without keys (`insecure_no_auth`), only clients on the same machine are answered.
 
 Ray Serve's proxy stands in front of all this and answers two paths of its own to anybody: /-/healthz, and /-/routes
 (route prefixes and application names). Let the TLS proxy in front of an open port refuse /-/.

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "rm_robust_services"
 POLL_EVERY_S = 5.0
 STARTED_WITHIN_S = 60.0
+"""Seconds within which a keeper must start, and within which a killed one must be gone."""
 SERVED_WITHIN_S = 1800.0
 """Seconds within which the service must be up. An autoscaler may have to start the nodes first."""
 
@@ -41,24 +42,23 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
     """Serve the proxy reward model and the gold judge in this cluster, and yield a scorer for each.
 
     The scorers work without HTTP, except for a gold judge elsewhere, which is reached over HTTP. The service is deleted
-    afterwards. It has no HTTP side of its own; where Serve has one, nobody can use the service, because its single key
-    is thrown away.
+    afterwards. It has no route in Serve's HTTP proxy, and nobody could use one: its single key is thrown away.
     """
     # This loads FastAPI, which only the driver of an RLOO stage needs.
     from serve.launch import delete_service, deploy_inside, start_serve_without_http
 
     config = run.config
     proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
-    gold = served_model(
-        config.serve.gold_replica,
-        "gold",
-        None if config.serve.gold == "embedded" else run_files.locate(config.serve.gold).absolute(),
-    )
+    models = [proxy]
     gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
+    if gold_url is None:
+        is_embedded = config.serve.gold == "embedded"
+        gold_dir = None if is_embedded else run_files.locate(config.serve.gold).absolute()
+        models.append(served_model(config.serve.gold_replica, "gold", gold_dir))
     app_name, is_on_cluster = service_name(run), not is_local()
     start_serve_without_http()
     settings = ServiceSettings(
-        models=(proxy,) if gold_url else (proxy, gold),
+        models=tuple(models),
         api_keys=(new_key("run")[1],),
         limits=ServiceLimits(request_timeout_s=timeout_s),
     )
@@ -98,9 +98,9 @@ def served_model(replica: ReplicaConfig, model_name: str, checkpoint_dir: Path |
 
 
 def end_with_this_job(app_name: str) -> None:
-    """Have the application deleted when this job has ended. Call this before the application is deployed.
+    """Start a keeper, which deletes the application when this job has ended. Call this before deploying it.
 
-    The keeper that an earlier job of the same run left behind is gone when this returns.
+    It takes the place of a keeper that an earlier job of the same run left behind.
     """
     forget_job(app_name)
     remote: Any = ray.remote(Keeper)
@@ -115,7 +115,7 @@ def end_with_this_job(app_name: str) -> None:
 
 
 def forget_job(app_name: str) -> None:
-    """End the application's keeper, if there is one, so that nothing looks after the application any more."""
+    """End the application's keeper, if there is one, and return when its name is free for another one."""
     with contextlib.suppress(ValueError):  # there is no keeper
         ray.kill(ray.get_actor(app_name, namespace=NAMESPACE))
         _wait_until_free(app_name)
@@ -150,9 +150,12 @@ class Keeper:
 
 
 def _wait_until_free(app_name: str) -> None:
-    """Wait until the name of a killed keeper is free again; Ray keeps it for a moment."""
+    """Wait until the name of a killed keeper is free, which takes a moment, and then raise ValueError.
+
+    Raises TimeoutError when the name is not free after STARTED_WITHIN_S.
+    """
     deadline_s = time.monotonic() + STARTED_WITHIN_S
     while time.monotonic() < deadline_s:
-        ray.get_actor(app_name, namespace=NAMESPACE)  # ValueError when it is free
+        ray.get_actor(app_name, namespace=NAMESPACE)  # raises ValueError when the name is free
         time.sleep(0.1)
     raise TimeoutError(f"the keeper of the service {app_name} did not end within {STARTED_WITHIN_S:g} s")

@@ -12,10 +12,11 @@ from rm_robust.cluster.log_lines import FORMAT_VARIABLE
 logger = logging.getLogger(__name__)
 
 KEEPS_FREED_MEMORY = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**30}"
-"""A value of GLIBC_TUNABLES, which a process reads when it starts: one heap of huge pages that keeps freed memory (1
-GiB at its end). Otherwise the activations of every step are taken from the system and given back, which costs 15,000
-page faults a step of the 1 M policy. Without these faults RLOO's `measure` takes 0.18 s instead of 0.215 s, a
-reward-model step takes 6 to 8 per cent less, and peak memory is the same (two cores, float32, medians of three)."""
+"""A value of GLIBC_TUNABLES, which a process reads when it starts: one heap of huge pages that keeps up to 1 GiB of
+freed memory at its end. Otherwise the activations of every step are taken from the system and given back, which costs
+15,000 page faults a step of the policy with 1 M parameters. Without these faults PolicyTrainer.measure of RLOO takes
+0.18 s instead of 0.215 s, a reward-model step takes 6 to 8 per cent less time, and peak memory is the same (two cores,
+float32, medians of three)."""
 WORKER_ENVIRONMENT = {
     "GLIBC_TUNABLES": KEEPS_FREED_MEMORY,
     "TOKENIZERS_PARALLELISM": "false",
@@ -27,13 +28,14 @@ WORKER_ENVIRONMENT = {
 cores that trainer, engine and scorers share. Serve kills a proxy that is not ready after three checks, of 5 s each by
 default. That is too short when every core is busy, hence the 50 s."""
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+"""The environment variable that names the network interface of gloo."""
 
 
 def worker_environment() -> dict[str, str]:
-    """Return the variables that workers need, and those that tell this process how to log.
+    """Return the environment variables of workers: WORKER_ENVIRONMENT, and how this process was told to log.
 
-    Variables of the job's own runtime environment are left out: workers get them anyway, and Ray refuses to set one
-    twice.
+    Variables of the job's own runtime environment are left out: workers get them anyway, and Ray refuses to set a
+    variable twice.
     """
     job_config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     job_variables = job_config.get("runtime_env", {}).get("env_vars", {})
@@ -73,10 +75,10 @@ def cpu_environment(num_threads: int) -> dict[str, str]:
     child processes), its operators are not compiled (the first compilation takes 13 s and a C++ compiler), and it
     computes with `num_threads` threads that are bound to no core. PASSIVE makes threads sleep when they have no work;
     by default they spin and take the cores from other processes. Measured with 2 threads on 2 busy cores and 0.36 M
-    parameters: 900 tokens/s spinning, 12400 passive. Give the trainer the same policy.
+    parameters: 900 tokens/s spinning, 12400 passive. The trainer needs PASSIVE too.
 
-    KEEPS_FREED_MEMORY helps because a weight update allocates and frees the whole model. With it that takes 10 page
-    faults instead of 100 thousand (100 M parameters), and an output head of 100 MB is packed in 36 ms instead of 67.
+    KEEPS_FREED_MEMORY helps because a weight update allocates and frees the whole model. An update then takes 10 page
+    faults instead of 100 thousand (100 M parameters), and packing an output head of 100 MB takes 36 ms instead of 67.
     """
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -16,6 +16,7 @@ from rm_robust.errors import RmRobustError
 LOST = (NodeDiedError, WorkerCrashedError, OutOfMemoryError, TrainingFailedError)
 """Failures that are not caused by the config. The same command continues from what is committed."""
 _PROJECT_ERROR = re.compile(r"^rm_robust\.errors\.(\w+): (.+)$", re.MULTILINE)
+"""The line of a traceback that names an error of rm_robust/errors.py and the first line of its message."""
 
 
 def origin_of(error: BaseException) -> BaseException:
@@ -23,12 +24,12 @@ def origin_of(error: BaseException) -> BaseException:
 
     For a worker group this is the first failure that a user can correct, or else the group's error itself. Ray Data
     2.60 keeps only the text of an error that one of its tasks raised, so an error of this project is made again from
-    its line in that text.
+    that text, with the first line of its message.
     """
     if isinstance(error, RayTaskError) and error.cause is not None:
         origin = origin_of(error.cause)
-        line = _PROJECT_ERROR.search(str(error)) if isinstance(origin, UserCodeException) else None
-        return getattr(errors, line[1])(line[2]) if line else origin
+        match = _PROJECT_ERROR.search(str(error)) if isinstance(origin, UserCodeException) else None
+        return getattr(errors, match[1])(match[2]) if match else origin
     if isinstance(error, UserExceptionWithTraceback):
         return origin_of(error._base_exc)
     if isinstance(error, ControllerError):
@@ -46,7 +47,8 @@ def log_own_errors_in_one_line() -> None:
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    line = _PROJECT_ERROR.search(record.getMessage())
-    if line:
-        record.msg, record.args = line[0], ()
+    """Cut a record with an error of this project down to that error's line. As a filter, keep every record."""
+    match = _PROJECT_ERROR.search(record.getMessage())
+    if match:
+        record.msg, record.args = match[0], ()
     return True

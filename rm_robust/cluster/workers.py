@@ -1,4 +1,4 @@
-"""Run one plain function on every worker of a Ray Train group, with torch.distributed ready. No formula lives here."""
+"""Run one plain function on every worker of a Ray Train group, with torch.distributed ready."""
 
 import logging
 import os
@@ -19,10 +19,10 @@ from rm_robust.runs import files as run_files
 WorkerFunction = Callable[[PipelineConfig, Path], dict[str, float]]
 
 MAX_WORKER_FAILURES = 2
-"""Restarts of a worker group before a stage fails. Each continues from the last committed state. There is none after an
-error that a user can correct (rm_robust/errors.py)."""
+"""Restarts of a worker group before a stage fails. Each restart continues from the last committed state. A group is not
+restarted after an error that a user can correct (rm_robust/errors.py)."""
 MAX_ELASTIC_FAILURES = 20
-"""Restarts of an elastic worker group, which is made to lose nodes."""
+"""Restarts of an elastic worker group, which is expected to lose nodes."""
 
 
 def run_on_workers(
@@ -30,7 +30,7 @@ def run_on_workers(
 ) -> dict[str, float]:
     """Run `function(config, run_dir)` on `workers` through Ray Train V2, and return what rank 0 returned.
 
-    Raises ray.train.TrainingFailedError.
+    `stage` names the Ray Train run and its log lines. Raises ray.train.TrainingFailedError.
     """
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
@@ -77,12 +77,12 @@ def gpu_request(num_gpus: float) -> dict[str, float]:
 
 
 def worker_device() -> torch.device:
-    """Return this worker's device: its GPU when it was given one, else the CPU."""
+    """Return this worker's current GPU when torch sees a GPU, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def quieten_libraries() -> None:
-    """Turn off progress bars of short loads and the libraries' logs of their internals; important warnings stay."""
+    """Turn off progress bars, the warnings of transformers, and the routine log lines of ray.data and httpx."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -107,7 +107,7 @@ def is_reclaimed() -> bool:
     """Return whether a machine of this worker group is about to be taken away (spot instances).
 
     All ranks call this together and get the same answer. It is False outside Ray Train, and where
-    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0 says that nobody watches.
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0 turns off Ray's watcher.
     """
     if not _is_train_worker or os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
         return False
@@ -117,7 +117,10 @@ def is_reclaimed() -> bool:
 
 
 def refreshed_run_dir(run_dir: Path) -> Path:
-    """Return the run directory as it is committed, before any rank of this node writes to it. Every rank calls it."""
+    """Bring this node's view of the run directory to what is committed, and return the directory.
+
+    Every rank calls it, before any rank of the node writes to the directory.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         run_files.forget_uncommitted(run_dir)
     if torch.distributed.is_initialized():
@@ -126,7 +129,9 @@ def refreshed_run_dir(run_dir: Path) -> Path:
 
 
 def _trainer_class() -> Any:
-    """Return a TorchTrainer without restarts after an error that a user can correct, and without PlacementGroupCleaner.
+    """Return a TorchTrainer class that does not restart after a user's error, and has no PlacementGroupCleaner.
+
+    A user's error is one that a user can correct (rm_robust/errors.py).
 
     Ray's PlacementGroupCleaner looks up its controller in whichever Ray it finds first on the machine. When that is
     another Ray, which knows no such controller, the cleaner takes the workers' resources away (Ray 2.60). Our
@@ -177,6 +182,7 @@ def _torch_config_class() -> Any:
 
 
 def _work(settings: dict[str, Any]) -> dict[str, float]:
+    """Run the worker function in a worker process. `settings` is the `train_loop_config` of `run_on_workers`."""
     global _is_train_worker
     _is_train_worker = True
     import ray.train

@@ -13,8 +13,8 @@ class RewardSourceConfig(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Name of the source in the metrics: rloo/reward/<name>_mean. `proxy` and `gold` are taken."""
     weight: float = 1.0
-    """Factor of the source's score. The reward of a step is `proxy_weight` times the proxy's score plus the sum of
-    weight * score over all sources."""
+    """Factor of the source's score. The reward score of a completion is `proxy_weight` times the proxy's score plus the
+    sum of weight * score over all sources."""
     url: str | None = None
     """http(s) URL of a scoring service. Its first model is asked, with the key in RM_ROBUST_API_KEY."""
     function: str | None = None
@@ -35,7 +35,7 @@ class RewardSourceConfig(Section):
 
 
 class MonitorConfig(Section):
-    """When a run counts as over-optimised: over a window of steps the proxy score rises, and gold stays or falls.
+    """The rule by which a run counts as over-optimised: in a window of steps the proxy rises, and gold stays or falls.
 
     Source: Gao et al. 2023. rm_robust/rloo/monitor.py has the rule.
     """
@@ -46,14 +46,14 @@ class MonitorConfig(Section):
     """Smallest rise of the proxy's mean from the first half of the window to the second at which the monitor may fire,
     in standard deviations of the first step's proxy scores."""
     max_gold_rise: float = 0.0
-    """The monitor fires when the proxy has risen so far and the gold mean by no more than this, in standard deviations
-    of the first step's gold scores."""
+    """The monitor fires when the proxy's mean has risen by `min_proxy_rise` and the gold mean by no more than this, in
+    standard deviations of the first step's gold scores."""
     min_gold_fall: float = Field(default=0.15, gt=0)
     """Smallest fall of the gold mean, in the same unit, at which the monitor fires however little the proxy has
     risen."""
     action: Literal["warn", "lower_learning_rate", "stop"] = "warn"
     learning_rate_factor: float = Field(default=0.5, gt=0, lt=1)
-    """Factor of the learning rate of all later steps, once for each firing (action = "lower_learning_rate" only)."""
+    """Each firing multiplies the learning rate of all later steps by this (action = "lower_learning_rate" only)."""
 
 
 class PolicyEvaluationConfig(Section):
@@ -118,19 +118,19 @@ class RlooConfig(Section):
     """Steps by which the sampling policy may be behind the trained one. 0: on-policy, sampling and training take turns.
     n: n further batches are sampled during training."""
     importance_correction: Literal["none", "sequence", "token"] = "sequence"
-    """Level of the weight old/sampler, which corrects policy lag and differences between the engines. It is the
-    trainer's probability when the update starts over vLLM's when it sampled, and has no gradient."""
+    """Level of the weight old/sampler, which corrects policy lag and differences between the engines. The weight is the
+    trainer's probability when the update starts, divided by vLLM's when it sampled. It has no gradient."""
     importance_cap: float = Field(default=2.0, ge=1)
     """Upper bound of that weight (truncated importance sampling)."""
     gold_every_steps: int = Field(default=1, ge=1)
-    """The gold judge scores the completions of the first step, and then of every n-th."""
+    """The gold judge scores the completions of the first step, and then of every n-th step."""
     monitor: MonitorConfig = MonitorConfig()
     evaluation: PolicyEvaluationConfig = PolicyEvaluationConfig()
     generation_silence_s: float = Field(default=600, gt=0)
     """Seconds after which an engine that has finished no prompt counts as lost, and is replaced."""
     max_restarts: int = Field(default=3, ge=0)
-    """Restarts of lost engines and trainers without a committed step between them. After these the run ends with an
-    error."""
+    """Most restarts of lost engines and trainers without a committed step between them. If one more is needed, the run
+    ends with an error."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.05, schedule="constant")
     strategy: StrategyConfig = StrategyConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -162,7 +162,7 @@ class RlooConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _levels_fit(self) -> Self:
+    def _levels_and_held_out_prompts_fit(self) -> Self:
         if self.importance_correction == "token" and self.ratio_level != "token":
             raise ValueError(
                 'rloo.importance_correction = "token" weights tokens; set rloo.ratio_level = "token" too, '
@@ -176,7 +176,7 @@ class RlooConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _devices_match(self) -> Self:
+    def _workers_fit(self) -> Self:
         if self.weight_transfer_backend == "nccl" and not (self.engine_num_gpus and self.trainers.num_gpus_per_worker):
             raise ValueError(
                 'rloo.weight_transfer_backend = "nccl" needs GPUs on both sides; set engine_num_gpus and '

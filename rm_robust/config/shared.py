@@ -1,4 +1,4 @@
-"""Sections that several stages have in common: workers, optimiser, strategy, arithmetic."""
+"""Sections that several stages have in common: workers, optimiser, strategy, precision."""
 
 from typing import Any, Literal, Self
 
@@ -33,15 +33,15 @@ class WorkersConfig(Section):
 
     num_workers: int = Field(default=2, ge=1)
     min_workers: int | None = Field(default=None, ge=1)
-    """Fewest workers of elastic training. It continues with as few from the last committed state when nodes are lost,
-    and grows again when they return; the batches stay the same. None: always `num_workers`. DeepSpeed refuses it,
-    because its state is cut for one number of workers."""
+    """Fewest workers of elastic training. When nodes are lost, training continues from the last committed state as long
+    as this many workers have room, and grows again when nodes return; the batches stay the same. None: always
+    `num_workers`. DeepSpeed refuses this setting, because its state is cut for one number of workers."""
     resize_every_s: float = Field(default=60, gt=0)
     """Seconds after which a group that is too small looks for room to grow again (elastic training only)."""
     num_cpus_per_worker: float = Field(default=1, ge=0)
     num_gpus_per_worker: float = Field(default=0, ge=0)
     num_threads_per_worker: int = Field(default=1, ge=1)
-    """Threads of torch in one worker on a CPU."""
+    """Threads that torch uses on the CPU in one worker."""
     peak_flops_per_worker: float | None = Field(default=None, gt=0)
     """Floating-point operations a second of one worker's device at the precision in use (H100, bfloat16, dense:
     989e12). None: the utilisation is not computed."""
@@ -49,7 +49,7 @@ class WorkersConfig(Section):
     """Custom Ray resources, as named in cluster.yaml."""
 
     @model_validator(mode="after")
-    def _shrinks(self) -> Self:
+    def _min_workers_fits(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
                 f"min_workers = {self.min_workers} is more than num_workers = {self.num_workers}; "
@@ -59,6 +59,7 @@ class WorkersConfig(Section):
 
     @property
     def fewest(self) -> int:
+        """The number of workers without which the group cannot run."""
         return self.min_workers or self.num_workers
 
 
@@ -68,7 +69,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-3, gt=0, lt=1)
     """Peak learning rate, which is reached after `warmup_fraction` of the steps."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """The learning rate after warm-up; `linear` and `cosine` end at zero."""
+    """The learning rate after warm-up. `linear` and `cosine` fall so that the step after the last would have zero."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_gradient_norm: float = Field(default=1.0, gt=0)

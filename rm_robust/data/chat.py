@@ -25,17 +25,17 @@ from rm_robust.data.records import Message
 from rm_robust.errors import ChatTemplateError, DataError
 
 ROLES = ("system", "user", "assistant")
-MOST_REPEATED = 100
-"""The number of characters of a caller's text that an error message repeats."""
+MOST_QUOTED = 100
+"""The largest number of characters of a caller's text that an error message quotes."""
 _PROBE = "rm robust probe"
 """The content of messages that are rendered to learn what a template writes around them."""
 _PROBE_ENDS = ("probe", "7", "?", "(é)", "。")
-"""Contents with different last characters, so that the text that all their prompts end with is the template's."""
+"""Contents that end in different characters. So the text that all their prompts end with is the template's own."""
 
 
 @dataclass(frozen=True)
 class RenderedConversation:
-    """The token ids of a conversation that a caller has rendered: those of ChatFormat.prompt_ids and completion_ids."""
+    """The token ids of a conversation that a caller has rendered, split into its prompt and its completion."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -129,7 +129,8 @@ class ChatFormat:
     def rendered_text(self, text: str) -> RenderedConversation:
         """Tokenise a conversation that a caller has rendered to text.
 
-        The text after the last assistant header is the completion. Its last token is its only control token.
+        The text after the last assistant header is the completion. Its end-of-turn token is its only control token: the
+        text of any other special token in it is plain text.
 
         Raises DataError for text without an assistant turn, without the end-of-turn token at its end, or with more or
         fewer begin-of-sequence tokens than the template writes: such text would get a wrong score.
@@ -156,6 +157,8 @@ class ChatFormat:
 
     def rendered_ids(self, token_ids: list[int]) -> RenderedConversation:
         """Split a conversation that a caller has rendered and tokenised into its prompt and its completion.
+
+        Every id stays as it is, so the completion may hold further control tokens.
 
         Raises DataError as rendered_text does, and for an id that the tokenizer does not have.
         """
@@ -196,6 +199,7 @@ class ChatFormat:
             )
 
     def _encode(self, text: str, *, control_tokens: bool) -> list[int]:
+        """Return the ids of a text, in which the text of a special token is that token or, if not set, plain text."""
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control_tokens)
         return list(encoded["input_ids"])
 
@@ -215,6 +219,7 @@ class ChatFormat:
         """
         pieces, written = self._template_pieces(messages)
         contents = [m["content"] for m in messages]
+        # A template writes the contents as they are, or without the white space at their ends.
         for candidate in (contents, [content.strip() for content in contents]):
             filled = [
                 part for piece, content in zip(pieces, [*candidate, ""], strict=False) for part in (piece, content)
@@ -252,7 +257,7 @@ class ChatFormat:
         ]
         if dropped:
             raise DataError(
-                f"The chat template of {self.source} leaves out {', '.join(dropped):.{MOST_REPEATED}} of these turns "
+                f"The chat template of {self.source} leaves out {', '.join(dropped):.{MOST_QUOTED}} of these turns "
                 f"({_roles(messages)}). Use a template that writes every turn, or remove the turn from the row."
             )
 
@@ -278,7 +283,10 @@ class ChatFormat:
                 )
 
     def _find_header_text(self) -> str:
-        """Return the text of header_ids. It is a little longer where several tokens share a character."""
+        """Return the text that every prompt ends with.
+
+        It is the text of header_ids, or a little more where several tokens share a character.
+        """
         rendered = [
             self._render([{"role": "user", "content": content}], add_generation_prompt=True) for content in _PROBE_ENDS
         ]
@@ -312,7 +320,7 @@ class ChatFormat:
 
 
 def _roles(messages: list[Message]) -> str:
-    return f"{[m['role'] for m in messages]!r:.{MOST_REPEATED}}"
+    return f"{[m['role'] for m in messages]!r:.{MOST_QUOTED}}"
 
 
 def _common_suffix(sequences: list[list[int]]) -> list[int]:
@@ -342,9 +350,9 @@ def as_messages(prompt: object) -> list[Message]:
 
 def _as_message(message: object, index: int) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        raise DataError(f'Message {index} must be {{"role": …, "content": …}}, got {message!r:.{MOST_REPEATED}}.')
+        raise DataError(f'Message {index} must be {{"role": …, "content": …}}, got {message!r:.{MOST_QUOTED}}.')
     if message["role"] not in ROLES:
-        raise DataError(f"Message {index} has role {message['role']!r:.{MOST_REPEATED}}; roles are {', '.join(ROLES)}.")
+        raise DataError(f"Message {index} has role {message['role']!r:.{MOST_QUOTED}}; roles are {', '.join(ROLES)}.")
     if not isinstance(message["content"], str):
         raise DataError(f"Message {index} has a {type(message['content']).__name__} as content; it must be text.")
     check_text(message["content"], f"Message {index}")

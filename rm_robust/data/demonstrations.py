@@ -35,7 +35,10 @@ CHATML = (
 
 
 def prepare_sft(config: PipelineConfig, run_dir: Path, limits: TokenLimits) -> dict[str, Any]:
-    """Commit sft/tokens and, for a run from scratch, sft/base. Returns the counts."""
+    """Tokenise the demonstrations into sft/tokens, and make sft/base where the run names no model.
+
+    Returns the counts of rows. Both folders are committed.
+    """
     layout = RunLayout(run_dir)
     source = DataSource(
         "sft",

@@ -24,7 +24,10 @@ _READ_AHEAD_BYTES = 2**20
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of a data source. `root` is what the user named and gives the filesystem; `path` is the file in it."""
+    """One file of a data source.
+
+    `root` is the path or URI that the user named, which gives the filesystem. `path` is the file in that filesystem.
+    """
 
     root: str
     path: str
@@ -66,7 +69,10 @@ def list_files(path: str) -> list[DataFile]:
 
 
 def open_file(root: str, path: str) -> io.BufferedReader:
-    """Open a DataFile for reading. The reader can seek, and asks an object store for one mebibyte at a time."""
+    """Open the file that a DataFile's `root` and `path` name.
+
+    The reader can seek, and asks an object store for one mebibyte at a time.
+    """
     filesystem, _ = run_files.filesystem_of(root)
     run_files.fetch_source(root)
     return io.BufferedReader(filesystem.open_input_file(path), _READ_AHEAD_BYTES)
@@ -83,6 +89,7 @@ def read_lines(file: DataFile) -> Iterator[str]:
 
 
 def read_parquet_rows(file: DataFile) -> list[dict[str, Any]]:
+    """Return all rows of a parquet file. Raises what pyarrow raises for a file that is not parquet."""
     with open_file(file.root, file.path) as stream:
         rows: list[dict[str, Any]] = pq.read_table(stream).to_pylist()
     return rows

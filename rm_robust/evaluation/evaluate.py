@@ -61,7 +61,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Data:
-    """The cases of an evaluation without their texts, which are read again to be scored."""
+    """The cases of an evaluation, without their texts: `evaluate` reads the texts again from the files."""
 
     cases: list[KnownCase]
     files: list[HashedFile]
@@ -72,7 +72,8 @@ class Data:
 def read_data(plan: EvaluationPlan) -> Data:
     """Read the plan's files.
 
-    Raises DataError for a row that cannot be read, and when `against` is of other data or not finished.
+    Raises DataError for a row that cannot be read, for files without rows, and when the evaluation in `against` is of
+    other data or not finished.
     """
     cases = [case.without_texts for case in read_cases(plan.paths, plan.suite.parse)]
     if not cases:
@@ -106,7 +107,7 @@ def evaluate(
     """Score every case that an earlier call did not reach, write the plan's result.json and return it.
 
     Raises DataError for a folder of another evaluation. Raises ScoringError when scoring fails, when a case has no
-    scores (unless the plan leaves such cases out), and when the checkpoint changes on the way.
+    scores (unless the plan leaves such cases out), and when the checkpoint changes meanwhile.
     """
     cases = data.cases
     # The checkpoint is asked for before anything is written.
@@ -161,7 +162,10 @@ def score_part(scorer: Scorer, cases: Sequence[Case], *, checkpoint: str) -> lis
 
 
 def figures_of(suite: Suite, cases: Sequence[CaseFacts], scores: Sequence[Sequence[float]]) -> dict[str, Estimate]:
-    """Return the suite's figures of known scores, with their intervals."""
+    """Return the suite's figures of these scores, with their intervals.
+
+    The bounds of an interval are NaN for the figures in `suite.without_interval`.
+    """
     figures = estimates(suite.strata(cases, scores), suite.combine, seed=SEED)
     without_interval = {
         name: Estimate(figure.value, math.nan, math.nan)
@@ -193,7 +197,7 @@ def _checkpoint_of(scorer: Scorer, cases: Sequence[Case], plan: EvaluationPlan) 
 
 
 def _require_unchanged(part: Sequence[Case], known: Sequence[KnownCase]) -> None:
-    """Raise DataError when the files are not those that were read first."""
+    """Raise DataError when a case is not the one that `read_data` read in its place."""
     for case, expected in zip_longest(part, known):
         if case is None or case.without_texts != expected:
             raise DataError(
@@ -232,7 +236,10 @@ def _require_scores_of(cases: Sequence[CaseFacts], outcomes: Sequence[Outcome], 
 
 
 def _compared(plan: EvaluationPlan, data: Data, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return every figure minus that of the evaluation in `against`, on the cases of which both have scores."""
+    """Return the comparison with the evaluation in `against`: its checkpoint, and every figure minus its figure.
+
+    It is made on the cases that have scores in both evaluations.
+    """
     assert plan.against is not None
     checkpoint, other_outcomes = _outcomes_of_other(plan.against, data)
     scored_by_both = [

@@ -10,11 +10,11 @@
     calibration_error   expected calibration error: pairs in NUM_BINS bins of confidence sigma(|margin|), 0.5 to 1;
                         sum over bins of their share times |accuracy - mean confidence| (Guo et al. 2017, Eq. 3). Noise
                         raises it, and a resample has more noise, so it gets no interval
-    kendall_tau         mean over prompts of tau-b on ranked completions; constant scores count as 0, and prompts of
-                        constant gold are left out
-    best_of_N           mean gold score of the completion that the model scores highest among N of a prompt's K, drawn
-                        without replacement: the expectation over all draws (Nakano et al. 2021, section 3.2);
-                        N = 1, 2, 4, … up to K
+    kendall_tau         mean over prompts of tau-b on ranked completions; a prompt whose scores are all equal counts as
+                        0, and one whose gold scores are all equal is left out
+    best_of_N           mean gold score of the completion that the model scores highest among N of a prompt's K
+                        completions, drawn without replacement: the expectation over all draws (Nakano et al. 2021,
+                        section 3.2); N = 1, 2, 4, … up to K
     tied_scores         share of prompts whose completions all have the same score
 
 Every figure is reported for each subset, and for all prompts together as `all`.
@@ -36,7 +36,7 @@ ALL = "all"
 UNNAMED = "unnamed"
 """The subset of rows that name no subset."""
 SUBSET_COLUMNS = ("subset", "source")
-"""The columns that can name a row's subset, unless the user names a column. The first that a row has counts."""
+"""The columns that can name a row's subset, unless the user names a column. The first one that the row has is used."""
 NUM_BINS = 10
 GAPS = [f"calibration_gap_{index}" for index in range(NUM_BINS)]
 """One column per bin of confidence: a pair has accuracy minus confidence in its own bin, and 0 in the others.
@@ -44,13 +44,14 @@ GAPS = [f"calibration_gap_{index}" for index in range(NUM_BINS)]
 The mean of a column is therefore the bin's share of the pairs times the bin's gap.
 """
 BIASED_BY_RESAMPLING = frozenset({"calibration_error"})
-"""Figures that get no interval."""
+"""Figures that get no interval, because resampling alone raises them."""
 
 
 def parse(row: Mapping[str, Any], *, by: str | None) -> Case:
-    """Return the case of a row (see rm_robust.data.rows), with the subset that the column `by` names.
+    """Return the case of a row (see rm_robust.data.rows).
 
-    Raises DataError with the reason when the row is neither a pair nor a ranking.
+    The column `by` names the subset of the row; with None, the first of SUBSET_COLUMNS that the row has does. Raises
+    DataError with the reason when the row is neither a pair nor a ranking.
     """
     if by is not None and row.get(by) is None:
         raise DataError(f"there is no {by!r}, which --by names; the columns are {', '.join(sorted(row))}")

@@ -2,7 +2,7 @@
 
 Version 1 (Lambert et al. 2024, arXiv 2403.13787) has pairs. A subset's figure is its accuracy (a tie is wrong). A
 section's figure is the mean of its subsets, weighted by the benchmark's counts even when the file has only a part of a
-subset. `overall` is the mean of the sections that the file has; the prior sets are left out.
+subset. `overall` is the mean of the sections that the file has. The benchmark's fifth section, Prior Sets, is left out.
 
 Version 2 (Malik et al. 2025, arXiv 2506.01937) has one right completion among several. A case is worth 1 / (number of
 completions that share the highest score) if the right completion is one of these, and else 0. The prompts of the subset
@@ -111,9 +111,9 @@ def notes_1(cases: Sequence[CaseFacts]) -> list[str]:
 
 
 def parse_2(row: Mapping[str, Any]) -> Case:
-    """Return the case of a row of version 2: id, subset, prompt, and chosen and rejected as lists of texts.
+    """Return the case of a row of version 2, whose columns chosen and rejected have lists of texts.
 
-    Raises DataError with the reason when the row has another shape.
+    The other columns are id, subset and prompt. Raises DataError with the reason when the row has another shape.
     """
     chosen, rejected = texts_of(row, "chosen"), texts_of(row, "rejected")
     subset = text_of(row, "subset")
@@ -166,6 +166,7 @@ def _missing(subsets: Sequence[str], cases: Sequence[CaseFacts]) -> list[str]:
 
 
 def _best_of(name: str, scored: list[tuple[CaseFacts, Sequence[float]]]) -> Stratum:
+    """Return the stratum of a subset in which the first completion of each case is the right one."""
     worth = [{"accuracy": float(scores[0] == max(scores)) / list(scores).count(max(scores))} for _, scores in scored]
     return stratum(name, [case for case, _ in scored], worth)
 
@@ -181,9 +182,10 @@ class _Margins:
 
 
 def _ties(name: str, scored: list[tuple[CaseFacts, Sequence[float]]]) -> Stratum:
-    """Return the stratum of Ties, in which a row is a case and the rows of one number are resampled together.
+    """Return the stratum of Ties, with a row for each case.
 
-    A number has up to two cases: ref (one right answer) and tied (many right answers).
+    The id of a case is ref:NUMBER (one right answer) or tied:NUMBER (many right answers). The cases of one number are
+    resampled together.
     """
     margins: dict[tuple[str, int], _Margins] = {}
     for case, scores in scored:
@@ -197,6 +199,7 @@ def _ties(name: str, scored: list[tuple[CaseFacts, Sequence[float]]]) -> Stratum
 
 
 def _ties_row(kind: str, number: int, margins: Mapping[tuple[str, int], _Margins]) -> dict[str, float]:
+    """Return the values of one case of Ties by column, without the columns that this case does not decide."""
     to_wrong, between_right = margins[kind, number].to_wrong, margins[kind, number].between_right
     if kind == "ref":
         return {"reference_accuracy": float(to_wrong > 0)}

@@ -1,6 +1,6 @@
 """Find out which reward model a directory holds, and load it.
 
-A directory whose head is not known is refused: a known head never takes its place.
+A directory whose head is not known is refused. It is never loaded with the head of another model.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from rm_robust.models.reward_model import PackedRewardModel, load_reward_model
 ScoringModel = PackedRewardModel | PackedArmoRM
 
 ONE_SCORE = "ForSequenceClassification"
-"""The end of the names that transformers gives to decoders with one linear head."""
+"""The ending of the names that transformers gives to decoders with one linear head."""
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """The endings of files that are read by unpickling, which can run code."""
 
@@ -39,7 +39,7 @@ def load_packed_reward_model(
 
 
 def known_architecture(checkpoint_dir: Path) -> str:
-    """Return the architecture's name, after checking every file that could run code.
+    """Return the name of a directory's architecture, after checking that loading it cannot run code.
 
     A model's own code is never run, and weights are never unpickled. Raises CheckpointError for a directory that needs
     either of them, and for an architecture that is not known.
@@ -79,7 +79,8 @@ def known_architecture(checkpoint_dir: Path) -> str:
 def require_own_weights(checkpoint_dir: Path) -> None:
     """Check that every weight to load is in a visible safetensors file of the directory itself.
 
-    The check of the files and the manifest's hash cover no others. Raises CheckpointError.
+    Weights elsewhere are covered neither by the check for pickled files nor by the manifest's hash. Raises
+    CheckpointError.
     """
     if (checkpoint_dir / "adapter_config.json").exists():  # transformers follows it to the base model that it names
         raise CheckpointError(
@@ -91,10 +92,10 @@ def require_own_weights(checkpoint_dir: Path) -> None:
     for index in [path for path in files if path.name.endswith(".index.json")]:
         named = {str(name) for name in read_json(index).get("weight_map", {}).values()}
         # the loader refuses a file that is missing
-        others = sorted(name for name in named - weight_files if (checkpoint_dir / name).is_file())
-        if others:
+        elsewhere = sorted(name for name in named - weight_files if (checkpoint_dir / name).is_file())
+        if elsewhere:
             raise CheckpointError(
-                f"{index} names weights that are not safetensors files of this directory: {', '.join(others)}. "
+                f"{index} names weights that are not safetensors files of this directory: {', '.join(elsewhere)}. "
                 "Put them into this directory."
             )
 

@@ -9,7 +9,7 @@ length from them.
 The code follows modeling_custom.py, which is published beside the weights (the copy that we read does not name its
 commit). The gating network is that of RLHFlow/RLHF-Reward-Modeling, armo-rm/stage-2_train.py at commit 4cc54482; the
 token at which it is read is that of armo-rm/stage-2_prepare.py at 33e07d27. Two things differ from the published
-example. The heads compute in float32, in which their weights are stored, and the example casts them to bfloat16. A
+example. The heads compute in float32, in which their weights are stored; the example casts them to bfloat16. A
 completion is scored with the white space at its ends, which the published template would trim.
 
 Shapes: N completions, J objectives, H hidden, L tokens of the assistant header, T columns and M completion tokens of a
@@ -127,10 +127,10 @@ class PackedArmoRM(nn.Module):
 
 
 def gate_index(batch: PackedBatch, header_ids_L: Tensor) -> Tensor:
-    """Return the columns [N] at which the assistant headers that end the completions' prompts start.
+    """Return, for each completion, the column at which the assistant header starts that ends its prompt, [N].
 
-    modeling_custom.py takes the last header of the conversation. It is this one, because chat.py lets no completion
-    hold control tokens. Raises ScoringError for a prompt that does not end in the header.
+    modeling_custom.py takes the last header of the conversation. It is this one, because chat.py makes no control token
+    from the text of a completion. Raises ScoringError for a prompt that does not end in the header.
     """
     owners = torch.arange(len(batch.scored_index_N), device=batch.completion_of_M.device)
     prompt_end_N = batch.predictor_index_M[torch.searchsorted(batch.completion_of_M, owners)]
@@ -140,9 +140,9 @@ def gate_index(batch: PackedBatch, header_ids_L: Tensor) -> Tensor:
     # the header of a shorter prompt would start before the prompt
     is_header_N &= batch.position_ids_RT.flatten()[prompt_end_N] >= len(header_ids_L) - 1
     if not is_header_N.all():
-        others = (~is_header_N).nonzero().flatten().tolist()
+        without_header = (~is_header_N).nonzero().flatten().tolist()
         raise ScoringError(
-            f"The prompts of completions {others} of a batch do not end in the assistant header "
+            f"The prompts of completions {without_header} of a batch do not end in the assistant header "
             f"{header_ids_L.tolist()}, where ArmoRM reads its gate. "
             "Make their token ids with the model's own chat template."
         )

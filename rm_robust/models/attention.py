@@ -11,7 +11,7 @@ SegmentAttention is speed work for CPUs only, and it relies on private names of 
 `torch.ops.aten`, with their arguments and the log-sum-exp that the first of them returns. When a version of torch
 changes them, tests/unit/models/test_packing.py fails: it compares the results with those of plain transformers.
 
-Shapes: T columns of a row, Q queries, D of a head.
+Shapes: T columns of a row, Q queries, D features of a head.
 """
 
 import functools
@@ -46,18 +46,22 @@ class Segment:
 
 
 def every_column(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
-    """Return the slice of each segment's queries when every column of the row has a query."""
+    """Return where each segment's queries lie along Q when every column of the row has a query."""
     return tuple(slice(segment.start, segment.end) for segment in segments)
 
 
 def last_columns(segments: tuple[Segment, ...]) -> tuple[slice, ...]:
-    """Return the slice of each segment's queries when only its last column has a query."""
+    """Return where each segment's query lies along Q when only the last column of a segment has a query."""
     return tuple(slice(number, number + 1) for number in range(len(segments)))
 
 
 @dataclass(frozen=True)
 class Family:
-    """A prompt with its first completion, the further completions, which follow in the row, and the queries of each."""
+    """A prompt with its completions, which follow each other in the row.
+
+    `first` is the prompt with its first completion, and `others` are the further completions. `queries` says for each
+    of them, in this order, where its queries lie along Q.
+    """
 
     first: Segment
     others: tuple[Segment, ...]
@@ -65,6 +69,7 @@ class Family:
 
     @property
     def parts(self) -> Iterator[tuple[Segment, slice]]:
+        """Return each segment with its queries."""
         return zip((self.first, *self.others), self.queries, strict=True)
 
     @property
@@ -74,6 +79,7 @@ class Family:
 
     @property
     def queries_of_others(self) -> slice:
+        """Return the queries of the further completions. The family must have some."""
         return slice(self.queries[1].start, self.queries[-1].stop)
 
 
@@ -95,8 +101,8 @@ def is_causal(queries: slice) -> bool:
 class SegmentAttention(torch.autograd.Function):
     """The attention of queries to their segments and prompts, with its gradient.
 
-    query [1, heads, Q, D], key and value [1, heads, T, D] -> [1, heads, Q, D]. `queries` are those of every column, or
-    those of each segment's last column.
+    query [1, heads, Q, D], key and value [1, heads, T, D] -> [1, heads, Q, D]. `queries` is the result of every_column
+    or of last_columns.
 
     A softmax over two sets of keys is the mean of the softmaxes over each set, weighted by exp(log-sum-exp). Its
     gradient is the sum of the gradients of each set, if the flash kernel is given the output and the log-sum-exp of the
@@ -144,7 +150,7 @@ class SegmentAttention(torch.autograd.Function):
         [gradient] = gradients
         totals = [torch.zeros_like(part, dtype=torch.float32) for part in (query, key, value)]
 
-        def add(columns: slice, keys: slice, *, is_causal: bool) -> None:
+        def add(columns: slice, keys: slice, *, causal: bool) -> None:
             parts = flash_backward(
                 *(
                     gradient[:, :, columns],
@@ -154,7 +160,7 @@ class SegmentAttention(torch.autograd.Function):
                     all_out[:, :, columns],
                     normaliser[:, :, columns],
                 ),
-                *(0.0, is_causal),
+                *(0.0, causal),
                 attn_mask=None,
                 scale=ctx.scale,
             )
@@ -163,9 +169,9 @@ class SegmentAttention(torch.autograd.Function):
 
         for family in families(ctx.segments, ctx.queries):
             for s, columns in family.parts:
-                add(columns, slice(s.start, s.end), is_causal=is_causal(columns))
+                add(columns, slice(s.start, s.end), causal=is_causal(columns))
             if family.others:
-                add(family.queries_of_others, family.prompt, is_causal=False)
+                add(family.queries_of_others, family.prompt, causal=False)
         return *(total.to(query.dtype) for total in totals), None, None, None
 
 
@@ -179,7 +185,7 @@ def attend(
     scale: float,
 ) -> Tensor:
     """Run SegmentAttention: query [1, heads, Q, D], key and value [1, kv_heads, T, D] -> [1, Q, heads, D]."""
-    query, key, value = of_autocast(query, key, value)
+    query, key, value = in_autocast_dtype(query, key, value)
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     out: Tensor = SegmentAttention.apply(query, key, value, segments, queries, scale)  # type: ignore[no-untyped-call]
@@ -205,8 +211,8 @@ def segment_attention(
     return attend(query, key, value, segments, every_column(segments), scale=scale), None
 
 
-def of_autocast(*parts: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors in autocast's dtype.
+def in_autocast_dtype(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in autocast's dtype, or as they are where autocast is off.
 
     Kernels that are called by name do not convert by themselves, and rotary positions make queries and keys float32.
     """
@@ -249,14 +255,14 @@ def tree_attention(
     tree_mask: BlockMask | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Do the same as segment_attention with one kernel.
+    """Compute the same as segment_attention, with one kernel.
 
     The kernel is compiled on CUDA. Elsewhere it is the slow reference that tests compare with.
     """
     assert tree_mask is not None, "flex attention needs its mask: the batch was laid out padded"
-    query, key, value = of_autocast(query, key, value)
-    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
-    out = attend(query, key, value, block_mask=tree_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    query, key, value = in_autocast_dtype(query, key, value)
+    kernel = _compiled_flex_attention() if query.is_cuda else flex_attention
+    out = kernel(query, key, value, block_mask=tree_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -25,7 +25,7 @@ def render(template: str, **values: object) -> str:
 
 
 def inline_png(figure: Figure | None) -> str | None:
-    """Return the figure as a PNG in base64, as a data URL holds it, or None when there is no figure."""
+    """Return the figure's PNG in base64, for a data URL; None when there is no figure."""
     if figure is None:
         return None
     buffer = io.BytesIO()

@@ -40,7 +40,7 @@ class ScenarioTable:
     missing: list[str]
     """The scenarios that were not evaluated."""
     have_only_pairs: bool
-    """Whether the source has no ranked completions, so that all of several scenarios report accuracy."""
+    """Whether there are several scenarios and all report accuracy, because the source has no ranked completions."""
     max_prompts: object
     """The limit on the prompts of each scenario, or None."""
 
@@ -60,7 +60,7 @@ def write_report(run_dir: Path) -> Path:
         verdict=_verdict(run),
         monitor=monitor,
         scenarios=_scenario_table(run),
-        num_without_score=sum(int((part.scores != part.scores).sum()) for part in run.scores.values()),
+        num_without_score=sum(int((part.scores != part.scores).sum()) for part in run.scores.values()),  # NaN != NaN
         pictures=_pictures(run),
         not_logged={
             "reward_model": _not_logged(run.metrics["reward_model"], reward_model_figures.REWARD_MODEL_PANELS),
@@ -175,7 +175,10 @@ def _not_logged(lines: list[MetricsLine], panels: Sequence[Panel]) -> str:
 
 
 def _shown_samples(samples: list[Sample]) -> dict[int, list[tuple[str, str, list[str]]]]:
-    """Return (prompt, completion, numbers) of the first and the last recorded step's first completions, by step."""
+    """Return the first completions of the first and of the last recorded step, by step.
+
+    Each is (prompt, completion, numbers).
+    """
     steps = dict.fromkeys((samples[0].step, samples[-1].step)) if samples else {}
     return {
         step: [

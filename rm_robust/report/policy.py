@@ -34,9 +34,9 @@ class MonitorFinding:
 
 
 def monitor_finding(run: RunRecord) -> MonitorFinding:
-    """Return what the monitor logged: no judged step, no over-optimised step, or how many, with the largest rise."""
+    """Return what the monitor logged: at how many of the steps that it judged its rule held, and the largest rise."""
     judged = judged_steps(run.metrics["rloo"])
-    over = [step for step in judged if step.is_overoptimised]
+    overoptimised = [step for step in judged if step.is_overoptimised]
     if not judged:
         return MonitorFinding(
             0,
@@ -44,8 +44,8 @@ def monitor_finding(run: RunRecord) -> MonitorFinding:
             f"The over-optimisation monitor has judged no step: its window of {_window(run)} was never full.",
             "judged no step",
         )
-    largest = max(over or judged, key=lambda step: step.proxy_rise)
-    if not over:
+    largest = max(overoptimised or judged, key=lambda step: step.proxy_rise)
+    if not overoptimised:
         return MonitorFinding(
             len(judged),
             False,
@@ -56,15 +56,15 @@ def monitor_finding(run: RunRecord) -> MonitorFinding:
     return MonitorFinding(
         len(judged),
         True,
-        f"Over-optimisation: at {len(over)} of the {len(judged)} steps that the monitor judged (the first is step "
-        f"{over[0].step}, the last step {over[-1].step}) the proxy score had risen and the gold score had not. "
-        + _rises("largest such", largest),
-        f"over-optimised at {len(over)} of {len(judged)} judged steps, from step {over[0].step}",
+        f"Over-optimisation: at {len(overoptimised)} of the {len(judged)} steps that the monitor judged (the first is "
+        f"step {overoptimised[0].step}, the last step {overoptimised[-1].step}) the proxy score had risen and the gold "
+        "score had not. " + _rises("largest such", largest),
+        f"over-optimised at {len(overoptimised)} of {len(judged)} judged steps, from step {overoptimised[0].step}",
     )
 
 
 def evaluation_rows(run: RunRecord) -> list[list[str]]:
-    """Return the evaluations of the policy on held prompts, one row each, with a cell for each of EVALUATION_HEADS."""
+    """Return the evaluations of the policy on held-out prompts, one row each, with a cell for each head."""
     return [
         [str(evaluation["step"])]
         + [

@@ -20,7 +20,7 @@ class ResponseModel(Section):
 
 
 class SamplingConfig(Section):
-    """How each model samples one response to a prompt. The defaults are the released code's (GenerationArguments)."""
+    """How each model samples one response to a prompt. The defaults are the paper's (GenerationArguments)."""
 
     temperature: float = Field(default=0.8, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -33,7 +33,7 @@ class EnginesConfig(Section):
     num_engines: int = Field(default=1, ge=1)
     num_cpus_per_engine: float = Field(default=1, ge=0)
     num_gpus_per_engine: int = Field(default=0, ge=0)
-    """GPUs of one engine. 0 runs on the CPU; more than one split the model's layers (tensor parallelism)."""
+    """GPUs of one engine. 0 runs on the CPU. Several hold a part of every layer each (tensor parallelism)."""
     resources_per_engine: dict[str, float] = {}
     """Custom Ray resources of one engine, as named in cluster.yaml."""
     num_threads: int = Field(default=1, ge=1)
@@ -56,9 +56,11 @@ class LabelsConfig(Section):
     """
 
     checkpoint: Path | None = None
+    """The directory of a reward-model checkpoint."""
     url: str | None = None
+    """The base URL of a scoring service."""
     model: str | None = None
-    """The name of a model of the service at `url`; None takes its only one."""
+    """The name of a model of the service at `url`; None takes its first."""
     device: str = "cpu"
     """The device on which `checkpoint` scores."""
 
@@ -96,7 +98,7 @@ class ResponsesConfig(Section):
     """The scorer of the responses; None gives responses without gold scores."""
 
     @model_validator(mode="after")
-    def _models_differ(self) -> Self:
+    def _parts_fit(self) -> Self:
         if not self.prompts and not self.existing:
             raise ValueError("prompts and existing are both empty: there is nothing to respond to")
         names = [model.name for model in self.models]

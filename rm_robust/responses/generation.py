@@ -1,4 +1,4 @@
-"""Responses of named models to prompts. vLLM engines under Ray Data write one file for each chunk of prompts.
+"""Generate the responses of named models to prompts, with vLLM engines under Ray Data.
 
 prompts ─chunks─► Dataset.map(ResponseGenerator, an engine each) ─a line a prompt─► responses/<model>/chunk_00000.jsonl
 
@@ -40,7 +40,7 @@ def check_models(models: Sequence[ResponseModel]) -> None:
 
 
 def generate(model: ResponseModel, chunks: Sequence[Sequence[Prompt]], folder: Path, config: ResponsesConfig) -> None:
-    """Write the files of the chunks that do not exist yet."""
+    """Write the model's responses to every chunk that has no file of them yet, below `folder`."""
     missing = [number for number in range(len(chunks)) if not chunk_path(folder, model.name, number).exists()]
     if not missing:
         return

@@ -23,10 +23,10 @@ PROMPTS_AT_A_TIME = 32
 
 
 def label(models: Sequence[str], num_chunks: int, folder: Path, scorer: Scorer) -> str:
-    """Write the files of the chunks that do not exist yet, and return the checkpoint that gave all labels.
+    """Label every chunk of responses that has no file of labels yet, and return the checkpoint that gave all labels.
 
-    Raises ScoringError when scoring fails or another checkpoint answers, and DataError when the folder has labels of
-    another checkpoint.
+    The checkpoint is "" when there was nothing to score in any chunk. Raises ScoringError when scoring fails or another
+    checkpoint answers, and DataError when the folder has labels of another checkpoint.
     """
     labelled = folder / "labelled"
     labelled.mkdir(exist_ok=True)
@@ -109,7 +109,8 @@ def _scored(
 ) -> list[tuple[list[Response], list[float], str]]:
     """Return the groups with their scores and checkpoint.
 
-    A refused request is split and asked again, down to single completions, so that only those to blame are left out.
+    A refused request is split and asked again, down to single completions, so that only the completions that are
+    refused alone are left out. `left_out` counts them.
     """
     inputs = [
         ScoreInput(prompt=group[0].prompt, completions=[str(response.completion) for response in group])

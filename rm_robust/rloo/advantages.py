@@ -34,7 +34,7 @@ class StepScores:
     """Number of replies that name another checkpoint than the reply before from the same source."""
 
     def of_completion(self, p: int, k: int) -> dict[str, float | None]:
-        """Return `<source>_score` of one completion; None where the score failed or the judge was not asked."""
+        """Return the scores of one completion as `<source>_score`; None where one failed or the judge was not asked."""
         rows_by_name = self.source_scores if self.gold is None else self.source_scores | {"gold": self.gold}
         scores = {name: rows[p][k] for name, rows in rows_by_name.items()}
         known = {f"{name}_score": None if math.isnan(score) else score for name, score in scores.items()}
@@ -62,10 +62,10 @@ def normalised_scores(scores_PK: Tensor) -> Tensor:
     Mean and deviation are those of the step's known scores; equal scores become 0. Zheng et al. 2023 (arXiv 2307.04964,
     reward normalization and clipping), with the statistics of the step.
     """
-    known_M = scores_PK[~scores_PK.isnan()].double()
-    if not len(known_M) or known_M.min() == known_M.max():
+    known = scores_PK[~scores_PK.isnan()].double()
+    if not len(known) or known.min() == known.max():
         return scores_PK - scores_PK  # NaN stays NaN; the deviation would be rounding error, so do not divide by it
-    return ((scores_PK.double() - known_M.mean()) / known_M.std(correction=0)).to(scores_PK.dtype)
+    return ((scores_PK.double() - known.mean()) / known.std(correction=0)).to(scores_PK.dtype)
 
 
 def shaped_scores(scores_PK: Tensor, *, normalise: bool, clip_range: tuple[float, float] | None) -> Tensor:
@@ -108,7 +108,7 @@ def sequence_kl(
 
 
 def sum_by_completion(values_M: Tensor, completion_of_M: Tensor, num_completions: int) -> Tensor:
-    """Sum the token values of each completion, [N]."""
+    """Return the sum of the token values of each completion, [N]; completion_of_M has each token's completion index."""
     return torch.zeros(num_completions, dtype=values_M.dtype, device=values_M.device).index_add(
         0, completion_of_M, values_M
     )
@@ -130,23 +130,26 @@ class Advantages:
 def advantages_of(
     scores_PK: Tensor, kl_PK: Tensor, is_truncated_PK: Tensor, settings: RlooConfig, *, kl_coefficient: float
 ) -> Advantages:
-    """Return the rewards, score - truncation penalty - beta * KL, and their leave-one-out advantages, masked.
+    """Return the rewards, score - truncation penalty - beta * KL, and their leave-one-out advantages.
 
     Paper Eq. 15 and appendix A; TRL's RLOOTrainer. When `kl_in_baseline` is off, the advantage is that of the reward
-    without KL, and beta * KL is subtracted from it afterwards.
+    without KL, and beta * KL is subtracted from it afterwards. Completions that are masked or have no baseline get the
+    advantage 0.
     """
-    rewards_PK = scores_PK
+    without_kl_PK = scores_PK
     if settings.truncated_completions == "penalty":
-        rewards_PK = rewards_PK - settings.truncated_penalty * is_truncated_PK.to(scores_PK.dtype)
-    penalised_PK = rewards_PK - kl_coefficient * kl_PK
+        without_kl_PK = without_kl_PK - settings.truncated_penalty * is_truncated_PK.to(scores_PK.dtype)
+    rewards_PK = without_kl_PK - kl_coefficient * kl_PK
     kl_afterwards_PK = torch.zeros_like(kl_PK) if settings.kl_in_baseline else kl_coefficient * kl_PK
-    advantages_PK = leave_one_out_advantages(penalised_PK if settings.kl_in_baseline else rewards_PK) - kl_afterwards_PK
+    advantages_PK = (
+        leave_one_out_advantages(rewards_PK if settings.kl_in_baseline else without_kl_PK) - kl_afterwards_PK
+    )
     has_score_PK = ~scores_PK.isnan()
     is_only_score_PK = has_score_PK & (has_score_PK.sum(1, keepdim=True) < 2)
     has_gradient_PK = has_score_PK & ~is_only_score_PK
     if settings.truncated_completions == "mask":
         has_gradient_PK = has_gradient_PK & ~is_truncated_PK
-    return Advantages(penalised_PK, torch.where(has_gradient_PK, advantages_PK, 0.0), int(is_only_score_PK.sum()))
+    return Advantages(rewards_PK, torch.where(has_gradient_PK, advantages_PK, 0.0), int(is_only_score_PK.sum()))
 
 
 def leave_one_out_advantages(rewards_PK: Tensor) -> Tensor:

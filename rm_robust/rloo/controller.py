@@ -66,7 +66,7 @@ LOGGED = (
 
 @dataclass
 class Faults:
-    """Counts what this process lost during the run and did again."""
+    """Counts of what was lost and what was done again since this process began the run."""
 
     engines_replaced: int = 0
     trainers_restarted: int = 0
@@ -78,8 +78,8 @@ def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scor
     """Train the policy, commit it as the policy checkpoint, and return what the stage reports about itself.
 
     Training resumes from the last committed state. Ray must be up, and both scorers must answer. Lost engines and
-    trainers are replaced. Raises RolloutError when more than rloo.max_restarts are lost without a committed step
-    between them, and ClusterError when the nodes that they need do not come.
+    trainers are replaced. Raises RolloutError when more than rloo.max_restarts of either are lost without a committed
+    step between them, and ClusterError when the nodes that they need do not come.
     """
     faults, resumed_from, num_restarts = Faults(), None, 0
     while True:
@@ -156,7 +156,10 @@ class Controller:
         )
 
     def run(self) -> int:
-        """Do all remaining steps and return how many the policy has: fewer than asked if the monitor stops the run."""
+        """Do all remaining steps and return the policy's number of steps.
+
+        It is less than num_steps if the monitor stops the run.
+        """
         self.resume()
         self.update_engines()
         sinks = open_trackers(self.config, self.layout.run_dir, "rloo")
@@ -226,7 +229,7 @@ class Controller:
         return metrics | {"rloo/policy_version": step, "time/step_s": time.perf_counter() - started}
 
     def sampled_for(self, step: int) -> Sampled:
-        """Return the step, after starting to sample it and the later steps that max_policy_lag allows by now."""
+        """Return the step with its rollout, after starting every rollout that max_policy_lag allows by now."""
         first_new_step = self.under_way[-1].step + 1 if self.under_way else step
         for new_step in range(first_new_step, min(step + self.settings.max_policy_lag + 1, self.settings.num_steps)):
             prompts = prompts_of_step(
@@ -324,7 +327,10 @@ class Controller:
         return watch_metrics
 
     def resume(self) -> None:
-        """Restore from metrics.jsonl what the committed steps decide for the later ones."""
+        """Restore the monitor, the best gold score and the KL coefficient from metrics.jsonl.
+
+        The samples of steps that were not committed are dropped.
+        """
         _drop_samples_after(self.layout.rloo_samples, self.version)
         self.monitor.resume(self.layout.run_dir, self.version)
         self.best.resume(self.layout.run_dir, "rloo", self.version)
@@ -355,7 +361,7 @@ class Controller:
     ) -> None:
         """Append the first completion of some prompts to rloo/samples.jsonl for the report.
 
-        It does so at the first step of the run, at each first step after a checkpoint, and at the last step.
+        It does so at the first step of the run, at each first step after a checkpoint, and at step num_steps.
         """
         if (self.version - 1) % self.settings.checkpoint_every_steps and self.version != self.settings.num_steps:
             return

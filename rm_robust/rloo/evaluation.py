@@ -31,7 +31,7 @@ RIDGE = 0.01
 It keeps the coefficients finite when the data are separable (every longer completion wins).
 """
 BASELINE_STEP = -1
-"""The step number that gives the seeds of evaluation requests: the same for both policies, and that of no real step."""
+"""The step number in the seeds of evaluation requests: both policies get the same seeds, which no training step has."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def length_controlled_win_rate(preferences_M: Floats, length_differences_M: Floa
 
 
 def _all_differences(policy_values: list[float] | list[int], sft_values: list[float] | list[int]) -> Floats:
-    """Return policy_values[i] - sft_values[j] for every i and j, [M of one prompt]."""
+    """Return policy_values[i] - sft_values[j] for every i and j of one prompt, as a flat array."""
     differences: Floats = np.subtract.outer(
         np.asarray(policy_values, dtype=np.float64), np.asarray(sft_values, dtype=np.float64)
     ).ravel()
@@ -169,7 +169,10 @@ class PolicyEvaluation:
         )
 
     def sample_baseline(self, version: int) -> None:
-        """Judge the SFT policy's answers, unless that is done. Raises RolloutError when training has already begun."""
+        """Sample and judge the SFT policy's answers, unless their scores are on disk.
+
+        Raises RolloutError when they are not, although training has begun: the policy is no longer the SFT policy.
+        """
         if not self._prompts or self._path.exists():
             return
         if version > 0:

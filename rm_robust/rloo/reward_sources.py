@@ -35,7 +35,7 @@ GATHER_S = 0.005
 NUM_PARTS = 4
 """Number of parts that a failed call is split into.
 
-Two parts would find one bad completion in as many calls, but score the good ones beside it more often.
+With two parts, as many calls would find one bad completion, but the good ones beside it would be scored more often.
 """
 CLOSED_WITHIN_S = 5.0
 """Seconds that `close` waits for the threads to end."""
@@ -59,7 +59,7 @@ Ask = Callable[[Sequence[ScoreInput]], Answer]
 
 
 class RewardSources:
-    """Scores steps, several at a time where sampling runs ahead.
+    """Gets the scores of steps, several at a time where sampling runs ahead of training.
 
     Every reward source has a thread of its own, which `close` ends.
     """
@@ -93,7 +93,7 @@ class RewardSources:
         self._sources = {name: SourceThread(name, ask) for name, ask in asks.items()}
 
     def begin(self, *, with_gold: bool) -> "StepInProgress":
-        """Begin a step: `submit` its prompts, then `collect` its scores."""
+        """Begin a step and return it; then `submit` its prompts and `collect` its scores."""
         assert not with_gold or "gold" in self._sources, "there is no judge"
         names = [name for name in self._sources if with_gold or name != "gold"]
         num_completions = self._settings.num_prompts_per_step * self._settings.num_completions_per_prompt
@@ -113,8 +113,8 @@ class RewardSources:
     def collect(self, step: "StepInProgress", count: int) -> StepScores:
         """Wait until each score of prompts 0 to count - 1 is there or has failed, and return the scores.
 
-        Raises RolloutError, as soon as it is certain, when more than `max_failed_score_fraction` of the step's
-        completions have no score from one source (the gold judge included), or no reward.
+        Raises RolloutError when more than `max_failed_score_fraction` of the step's completions have no score from one
+        source (the gold judge included), as soon as that is certain, or when more than that have no reward.
         """
         try:
             step.wait_for(count)
@@ -294,7 +294,7 @@ class SourceThread:
                     self._score(step, completions)
                 except Exception as error:  # collect raises it, in the controller's thread
                     step.end(error)
-                except BaseException as error:  # sys.exit would end this thread silently, and the run like a success
+                except BaseException as error:  # a SystemExit that `collect` raised would end the run like a success
                     step.end(
                         RolloutError(
                             f"{self.name} ended with {type(error).__name__}: {error}. A reward source must return "

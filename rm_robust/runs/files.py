@@ -9,7 +9,7 @@ file itself or this node's copy of an object; the functions here do what each ca
              commit, commit_from_every_rank          a folder: whole or not at all, written by one process or all ranks
              written_by_any_node                     a folder that tasks on all nodes write, for `commit`
              committed_folders, delete, release      older folders
-    begin    begin, forget_uncommitted               what a killed process left
+    begin    begin, forget_uncommitted               delete what a killed process left
 
 Ray Train's own checkpoints (`ray.train.report`, `storage_path`, `num_to_keep`) do not serve here. Ray 2.60 copies the
 files to their final place one by one, without sync or hash, and then overwrites a JSON list of them in place. A kill
@@ -37,7 +37,7 @@ from rm_robust.runs.storage.copies import copies_of_ones_own as read_only
 from rm_robust.runs.storage.copies import delete_copy as release
 from rm_robust.runs.storage.copies import local_path as locate
 from rm_robust.runs.storage.copies import shown, uri_of
-from rm_robust.runs.storage.filesystems import filesystem_of, is_uri, unreachable
+from rm_robust.runs.storage.filesystems import filesystem_of, is_uri, refuse_password, unreachable
 from rm_robust.runs.storage.generations import (
     StoredFile,
     commit_generation,
@@ -73,6 +73,7 @@ __all__ = [
     "read_only",
     "refresh",
     "refresh_records",
+    "refuse_password",
     "release",
     "sha256",
     "shown",
@@ -108,11 +109,11 @@ class StagingFolder:
     filesystem: pafs.FileSystem | None
     """pyarrow's filesystem of `path`; None for paths of the operating system."""
     seen_by_all: Path | None
-    """The folder that every node must see (`directory.require_shared`); None where the nodes need nothing in common."""
+    """The folder that every node must see (`directory.require_shared`); None in an object store, where none is."""
 
 
 def begin(run_dir: Path) -> None:
-    """Bring this node to what is committed, where a run begins or goes on: what was never committed is deleted.
+    """Begin or resume a run on this node: delete what was never committed, and fetch what is.
 
     Raises StorageError when the storage cannot be reached, CheckpointError when it holds other bytes than were
     committed.
@@ -122,7 +123,7 @@ def begin(run_dir: Path) -> None:
 
 
 def is_reachable(folder: Path) -> bool:
-    """Return whether this node has the folder or could fetch it. False on a machine that is away from the models."""
+    """Return whether this node has the folder, or can fetch it because it lies in an object store."""
     return folder.is_dir() or uri_of(folder) is not None
 
 
@@ -159,7 +160,7 @@ def written_by_any_node(staged: Path, target: Path) -> Iterator[StagingFolder]:
 def commit_from_every_rank(folder: Path, write: Callable[[Path], None], ranks: Ranks) -> None:
     """Make what every rank writes into the folder it is given one committed `folder`, whole or not at all.
 
-    Every rank calls it; it returns after the commit. On a file system the ranks write into one shared folder, and rank
+    Every rank calls it, and returns after the commit. On a file system the ranks write into one shared folder, and rank
     0 commits it with a rename. Nothing is shared in an object store: every rank uploads what it wrote, and rank 0
     commits all of it as one. Raises StorageError when the storage takes no more; `folder` is then as it was.
     """
@@ -174,8 +175,10 @@ def commit_from_every_rank(folder: Path, write: Callable[[Path], None], ranks: R
     ranks.barrier()
     if not is_shared:
         _commit_parts(staging, folder, ranks)
-    elif ranks.rank == 0:
+        return
+    if ranks.rank == 0:
         commit(folder, lambda partial: _move_into(staging, partial))
+    ranks.barrier()
 
 
 def _commit_parts(staging: Path, folder: Path, ranks: Ranks) -> None:
@@ -203,9 +206,10 @@ def full_name(path: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def fetch_source(path: str) -> None:
-    """Fetch the data that a path names where a run committed it and this node may be another than the writer.
+    """Fetch the data of a path that a run in an object store has committed, perhaps from another node.
 
-    Once a process: what a run has committed for reading stays. Data that a user names by a URI is read where it lies.
+    Each process does this once for a path, because committed data does not change. Data that a user names by a URI is
+    not fetched: it is read where it lies.
     """
     if not is_uri(path):
         fetch(Path(path).expanduser().absolute())

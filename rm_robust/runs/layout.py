@@ -222,9 +222,7 @@ def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
         else:
             _link(path, target)
     lines = (source / METRICS_NAME).read_text().splitlines()
-    (staging / METRICS_NAME).write_text(
-        "".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages)
-    )
+    (staging / METRICS_NAME).write_text("".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages))
     staging.rename(run_dir)
     if uri_of(run_dir) is not None:
         put_stages(run_dir, stages)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class BadLineError(DataError):
-    """A line is no row of its file: restore the file, or delete the line."""
+    """Raised for a line that is not a row of its file; restore the file, or delete the line."""
 
     def __init__(self, path: Path, number: int, row_name: str, text: str) -> None:
         super().__init__(
@@ -43,11 +43,10 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, sync: bool = F
 
 
 def rows_of(path: Path, *, row_name: str = "JSON") -> Iterator[tuple[int, Any]]:
-    """Yield the number of each line, from 1, and its JSON value; nothing where there is no file. A torn last line is
-    left out.
+    """Yield the number of each line, from 1, and its JSON value.
 
-    Memory does not grow with the file. Raises BadLineError, with the line's number and beginning, for any other line
-    that is not JSON; `row_name` says there what a line should be.
+    A torn last line is left out, and a file that does not exist has no lines. Memory does not grow with the file.
+    Raises BadLineError for any other line that is not JSON. `row_name` says in its message what a line should be.
     """
     if not path.exists():
         return
@@ -66,8 +65,7 @@ def rows_of(path: Path, *, row_name: str = "JSON") -> Iterator[tuple[int, Any]]:
 
 
 def torn_line(path: Path) -> bytes:
-    """Return the part of a last line that a killed process left; empty where the last line is whole or there is no
-    file."""
+    """Return the torn last line of a file; empty where the last line is whole or there is no file."""
     last_line = b""
     if path.exists():
         with path.open("rb") as file:
@@ -87,5 +85,8 @@ def end_last_line(path: Path) -> None:
     if torn := torn_line(path):
         os.truncate(path, path.stat().st_size - len(torn))
     with path.open("rb+") as file:
-        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
             file.write(b"\n")

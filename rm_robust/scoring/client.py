@@ -62,7 +62,7 @@ class ClientOptions(TypedDict, total=False):
     max_completions_per_request: int  # longer lists are sent as several requests; one input is never split
     max_concurrent_requests: int
     api_key: str | None  # sent as a bearer token, never logged; None: the key in RM_ROBUST_API_KEY, if that is set
-    expected_checkpoint: str | None  # "sha256:..." that every score must come from; None: any, but one in a call
+    expected_checkpoint: str | None  # "sha256:..." that every score must come from; None: any one in a call
     model: str | None  # one of the server's models; None: its first
     calibrated: bool  # (score - mean) / std of the checkpoint's held-out scores in place of raw scores
     show_progress: bool  # a bar on stderr, in completions
@@ -275,12 +275,11 @@ class Retries:
             raise ScoringError(failure.reason)
         self._num_left -= 1
         self._num_failures_left -= failure.status in (500, 504)
-        if min(self._num_left, self._num_failures_left) < 0:
+        num_left = min(self._num_left, self._num_failures_left)
+        if num_left < 0:
             error_class = ScoringError if failure.status == 500 else ScorerUnavailableError
             raise error_class(f"{self._num_attempts} attempts, the last one: {failure.reason}")
-        logger.info(
-            "scoring attempt %d failed, %d are left: %s", self._num_attempts, self._num_left + 1, failure.reason
-        )
+        logger.info("scoring attempt %d failed, %d are left: %s", self._num_attempts, num_left + 1, failure.reason)
         return backoff_s(self._num_attempts - 1, retry_after_s=failure.retry_after_s)
 
 

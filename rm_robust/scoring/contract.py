@@ -10,7 +10,7 @@
 `template` is the chat template's hash. It and `token_counts` are null where no tokens are made (the judge). Scores are
 raw (no sigmoid), one for each completion, in the order of the request. Calibrated scores, (raw - mean) / std, come with
 "calibration": {"mean": …, "std": …}. A text prompt is one user turn. A request without inputs, or an input without
-completions, is a caller's mistake (422). An empty completion is scored: a policy that stops at once writes it.
+completions, is a caller's mistake (422). An empty completion is scored, as a policy that stops at once writes one.
 """
 
 from collections.abc import Sequence
@@ -156,7 +156,7 @@ class ErrorReply(BaseModel):
 
 
 class Scorer(Protocol):
-    """What scores lists of any length.
+    """Anything that scores lists of inputs of any length.
 
     RewardClient does it over HTTP, serve.cluster_scorer.ClusterScorer inside a Ray cluster, and
     rm_robust.scoring.checkpoint_scorer.CheckpointScorer in this process.
@@ -228,7 +228,7 @@ def merge_replies(
 
 
 def split_inputs(inputs: Sequence[ScoreInput], max_completions: int) -> list[range]:
-    """Return consecutive spans of inputs with at most `max_completions` completions, or one input that has more."""
+    """Return consecutive spans of inputs with at most `max_completions` completions; an input with more is one span."""
     starts, num_held = [0], 0
     for index, item in enumerate(inputs):
         if num_held and num_held + len(item.completions) > max_completions:

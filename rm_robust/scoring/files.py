@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score = parser.add_subparsers(required=True).add_parser("score", help="score a jsonl file, or continue")
     score.add_argument("data", type=Path, help='jsonl file of {"prompt": …, "completions": […]}')
     score.add_argument("--url", required=True, help="where /v1/score is, e.g. http://127.0.0.1:8000")
-    score.add_argument("--out", type=Path, help="jsonl file to write (default: DATA with .scores.jsonl at its end)")
+    score.add_argument("--out", type=Path, help="jsonl file to write (default: DATA with .scores.jsonl as its suffix)")
     parsed = parser.parse_args(arguments)
     out = parsed.out or parsed.data.with_suffix(".scores.jsonl")
     try:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}\nWhat is in {out} stays; the same command goes on from there.", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or out}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on where {out} ends", file=sys.stderr)
@@ -57,8 +57,8 @@ def score_file(client: RewardClient, data: Path, out: Path) -> int:
     """Append the scores of the lines that `out` lacks, and return the number of lines that are then scored.
 
     Raises DataError for a line that is not an input, which it names, for an `out` that does not belong to `data`, and
-    when the checkpoint is no longer that of the earlier lines. Raises ScoringError when scoring fails. Only whole lines
-    of a killed process are kept.
+    when the checkpoint is no longer that of the earlier lines. Raises ScoringError when scoring fails. The part of a
+    line that a killed process left at the end of `out` is cut off.
     """
     num_done, checkpoint = _resume(out)
     with data.open("rb") as source, tqdm(desc="score", unit=" lines", initial=num_done, mininterval=2) as bar:
@@ -92,9 +92,9 @@ def _input(data: Path, number: int, line: bytes) -> ScoreInput:
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
-            raise DataError(f"{data}, line {number} is not a JSON object.")
+            raise TypeError("it is not a JSON object")
         return ScoreInput.model_validate({name: row[name] for name in ("prompt", "completions") if name in row})
-    except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
+    except (TypeError, ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         first = error.errors(include_url=False, include_input=False)[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         raise DataError(f"{data}, line {number} is not an input: {reason}. Correct or remove it.") from error

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointScorer:
-    """A BatchScorer that scores with a RewardScorer."""
+    """A BatchScorer (serve/work.py) for the reward model of a checkpoint, in a replica."""
 
     def __init__(self, settings: ModelSettings, checkpoint_dir: Path, generation: int) -> None:
         """Load the checkpoint. Raises CheckpointError if it is missing, altered or not a reward model."""

@@ -13,7 +13,8 @@ from tests.support.local_serve import local_ray
 from tests.support.tiny_reward_model import save_tiny_reward_model
 
 NUM_PROMPTS = 5
-LONG_PROMPT = 3
+LONG_PROMPT_INDEX = 3
+"""The prompt that leaves no room for a response in the engine's context."""
 CHUNK_PROMPTS = 2
 MAX_NEW_TOKENS = 8
 
@@ -26,12 +27,14 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-def test_responses_are_generated_labelled_and_after_a_loss_made_again_alike(
+def test_responses_are_generated_and_labelled_and_a_lost_file_is_made_again_the_same(
     ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = save_tiny_reward_model(tmp_path / "judge")
-    base = tmp_path / "judge_base"
-    prompts = [{"prompt": "apple " * (200 if number == LONG_PROMPT else number + 1)} for number in range(NUM_PROMPTS)]
+    base = tmp_path / "judge_base"  # the language model that save_tiny_reward_model starts from
+    prompts = [
+        {"prompt": "apple " * (200 if number == LONG_PROMPT_INDEX else number + 1)} for number in range(NUM_PROMPTS)
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (tmp_path / "config.toml").write_text(f"""
 name = "test"
@@ -52,7 +55,7 @@ models = [
     paths = [chunk_path(out, model, number) for model in ("cool", "hot") for number in range(3)]
     responses = [response for path in paths for response in read_responses(path)]
     assert [response.completion is None for response in responses] == [
-        number == LONG_PROMPT for number in range(NUM_PROMPTS)
+        number == LONG_PROMPT_INDEX for number in range(NUM_PROMPTS)
     ] * 2
     for model in ("cool", "hot"):
         counts = manifest["responses"][model]

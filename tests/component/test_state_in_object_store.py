@@ -1,7 +1,7 @@
-"""A training state of two ranks that share no disk.
+"""Two ranks that share no disk save a training state to an object store, and resume from it.
 
 Each rank uploads its part, rank 0 commits all parts, and both go on from them on other machines. The store is moto's S3
-server, and a machine is a process with a cache of its own.
+server. A machine is a cache folder of its own: machine0 and machine1 before the resume, other0 and other1 after it.
 """
 
 import os
@@ -82,7 +82,7 @@ def _worker(rank: int, folder: Path, strategy: StrategyConfig) -> None:
     left = [path for path in (folder / f"other{rank}").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     torch.save((len(expected), gap, left), folder / f"outcome{rank}.pt")
     dist.destroy_process_group()
-    os._exit(0)  # as in test_step_exactness.py
+    os._exit(0)  # skips Python's finalisation; test_step_exactness.py says why
 
 
 @pytest.mark.timeout(600)  # DeepSpeed compiles its communication operators once a machine

@@ -28,9 +28,9 @@ POLL_EVERY_S = 0.02
 
 
 def clean_environment(ray_dir: Path) -> dict[str, str]:
-    """Return this process's environment without any other Ray or run root.
+    """Return this process's environment without its settings for Ray and for this project.
 
-    It has a token of its own, so that nothing depends on ~/.ray.
+    It has a new token for Ray, so that nothing depends on ~/.ray.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RM_ROBUST_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
@@ -75,7 +75,7 @@ class Running:
         )
 
     def wait_for_file(self, folder: Path, pattern: str, deadline_s: float = STAGE_DEADLINE_S) -> None:
-        """Wait until `folder` holds a match. Fails at once if the command ends before that."""
+        """Wait until `folder` holds a file that matches `pattern`. Fails at once if the command ends before that."""
 
         def found() -> bool:
             ended = self.process.poll() is not None

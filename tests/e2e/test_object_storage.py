@@ -24,7 +24,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * RUN_DEADLINE_S)]
 
 ROOT = "s3://runs/team"
 ALONE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"']
-"""The prefix of a command. The folder that follows it is empty, and only the command sees its content."""
+"""The beginning of a command; a folder and the command itself follow.
+
+The folder is empty when the command starts, and nothing else sees what the command writes there.
+"""
 
 
 @pytest.fixture
@@ -97,9 +100,9 @@ def test_a_killed_run_goes_on_from_the_store_and_its_results_are_read_from_there
     assert {"summary.json", "evaluation.json", "evaluation/scores.parquet", "rloo/samples.jsonl"} <= objects.keys()
 
     def outside(*arguments: str) -> str:
-        told = cluster.launcher.command(sys.executable, *arguments)
-        assert told.wait(STAGE_DEADLINE_S) == 0, told.output()
-        return told.output()
+        command = cluster.launcher.command(sys.executable, *arguments)
+        assert command.wait(STAGE_DEADLINE_S) == 0, command.output()
+        return command.output()
 
     assert re.search(r"rloo +done", outside("pipelines/status.py", f"{ROOT}/smoke"))
     outside("-m", "rm_robust.runs.storage", f"{ROOT}/smoke/checkpoints/policy", str(tmp_path / "policy"))

@@ -1,6 +1,6 @@
-"""Start a real Ray and Serve for one test module, on loopback and in their own folder, and services on them.
+"""Start a real Ray and Serve for one test module, on loopback and in a folder of their own.
 
-The services are made as `python -m serve` makes them.
+`local_service` starts a service on them as `python -m serve` does.
 """
 
 import asyncio

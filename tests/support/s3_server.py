@@ -30,7 +30,7 @@ class S3Server:
 
     @property
     def options(self) -> str:
-        """The options after the path of a URI that names the server itself."""
+        """The options after the ? of an s3:// URI that reaches this server without environment variables."""
         return f"endpoint_override={self.endpoint.removeprefix('http://')}&scheme=http&region=us-east-1"
 
     def put(self, bucket: str, objects: Mapping[str, bytes]) -> None:

@@ -1,9 +1,8 @@
-"""A run directory in an object store (s3://, gs://, …): where each node keeps its copy, and which URI a copy stands
-for.
+"""Where each node keeps its copy of a run in an object store (s3://, gs://, …), and which URI a copy stands for.
 
     s3://bucket/runs/mine  <─put, pull─►  ~/.cache/rm_robust_object_storage/s3/bucket/runs/mine   (same path everywhere)
 
-The path of a copy tells its URI, so the rest of the program handles paths. This package does nothing for a run
+The path of a copy contains its URI, so the rest of the program handles paths. This package does nothing for a run
 directory on a file system. The bucket is the record (generations.py); a copy can be deleted at any time. One process at
 a time writes a run.
 """
@@ -29,7 +28,9 @@ It tells every node that the path is a copy.
 SCHEMES = ("s3", "gs", "abfs")
 CACHE_VARIABLE = "RM_ROBUST_CACHE"
 LOCK = ".lock"
+"""The ending of the lock file beside a copy."""
 PARTIAL = ".partial"
+"""A hidden file or folder beside a copy that is not complete has this in its name."""
 
 
 def local_path(text: str) -> Path:
@@ -52,8 +53,7 @@ def local_path(text: str) -> Path:
 
 
 def uri_of(path: Path) -> str | None:
-    """Return the URI that the copy `path` stands for; None for any other path, and for a partial folder beside a copy.
-    """
+    """Return the URI that the copy `path` stands for; None for other paths, and for a partial folder beside a copy."""
     parts = path.parts
     if COPIES not in parts or any(part.startswith(".") and PARTIAL in part for part in parts):
         return None
@@ -80,9 +80,9 @@ def reached(path: Path) -> Iterator[None]:
 
 
 def object_of(path: Path) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of the bucket, and the key there, that the copy `path` stands for.
+    """Return the filesystem and the bucket/key in it of the object that the copy `path` stands for.
 
-    A bucket has one filesystem.
+    All objects of a bucket share one filesystem object.
     """
     uri = uri_of(path)
     assert uri is not None, f"{path} is no copy"

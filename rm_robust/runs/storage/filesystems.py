@@ -1,9 +1,9 @@
 """The filesystem that a path or a URI leads to.
 
 A path is local. A URI (s3://bucket/folder, gs://…, abfs://…, hdfs://…, file:///…) is read through pyarrow's filesystem
-for its scheme. That filesystem takes its credentials and endpoint from its environment (for s3: AWS's variables,
-profile or instance role), and the URI of a data source may have options such as `?region=` or `?endpoint_override=`.
-Every node needs them.
+for its scheme. That filesystem takes its credentials and endpoint from the environment (for s3: AWS's variables,
+profile or instance role), so every node needs them. The URI of a data source may have options such as `?region=` or
+`?endpoint_override=`.
 """
 
 import functools
@@ -17,15 +17,15 @@ from rm_robust.errors import DataError
 
 
 def is_uri(path: str) -> bool:
-    """Return whether the text is a URI and not a path."""
+    """Return whether the text is a URI, as opposed to a path."""
     return "://" in path
 
 
 @functools.lru_cache(maxsize=64)
 def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of a path or URI, and the path there.
+    """Return the filesystem of a path or URI, and the path in that filesystem.
 
-    Raises DataError for a URI that pyarrow cannot read and a host that it cannot reach.
+    Raises DataError for a URI that pyarrow does not understand, and for a host that it cannot reach.
     """
     if not is_uri(path):
         return pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())

@@ -1,4 +1,4 @@
-"""How a module is trained over ranks: one engine for each strategy, behind the protocol of engine.py."""
+"""Train a module over ranks with one engine for each strategy; all keep to the protocol of engine.py."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from rm_robust.training.engines.engine import TrainEngine
 def create_engine(
     module: nn.Module, *, strategy: StrategyConfig, optimizer: OptimizerConfig, device: torch.device
 ) -> TrainEngine:
-    """Return the engine that the config names.
+    """Return the engine that `strategy.kind` names, with `module` on `device`.
 
     torch.distributed must be initialised when there is more than one rank.
     """

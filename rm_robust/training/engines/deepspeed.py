@@ -18,7 +18,7 @@ from rm_robust.training.engines.engine import new_optimizer
 def deepspeed_config(*, zero_stage: int, max_gradient_norm: float, cpu_offload: bool) -> dict[str, Any]:
     """Return DeepSpeed's own config.
 
-    The batch sizes are nominal: our losses are sums over the global batch, and nothing else scales them.
+    The batch sizes are 1, so that DeepSpeed does not scale the losses, which are sums over the global batch already.
     """
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": False}} if cpu_offload else {}
     return {
@@ -40,7 +40,7 @@ def deepspeed_config(*, zero_stage: int, max_gradient_norm: float, cpu_offload: 
 
 
 class DeepSpeedEngine:
-    """Sharded optimiser state (stage 1), gradients (2) and parameters (3)."""
+    """A module whose optimiser state (from stage 1), gradients (from 2) and parameters (3) are sharded over ranks."""
 
     def __init__(
         self, module: nn.Module, *, zero_stage: int, cpu_offload: bool, optimizer: OptimizerConfig, device: torch.device
@@ -76,6 +76,7 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
+        # DeepSpeed leaves the weights as they are when a gradient is not finite, and gives the norm inf.
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 

@@ -27,7 +27,10 @@ from rm_robust.training.engines.engine import clip_and_update, new_optimizer
 
 
 class FsdpEngine:
-    """Sharded weights, gathered one layer at a time; gradients are reduced after each micro-batch."""
+    """A module with sharded weights, which are gathered one layer at a time.
+
+    Gradients are reduced over ranks after each micro-batch.
+    """
 
     def __init__(
         self, module: nn.Module, *, optimizer: OptimizerConfig, device: torch.device, cpu_offload: bool
@@ -79,7 +82,7 @@ class FsdpEngine:
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
-    """Return the layers that must stay whole according to transformers (`_no_split_modules`)."""
+    """Return the decoder layers: the modules that transformers keeps whole (`_no_split_modules`)."""
     whole_names = {
         name for part in module.modules() if isinstance(part, PreTrainedModel) for name in part._no_split_modules or ()
     }

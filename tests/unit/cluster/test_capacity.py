@@ -40,6 +40,7 @@ def test_each_stage_asks_for_what_its_section_says() -> None:
         ("serve.proxy_replica.num_replicas", 2),
         ("serve.gold_replica.num_replicas", 2),
     ]
+    # A judge behind a URL has no replicas on this cluster.
     assert len(requests_of(load_config(CONFIGS / "full_rlhf.toml", ['serve.gold="http://gold"']))["rloo"]) == 3
     assert requests_of(load_config(CONFIGS / "full_rlhf.toml", ["sft.enabled=false"]))["sft"] == []
 
@@ -60,7 +61,7 @@ def test_one_process_never_spans_two_nodes() -> None:
     assert "the cluster's maximum is 0 of them" in line
 
 
-def test_what_a_stage_asks_for_is_there_at_once() -> None:
+def test_all_processes_of_a_stage_must_fit_at_the_same_time() -> None:
     requests = [
         ResourceRequest("trainers", 1, {"CPU": 1.0}),
         ResourceRequest("engines", 1, {"CPU": 0.5}),
@@ -79,17 +80,17 @@ def test_fractions_add_up_without_rounding_errors() -> None:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+def set_nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that sets the nodes of the cluster."""
 
-    def has_nodes(*node_types: NodeType) -> None:
+    def replace_nodes(*node_types: NodeType) -> None:
         monkeypatch.setattr("rm_robust.cluster.capacity.find_node_types", lambda: list(node_types))
 
-    return has_nodes
+    return replace_nodes
 
 
-def test_the_message_names_every_stage_the_values_and_what_there_is(cluster: Any) -> None:
-    cluster(NodeType("trainer", GPU_NODE, 1))
+def test_the_message_names_every_stage_the_values_and_what_there_is(set_nodes: Any) -> None:
+    set_nodes(NodeType("trainer", GPU_NODE, 1))
     config = load_config(CONFIGS / "full_rlhf.toml", ["rloo.num_engines=1"])
     with pytest.raises(ClusterError) as failure:
         check_capacity(
@@ -108,10 +109,10 @@ def test_the_message_names_every_stage_the_values_and_what_there_is(cluster: Any
 
 
 def test_a_cluster_that_is_large_enough_passes_and_one_with_unknown_limits_is_not_refused(
-    cluster: Any, monkeypatch: pytest.MonkeyPatch
+    set_nodes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smoke = load_config(CONFIGS / "smoke.toml", [])
-    cluster(NodeType("laptop", {"CPU": 2.0}, 1))
+    set_nodes(NodeType("laptop", {"CPU": 2.0}, 1))
     check_capacity(requests_of(smoke))
     monkeypatch.setattr("rm_robust.cluster.capacity.find_node_types", lambda: None)
     check_capacity(requests_of(load_config(CONFIGS / "full_rlhf.toml", []), [REWARD_MODEL]))

@@ -1,4 +1,4 @@
-"""What trackers are sent. Recorders of our calls stand in for the trackers' packages, which the lock leaves out.
+"""Trackers get every metric of a stage. Recorders of our calls stand in for their packages, which are not installed.
 
 Tried by hand with wandb 0.31.0 (offline) and mlflow-skinny 3.17.2 (file store): every value arrived, and a resumed
 stage went on in the same run.
@@ -36,7 +36,8 @@ class Recorder:
         return call
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+def install_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    """Make `import name` give a module with these members."""
     module = ModuleType(name)
     vars(module).update(members)
     monkeypatch.setitem(sys.modules, name, module)
@@ -57,7 +58,7 @@ def test_wandb_gets_every_metric_in_one_run_that_a_resumed_stage_finds_again(
         inits.append(settings)
         return run
 
-    installed(monkeypatch, "wandb", init=init)
+    install_module(monkeypatch, "wandb", init=init)
     for folder in (tmp_path, tmp_path, tmp_path / "other"):
         write_two_steps(config_of(wandb_project="robust"), folder)
     assert run.calls[:3] == [
@@ -81,7 +82,7 @@ def test_mlflow_gets_every_metric_in_one_run_that_a_resumed_stage_finds_again(
     run = SimpleNamespace(info=SimpleNamespace(run_id="r1"))
     client = Recorder(create_experiment="e1", search_runs=[run] if is_resumed else [], create_run=run)
     uris = []
-    installed(monkeypatch, "mlflow", MlflowClient=lambda tracking_uri: uris.append(tracking_uri) or client)
+    install_module(monkeypatch, "mlflow", MlflowClient=lambda tracking_uri: uris.append(tracking_uri) or client)
     write_two_steps(config_of(mlflow_experiment="robust", mlflow_uri="http://127.0.0.1:5000"), tmp_path)
     calls = {name: (args, kwargs) for name, args, kwargs in client.calls}
     assert uris == ["http://127.0.0.1:5000"]

@@ -83,7 +83,7 @@ def test_scores_of_two_checkpoints_do_not_get_into_one_file(tmp_path: Path, caps
     ("line", "problem"),
     [
         ("not json", "line 2 is not an input"),
-        ("[1]", "line 2 is not a JSON object"),
+        ("[1]", "line 2 is not an input: it is not a JSON object. Correct"),
         ('{"prompt": "p"}', "line 2 is not an input: completions"),
         ('{"prompt": "p", "completions": []}', "line 2 is not an input: completions"),
     ],

@@ -56,8 +56,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def node(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
-    """Return a function that moves this process to the node of a name and returns the copy of the run directory there.
-    """
+    """Return a function that moves this process to a named node and returns the copy of the run directory there."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     server.put("runs", {})

@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 
 
 def rates(num_steps: int, **values: object) -> list[float]:
+    """Return the learning rate of every step, with a peak of 0.1. `values` are settings of OptimizerConfig."""
     config = OptimizerConfig.model_validate({"learning_rate": 0.1, **values})
     return [learning_rate_at(step, num_steps, config) for step in range(num_steps)]
 
@@ -50,7 +51,6 @@ def test_no_step_is_at_zero_or_above_the_peak_and_the_peak_is_reached(
 
 def test_weight_decay_spares_vectors() -> None:
     module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    module[0].weight.requires_grad_(True)
     groups = new_optimizer(module, OptimizerConfig(weight_decay=0.1)).param_groups
     assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [
         (0.1, [2]),
@@ -66,6 +66,7 @@ def test_frozen_parameters_are_not_optimised() -> None:
 
 
 def sgd_engine(*, max_gradient_norm: float) -> DdpEngine:
+    """Return an engine of one rank whose module is the dot product of its two weights, 0 at first, with its input."""
     module = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(module.weight)
     return DdpEngine(module, optimizer=OptimizerConfig(kind="sgd", max_gradient_norm=max_gradient_norm), device=CPU)
