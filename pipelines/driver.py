@@ -74,7 +74,10 @@ def parse_run(description: str, default_config: Path, arguments: list[str] | Non
 
 
 def check_gold_address(config: PipelineConfig) -> None:
-    """Raise DataError for an address of the judge with a password, or one that cannot hold a run, before it is written."""
+    """Raise DataError for an address of the judge that holds a password or cannot hold a run.
+
+    It is called before the config is written anywhere.
+    """
     run_files.refuse_password(config.serve.gold)
     if config.serve.gold_url is None:
         run_files.locate(config.serve.gold)

@@ -18,16 +18,6 @@ from rm_robust.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-class BadLineError(DataError):
-    """Raised for a line that is not a row of its file; restore the file, or delete the line."""
-
-    def __init__(self, path: Path, number: int, row_name: str, text: str) -> None:
-        super().__init__(
-            f"{path}, line {number} is not {row_name}: {text[:80]!r}. Restore the file or delete that line."
-        )
-        self.number = number
-
-
 def as_line(row: Mapping[str, Any]) -> str:
     """Return the row as one line of JSON, with its newline. Half of a surrogate pair, which UTF-8 lacks, is escaped."""
     return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
@@ -46,7 +36,7 @@ def rows_of(path: Path, *, row_name: str = "JSON") -> Iterator[tuple[int, Any]]:
     """Yield the number of each line, from 1, and its JSON value.
 
     A torn last line is left out, and a file that does not exist has no lines. Memory does not grow with the file.
-    Raises BadLineError for any other line that is not JSON. `row_name` says in its message what a line should be.
+    Raises DataError for any other line that is not JSON. `row_name` says in its message what a line should be.
     """
     if not path.exists():
         return
@@ -60,8 +50,13 @@ def rows_of(path: Path, *, row_name: str = "JSON") -> Iterator[tuple[int, Any]]:
                         "%s: the last line is torn (a process was killed while writing it) and is left out", path
                     )
                     return
-                raise BadLineError(path, number, row_name, line.decode(errors="replace").rstrip("\n")) from error
+                raise bad_line(path, number, row_name, line.decode(errors="replace").rstrip("\n")) from error
             yield number, row
+
+
+def bad_line(path: Path, number: int, row_name: str, text: str) -> DataError:
+    """Return the error for a line that is not what its file should hold."""
+    return DataError(f"{path}, line {number} is not {row_name}: {text[:80]!r}. Restore the file or delete that line.")
 
 
 def torn_line(path: Path) -> bytes:

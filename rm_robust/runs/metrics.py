@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rm_robust.errors import RmRobustError, StorageError
-from rm_robust.runs.lines import BadLineError, as_line, rows_of
+from rm_robust.runs.lines import as_line, bad_line, rows_of
 from rm_robust.runs.storage.commits import storage_errors, write_text_atomic
 from rm_robust.runs.storage.transfer import put_file
 
@@ -192,6 +192,6 @@ def _parse_lines(path: Path) -> list[MetricsLine]:
     lines: list[MetricsLine] = []
     for number, line in rows_of(path, row_name="a metrics line"):
         if not (isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)):
-            raise BadLineError(path, number, "a metrics line", json.dumps(line))
+            raise bad_line(path, number, "a metrics line", json.dumps(line))
         lines.append(line)
     return lines

@@ -11,14 +11,15 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from rm_robust.errors import DataError, RmRobustError
-from rm_robust.runs.lines import BadLineError, append_rows, end_last_line, rows_of, torn_line
+from rm_robust.runs.lines import append_rows, end_last_line, rows_of, torn_line
 from rm_robust.scoring.client import RewardClient
 from rm_robust.scoring.contract import ScoreInput
 
@@ -103,21 +104,28 @@ def _input(data: Path, number: int, line: bytes) -> ScoreInput:
 def _resume(out: Path) -> tuple[int, str | None]:
     """Return the number of lines already scored and their checkpoint, and cut a torn last line off."""
     num_lines, checkpoint = 0, None
-    try:
-        for number, row in rows_of(out):
-            if not isinstance(row, dict) or not {"line", "checkpoint"} <= row.keys():
-                raise _foreign(out, number)
-            if row["line"] != number:
-                raise DataError(f"{out}, line {number} says that it is line {row['line']}. Name another --out.")
-            num_lines, checkpoint = number, row["checkpoint"]
-    except BadLineError as error:
-        raise _foreign(out, error.number) from error
+    for number, row in _rows_of_scores(out):
+        if not isinstance(row, dict) or not {"line", "checkpoint"} <= row.keys():
+            raise _foreign(out, number)
+        if row["line"] != number:
+            raise DataError(f"{out}, line {number} says that it is line {row['line']}. Name another --out.")
+        num_lines, checkpoint = number, row["checkpoint"]
     torn = torn_line(out)
     if not torn.startswith(LINE_START[: len(torn)]):
         raise _foreign(out, num_lines + 1)
     if out.exists():
         end_last_line(out)
     return num_lines, checkpoint
+
+
+def _rows_of_scores(out: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of the output file. Raises DataError for a line that is not JSON."""
+    number = 0
+    try:
+        for number, row in rows_of(out):
+            yield number, row
+    except DataError as error:
+        raise _foreign(out, number + 1) from error
 
 
 def _foreign(out: Path, number: int) -> DataError:
