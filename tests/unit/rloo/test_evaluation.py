@@ -169,7 +169,7 @@ def test_swapping_the_policies_turns_every_rate_into_its_complement() -> None:
 
 
 def test_a_constant_length_difference_gives_length_half_of_the_log_odds() -> None:
-    """Of 1000 pairs 800 are wins, and the policy is always 5 longer: the log-odds are ln 4, half of it is odds 2."""
+    """800 of 1000 pairs are wins, and the policy is always 5 longer: the log-odds are ln 4, half of it is odds 2."""
     preferences_M = np.repeat([1.0, 0.0], [800, 200])
     assert length_controlled_win_rate(preferences_M, np.full(1000, 5.0), np.ones(1000)) == pytest.approx(
         2 / 3, abs=1e-3

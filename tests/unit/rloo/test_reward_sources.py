@@ -239,7 +239,7 @@ def test_a_gold_score_that_failed_leaves_the_reward_alone() -> None:
 
 
 def test_a_source_that_refuses_everything_ends_the_step_after_few_calls() -> None:
-    """Of 128 completions, 25 may fail.
+    """At most 25 of 128 completions may fail.
 
     Besides the calls for the 26 that fail alone there are 1 call for all, 1 for 32, 4 for 8 and 13 for 2.
     """
@@ -286,7 +286,7 @@ def test_a_source_that_is_unavailable_for_one_call_costs_only_the_completions_of
 
 
 def test_failures_of_several_sources_that_together_are_too_many_end_the_step() -> None:
-    """Of 20 completions, 5 may fail; one fails with the proxy and five others with the rule."""
+    """At most 5 of 20 completions may fail; one fails with the proxy and five others with the rule."""
     rule = RewardSourceConfig(name="rule", function=f"{RULES}:picky")
     with (
         RewardSources(
