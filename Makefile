@@ -16,7 +16,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help install demo test test-all test-compat test-cluster lint serve bench-training bench-scoring \
-    bench-evaluation bench-rloo bench-memory bench-scaling check-scaling study-rloo study study-quick has-data lock
+    bench-evaluation bench-rloo bench-memory bench-scaling check-scaling study-rloo study study-quick wheel image \
+    has-data lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -92,23 +93,23 @@ study: $(INSTALLED)  ## the paper's claims: do the missing runs (hours), write d
 study-quick: $(INSTALLED)  ## a small study on the embedded world (20 minutes); writes only to runs/study_quick/
 	python -m research.study --quick --worlds embedded
 
+# pip leaves build/ behind, and setuptools would put what is still there into the next wheel.
+wheel:  ## the wheel, dist/rm_robust-*.whl: alone it is the light scoring client, with [cpu] or [gpu] everything
+	rm -rf build
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build
+
+image:  ## the container image of deploy/Dockerfile.cpu (of Dockerfile.gpu with EXTRA=gpu)
+	docker build --file deploy/Dockerfile.$(EXTRA) --tag rm-robust:$(EXTRA) .
+
 has-data:
 	@test -f "$(DATA)/human_pairs.parquet" || { \
 	    echo "There is no human_pairs.parquet in '$(DATA)': name the folder of real preference data, DATA=…" >&2; exit 2; }
 
-# uv can leave out a dependency (cpu-overrides.txt), and pip cannot. uv does not read pip's settings: it takes
-# find-links from UV_FIND_LINKS, and indexes from UV_INDEX.
-lock:  ## resolve requirements/cpu.lock and gpu.lock again (needs uv)
-	@command -v uv >/dev/null || { \
-	    echo "make lock needs uv, which can override a package's own requirements: pip install uv" >&2; exit 1; }
-	UV_FIND_LINKS="$$(pip config get global.find-links 2>/dev/null)" \
-	    uv pip compile pyproject.toml --extra cpu --extra test \
-    --override requirements/cpu-overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	    --no-header --no-annotate --quiet --output-file requirements/cpu.lock
-	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	    --no-header --no-annotate --quiet --output-file requirements/gpu.lock
+lock:  ## resolve requirements/cpu.lock and gpu.lock again
+	@PYTHON="$(PYTHON)" requirements/install.sh lock
 
-$(INSTALLED): pyproject.toml requirements/cpu.lock requirements/install.sh
+$(INSTALLED): pyproject.toml requirements/$(EXTRA).lock requirements/install.sh
 	@PYTHON="$(PYTHON)" requirements/install.sh $(EXTRA)
 
 # The lock is a constraint here: the peers' other dependencies are in it, and keep their versions.

@@ -1,6 +1,7 @@
-"""Run the stages one after the other: command line, checks before any work, where the driver runs, exit codes."""
+"""Run the stages one after the other: checks before any work, where the driver runs, exit codes."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -12,11 +13,13 @@ import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from pipelines.stages import BT_TWIN, RLOO, STAGES_OF_TWIN, Stage, requests_of
+from pipelines.stages import ALL_STAGES, BT_TWIN, REPORT, RLOO, STAGES_OF_TWIN, Stage, requests_of
 from rm_robust.cluster.capacity import ResourceRequest, check_capacity
 from rm_robust.cluster.failures import LOST, origin_of
+from rm_robust.cluster.interrupts import Interrupted, interruptible
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.cluster.session import connect_to_ray, head_does_no_work, keep_ray_datas_actors_here
+from rm_robust.cluster.terminal import Terminal
 from rm_robust.cluster.workers import quieten_libraries
 from rm_robust.config.loading import load_config
 from rm_robust.config.run import PipelineConfig
@@ -24,51 +27,40 @@ from rm_robust.data.chat import ChatFormat
 from rm_robust.data.preferences import check_preference_sources
 from rm_robust.errors import ConfigError, RmRobustError
 from rm_robust.models.checkpoint import verify_checkpoint
+from rm_robust.report.summary import read_summary, summary_lines
 from rm_robust.runs import files as run_files
 from rm_robust.runs.claim import claim_for_job, only_writer
-from rm_robust.runs.directory import RESOLVED_NAME, Run, check_run_dir, choose_run_dir, claim_run_dir, require_shared
+from rm_robust.runs.directory import (
+    RESOLVED_NAME,
+    Run,
+    check_run_dir,
+    choose_run_dir,
+    claim_run_dir,
+    new_log,
+    require_shared,
+)
 from rm_robust.runs.layout import RunLayout
 from rm_robust.runs.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONFIG = Path("pipelines/configs/tiny_cpu.toml")
 DRIVER_CPUS = 1.0
 DRIVER_RESTARTS = 10
 """Most restarts of the driver's task after its node is lost. Each goes on from what is committed."""
-DRIVER_ENDS_S = 30.0
+DRIVER_ENDS_S = 5.0
 """Seconds that a cancelled driver task gets to end."""
+STOPPING = "Stopping. The same command goes on from the last committed state. Ctrl-C again stops at once."
 
 
-def parse_run(description: str, default_config: Path, arguments: list[str] | None = None) -> Run:
-    """Parse the command line of a pipeline into a Run.
+def run_of(options: argparse.Namespace) -> Run:
+    """Return the run that the options of pipelines.arguments.run_options name.
 
     Raises ConfigError, with the path, the value and the fix, for a wrong config, and for a run directory that holds a
     run of another config.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=default_config,
-        help=f"TOML file (default: {DEFAULT_CONFIG}, which needs no data)",
-    )
-    parser.add_argument(
-        "--run-dir",
-        help="where this run's files go: a path, or a URI (s3://…, gs://…); the same directory again resumes the run",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="DOTTED.NAME=VALUE",
-        dest="overrides",
-        help="e.g. --set rloo.num_steps=10",
-    )
-    parsed = parser.parse_args(arguments)
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_config(options.config, options.overrides)
     check_gold_address(config)
-    run_dir = choose_run_dir(config.name, parsed.run_dir)
+    run_dir = choose_run_dir(config.name, options.run_dir)
     check_run_dir(run_dir, config)
     return Run(config, run_dir)
 
@@ -83,23 +75,43 @@ def check_gold_address(config: PipelineConfig) -> None:
         run_files.locate(config.serve.gold)
 
 
-def main(description: str, stages: Sequence[Stage]) -> int:
-    """Parse the command line, check what can be checked without a cluster, run the stages, and return the exit code.
+def main(options: argparse.Namespace) -> int:
+    """Run the stages whose names are `options.stages`, and return the exit code."""
+    return work_on(options, [stage for stage in ALL_STAGES if stage.name in options.stages])
 
-    Every pipeline script calls it.
+
+def work_on(options: argparse.Namespace, stages: Sequence[Stage]) -> int:
+    """Check what can be checked without a cluster, run the stages, print the summary, and return the exit code."""
+
+    def work(terminal: Terminal) -> None:
+        quieten_libraries()
+        run = run_of(options)
+        logger.info("run directory %s", run.run_dir)
+        run_stages(run, stages, terminal)
+        if REPORT in stages:
+            run_files.refresh_records(run.run_dir)
+            print("\n".join(summary_lines(read_summary(run.run_dir))), flush=True)
+
+    return on_a_terminal(work, is_verbose=options.verbose)
+
+
+def on_a_terminal(work: Callable[[Terminal], None], *, is_verbose: bool) -> int:
+    """Do `work` with a terminal that shows its progress, and return the exit code.
+
+    Ctrl-C and SIGTERM end it with 130 and 143. The other codes are those of exit_code_of.
     """
 
-    def work() -> None:
-        start_logging()
-        quieten_libraries()
-        run = parse_run(description, repository_root() / DEFAULT_CONFIG)
-        logger.info("run directory %s", run.run_dir)
-        run_stages(run, stages)
+    def work_in_terminal() -> None:
+        with Terminal(is_verbose=is_verbose) as terminal, interruptible(terminal.say, STOPPING):
+            work(terminal)
 
-    return exit_code_of(work)
+    try:
+        return exit_code_of(work_in_terminal)
+    except Interrupted as interrupted:
+        return interrupted.exit_code
 
 
-def run_stages(run: Run, stages: Sequence[Stage]) -> None:
+def run_stages(run: Run, stages: Sequence[Stage], terminal: Terminal) -> None:
     """Run the stages in this process, or in a task on another node where the head of the cluster does no work.
 
     Ray starts that task again when its node is lost.
@@ -108,33 +120,39 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> None:
     if ahead and "RAY_ADDRESS" in os.environ:
         connect_to_ray()
     if ray.is_initialized() and head_does_no_work():
-        drive_elsewhere(run, stages, ahead)
+        drive_elsewhere(run, stages, ahead, terminal)
     else:
-        drive(run, stages, ahead)
+        drive(run, stages, ahead, terminal)
 
 
-def drive_elsewhere(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage]) -> None:
+def drive_elsewhere(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage], terminal: Terminal) -> None:
     """Run the stages in a task on a node that does work, and end the task when this process is told to end."""
     claim_for_job(run.run_dir)  # at once: the driver's task may have to wait for a node
     check_capacity(requests_of(run.config, ahead), beside=[ResourceRequest("the driver", 1, {"CPU": DRIVER_CPUS})])
     keep_ray_datas_actors_here()
     claim_run_dir(run.run_dir, run.config)
+    log = new_log(run.run_dir)
+    terminal.log_to(log)
     remote: Any = ray.remote(drive_in_task)
     task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(
         run, stages
     )
     try:
         ray.get(task)
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and the SIGTERM of `ray job stop`
+    except KeyboardInterrupt:
         ray.cancel(task)
         ray.wait([task], timeout=DRIVER_ENDS_S)
         raise
+    finally:
+        run_files.persist(log)
 
 
 def drive_in_task(run: Run, stages: Sequence[Stage]) -> None:
-    """Run the stages: the body of the driver's Ray task."""
+    """Run the stages: the body of the driver's Ray task. Its log lines are shown where the command was given."""
+    start_logging()
+    quieten_libraries()
     require_shared(run.run_dir / RESOLVED_NAME)
-    drive(run, stages, [])  # nothing is `ahead`: drive_elsewhere has checked the capacity
+    drive(run, stages, [], None)  # nothing is `ahead`: drive_elsewhere has checked the capacity
 
 
 def stages_ahead(run: Run, stages: Sequence[Stage]) -> list[Stage]:
@@ -151,15 +169,18 @@ def stages_ahead(run: Run, stages: Sequence[Stage]) -> list[Stage]:
     return ahead
 
 
-def drive(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage]) -> None:
+def drive(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage], terminal: Terminal | None) -> None:
     """Run all stages, as the only process that writes the run directory.
 
-    The cluster is first asked whether it can ever run the stages that are `ahead`.
+    The cluster is first asked whether it can ever run the stages that are `ahead`. `terminal` is the one of this
+    process, if it has one.
     """
-    start_logging()
-    quieten_libraries()
-    with only_writer(run.run_dir):
+    with only_writer(run.run_dir), contextlib.ExitStack() as stack:
         claim_run_dir(run.run_dir, run.config)
+        if terminal is not None:
+            log = new_log(run.run_dir)
+            stack.callback(run_files.persist, log)
+            terminal.log_to(log)
         check_inputs(run, stages)
         if ahead:
             connect_to_ray()

@@ -1,9 +1,11 @@
-"""Run the whole pipeline: SFT, pairs, BSR reward model, four scenarios, RLOO against the served scorers, report."""
+"""Run the whole pipeline: SFT, pairs, BSR reward model, four scenarios, RLOO against the served scorers, report.
+
+It is `rm-robust run`.
+"""
 
 import sys
 
-from pipelines.driver import main
-from pipelines.stages import ALL_STAGES
+from pipelines.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, ALL_STAGES))
+    sys.exit(main(["run", *sys.argv[1:]]))

@@ -17,9 +17,10 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from pipelines.driver import exit_code_of
-from rm_robust.cluster.log_lines import start_logging
+from pipelines.command import main as command
+from pipelines.driver import on_a_terminal
 from rm_robust.cluster.session import connect_to_ray
+from rm_robust.cluster.terminal import Terminal
 from rm_robust.cluster.workers import quieten_libraries
 from rm_robust.config.loading import load_section
 from rm_robust.responses.config import LabelsConfig, ResponsesConfig
@@ -34,7 +35,7 @@ from rm_robust.responses.response_files import (
     write_existing,
 )
 from rm_robust.runs import files as run_files
-from rm_robust.runs.directory import RESOLVED_NAME, claim_run_dir, require_lasting
+from rm_robust.runs.directory import RESOLVED_NAME, claim_run_dir, new_log, require_lasting
 from rm_robust.scoring.checkpoint_scorer import ON_A_GPU, CheckpointScorer, require_device
 from rm_robust.scoring.client import RewardClient
 from rm_robust.scoring.contract import Scorer
@@ -42,42 +43,25 @@ from rm_robust.scoring.contract import Scorer
 LIBRARIES = ("vllm", "torch", "transformers")
 
 
-def main(description: str, arguments: list[str] | None = None) -> int:
-    """Return the exit code: 0, 2 for wrong data or settings, 130 when the user stopped it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, required=True, help="TOML file, e.g. pipelines/configs/responses/paper.toml"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the responses; the same command again goes on there"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="DOTTED.NAME=VALUE",
-        dest="overrides",
-        help="e.g. --set num_prompts=100",
-    )
-    options = parser.parse_args(arguments)
-    start_logging()
-    quieten_libraries()
+def main(options: argparse.Namespace) -> int:
+    """Generate and label, and return the exit code.
+
+    0: done; 2: wrong data or settings; 130 and 143: stopped with Ctrl-C or SIGTERM.
+    """
     folder = options.out.absolute()
 
-    def work() -> None:
+    def work(terminal: Terminal) -> None:
+        quieten_libraries()
         require_lasting(options.out, f"--out {options.out}")
         config = load_section(options.config, options.overrides, ResponsesConfig)
         if config.labels is not None and config.labels.checkpoint is not None:
             fix = f'{ON_A_GPU}, or set labels.device = "cpu", or labels.url to a service that scores.'
             require_device(config.labels.device, f'labels.device = "{config.labels.device}"', fix=fix)
         claim_run_dir(folder, config)
+        terminal.log_to(new_log(folder))
         run(config, folder)
 
-    try:
-        return exit_code_of(work)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from there", file=sys.stderr)
-        return 130
+    return on_a_terminal(work, is_verbose=options.verbose)
 
 
 def run(config: ResponsesConfig, folder: Path) -> None:
@@ -111,7 +95,7 @@ def run(config: ResponsesConfig, folder: Path) -> None:
     if scorer is not None:
         labelled = folder / "labelled"
         print(
-            'next: pipelines/prepare_preferences.py with data.source = "responses", '
+            'next: `rm-robust prepare-preferences` with data.source = "responses", '
             f'data.responses = ["{labelled}"] and data.unseen_models'
         )
 
@@ -150,4 +134,4 @@ def scorer_of(labels: LabelsConfig | None) -> Iterator[Scorer | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(str(__doc__)))
+    sys.exit(command(["generate-responses", *sys.argv[1:]]))

@@ -1,12 +1,11 @@
 """Build and tokenise the preference pairs and the four scenarios: one stage of full_rlhf.py.
 
-The run directory is that of the stages before it.
+It is `rm-robust prepare-preferences`.
 """
 
 import sys
 
-from pipelines.driver import main
-from pipelines.stages import PREFERENCES, WORLD
+from pipelines.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, [WORLD, PREFERENCES]))
+    sys.exit(main(["prepare-preferences", *sys.argv[1:]]))

@@ -6,32 +6,34 @@ world ─► sft ─► preferences ─► reward_model ─► evaluation ─►
 report
 """
 
-import logging
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from rm_robust.cluster.capacity import ResourceRequest, request_of, request_of_replicas, request_of_workers
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.cluster.session import connect_to_ray
+from rm_robust.cluster.terminal import BEGINS, log_stage
 from rm_robust.cluster.workers import quieten_libraries, run_on_workers
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.demonstrations import prepare_sft
 from rm_robust.data.preferences import prepare_preferences, token_limits
 from rm_robust.data.world.corpus import write_world
 from rm_robust.evaluation.scenarios import evaluate_scenarios
-from rm_robust.report.summary import summary_lines, write_summary
+from rm_robust.report.summary import write_summary
+from rm_robust.rloo.actors import RlooActors
 from rm_robust.rloo.controller import run_rloo
 from rm_robust.runs.directory import Run, claim_run_dir
 from rm_robust.runs.layout import TWIN_STAGES, RunLayout, share_stages
+from rm_robust.runs.status import duration
 from rm_robust.training.reward_model.training import train_reward_model
 from rm_robust.training.sft import train_sft
 from serve.run_service import served_scorers
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def world_stage(run: Run) -> None:
     """Write the embedded world's data, where the run uses it."""
     layout = RunLayout(run.run_dir)
     if run.config.data.source == "embedded":
-        layout.run_stage("world", lambda: write_world(layout.world, run.config.world, seed=run.config.seed))
+        _run_unless_done(layout, "world", lambda: write_world(layout.world, run.config.world, seed=run.config.seed))
 
 
 def sft_stage(run: Run) -> None:
@@ -120,6 +122,7 @@ def evaluate_in_task(config: PipelineConfig, run_dir: Path, *, device: str) -> d
     start_logging()
     quieten_libraries()
     lines_are_of(config.name, "evaluation")
+    torch.set_num_threads(max(1, int(config.evaluation.num_cpus)))
     return evaluate_scenarios(config, run_dir, device=device)
 
 
@@ -137,7 +140,6 @@ def bt_twin_stage(run: Run) -> None:
     claim_run_dir(twin.run_dir, config)
     for stage in STAGES_OF_TWIN:
         lines_are_of(twin.config.name, stage.name)
-        logger.info("Bradley-Terry twin:")
         stage.run(twin)
     write_summary(twin.run_dir)
 
@@ -147,22 +149,34 @@ def rloo_stage(run: Run) -> None:
 
     def work() -> dict[str, Any]:
         connect_to_ray()
-        with served_scorers(run) as (proxy, gold):
-            return run_rloo(run.config, run.run_dir, proxy=proxy, gold=gold)
+        actors = RlooActors(run.config, run.run_dir)  # they start while the scorers are deployed
+        with contextlib.ExitStack() as stack:
+            stack.callback(actors.kill)  # where serving fails
+            served = stack.enter_context(served_scorers(run))
+            return run_rloo(
+                run.config,
+                run.run_dir,
+                proxy=served.proxy,
+                gold=served.gold,
+                first_actors=actors,
+                wait_for_scorers=served.wait_until_up,
+            )
 
     _run_unless_done(RunLayout(run.run_dir), "rloo", work)
 
 
 def report_stage(run: Run) -> None:
     """Write the summary and the report. This runs every time, because it needs only the run's own files."""
-    summary = write_summary(run.run_dir)
-    print("\n".join(summary_lines(summary)))
+    write_summary(run.run_dir)
 
 
 def _run_unless_done(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]]) -> None:
     """Do the work of a stage and record its result, unless the run has done it before; log which."""
-    logger.info("stage %s", stage if not layout.is_done(stage) else f"{stage}: already committed, skipped")
-    layout.run_stage(stage, work)
+    log_stage(stage, "already committed, skipped" if layout.is_done(stage) else BEGINS)
+    if layout.run_stage(stage, work):
+        result = layout.stage_result(stage)
+        figures = [f"{name} {row['value']:.3f}" for name, row in result.get("evaluation", {}).items()]
+        log_stage(stage, ", ".join([f"done in {duration(result['seconds'])}", *figures]))
 
 
 def sft_requests(config: PipelineConfig) -> list[ResourceRequest]:

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict
 
+from pipelines.command import main as command
 from rm_robust.errors import RmRobustError
 from rm_robust.runs import files as run_files
 from rm_robust.runs.directory import run_root
@@ -23,16 +24,11 @@ from rm_robust.runs.status import runs_in, status_lines, status_of
 WATCH_EVERY_S = 5.0
 
 
-def main(description: str, arguments: list[str] | None = None) -> int:
+def main(options: argparse.Namespace) -> int:
     """Print the status of the runs, and return the exit code.
 
     0: done; 2: an error that a user can correct, such as a folder without runs.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", metavar="DIR")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--watch", action="store_true")
-    options = parser.parse_args(arguments)
     try:
         with run_files.read_only():
             folders = [run_files.locate(folder) for folder in options.folders] or [run_root()]
@@ -68,4 +64,4 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(str(__doc__)))
+    sys.exit(command(["status", *sys.argv[1:]]))

@@ -1,12 +1,11 @@
 """Run RLOO against the served reward model and gold judge: one stage of full_rlhf.py.
 
-The run directory is that of the stages before it.
+It is `rm-robust train-policy`.
 """
 
 import sys
 
-from pipelines.driver import main
-from pipelines.stages import RLOO
+from pipelines.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, [RLOO]))
+    sys.exit(main(["train-policy", *sys.argv[1:]]))

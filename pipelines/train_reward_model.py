@@ -1,9 +1,11 @@
-"""Train the reward model: one stage of full_rlhf.py, in the run directory of the stages before it."""
+"""Train the reward model: one stage of full_rlhf.py, in the run directory of the stages before it.
+
+It is `rm-robust train-reward-model`.
+"""
 
 import sys
 
-from pipelines.driver import main
-from pipelines.stages import BT_TWIN, REWARD_MODEL
+from pipelines.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, [REWARD_MODEL, BT_TWIN]))
+    sys.exit(main(["train-reward-model", *sys.argv[1:]]))

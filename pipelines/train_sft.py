@@ -1,9 +1,11 @@
-"""Fine-tune the policy on demonstrations (SFT): one stage of full_rlhf.py."""
+"""Fine-tune the policy on demonstrations (SFT): one stage of full_rlhf.py.
+
+It is `rm-robust train-sft`.
+"""
 
 import sys
 
-from pipelines.driver import main
-from pipelines.stages import SFT, WORLD
+from pipelines.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, [WORLD, SFT]))
+    sys.exit(main(["train-sft", *sys.argv[1:]]))

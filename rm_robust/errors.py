@@ -9,6 +9,16 @@ class ConfigError(RmRobustError):
     """Raised when a config, override, option or run directory cannot be used; correct what the message names."""
 
 
+class NotInstalledError(ConfigError):
+    """Raised when the light installation, which can only ask a service for scores, is asked for more."""
+
+    def __init__(self, user: str, package: str) -> None:
+        super().__init__(
+            f"{user} needs {package}, which is not installed: this is the scoring client alone. Clone the repository "
+            "and run `make install` there (`make EXTRA=gpu install` for GPUs)."
+        )
+
+
 class DataError(RmRobustError):
     """Raised when data is missing, malformed or empty, or loses too many rows; correct the named file or row."""
 

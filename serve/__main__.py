@@ -37,6 +37,7 @@ from rm_robust.runs import files as run_files
 from rm_robust.scoring.client import KEY_VARIABLE
 from rm_robust.scoring.contract import SCORE_PATH
 from serve.app import without_checkpoint
+from serve.arguments import MOST_TOKENS_BY_DEFAULT, add_arguments
 from serve.batching.front import DESCRIPTION_IS_FRESH_S, NO_ANSWER, Front
 from serve.http.middleware import Guard, ReadWholeBody
 from serve.http.routes import scoring_api
@@ -45,7 +46,6 @@ from serve.launch import deploy_models, refuse_open_host, refuse_taken_port, sta
 from serve.settings import ServiceSettings, checked_service
 
 logger = logging.getLogger(__name__)
-MOST_TOKENS_BY_DEFAULT = 4096
 SMALL_WEIGHTS_BYTES = 400 << 20
 """The bytes of 100 M parameters in float32.
 
@@ -57,54 +57,13 @@ MOST_REPLICAS_BY_DEFAULT = 8
 KEEP_ALIVE_S = 75
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m serve", description="Serve reward models on this machine until Ctrl-C."
-    )
-    served = parser.add_mutually_exclusive_group(required=True)
-    served.add_argument("--checkpoint", help="a committed reward-model checkpoint: a directory, or a URI (s3://…)")
-    served.add_argument(
-        "--service", type=Path, help="a TOML file with the fields of ServiceSettings (serve/settings.py)"
-    )
-    served.add_argument("--embedded-judge", action="store_true", help="the embedded world's gold judge")
-    parser.add_argument(
-        "--keys", type=Path, help=f"the file of the keys that are accepted (default: the keys in {KEYS_VARIABLE})"
-    )
-    parser.add_argument(
-        "--insecure-no-auth", action="store_true", help="accept requests without a key, from this machine only"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="loopback only, unless there are keys (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    one_model = parser.add_argument_group("options of --checkpoint; a service file sets these itself")
-    one_model.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    one_model.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="dtype of the weights; scores are always float32 (default: %(default)s)",
-    )
-    one_model.add_argument(
-        "--replicas", type=int, help="default: one per core for a small model on CPUs, otherwise one"
-    )
-    one_model.add_argument("--threads", type=int, help="threads of each replica (default: its share of the cores)")
-    one_model.add_argument(
-        "--max-length-tokens",
-        type=int,
-        help=f"limit of prompt + completion (default: the model's own, at most {MOST_TOKENS_BY_DEFAULT})",
-    )
-    one_model.add_argument(
-        "--no-prompt-sharing",
-        action="store_true",
-        help="compute a prompt for each request, even if a batch has it twice",
-    )
-    arguments = parser.parse_args()
+def main(options: argparse.Namespace) -> int:
+    """Serve until Ctrl-C, and return the exit code: 0, or 1 for an error that a user can correct."""
     for name in ("httpx", "ray.serve"):  # at INFO they write a line per request and a dozen per deployment
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         start_logging()
-        asyncio.run(serve_until_interrupted(arguments))
+        asyncio.run(serve_until_interrupted(options))
     except RmRobustError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -190,7 +149,7 @@ def keys_from(arguments: argparse.Namespace) -> tuple[ApiKey, ...]:
             else "neither keys nor --insecure-no-auth"
         )
         raise ConfigError(
-            f"There are {problem}: give the one or the other. `python -m serve.keys NAME` makes a key and its line "
+            f"There are {problem}: give the one or the other. `rm-robust keys NAME` makes a key and its line "
             "for the file that --keys names."
         )
     return keys
@@ -316,4 +275,8 @@ def curl_example(base_url: str, settings: ServiceSettings) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(
+        prog="python -m serve", description="Serve reward models on this machine until Ctrl-C."
+    )
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))

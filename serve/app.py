@@ -158,7 +158,7 @@ def refuse_no_keys(settings: ServiceSettings) -> None:
     """Raise ConfigError for settings without keys, unless insecure_no_auth is set and HAProxy is not used."""
     if not settings.api_keys and not settings.insecure_no_auth:
         raise ConfigError(
-            f"The service of {settings.models[0].model_name!r} has no keys. Make one with `python -m serve.keys NAME`; "
+            f"The service of {settings.models[0].model_name!r} has no keys. Make one with `rm-robust keys NAME`; "
             f"then name the file with its line, or set api_keys or {KEYS_VARIABLE}. "
             "Or set insecure_no_auth, which answers clients on the same machine only."
         )

@@ -3,7 +3,7 @@
     alice = { sha256 = "…64 hex digits…" }
     bob = { sha256 = "…", requests_per_minute = 600 }
 
-Each line is one key. RM_ROBUST_API_KEYS may hold the same text instead. `python -m serve.keys alice` prints a new key,
+Each line is one key. RM_ROBUST_API_KEYS may hold the same text instead. `rm-robust keys alice` prints a new key,
 which is not shown again, and its line.
 
 Keys have 256 random bits, so a plain hash gives nothing away. To withdraw a key, delete its line; then send SIGHUP to
@@ -21,7 +21,6 @@ import re
 import secrets
 import sys
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -70,7 +69,7 @@ def parse_keys(text: str, *, source: str) -> tuple[ApiKey, ...]:
         raise ConfigError(f"{source} is not TOML: {error}.") from None
     keys = tuple(parse_key(name, entry, source=source) for name, entry in table.items())
     if not keys:
-        raise ConfigError(f"{source} holds no keys; `python -m serve.keys NAME` makes one.")
+        raise ConfigError(f"{source} holds no keys; `rm-robust keys NAME` makes one.")
     if len({key.sha256 for key in keys}) < len(keys):
         raise ConfigError(
             f"{source} holds one key under two names; deleting one of them would not take it back. "
@@ -95,22 +94,31 @@ def new_key(name: str) -> tuple[str, ApiKey]:
     return key, ApiKey(name=name, sha256=hashlib.sha256(key.encode()).hexdigest())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m serve.keys",
-        description="Make an API key. It is printed once, here; only its hash is kept.",
-    )
-    parser.add_argument("name", help="whose key it is: letters, digits, _ and -")
-    name = parser.parse_args(arguments).name
-    if not re.fullmatch(NAME_PATTERN, name):
-        parser.error(f"a name has letters, digits, _ and - only, got {name!r}")
-    key, entry = new_key(name)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command that makes a key."""
+    parser.add_argument("name", type=key_name, help="whose key it is: letters, digits, _ and -")
+
+
+def key_name(text: str) -> str:
+    """Return the name if the keys file can hold it. Raises argparse's error otherwise."""
+    if not re.fullmatch(NAME_PATTERN, text):
+        raise argparse.ArgumentTypeError(f"a name has letters, digits, _ and - only, got {text!r}")
+    return text
+
+
+def main(options: argparse.Namespace) -> int:
+    """Make a key, print it and its line for the keys file, and return the exit code."""
+    key, entry = new_key(options.name)
     print(
         f"The key, for its owner; it is not shown again:\n\n  {key}\n\n"
-        f'Its line for the keys file:\n\n  {name} = {{ sha256 = "{entry.sha256}" }}'
+        f'Its line for the keys file:\n\n  {entry.name} = {{ sha256 = "{entry.sha256}" }}'
     )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.keys", description="Make an API key. It is printed once, here; only its hash is kept."
+    )
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))

@@ -69,11 +69,16 @@ def deploy_inside(settings: ServiceSettings, app_name: str, *, deadline_s: float
 
     The cluster's processes reach it through ClusterScorer. Raises what deploy_service raises.
     """
+    begin_to_deploy_inside(settings, app_name)
+    wait_until_up([app_name], deadline_s=deadline_s)
+
+
+def begin_to_deploy_inside(settings: ServiceSettings, app_name: str) -> None:
+    """Do what deploy_inside does, without waiting for the replicas: `wait_until_up` does that."""
     ray_serve.run_many(
         [ray_serve.RunTarget(service_app(with_verified_checkpoints(settings)), name=app_name, route_prefix=None)],
         wait_for_applications_running=False,
     )
-    wait_until_up([app_name], deadline_s=deadline_s)
 
 
 def deploy_service(settings: ServiceSettings, app_name: str, route_prefix: str, *, deadline_s: float = 180.0) -> str:

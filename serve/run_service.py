@@ -8,7 +8,9 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,25 @@ SERVED_WITHIN_S = 1800.0
 """Seconds within which the service must be up. An autoscaler may have to start the nodes first."""
 
 
+@dataclass(frozen=True)
+class ServedScorers:
+    """The scorers of a run, which answer once `wait_until_up` has returned."""
+
+    proxy: Scorer
+    gold: Scorer
+    wait_until_up: Callable[[], None]
+    """Raises ConfigError when the service cannot be started, or is not up after SERVED_WITHIN_S seconds."""
+
+
 @contextlib.contextmanager
-def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
-    """Serve the proxy reward model and the gold judge in this cluster, and yield a scorer for each.
+def served_scorers(run: Run) -> Iterator[ServedScorers]:
+    """Begin to serve the proxy reward model and the gold judge in this cluster, and yield a scorer for each.
 
     The scorers work without HTTP, except for a gold judge elsewhere, which is reached over HTTP. The service is deleted
     afterwards. It has no route in Serve's HTTP proxy, and nobody could use one: its single key is thrown away.
     """
     # This loads FastAPI, which only the driver of an RLOO stage needs.
-    from serve.launch import delete_service, deploy_inside, start_serve_without_http
+    from serve.launch import begin_to_deploy_inside, delete_service, start_serve_without_http, wait_until_up
 
     config = run.config
     proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
@@ -65,12 +77,15 @@ def served_scorers(run: Run) -> Iterator[tuple[Scorer, Scorer]]:
     if is_on_cluster:
         end_with_this_job(app_name)
     try:
-        deploy_inside(settings, app_name=app_name, deadline_s=SERVED_WITHIN_S)
+        begin_to_deploy_inside(settings, app_name=app_name)
+        is_up = partial(wait_until_up, [app_name], deadline_s=SERVED_WITHIN_S)
         with contextlib.ExitStack() as stack:
+            gold: Scorer
             if gold_url:
-                yield ClusterScorer(app_name, "proxy"), stack.enter_context(RewardClient(gold_url, timeout_s=timeout_s))
+                gold = stack.enter_context(RewardClient(gold_url, timeout_s=timeout_s))
             else:
-                yield ClusterScorer(app_name, "proxy"), ClusterScorer(app_name, "gold")
+                gold = ClusterScorer(app_name, "gold")
+            yield ServedScorers(ClusterScorer(app_name, "proxy"), gold, is_up)
     finally:
         delete_service(app_name)
         if is_on_cluster:

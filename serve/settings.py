@@ -16,7 +16,7 @@ from rm_robust.runs import files as run_files
 from serve.keys import ApiKey
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-STRICT = ConfigDict(frozen=True, extra="forbid")
+STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelSettings(ReplicaConfig):
@@ -34,6 +34,7 @@ class ModelSettings(ReplicaConfig):
     embedded_judge: bool = False
     """True: the embedded world's gold judge scores."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Device of each replica. `cuda` and num_gpus > 0 go together."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -51,14 +52,14 @@ class ModelSettings(ReplicaConfig):
 
 
 class Aggregation(StrEnum):
-    """How the members' scores of one completion become one score (Coste et al., ICLR 2024, section 3)."""
+    """How the members' scores of one completion become one score (Coste et al., ICLR 2024, section 3).
+
+    EnsembleSettings.aggregation says what each is.
+    """
 
     MEAN = "mean"
-    """The mean of the members' scores."""
     MIN = "min"
-    """The lowest of the members' scores (worst-case optimisation)."""
     UNCERTAINTY_WEIGHTED = "uncertainty_weighted"
-    """The mean minus `uncertainty_weight` times the variance of the members' scores."""
 
 
 class EnsembleSettings(BaseModel):
@@ -70,8 +71,12 @@ class EnsembleSettings(BaseModel):
     model_config = STRICT
 
     model_name: str = Field(pattern=MODEL_NAME_PATTERN)
+    """The name that requests ask for and that every reply gives. It must differ from the names of the models."""
     members: tuple[str, ...] = Field(min_length=2)
+    """Names of at least two models of this service, each given once."""
     aggregation: Aggregation = Aggregation.MEAN
+    """How the members' scores of one completion become one score. `mean`: their mean. `min`: the lowest of them
+    (worst-case optimisation). `uncertainty_weighted`: the mean minus uncertainty_weight times their variance."""
     uncertainty_weight: float = Field(default=0.5, ge=0)
     """The weight of the variance in `uncertainty_weighted`; no other aggregation reads it."""
     calibrate_members: bool = False
@@ -103,12 +108,17 @@ class ServiceSettings(BaseModel):
     model_config = STRICT
 
     models: tuple[ModelSettings, ...] = Field(min_length=1)
+    """The served models, with names that differ. The first answers requests that name no model."""
     ensembles: tuple[EnsembleSettings, ...] = ()
+    """Further names, each of which stands for several of the models."""
     api_keys: tuple[ApiKey, ...] = ()
-    """The keys of those who may ask. At least one is needed, unless `insecure_no_auth` is set."""
+    """The keys of those who may ask, each with its name, sha256 and, where it is limited, requests_per_minute. At least
+    one is needed, unless `insecure_no_auth` is set. A service file of `rm-robust serve` sets neither of these two:
+    --keys, RM_ROBUST_API_KEYS or --insecure-no-auth says who may ask."""
     insecure_no_auth: bool = False
     """True: no key is needed, and only clients on the same machine are answered."""
     limits: ServiceLimits = ServiceLimits()
+    """How much the service takes at once."""
     num_fronts: int = Field(default=1, ge=1)
     """The number of replicas of the HTTP side under Ray Serve; each has queues of its own."""
 

@@ -27,7 +27,11 @@ PROSE_COLUMNS = 110
 
 INTRODUCTION = f"""# The paper's claims, re-tested at a small scale
 
-`make study` writes this page from study/results.jsonl; do not edit it. The question: do the claims of Hong et
+```
+make study DATA=…    # does the runs that are missing, then writes this page; hours when all are
+```
+
+The command writes this page from study/results.jsonl; do not edit it. The question: do the claims of Hong et
 al. (ICML 2025, arXiv 2505.07271) on Bradley-Terry (BT) and batch-wise sum-to-zero regularisation (BSR) hold
 for models of about 1 M parameters that a laptop can train? Small models say little about large ones. A claim
 that is not seen here is not refuted, and a claim that is seen here was seen on simpler text than the paper's.

@@ -27,6 +27,8 @@ WORKER_ENVIRONMENT = {
 """The environment variables of every worker. PASSIVE makes idle OpenMP threads sleep; by default they spin and take the
 cores that trainer, engine and scorers share. Serve kills a proxy that is not ready after three checks, of 5 s each by
 default. That is too short when every core is busy, hence the 50 s."""
+DRIVER_VARIABLE = "RM_ROBUST_DRIVER"
+"""The variable in the environment of every worker of a local Ray that names the driver it works for."""
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 """The environment variable that names the network interface of gloo."""
 
@@ -41,6 +43,11 @@ def worker_environment() -> dict[str, str]:
     job_variables = job_config.get("runtime_env", {}).get("env_vars", {})
     log_variables = {name: os.environ[name] for name in (FORMAT_VARIABLE, "TQDM_DISABLE") if name in os.environ}
     return {name: value for name, value in (WORKER_ENVIRONMENT | log_variables).items() if name not in job_variables}
+
+
+def this_driver() -> str:
+    """Return the value of DRIVER_VARIABLE for workers of this process."""
+    return f"{os.getpid()} since {psutil.Process().create_time()}"
 
 
 def listen_where_ray_does() -> None:

@@ -6,17 +6,18 @@ import logging
 import os
 import secrets
 import socket
+from typing import Any
 
 import psutil
 import ray
 from ray.exceptions import AuthenticationError
 
-from rm_robust.cluster.environment import worker_environment
+from rm_robust.cluster import worker_lines, worker_server
+from rm_robust.cluster.environment import DRIVER_VARIABLE, this_driver, worker_environment
+from rm_robust.cluster.interrupts import signals_kept
 from rm_robust.errors import ClusterError
 
 logger = logging.getLogger(__name__)
-DRIVER_VARIABLE = "RM_ROBUST_DRIVER"
-"""The variable in the environment of every worker of a local Ray that names the driver it works for."""
 WORKERS_END_S = 10
 REACHED_WITHIN_S = 10.0
 HEAD_RESOURCE = "node:__internal_head__"
@@ -46,21 +47,26 @@ def connect_to_ray() -> None:
         # Ray warns there that token authentication is on.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         make_own_token()
-        environment[DRIVER_VARIABLE] = driver = f"{os.getpid()} since {psutil.Process().create_time()}"
+        environment[DRIVER_VARIABLE] = driver = this_driver()
         atexit.register(shut_down, driver)
+    runtime_env: dict[str, Any] = {"env_vars": environment}
     if on_cluster:
         require_reachable(os.environ["RAY_ADDRESS"])
+    elif (command := worker_server.start()) is not None:
+        runtime_env["py_executable"] = command
     try:
-        ray.init(
-            address=None if on_cluster else "local",
-            include_dashboard=None if on_cluster else False,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": environment},
-        )
+        with signals_kept():  # ray.init sets a handler of SIGTERM
+            ray.init(
+                address=None if on_cluster else "local",
+                include_dashboard=None if on_cluster else False,
+                logging_level=logging.WARNING,
+                runtime_env=runtime_env,
+            )
     except (ConnectionError, AuthenticationError, RuntimeError, ValueError) as error:
         if not on_cluster:
             raise
         raise ClusterError(why_not_connected(os.environ["RAY_ADDRESS"], error)) from error
+    worker_lines.keep_from_ray()
 
 
 def make_own_token() -> None:
@@ -157,6 +163,7 @@ def shut_down(driver: str) -> None:
     in some hundred runs; similar: ray-project/ray#18533, #66231).
     """
     ray.shutdown()
+    worker_server.stop()
     _, hanging = psutil.wait_procs(workers_of(driver), timeout=WORKERS_END_S)
     for process in hanging:
         logger.warning("killing process %d, a worker of Ray that did not end", process.pid)

@@ -129,7 +129,8 @@ def refreshed_run_dir(run_dir: Path) -> Path:
 
 
 def _trainer_class() -> Any:
-    """Return a TorchTrainer class that does not restart after a user's error, and has no PlacementGroupCleaner.
+    """Return a TorchTrainer class that does not restart after a user's error, has no PlacementGroupCleaner, and leaves
+    Ctrl-C to this process (interrupts.py).
 
     A user's error is one that a user can correct (rm_robust/errors.py).
 
@@ -150,6 +151,9 @@ def _trainer_class() -> Any:
             return not is_correctable and super()._is_retryable_error(training_failed_error)
 
     class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Leave Ctrl-C alone. Ray 2.60's handler swallows it from then on, also in later stages."""
+
         def _initialize_and_run_controller(self, **settings: Any) -> Any:
             settings["failure_policy"] = FailurePolicy(settings["failure_policy"].failure_config)
             return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]  # annotated as Train V1's trainer

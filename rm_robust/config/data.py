@@ -33,6 +33,7 @@ class WeightedPath(Section):
     """A training source with its weight. A source that is written as a bare path has the weight 1."""
 
     path: str = Field(min_length=1)
+    """File or folder of jsonl or parquet, locally or as a URI, or a data set of the hub."""
     weight: float = Field(default=1.0, gt=0)
     """Factor of the weight of its pairs in the loss. A pair has the weight 1; the pairs of one ranking share a weight
     of 1."""
@@ -51,9 +52,9 @@ class DataConfig(Section):
     """
 
     source: Literal["embedded", "responses", "scenarios"] = "embedded"
-    """`embedded`: the world above. `responses`: responses of named models with gold scores, from which the four
-    scenarios are built. `scenarios`: ready-made files for train, in_domain, … (pairs, or K completions with gold
-    scores)."""
+    """Where preferences come from. `embedded`: the run makes its own world ([world]). `responses`: responses of named
+    models with gold scores, from which the four scenarios are built; it needs responses and unseen_models. `scenarios`:
+    ready-made files (pairs, or K completions with gold scores); it needs train and in_domain."""
     responses: list[str] = []
     """Files with rows of prompt, model, completion and gold_score; hub names are refused (source = "responses"
     only)."""
@@ -62,28 +63,38 @@ class DataConfig(Section):
     validation_prompt_fraction: float = Field(default=0.18, gt=0, lt=1)
     """Share of the prompts that is held out (source = "responses" only). Paper: 11,082 of 62,282."""
     train: list[WeightedPath] = []
-    """Pairs or rankings, as paths or as tables { path = "…", weight = 2.0 }. Every two completions of a ranking whose
-    scores differ become a pair."""
+    """Training pairs or rankings, as paths or as tables { path = "…", weight = 2.0 }. Every two completions of a
+    ranking whose scores differ become a pair. Like the next four, it is read with source = "scenarios" only, which
+    needs at least one entry here and in in_domain."""
     in_domain: list[str] = []
+    """Files of the in-domain scenario: other pairs or completions of the training prompts by the training models."""
     prompt_disjoint: list[str] = []
+    """Files of the prompt-disjoint scenario: new prompts, answered by the training models. Empty: the run goes without
+    this scenario."""
     response_disjoint: list[str] = []
+    """Files of the response-disjoint scenario: training prompts, answered by unseen models. Empty: the run goes without
+    it."""
     mutual_disjoint: list[str] = []
+    """Files of the mutual-disjoint scenario: new prompts, answered by unseen models. Empty: the run goes without it."""
     sft: list[str] = []
-    """Demonstrations: prompt and completion, or messages. They are needed unless sft.enabled = false or the source is
-    embedded."""
+    """Demonstrations, with prompt and completion, or with messages. They are needed unless sft.enabled = false or the
+    source is embedded."""
     rloo_prompts: list[str] = []
-    """Rows with a prompt (text or messages). RLOO needs them unless the source is embedded. A run that only trains a
-    reward model does not need them."""
+    """Rows with a prompt (text or messages). RLOO needs them unless the source is embedded, and then serve.gold must be
+    another judge than `embedded`. A run that only trains a reward model does not need them."""
     max_dropped_fraction: float = Field(default=0.01, ge=0, le=1)
     """Largest share of a source's rows that may be malformed; the run fails when there are more. Pairs that are
     over-long, identical or tied are counted separately, and do not make the run fail."""
     max_prompt_tokens: int = Field(default=96, ge=4)
+    """Largest number of tokens of a prompt, with chat template and assistant header; `overlong` says what happens to
+    longer ones."""
     overlong: Overlong = Overlong.DROP
-    """What happens to a pair, ranking or demonstration whose prompt is longer. `drop` leaves it out.
-    `truncate_prompt_left` cuts the prompt's oldest tokens, but never its begin-of-sequence token and its assistant
+    """What happens to a pair, ranking or demonstration whose prompt is longer than max_prompt_tokens. `drop` leaves it
+    out. `truncate_prompt_left` cuts the prompt's oldest tokens, but never its begin-of-sequence token and its assistant
     header. Both are counted. Longer prompts of rloo_prompts are always dropped."""
     max_completion_tokens: int = Field(default=96, ge=2)
-    """Completions with more tokens (the end-of-turn token included) are dropped and counted."""
+    """Largest number of tokens of a completion, the end-of-turn token included. Longer ones are dropped and counted. A
+    model from scratch must take prompt and completion together (model.max_position_embeddings)."""
     task_resources: dict[str, float] = {}
     """Custom Ray resources, as named in cluster.yaml, that each task of Ray Data asks for beside its one CPU. These
     tasks read, tokenise and write."""

@@ -11,12 +11,13 @@ class RewardSourceConfig(Section):
     """A reward beside that of the proxy reward model: a scoring service elsewhere, or a rule."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """Name of the source in the metrics: rloo/reward/<name>_mean. `proxy` and `gold` are taken."""
+    """Name of the source in the metrics: `rloo/reward/<name>_mean`. `proxy` and `gold` are taken."""
     weight: float = 1.0
     """Factor of the source's score. The reward score of a completion is `proxy_weight` times the proxy's score plus the
     sum of weight * score over all sources."""
     url: str | None = None
-    """http(s) URL of a scoring service. Its first model is asked, with the key in RM_ROBUST_API_KEY."""
+    """http(s) URL of a scoring service. Its first model is asked, with the key in RM_ROBUST_API_KEY. Either url or
+    function must be set, and not both."""
     function: str | None = None
     """`package.module:function`. The driver calls it as function(prompt: list[Message], completion: str) -> float."""
 
@@ -49,9 +50,11 @@ class MonitorConfig(Section):
     """The monitor fires when the proxy's mean has risen by `min_proxy_rise` and the gold mean by no more than this, in
     standard deviations of the first step's gold scores."""
     min_gold_fall: float = Field(default=0.15, gt=0)
-    """Smallest fall of the gold mean, in the same unit, at which the monitor fires however little the proxy has
-    risen."""
+    """Smallest fall of the gold mean, in standard deviations of the first step's gold scores, at which the monitor
+    fires however little the proxy has risen."""
     action: Literal["warn", "lower_learning_rate", "stop"] = "warn"
+    """What a firing does beside its warning in the log. `warn`: nothing. `lower_learning_rate`: the learning rate is
+    multiplied by learning_rate_factor. `stop`: the run ends at this step, with its last policy."""
     learning_rate_factor: float = Field(default=0.5, gt=0, lt=1)
     """Each firing multiplies the learning rate of all later steps by this (action = "lower_learning_rate" only)."""
 
@@ -63,21 +66,28 @@ class PolicyEvaluationConfig(Section):
     """Steps between two comparisons. 0: never. Otherwise there is also one before the first step and one after the
     last."""
     num_prompts: int = Field(default=64, ge=2)
-    """Number of RLOO prompts that are held out. No step samples from them."""
+    """Number of RLOO prompts that are held out; no step samples from them. It must be at least trainers.num_workers."""
 
 
 class RlooConfig(Section):
     """Settings of REINFORCE leave-one-out against the served reward model."""
 
     num_steps: int = Field(default=60, ge=1)
+    """Number of steps. A step samples completions, scores them and updates the policy."""
     num_prompts_per_step: int = Field(default=32, ge=1)
+    """Number of prompts of a step. It must be a multiple of num_minibatches_per_epoch * trainers.num_workers."""
     num_completions_per_prompt: int = Field(default=4)
-    """K. It is at least 2, because a single completion has no baseline."""
+    """K, the number of completions of a prompt. It is at least 2, because a single completion has no baseline."""
     temperature: float = Field(default=1.0, gt=0)
+    """Temperature at which completions are sampled, and at which the trainer computes probabilities and KL. 1 is the
+    model's own distribution."""
     max_new_tokens: int = Field(default=64, ge=1)
+    """Largest number of tokens of a completion; a longer one is cut (truncated_completions). data.max_prompt_tokens +
+    this + 1 must not exceed max_length_tokens of serve.proxy_replica and serve.gold_replica."""
     proxy_weight: float = 1.0
     """Factor of the proxy's score in the reward. 0 trains on `reward_sources` alone."""
     reward_sources: tuple[RewardSourceConfig, ...] = ()
+    """Rewards beside the proxy's: other scoring services, and rules."""
     max_failed_score_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Largest share of a step's completions whose score may fail or be non-finite; the run ends when there are more.
     Such completions are left out of baseline and update, and counted."""
@@ -85,7 +95,8 @@ class RlooConfig(Section):
     """Subtract the mean of a step's reward scores and divide by their standard deviation, before clipping, KL and
     baseline."""
     score_clip_range: tuple[float, float] | None = None
-    """Range to which reward scores are clamped, before KL and baseline (TRL's reward_clip_range)."""
+    """Lowest and highest reward score; others are clamped to them, before KL and baseline (TRL's reward_clip_range).
+    None: no score is clamped."""
     kl_coefficient: float = Field(default=0.05, ge=0)
     """beta in reward = score - beta * KL of the whole completion (nats). Paper: 0.05."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -98,7 +109,7 @@ class RlooConfig(Section):
     """Mean KL of a completion towards which kl_coefficient is adapted (Ziegler et al. 2019, section 2.2). None:
     kl_coefficient stays as it is."""
     kl_horizon_steps: float = Field(default=20, gt=0)
-    """Steps in which kl_coefficient changes by a factor of about e**0.2 at an error of 20 % or more (target_kl
+    """Steps in which kl_coefficient changes by a factor of about `e**0.2` at an error of 20 % or more (target_kl
     only)."""
     ratio_level: Literal["sequence", "token"] = "sequence"
     """Level of the clipped ratio new/old: one for a whole completion (paper, TRL), or one for each token, averaged over
@@ -113,41 +124,63 @@ class RlooConfig(Section):
     """What happens to completions that are cut at max_new_tokens. `penalty`: truncated_penalty is subtracted from their
     reward. `mask`: they have no gradient, but are part of the baseline. `keep`: they are treated as any other."""
     truncated_penalty: float = Field(default=1.0, ge=0)
-    """Score units that are subtracted (truncated_completions = "penalty" only)."""
+    """Score units that are subtracted from the reward of a cut completion (truncated_completions = "penalty" only)."""
     max_policy_lag: int = Field(default=0, ge=0)
     """Steps by which the sampling policy may be behind the trained one. 0: on-policy, sampling and training take turns.
     n: n further batches are sampled during training."""
     importance_correction: Literal["none", "sequence", "token"] = "sequence"
     """Level of the weight old/sampler, which corrects policy lag and differences between the engines. The weight is the
-    trainer's probability when the update starts, divided by vLLM's when it sampled. It has no gradient."""
+    trainer's probability when the update starts, divided by vLLM's when it sampled. It has no gradient. `token` needs
+    ratio_level = "token"; `none` leaves the weight out."""
     importance_cap: float = Field(default=2.0, ge=1)
-    """Upper bound of that weight (truncated importance sampling)."""
+    """Upper bound of the weight of importance_correction (truncated importance sampling)."""
     gold_every_steps: int = Field(default=1, ge=1)
     """The gold judge scores the completions of the first step, and then of every n-th step."""
     monitor: MonitorConfig = MonitorConfig()
+    """Watch for over-optimisation."""
     evaluation: PolicyEvaluationConfig = PolicyEvaluationConfig()
+    """Test of the policy on held-out prompts."""
     generation_silence_s: float = Field(default=600, gt=0)
     """Seconds after which an engine that has finished no prompt counts as lost, and is replaced."""
     max_restarts: int = Field(default=3, ge=0)
     """Most restarts of lost engines and trainers without a committed step between them. If one more is needed, the run
     ends with an error."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.05, schedule="constant")
+    """How the policy's weights are updated."""
     strategy: StrategyConfig = StrategyConfig()
+    """What each trainer holds of the policy."""
     compute: ComputeConfig = ComputeConfig()
+    """Number format and memory of the training."""
     trainers: WorkersConfig = WorkersConfig(num_workers=1, num_threads_per_worker=2)
+    """Workers that train the policy."""
     max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    """Largest number of tokens (padding included) of one forward and backward pass of a trainer; a longer group has a
+    pass of its own. It changes memory and speed, not the gradient."""
     num_engines: int = Field(default=1, ge=1)
+    """Number of vLLM engines that sample completions side by side."""
     engine_num_cpus: float = Field(default=0.5, ge=0)
+    """CPUs that Ray sets aside for one engine. They decide how many engines a node takes, not how many threads
+    compute."""
     engine_num_gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray sets aside for one engine. 0: the engine computes on the CPU."""
     engine_num_threads: int = Field(default=2, ge=1)
+    """Threads of one engine on the CPU."""
     engine_resources: dict[str, float] = {}
+    """Custom Ray resources of one engine, as named in cluster.yaml."""
     engine_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of an engine's weights and computation. The trainer's weights stay float32."""
     tensor_parallel_size: int = Field(default=1, ge=1)
+    """Number of GPUs over which an engine splits every layer. It must be 1 on CPUs."""
     kv_cache_memory_bytes: int = Field(default=64 * 2**20, ge=2**20)
-    """Memory of an engine's KV cache (CPU engines only)."""
+    """Bytes of an engine's key-value cache on the CPU. On a GPU, vLLM takes its usual share of the memory."""
     max_num_sequences: int = Field(default=128, ge=1)
+    """Largest number of completions that an engine samples at the same time; the others wait in it."""
     weight_transfer_backend: Literal["gloo", "nccl"] = "gloo"
+    """How new weights reach the engines. `gloo`: over the network or shared memory of CPUs. `nccl`: from GPU to GPU; it
+    needs engine_num_gpus and trainers.num_gpus_per_worker above 0."""
     checkpoint_every_steps: int = Field(default=10, ge=1)
+    """Steps between two committed training states. A stopped run resumes from the last one; the last step is always
+    committed."""
     num_sample_prompts: int = Field(default=4, ge=0)
     """Number of prompts whose completions are kept for the report at every checkpoint."""
 

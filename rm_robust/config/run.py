@@ -20,27 +20,42 @@ class EvaluationConfig(Section):
     max_prompts_per_scenario: int | None = Field(default=None, ge=1)
     """Prompts of a scenario that are evaluated: the first in the order of their ids. None: all."""
     max_tokens_per_batch: int = Field(default=8192, ge=64)
+    """Largest number of tokens (padding included) of one forward pass; a longer group has a pass of its own. It changes
+    memory and speed, not the scores."""
     num_cpus: float = Field(default=1, ge=0)
+    """CPUs that Ray sets aside for the evaluation."""
     num_gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray sets aside for the evaluation. 0: it computes on the CPU."""
     resources: dict[str, float] = {}
+    """Custom Ray resources of the evaluation, as named in cluster.yaml."""
 
 
 class ReplicaConfig(Section):
     """One served model: its replicas, and how much they compute at a time."""
 
     num_replicas: int = Field(default=1, ge=1)
-    """Replicas that are always up."""
+    """Number of replicas that are always up."""
     max_replicas: int | None = Field(default=None, ge=1)
-    """Largest number of replicas; more are started while batches queue. None: never more than `num_replicas`."""
+    """Largest number of replicas, at least `num_replicas`; more are started while batches queue. None: never more than
+    `num_replicas`."""
     upscale_delay_s: float = Field(default=10, ge=0)
+    """Seconds for which batches must queue before a replica is added (max_replicas only)."""
     downscale_delay_s: float = Field(default=300, ge=0)
+    """Seconds for which replicas must have too little to do before one is removed (max_replicas only)."""
     num_threads: int = Field(default=1, ge=1)
+    """Threads that torch uses on the CPU in one replica."""
     num_cpus: float = Field(default=0.5, ge=0)
+    """CPUs that Ray sets aside for one replica. They decide how many replicas a node takes, not how many threads
+    compute."""
     num_gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray sets aside for one replica. 0: it computes on the CPU."""
     resources: dict[str, float] = {}
+    """Custom Ray resources of one replica, as named in cluster.yaml."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights. Scores are always float32."""
     max_length_tokens: int = Field(default=256, ge=2)
-    """Tokens of prompt and completion together. Longer inputs are refused with 413."""
+    """Largest number of tokens of prompt and completion together. Longer inputs are refused with 413. RLOO's scorers
+    must take data.max_prompt_tokens + rloo.max_new_tokens + 1."""
     max_batch_tokens: int = Field(default=2048, ge=1)
     """Tokens of one forward pass. A longer input has a pass of its own. 2,048 keeps a small model's activations in a
     CPU's cache; GPUs need more."""
@@ -64,8 +79,11 @@ class ServeConfig(Section):
     """`embedded`: the world's own judge. Otherwise a committed reward-model checkpoint directory, or the http(s) URL of
     a scoring service, whose first model is asked with the key in RM_ROBUST_API_KEY."""
     proxy_replica: ReplicaConfig = ReplicaConfig()
+    """Replicas of the proxy, the reward model that RLOO maximises."""
     gold_replica: ReplicaConfig = ReplicaConfig()
+    """Replicas of the judge. They are not started where `gold` is a URL."""
     request_timeout_s: float = Field(default=60, gt=0)
+    """Seconds after which a request that has no scores counts as failed."""
 
     @property
     def gold_url(self) -> str | None:
@@ -77,10 +95,12 @@ class TrackingConfig(Section):
 
     wandb_project: str | None = None
     """Weights & Biases project. Account and server are those that wandb itself is configured with (WANDB_API_KEY,
-    WANDB_MODE=offline, …)."""
+    WANDB_MODE=offline, …). None: nothing is sent there."""
     mlflow_experiment: str | None = None
+    """MLflow experiment. None: nothing is sent to MLflow."""
     mlflow_uri: str | None = None
-    """MLflow tracking server. None: the one that mlflow itself is configured with (MLFLOW_TRACKING_URI)."""
+    """MLflow tracking server (with mlflow_experiment only). None: the one that mlflow itself is configured with
+    (MLFLOW_TRACKING_URI)."""
 
     @model_validator(mode="after")
     def _uri_has_an_experiment(self) -> Self:
@@ -93,16 +113,28 @@ class PipelineConfig(Section):
     """The config of a whole run. `name` is the name of its run directory."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run, and of its directory below runs/ where --run-dir names no other."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of everything random: the embedded world, the split of the prompts, first weights, order of batches,
+    sampling."""
     world: WorldConfig = WorldConfig()
+    """Data of a run that has none of its own."""
     data: DataConfig = DataConfig()
+    """What the stages train and test on."""
     model: ModelConfig = ModelConfig()
+    """What the stages start from."""
     sft: SftConfig = SftConfig()
+    """First training stage."""
     reward_model: RewardModelConfig = RewardModelConfig()
+    """Second training stage."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Test of the reward model."""
     serve: ServeConfig = ServeConfig()
+    """Scoring during RLOO."""
     rloo: RlooConfig = RlooConfig()
+    """Last training stage."""
     tracking: TrackingConfig = TrackingConfig()
+    """Metrics outside of the run directory."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -32,21 +32,27 @@ class WorkersConfig(Section):
     """What a group of workers asks of the cluster."""
 
     num_workers: int = Field(default=2, ge=1)
+    """Number of worker processes. They share each batch, which must have at least one row (or group) for each of
+    them."""
     min_workers: int | None = Field(default=None, ge=1)
-    """Fewest workers of elastic training. When nodes are lost, training continues from the last committed state as long
-    as this many workers have room, and grows again when nodes return; the batches stay the same. None: always
-    `num_workers`. DeepSpeed refuses this setting, because its state is cut for one number of workers."""
+    """Fewest workers of elastic training, at most `num_workers`. When nodes are lost, training continues from the last
+    committed state as long as this many workers have room, and grows again when nodes return; the batches stay the
+    same. None: always `num_workers`. DeepSpeed refuses this setting, because its state is cut for one number of
+    workers; so does RLOO, which replaces a lost trainer."""
     resize_every_s: float = Field(default=60, gt=0)
     """Seconds after which a group that is too small looks for room to grow again (elastic training only)."""
     num_cpus_per_worker: float = Field(default=1, ge=0)
+    """CPUs that Ray sets aside for one worker. They decide how many workers a node takes, not how many threads
+    compute."""
     num_gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs that Ray sets aside for one worker. 0: the worker computes on the CPU."""
     num_threads_per_worker: int = Field(default=1, ge=1)
     """Threads that torch uses on the CPU in one worker."""
     peak_flops_per_worker: float | None = Field(default=None, gt=0)
     """Floating-point operations a second of one worker's device at the precision in use (H100, bfloat16, dense:
     989e12). None: the utilisation is not computed."""
     resources_per_worker: dict[str, float] = {}
-    """Custom Ray resources, as named in cluster.yaml."""
+    """Custom Ray resources of one worker, as named in cluster.yaml."""
 
     @model_validator(mode="after")
     def _min_workers_fits(self) -> Self:
@@ -71,20 +77,25 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """The learning rate after warm-up. `linear` and `cosine` fall so that the step after the last would have zero."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises linearly to its peak."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of matrices, per step and multiplied by the learning rate. Norms and biases have none."""
     max_gradient_norm: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient of all weights together. A longer gradient is scaled down to it."""
     kind: Literal["adamw", "sgd"] = "adamw"
-    """`sgd` is for parity tests, because AdamW hides errors in the scale of gradients."""
+    """Rule of the update: AdamW, or plain gradient descent. `sgd` is for parity tests, because AdamW hides errors in
+    the scale of gradients."""
 
 
 class StrategyConfig(Section):
     """How parameters, gradients and optimiser state are distributed over the workers."""
 
     kind: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    """`ddp`: every worker holds all three. `fsdp2`: all three are sharded. `deepspeed`: ZeRO shards them by its
-    stage."""
+    """`ddp`: every worker holds parameters, gradients and optimiser state. `fsdp2`: all three are sharded. `deepspeed`:
+    ZeRO shards what zero_stage says."""
     zero_stage: Literal[1, 2, 3] = 2
-    """What DeepSpeed shards. 1: the optimiser state; 2: also the gradients; 3: also the parameters."""
+    """What DeepSpeed shards (kind = "deepspeed" only). 1: the optimiser state; 2: also the gradients; 3: also the
+    parameters."""
     cpu_offload: bool = False
     """Keep the shards of the optimiser state (fsdp2: also of parameters and gradients) in main memory; not with ddp."""
 
@@ -102,7 +113,7 @@ class ComputeConfig(Section):
     """How forward and backward passes are computed. Weights, optimiser state and score head are always float32."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: the decoder runs under torch's autocast."""
+    """Number format of the decoder's matrix products. `bfloat16`: the decoder runs under torch's autocast."""
     gradient_checkpointing: bool = False
     """Keep one activation of each decoder layer, and compute the others again in the backward pass. This takes less
     memory, and about a third more time."""

@@ -15,13 +15,21 @@ class ModelConfig(Section):
     """Hugging Face directory or hub name. None: the SFT stage makes a small Qwen2 and its byte-level BPE tokenizer from
     scratch."""
     vocab_size: int = Field(default=800, ge=300, le=200000)
-    """Tokens of the vocabulary. This setting and the next six are for a model from scratch only."""
+    """Number of tokens of the vocabulary that the tokenizer learns. This setting and the next six are for a model from
+    scratch only."""
     hidden_size: int = Field(default=128, ge=32)
+    """Width of the hidden states. It must be a multiple of 32 * num_heads (vLLM's kernels for CPUs)."""
     intermediate_size: int = Field(default=448, ge=32)
+    """Width inside each feed-forward block."""
     num_layers: int = Field(default=4, ge=1)
+    """Number of decoder layers."""
     num_heads: int = Field(default=4, ge=1)
+    """Number of attention heads. It must be a multiple of num_kv_heads."""
     num_kv_heads: int = Field(default=4, ge=1)
+    """Number of key-value heads, each shared by num_heads / num_kv_heads attention heads."""
     max_position_embeddings: int = Field(default=256, ge=32)
+    """Longest text that the model takes, in tokens. It must be at least data.max_prompt_tokens +
+    data.max_completion_tokens."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -44,10 +52,11 @@ class LoraConfig(Section):
     """
 
     rank: int = Field(default=16, ge=1)
+    """Rank of the two factors of an adapter. A higher one has more weights to train."""
     alpha: int = Field(default=32, ge=1)
     """The adapters are scaled by alpha / rank."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear layers that get adapters (q_proj, …)."""
+    """Names of the linear layers that get adapters (q_proj, …). `all-linear`: every linear layer of the decoder."""
 
 
 def _check_workers(section: str, batch_size: int, workers: WorkersConfig, strategy: StrategyConfig) -> None:
@@ -67,16 +76,25 @@ class SftConfig(Section):
     """Settings of supervised fine-tuning, which makes the policy before RLOO and the reward model's backbone."""
 
     enabled: bool = True
-    """False: model.path is fine-tuned already, and is used as it is."""
+    """Train this stage. False: model.path, which must then be set, is fine-tuned already and is used as it is."""
     batch_size: int = Field(default=64, ge=1)
-    """Examples per optimiser step, over all workers."""
+    """Number of demonstrations of an optimiser step, over all workers. It must be at least workers.num_workers."""
     num_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the demonstrations; a fraction is allowed. The number of steps is rounded up."""
     max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    """Largest number of tokens (padding included) of one forward and backward pass of a worker; a longer group has a
+    pass of its own. It changes memory and speed, not the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, schedule="cosine")
+    """How the fine-tuned model's weights are updated."""
     strategy: StrategyConfig = StrategyConfig()
+    """What each worker holds of the model."""
     compute: ComputeConfig = ComputeConfig()
+    """Number format and memory of the training."""
     workers: WorkersConfig = WorkersConfig()
+    """Workers of the fine-tuning."""
     checkpoint_every_steps: int = Field(default=100, ge=1)
+    """Steps between two committed training states. A stopped run resumes from the last one; the last step is always
+    committed."""
 
     @model_validator(mode="after")
     def _every_worker_has_a_row(self) -> Self:
@@ -104,15 +122,28 @@ class RewardModelConfig(Section):
     base_path: str | None = None
     """Language model to start from. None: the output of the SFT stage."""
     objective: Objective = Objective.BATCH_SUM_TO_ZERO
+    """What training minimises. `bt`: the Bradley-Terry loss. `margin`: Bradley-Terry with a margin that a pair must
+    reach, a constant or the data's `margin` column. `hinge`: the margin minus the score difference where that is
+    positive, else 0. `bt_norm`: Bradley-Terry on the score difference divided by the length of the vector (chosen,
+    rejected). `bt_dr`: Bradley-Terry, with further losses that push chosen scores above 0 and rejected scores below 0.
+    `centering`: Bradley-Terry, with a penalty on the mean square of chosen + rejected. `bsr`: Bradley-Terry, with a
+    penalty on the square of the mean of all scores. A setting that is changed and that the objective does not read is
+    refused."""
     preset: Literal["released_code"] | None = None
-    """`released_code`: BSR as the paper's code computes it, with bsr_scope = "micro" and bsr_scale = "pairs"; set
-    bsr_micro_pairs to that code's per-device batch."""
+    """`released_code` (objective = "bsr" only): BSR as the paper's code computes it, with bsr_scope = "micro" and
+    bsr_scale = "pairs"; set bsr_micro_pairs to that code's per-device batch. None: the two settings have their own
+    values."""
     bsr_coefficient: float = Field(default=1e-3, ge=0)
-    """lambda of paper Eq. 24."""
+    """Weight of BSR's penalty (objective = "bsr" only); lambda of paper Eq. 24."""
     bsr_scale: BsrScale = BsrScale.PAIRS
+    """Factor of BSR's penalty (objective = "bsr" only). `pairs`: bsr_coefficient times the number of pairs in scope, as
+    in the released code. `none`: bsr_coefficient alone, as the paper prints it."""
     bsr_scope: BsrScope = BsrScope.STEP
+    """Pairs over which BSR takes its mean (objective = "bsr" only). `step`: all pairs of the optimiser step. `micro`:
+    each block of bsr_micro_pairs pairs, as in the released code."""
     bsr_micro_pairs: int | None = Field(default=None, ge=1)
-    """Pairs of a block (bsr_scope = "micro" only). A worker's part of the batch must be a multiple of it."""
+    """Pairs of a block; it must be set with bsr_scope = "micro", and is refused otherwise. batch_size must be a
+    multiple of it times the number of workers."""
     margin: float | None = Field(default=None, ge=0)
     """Margin in score units. With objective = "margin", None takes each pair's own margin from the data's `margin`
     column. With objective = "hinge" it must be set, above 0."""
@@ -121,34 +152,46 @@ class RewardModelConfig(Section):
     norm_temperature: float = Field(default=1.0, gt=0)
     """Temperature of objective = "bt_norm", the only one that reads it."""
     centering_coefficient: float = Field(default=0.01, ge=0)
-    """TRL's center_rewards_coefficient (objective = "centering" only)."""
+    """Weight of the penalty of objective = "centering", the only one that reads it (TRL's
+    center_rewards_coefficient)."""
     bt_twin: bool = False
     """Train the paper's baseline too, so that the report can compare: Bradley-Terry from the same weights on the same
-    batches in the same order."""
+    batches in the same order. It is refused with objective = "bt", which is the baseline."""
     batch_size: int = Field(default=64, ge=1)
-    """Preference pairs per optimiser step, over all workers."""
+    """Number of preference pairs of an optimiser step, over all workers. It must be at least workers.num_workers."""
     num_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training pairs; a fraction is allowed. The number of steps is rounded up."""
     max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    """Largest number of tokens (padding included) of one forward and backward pass of a worker; a longer group has a
+    pass of its own. It changes memory and speed, not the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
+    """How the reward model's weights are updated."""
     strategy: StrategyConfig = StrategyConfig()
+    """What each worker holds of the reward model."""
     compute: ComputeConfig = ComputeConfig()
+    """Number format and memory of the training."""
     lora: LoraConfig | None = None
-    """None: every weight is trained."""
+    """Adapters that are trained in place of the decoder's weights. None: every weight is trained."""
     workers: WorkersConfig = WorkersConfig()
+    """Workers of the reward-model training."""
     evaluate_every_steps: int = Field(default=25, ge=1)
+    """Steps between two evaluations on evaluation_sets. There is always one after the last step."""
     evaluation_sets: tuple[Literal["in_domain", "prompt_disjoint", "response_disjoint", "mutual_disjoint"], ...] = (
         "in_domain",
     )
-    """Scenarios that are scored during training. Each logs <name>_accuracy over all pairs of its completions whose gold
-    scores differ."""
+    """Scenarios that are scored during training. Each logs `<name>_accuracy` over all pairs of its completions whose
+    gold scores differ."""
     num_evaluation_pairs: int = Field(default=256, ge=1)
     """Number of prompts of each scenario that are scored during training."""
     best_metric: str | None = None
-    """<name>_accuracy of an evaluation set. The state of its best evaluation is kept, and becomes the checkpoint. None:
-    the last step becomes the checkpoint."""
+    """`<name>_accuracy` of one of the evaluation_sets. The state of its best evaluation is kept, and becomes the
+    checkpoint. None: the last step becomes the checkpoint."""
     early_stopping_evaluations: int | None = Field(default=None, ge=1)
-    """Number of evaluations without a new best of best_metric after which training stops."""
+    """Number of evaluations without a new best of best_metric, which must be set, after which training stops. None:
+    training does not stop early."""
     checkpoint_every_steps: int = Field(default=25, ge=1)
+    """Steps between two committed training states. A stopped run resumes from the last one; the last step is always
+    committed."""
     num_kept_checkpoints: int = Field(default=1, ge=1)
     """Number of latest training states that are kept for resuming, beside the best one."""
 

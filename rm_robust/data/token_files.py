@@ -45,8 +45,7 @@ def read_token_groups(folder: Path) -> list[TokenisedGroup]:
     """
     if not folder.is_dir():
         raise DataError(
-            f"There are no tokenised rows at {folder}: run the stage that writes them "
-            "(pipelines/full_rlhf.py runs all)."
+            f"There are no tokenised rows at {folder}: run the stage that writes them (`rm-robust run` runs all)."
         )
     table = pads.dataset(str(folder), format="parquet").to_table()
     if not table.num_rows:

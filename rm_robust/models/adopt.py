@@ -9,38 +9,28 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from rm_robust.data.chat import ChatFormat
 from rm_robust.errors import CheckpointError, RmRobustError
+from rm_robust.models.adopt_arguments import add_arguments
 from rm_robust.models.architectures import known_architecture, load_packed_reward_model, visible_files
 from rm_robust.models.checkpoint import MANIFEST_NAME, Manifest, commit_checkpoint, read_json
 from rm_robust.runs.directory import require_lasting
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rm_robust.models.adopt",
-        description="Turn a reward model's Hugging Face directory into a checkpoint that can be served. "
-        "Needs as much memory as the model in bfloat16.",
-    )
-    parser.add_argument(
-        "source", type=Path, help="local directory: config.json, safetensors, tokenizer with its chat template"
-    )
-    parser.add_argument("target", type=Path, help="the checkpoint to write; must not exist")
-    parsed = parser.parse_args(arguments)
+def main(options: argparse.Namespace) -> int:
+    """Adopt the model that the options name, and return the exit status."""
     try:
-        require_lasting(parsed.target, f"TARGET {parsed.target}")
-        manifest = adopt(parsed.source, parsed.target)
+        require_lasting(options.target, f"TARGET {options.target}")
+        manifest = adopt(options.source, options.target)
     except RmRobustError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
-        f"{parsed.target} is a reward-model checkpoint: {manifest.content_sha256}, template {manifest.template_sha256}"
+        f"{options.target} is a reward-model checkpoint: {manifest.content_sha256}, template {manifest.template_sha256}"
     )
     return 0
 
@@ -100,4 +90,10 @@ def link_or_copy(path: Path, copy: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(
+        prog="python -m rm_robust.models.adopt",
+        description="Turn a reward model's Hugging Face directory into a checkpoint that can be served. "
+        "Needs as much memory as the model in bfloat16.",
+    )
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))

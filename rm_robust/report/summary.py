@@ -3,6 +3,7 @@
 It has the scenario table, the first and last proxy and gold scores, and where the report is.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
         "report": run_files.shown(report_path),
     }
     run_files.write_json(RunLayout(run_dir).summary, summary)
+    return summary
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Return what write_summary wrote."""
+    summary: dict[str, Any] = json.loads(RunLayout(run_dir).summary.read_text())
     return summary
 
 

@@ -1,4 +1,4 @@
-"""The config of `pipelines/generate_responses.py`: response models, their sampling, and the scorer of responses."""
+"""The config of `rm-robust generate-responses`: response models, their sampling, and the scorer of responses."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -23,15 +23,22 @@ class SamplingConfig(Section):
     """How each model samples one response to a prompt. The defaults are the paper's (GenerationArguments)."""
 
     temperature: float = Field(default=0.8, gt=0)
+    """Sampling temperature of every model that has none of its own. 1 is a model's own distribution."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Probability mass of the most likely tokens from which a token is sampled. 1: all tokens."""
     max_new_tokens: int = Field(default=512, ge=1)
+    """Largest number of tokens of a response; a longer one is cut, and counted. It must be less than
+    engines.max_model_len."""
 
 
 class EnginesConfig(Section):
     """The vLLM engines of one model. The models run one after the other."""
 
     num_engines: int = Field(default=1, ge=1)
+    """Number of engines of a model, each of which answers prompts of its own."""
     num_cpus_per_engine: float = Field(default=1, ge=0)
+    """CPUs that Ray sets aside for one engine. They decide how many engines a node takes, not how many threads
+    compute."""
     num_gpus_per_engine: int = Field(default=0, ge=0)
     """GPUs of one engine. 0 runs on the CPU. Several hold a part of every layer each (tensor parallelism)."""
     resources_per_engine: dict[str, float] = {}
@@ -39,6 +46,7 @@ class EnginesConfig(Section):
     num_threads: int = Field(default=1, ge=1)
     """Threads of one engine on the CPU."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of a model's weights and computation."""
     max_model_len: int = Field(default=2048, ge=16)
     """The most tokens of prompt and response together.
 
@@ -51,12 +59,12 @@ class EnginesConfig(Section):
 class LabelsConfig(Section):
     """The scorer whose raw scores become gold scores: a checkpoint or a served reward model.
 
-    pipelines/full_reward_model.py and `rm_robust.models.adopt` make checkpoints. The key of a service comes from the
+    `rm-robust run-reward-model` and `rm-robust adopt` make checkpoints. The key of a service comes from the
     environment, as for every client.
     """
 
     checkpoint: Path | None = None
-    """The directory of a reward-model checkpoint."""
+    """The directory of a reward-model checkpoint. Either checkpoint or url must be set, and not both."""
     url: str | None = None
     """The base URL of a scoring service."""
     model: str | None = None
@@ -75,7 +83,9 @@ class ResponsesConfig(Section):
     """A whole set of responses: prompts, models and labels."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the set of responses."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the sampling. A response depends on it, on its model and on its prompt, not on the other prompts."""
     prompts: list[str] = []
     """jsonl or parquet files, or folders of them, local or as URIs: rows with a prompt (text or messages).
 
@@ -92,8 +102,11 @@ class ResponsesConfig(Section):
     chunk_prompts: int = Field(default=256, ge=1)
     """The number of prompts whose responses are written together. A killed run does at most these again."""
     sampling: SamplingConfig = SamplingConfig()
+    """How responses are sampled."""
     engines: EnginesConfig = EnginesConfig()
+    """What a model computes on."""
     models: list[ResponseModel] = []
+    """Models that respond. Their names must differ."""
     labels: LabelsConfig | None = None
     """The scorer of the responses; None gives responses without gold scores."""
 

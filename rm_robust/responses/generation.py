@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from rm_robust.cluster.environment import cpu_environment
+from rm_robust.cluster.worker_server import runtime_env_of
 from rm_robust.errors import ConfigError
 from rm_robust.responses.config import EnginesConfig, ResponseModel, ResponsesConfig, SamplingConfig
 from rm_robust.responses.response_files import Prompt, Response, chunk_path, lines_of
@@ -57,7 +58,7 @@ def generate(model: ResponseModel, chunks: Sequence[Sequence[Prompt]], folder: P
         num_cpus=engines.num_cpus_per_engine,
         num_gpus=engines.num_gpus_per_engine,
         resources=engines.resources_per_engine,
-        runtime_env={"env_vars": cpu_environment(engines.num_threads)} if on_cpu else None,
+        runtime_env=runtime_env_of(cpu_environment(engines.num_threads)) if on_cpu else None,
     )
     with tqdm(desc=f"generate {model.name}", unit=" prompts", total=sum(map(len, chunks)), mininterval=2) as progress:
         progress.update(sum(map(len, chunks)) - sum(len(chunks[number]) for number in missing))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rm_robust.cluster.environment import cpu_environment
 from rm_robust.cluster.log_lines import environment_of
+from rm_robust.cluster.worker_server import runtime_env_of
 from rm_robust.config.run import PipelineConfig
 from rm_robust.errors import ClusterError
 from rm_robust.rloo.engine import RolloutEngine
@@ -37,20 +38,20 @@ class TrainersLostError(Exception):
 
 
 class RlooActors:
-    """Starts all actors, resumes the trainers, connects trainer rank 0 to the engines; kills every actor on exit."""
+    """Starts all actors, resumes the trainers, connects trainer rank 0 to the engines; kills every actor on exit.
+
+    The constructor begins to start the actors, and entering the context waits until they are up.
+    """
 
     def __init__(self, config: PipelineConfig, run_dir: Path) -> None:
         self.config, self.run_dir = config, run_dir
         self.engines: list[Any] = []
         self.trainers: list[Any] = []
+        self.num_steps_done = 0
+        """The number of steps that the trainers have resumed from; known inside the context."""
         try:
             self.engines = [_new_engine(config, run_dir, index) for index in range(config.rloo.num_engines)]
             self.trainers = [_new_trainer(config, run_dir, rank) for rank in range(config.rloo.trainers.num_workers)]
-            address, port = _started(self.trainers[0].rendezvous.remote())
-            steps_by_rank = _started([trainer.start.remote(address, port) for trainer in self.trainers])
-            assert len(set(steps_by_rank)) == 1, f"trainers resumed at different steps: {steps_by_rank}"
-            self.num_steps_done: int = steps_by_rank[0]
-            self._connect()
         except BaseException:
             self.kill()
             raise
@@ -154,6 +155,15 @@ class RlooActors:
         self.engines, self.trainers = [], []
 
     def __enter__(self) -> Self:
+        try:
+            address, port = _started(self.trainers[0].rendezvous.remote())
+            steps_by_rank = _started([trainer.start.remote(address, port) for trainer in self.trainers])
+            assert len(set(steps_by_rank)) == 1, f"trainers resumed at different steps: {steps_by_rank}"
+            self.num_steps_done = steps_by_rank[0]
+            self._connect()
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def __exit__(
@@ -191,10 +201,10 @@ def _new_engine(config: PipelineConfig, run_dir: Path, index: int) -> Any:
         "num_cpus": settings.engine_num_cpus,
         "num_gpus": settings.engine_num_gpus,
         "resources": settings.engine_resources,
-        "runtime_env": {
-            "env_vars": environment_of(config.name, "rloo", f"engine {index}")
+        "runtime_env": runtime_env_of(
+            environment_of(config.name, "rloo", f"engine {index}")
             | ({} if on_gpu else cpu_environment(settings.engine_num_threads))
-        },
+        ),
         "name": _actor_name(config, f"engine {index}"),
     }
     return (

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import ChatFormat
@@ -74,18 +73,30 @@ class Faults:
     steps_redone: int = 0
 
 
-def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scorer) -> dict[str, Any]:
+def run_rloo(
+    config: PipelineConfig,
+    run_dir: Path,
+    *,
+    proxy: Scorer,
+    gold: Scorer,
+    first_actors: RlooActors | None = None,
+    wait_for_scorers: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Train the policy, commit it as the policy checkpoint, and return what the stage reports about itself.
 
-    Training resumes from the last committed state. Ray must be up, and both scorers must answer. Lost engines and
-    trainers are replaced. Raises RolloutError when more than rloo.max_restarts of either are lost without a committed
-    step between them, and ClusterError when the nodes that they need do not come.
+    Training resumes from the last committed state. Ray must be up. Everything may start at the same time: a caller may
+    have begun to start the `first_actors`, and both scorers must answer only once `wait_for_scorers` has returned,
+    which is called when the actors are up. Lost engines and trainers are replaced. Raises what `wait_for_scorers`
+    raises, RolloutError when more than rloo.max_restarts of either are lost without a committed step between them, and
+    ClusterError when the nodes that they need do not come.
     """
     faults, resumed_from, num_restarts = Faults(), None, 0
+    next_actors = first_actors or RlooActors(config, run_dir)
     while True:
         controller = None
         try:
-            with RlooActors(config, run_dir) as actors, RewardSources(config.rloo, proxy=proxy, gold=gold) as rewards:
+            with next_actors as actors, RewardSources(config.rloo, proxy=proxy, gold=gold) as rewards:
+                wait_for_scorers()
                 resumed_from = actors.num_steps_done if resumed_from is None else resumed_from
                 controller = Controller(config, run_dir, actors, rewards, gold, faults)
                 return {"num_steps": controller.run(), "resumed_from_step": resumed_from, **vars(faults)}
@@ -100,6 +111,7 @@ def run_rloo(config: PipelineConfig, run_dir: Path, *, proxy: Scorer, gold: Scor
             faults.trainers_restarted += 1
             faults.steps_redone += 0 if controller is None else controller.version - controller.num_steps_committed
             logger.warning("%s Continuing from the last committed step.", error)
+            next_actors = RlooActors(config, run_dir)
 
 
 @dataclass(frozen=True)
@@ -167,13 +179,7 @@ class Controller:
             self.layout.run_dir, "rloo", resume_step=self.version, num_steps=self.settings.num_steps, sinks=sinks
         ) as writer:
             self.evaluation.sample_baseline(self.version)
-            for step in tqdm(
-                range(self.version, self.settings.num_steps),
-                desc="rloo",
-                initial=self.version,
-                total=self.settings.num_steps,
-                mininterval=5,
-            ):
+            for step in range(self.version, self.settings.num_steps):
                 if self.monitor.must_stop:
                     break
                 metrics = self.step(step)

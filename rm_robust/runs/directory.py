@@ -14,12 +14,13 @@ from rm_robust.config.run import PipelineConfig
 from rm_robust.config.shared import Section
 from rm_robust.errors import ConfigError
 from rm_robust.runs.storage.commits import write_json_atomic
-from rm_robust.runs.storage.copies import local_path, shown, uri_of
+from rm_robust.runs.storage.copies import LOG, local_path, shown, uri_of
 from rm_robust.runs.storage.generations import names_in, read_text
 from rm_robust.runs.storage.transfer import require_writable
 
 RUN_ROOT_VARIABLE = "RM_ROBUST_RUN_ROOT"
 RESOLVED_NAME = "config.resolved.json"
+LOGS_NAME = "logs"
 SEEN_WITHIN_S = 60.0
 """Seconds for which a node may remember that a name was not there (acdirmax of NFS)."""
 
@@ -86,14 +87,14 @@ def claim_run_dir(run_dir: Path, config: Section) -> None:
 def check_run_dir(run_dir: Path, config: Section) -> bool:
     """Return whether a run of this config has begun in the directory.
 
-    A directory that holds nothing but a config accepts another config: the earlier run was refused before it began. A
-    setting that an earlier version did not have is no difference while it has its default. Raises ConfigError when a
-    run of another config has begun there, or when nothing can be written.
+    A directory that holds nothing but a config and logs accepts another config: the earlier run was refused before it
+    began. A setting that an earlier version did not have is no difference while it has its default. Raises ConfigError
+    when a run of another config has begun there, or when nothing can be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         require_writable(run_dir)
-        names = {name for name in names_in(run_dir) if not name.startswith(".")}
+        names = {name for name in names_in(run_dir) if not name.startswith(".")} - {LOGS_NAME}
         if RESOLVED_NAME not in names or names == {RESOLVED_NAME}:
             return False
         earlier = json.loads(read_text(run_dir / RESOLVED_NAME))
@@ -108,6 +109,11 @@ def check_run_dir(run_dir: Path, config: Section) -> bool:
             "Give this config its own --run-dir, or remove that directory to start again."
         )
     return True
+
+
+def new_log(run_dir: Path) -> Path:
+    """Return the file for the log lines of the command that now begins; each command on the directory has its own."""
+    return run_dir / LOGS_NAME / f"{time.strftime('%Y%m%d-%H%M%S')}{LOG}"
 
 
 def require_shared(path: Path) -> None:

@@ -191,8 +191,7 @@ class RunLayout:
         path = self.stage_record(stage)
         if not path.exists():
             raise DataError(
-                f"Stage {stage!r} has not run in {self.run_dir}; run it first (pipelines/full_rlhf.py runs all in "
-                "order)."
+                f"Stage {stage!r} has not run in {self.run_dir}; run it first (`rm-robust run` runs all in order)."
             )
         result: dict[str, Any] = json.loads(path.read_text())
         return result

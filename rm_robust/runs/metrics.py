@@ -10,8 +10,10 @@ import contextlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -23,6 +25,7 @@ from rm_robust.runs.storage.transfer import put_file
 
 logger = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
+_LOGGED_STEP = re.compile(r"\w+ step (?P<step>\d+)/(?P<num_steps>\d+) (?P<fields>(\S+=\S+ ?)*)")
 MetricsLine = dict[str, str | int | float]
 """One line of `metrics.jsonl`: `stage`, `step` (from 1), `time` (Unix seconds) and "area/name" metrics."""
 
@@ -158,6 +161,25 @@ def log_step(
         value = f"{metrics[key]:.4g}" if key in metrics else "-"
         fields.append(f"{key.removeprefix(stage + '/')}={value}")
     logger.info("%s step %d/%d %s", stage, step, num_steps, " ".join(fields))
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """What a line of log_step says."""
+
+    step: int
+    num_steps: int
+    fields: dict[str, str]
+    """Values as they were logged, without those that were not measured."""
+
+
+def parse_logged_step(message: str) -> LoggedStep | None:
+    """Parse a message of log_step; None for any other message."""
+    match = _LOGGED_STEP.fullmatch(message)
+    if match is None:
+        return None
+    fields = dict(field.split("=", 1) for field in match["fields"].split() if not field.endswith("=-"))
+    return LoggedStep(int(match["step"]), int(match["num_steps"]), fields)
 
 
 def _check_metric(stage: str, step: int, key: str, value: int | float) -> None:

@@ -134,15 +134,16 @@ def _details(status: StageStatus) -> str:
     if status.step is not None:
         parts.append(f"step {status.step}" + (f" of {status.num_steps}" if status.num_steps else ""))
     if status.seconds is not None:
-        parts.append(f"{_duration(status.seconds)}")
+        parts.append(f"{duration(status.seconds)}")
     if status.seconds_since_last_step is not None:
-        parts.append(f"last step {_duration(status.seconds_since_last_step)} ago")
+        parts.append(f"last step {duration(status.seconds_since_last_step)} ago")
     if status.seconds_left is not None:
-        parts.append(f"about {_duration(status.seconds_left)} left")
+        parts.append(f"about {duration(status.seconds_left)} left")
     return ", ".join(parts + [f"{name.partition('/')[2]} {value:.4g}" for name, value in status.metrics.items()])
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 7 s, 3 min 20 s, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

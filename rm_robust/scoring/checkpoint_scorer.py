@@ -78,7 +78,8 @@ class _Worker:
     What is wrong with the checkpoint is then an error of that call, and not of an actor that died.
     """
 
-    def __init__(self, checkpoint_dir: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, checkpoint_dir: Path, settings: dict[str, Any], num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
         self._checkpoint_dir, self._settings = checkpoint_dir, settings
         self._scorer: CheckpointScorer | None = None
 
@@ -118,7 +119,7 @@ class ShardedScorer:
             max_task_retries=MAX_RESTARTS,
         )
         self._workers: list[ActorHandle[Any]] = [
-            worker.remote(checkpoint_dir.absolute(), settings) for _ in range(num_workers)
+            worker.remote(checkpoint_dir.absolute(), settings, max(1, int(num_cpus))) for _ in range(num_workers)
         ]
 
     def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,19 @@ INPUTS_AT_A_TIME = 512
 LINE_START = b'{"line": '
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m rm_robust.scoring`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rm_robust.scoring", description="Scores over HTTP. The key is taken from RM_ROBUST_API_KEY."
-    )
-    score = parser.add_subparsers(required=True).add_parser("score", help="score a jsonl file, or continue")
-    score.add_argument("data", type=Path, help='jsonl file of {"prompt": …, "completions": […]}')
-    score.add_argument("--url", required=True, help="where /v1/score is, e.g. http://127.0.0.1:8000")
-    score.add_argument("--out", type=Path, help="jsonl file to write (default: DATA with .scores.jsonl as its suffix)")
-    parsed = parser.parse_args(arguments)
-    out = parsed.out or parsed.data.with_suffix(".scores.jsonl")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("data", type=Path, help='jsonl file of {"prompt": …, "completions": […]}')
+    parser.add_argument("--url", required=True, help="where /v1/score is, e.g. http://127.0.0.1:8000")
+    parser.add_argument("--out", type=Path, help="jsonl file to write (default: DATA with .scores.jsonl as its suffix)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Score the file that the options name, and return the exit status."""
+    out = options.out or options.data.with_suffix(".scores.jsonl")
     try:
-        with RewardClient(parsed.url) as client:
-            num_scored = score_file(client, parsed.data, out)
+        with RewardClient(options.url) as client:
+            num_scored = score_file(client, options.data, out)
     except RmRobustError as error:
         print(f"error: {error}\nWhat is in {out} stays; the same command goes on from there.", file=sys.stderr)
         return 1
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on where {out} ends", file=sys.stderr)
         return 130
-    print(f"{num_scored} lines of {parsed.data} are scored in {out}")
+    print(f"{num_scored} lines of {options.data} are scored in {out}")
     return 0
 
 

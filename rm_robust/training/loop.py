@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from tqdm import tqdm
 
 from rm_robust.config.shared import OptimizerConfig
 from rm_robust.runs.metrics import MetricsSink, MetricsWriter, log_step, read_metrics
@@ -143,9 +142,6 @@ def run_loop(
         best.resume(run_dir, settings.stage, first_step)
     num_done = first_step
     is_saved_for_reclaim = False
-    bar = tqdm(
-        total=settings.num_steps, initial=first_step, desc=settings.stage, disable=engine.rank != 0, mininterval=5
-    )
     try:
         while num_done < settings.num_steps and not (best is not None and best.is_over):
             step = num_done
@@ -165,7 +161,6 @@ def run_loop(
             if writer is not None:
                 writer.write(step + 1, metrics)
                 log_step(logger, settings.stage, step + 1, settings.num_steps, metrics, settings.logged_keys)
-            bar.update()
             is_over = num_done == settings.num_steps or (best is not None and best.is_over)
             is_last_chance = not is_saved_for_reclaim and is_reclaimed()
             is_saved_for_reclaim |= is_last_chance
@@ -174,7 +169,6 @@ def run_loop(
                     writer.persist()
                 commit(num_done)
     finally:
-        bar.close()
         if writer is not None:
             writer.close()
     return num_done

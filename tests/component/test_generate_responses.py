@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import generate_responses as command
+from pipelines.command import main
 from rm_robust.data.preferences import read_named_responses
 from rm_robust.responses.response_files import chunk_path, read_responses
 from tests.support.local_serve import local_ray
@@ -49,8 +49,8 @@ models = [
 ]
 """)
     out = tmp_path / "out"
-    arguments = ["--config", str(tmp_path / "config.toml"), "--out", str(out)]
-    assert command.main("", arguments) == 0, capsys.readouterr().err
+    arguments = ["generate-responses", "--config", str(tmp_path / "config.toml"), "--out", str(out)]
+    assert main(arguments) == 0, capsys.readouterr().err
     manifest = json.loads((out / "manifest.json").read_text())
     paths = [chunk_path(out, model, number) for model in ("cool", "hot") for number in range(3)]
     responses = [response for path in paths for response in read_responses(path)]
@@ -79,9 +79,9 @@ models = [
     content = lost.read_bytes()
     kept_at = chunk_path(out, "cool", 1).stat().st_mtime_ns
     lost.unlink()
-    assert command.main("", arguments) == 0, capsys.readouterr().err
+    assert main(arguments) == 0, capsys.readouterr().err
     assert lost.read_bytes() == content, "a prompt's response depends on its own seed alone"
     assert chunk_path(out, "cool", 1).stat().st_mtime_ns == kept_at
 
-    assert command.main("", [*arguments, "--set", "seed=1"]) == 2
+    assert main([*arguments, "--set", "seed=1"]) == 2
     assert "seed" in capsys.readouterr().err

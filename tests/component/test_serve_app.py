@@ -15,7 +15,7 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from pipelines import evaluate_reward_model as command
+from pipelines.command import main
 from rm_robust.data.records import Message
 from rm_robust.data.world.corpus import distinct_prompts
 from rm_robust.data.world.gold_judge import gold_score
@@ -443,9 +443,9 @@ def test_a_checkpoint_its_workers_and_its_endpoint_get_the_same_report(
         "workers": [*checkpoint, "--workers=2", "--cpus-per-worker=0.25"],
         "endpoint": ["--url", services.proxy],
     }.items():
-        status = command.evaluate_suite(
-            "",
+        status = main(
             [
+                "evaluate",
                 *source,
                 "--suite=preferences",
                 f"--data={data}",

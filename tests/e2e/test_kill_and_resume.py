@@ -74,7 +74,9 @@ STAGES = {
         "checkpoints/reward_model/model.safetensors",
     ),
     "evaluation": Killed(
-        "evaluate_reward_model.py", lambda _, running: "evaluate in_domain" in running.output(), "evaluation.json"
+        "evaluate_reward_model.py",
+        lambda run_dir, _: "evaluate in_domain" in "".join(log.read_text() for log in run_dir.glob("logs/*.log")),
+        "evaluation.json",
     ),
     "rloo": Killed(
         "train_policy.py",
@@ -101,7 +103,7 @@ WRITTEN = {
 
 def copy_as_before(stage: str, smoke_run: SmokeRun, run_dir: Path) -> None:
     """Copy the smoke run's directory to `run_dir`, as it was when `stage` began."""
-    shutil.copytree(smoke_run.run_dir, run_dir)
+    shutil.copytree(smoke_run.run_dir, run_dir, ignore=shutil.ignore_patterns("logs"))
     undone = list(STAGES)[list(STAGES).index(stage) :]
     for name in undone:
         for written in (f"stages/{name}.json", *WRITTEN[name]):

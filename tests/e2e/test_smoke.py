@@ -22,6 +22,9 @@ LOGPROB_TOLERANCE = 1e-3
 SCORE_TOLERANCE = 1e-4
 
 
+MAX_TERMINAL_LINES = 80
+
+
 def metric_lines(run_dir: Path, stage: str) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["stage"] == stage]
@@ -52,13 +55,15 @@ def test_the_dashboard_asks_for_metrics_that_a_run_has(smoke_run: SmokeRun) -> N
 def test_the_run_ends_well_and_says_so_on_the_terminal(smoke_run: SmokeRun) -> None:
     assert smoke_run.exit_status == 0, smoke_run.output[-4000:]
     assert "Traceback" not in smoke_run.output
+    (log,) = [path.read_text() for path in (smoke_run.run_dir / "logs").iterdir()]
     for log_prefix in (
         "[smoke sft rank 0]",
         "[smoke reward_model rank 0]",
         "[smoke/bt_twin reward_model rank 0]",
         "[smoke rloo]",
     ):
-        assert f" INFO {log_prefix} rm_robust." in smoke_run.output
+        assert f" INFO {log_prefix} rm_robust." in log
+    assert len(smoke_run.output.splitlines()) <= MAX_TERMINAL_LINES, smoke_run.output
     table = final_table(smoke_run.output)
     for expected in (
         *SCENARIOS,
@@ -204,7 +209,7 @@ def test_the_same_command_again_skips_every_stage_and_prints_the_same_table(
     metrics = (smoke_run.run_dir / "metrics.jsonl").read_bytes()
     again = launcher.pipeline("full_rlhf.py", "--config", SMOKE_CONFIG, "--run-dir", str(smoke_run.run_dir), WITH_TWIN)
     assert again.wait() == 0, again.output()
-    assert again.output().count("already committed, skipped") == 7  # two of them the twin's
+    assert again.output().count("already committed, skipped") == 8  # two of them the twin's
     assert final_table(again.output()) == final_table(smoke_run.output)
     assert (smoke_run.run_dir / "metrics.jsonl").read_bytes() == metrics
     assert not list(launcher.ray_dir.iterdir()), "Ray was started although there was nothing to do"

@@ -251,7 +251,9 @@ def without(group: Fields, *names: str) -> Fields:
 
 
 def check_versions(manifests: Manifests) -> None:
-    (version,) = [entry.split("==")[1] for entry in PROJECT["dependencies"] if entry.startswith("ray[")]
+    (version,) = [
+        entry.split("==")[1] for entry in PROJECT["optional-dependencies"]["pipeline"] if entry.startswith("ray[")
+    ]
     for ray_spec in manifests.ray_specs():
         assert ray_spec["rayVersion"] == version
         for pod in pod_specs(ray_spec):

@@ -1,12 +1,14 @@
-"""Check that whatever README and docs name exists, that lines are short, and that README is one page."""
+"""Check that what README and docs name exists, that their commands parse, and that README is one page."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from pipelines.command import BY_NAME, command_for, parsed
 from rm_robust.config.run import PipelineConfig
 from serve.settings import ServiceSettings
 from tests.unit.test_layers import LAYERS
@@ -16,7 +18,9 @@ PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPO
 IDS = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 MOST_README_LINES = 150
 MOST_COLUMNS = 110
-FOLDERS = "cluster.yaml|deploy|docs|pipelines|requirements|research|rm_robust|serve|tests"
+COMMAND_WITHIN_LINES = 20
+"""A page of docs/ begins with the command that does what the page is about."""
+FOLDERS = "cluster.yaml|deploy|docs|examples|pipelines|requirements|research|rm_robust|serve|tests"
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
@@ -64,6 +68,56 @@ def test_every_module_that_a_command_runs_exists(page: Path) -> None:
         module
         for module, path in files.items()
         if not (path / "__main__.py").exists() and not path.with_suffix(".py").exists()
+    ] == []
+
+
+def arguments_of(line: str) -> list[str]:
+    """Return what follows `rm-robust` on a line of a shell, up to a comment, a redirection or another command."""
+    words = shlex.split(line.partition("rm-robust ")[2], comments=True)
+    ends = [index for index, word in enumerate(words) if word in (">", "|", "&", "&&")]
+    return words[: min(ends, default=len(words))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_command_of_rm_robust_in_a_block_parses(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in code_blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        if not re.match(r" *(\w+=\S+ )*rm-robust ", line):
+            continue
+        name, *arguments = arguments_of(line)
+        assert name in BY_NAME, line
+        try:
+            parsed(command_for(name, arguments), arguments)
+        except SystemExit:
+            pytest.fail(f"{line}\n{capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_command_and_option_of_rm_robust_in_the_prose_exists(
+    page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sentence may name a command without the options that it needs, so nothing is parsed here."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall("`([^`]+)`", prose):
+        if not code.startswith("rm-robust "):
+            continue
+        name, *arguments = arguments_of(" ".join(code.split()))
+        if name in ("…", "--help", "--version"):
+            continue
+        assert name in BY_NAME, code
+        with pytest.raises(SystemExit):
+            parsed(command_for(name, arguments), ["--help"])
+        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= known, code
+
+
+def test_every_page_of_docs_begins_with_a_command() -> None:
+    pages = [page for page in PAGES if REPOSITORY / "docs" in page.parents]
+    assert pages
+    assert [
+        str(page.relative_to(REPOSITORY))
+        for page in pages
+        if "```" not in page.read_text().splitlines()[:COMMAND_WITHIN_LINES]
     ] == []
 
 

@@ -29,6 +29,9 @@ SCHEMES = ("s3", "gs", "abfs")
 CACHE_VARIABLE = "RM_ROBUST_CACHE"
 LOCK = ".lock"
 """The ending of the lock file beside a copy."""
+LOG = ".log"
+"""The ending of a file of log lines, which the process that writes it puts into the store when it ends; nobody pulls
+it."""
 PARTIAL = ".partial"
 """A hidden file or folder beside a copy that is not complete has this in its name."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from rm_robust.errors import CheckpointError
-from rm_robust.runs.storage.copies import LOCK, PARTIAL, generation_mark, locked, object_of, reached, uri_of
+from rm_robust.runs.storage.copies import LOCK, LOG, PARTIAL, generation_mark, locked, object_of, reached, uri_of
 from rm_robust.runs.storage.generations import (
     GENERATION,
     UNCOMMITTED,
@@ -90,7 +90,7 @@ def forget_uncommitted(run_dir: Path) -> None:
         folders = committed_folders(run_dir, files)
         kept = {run_dir / key for key in files if is_a_file(key)} | {generation_mark(folder) for folder in folders}
         for path in sorted(run_dir.rglob("*"), reverse=True):  # files before their folders
-            if is_in_a_folder(path, folders) or path.name.endswith(LOCK):
+            if is_in_a_folder(path, folders) or path.name.endswith((LOCK, LOG)):
                 continue
             if path.is_dir():
                 with contextlib.suppress(OSError):  # it is not empty
@@ -146,10 +146,10 @@ def _download_generation(folder: Path, commit: Commit) -> Path:
 
 
 def _fetch_files(path: Path, files: Mapping[str, pafs.FileInfo]) -> None:
-    """Download the files that are in no committed folder."""
+    """Download the files that are in no committed folder, but for log lines."""
     filesystem, _ = object_of(path)
     for key, info in files.items():
-        if is_a_file(key):
+        if is_a_file(key) and not key.endswith(LOG):
             _fetch_file(filesystem, info, path / key)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.driver import parse_run
+from pipelines.command import BY_NAME, parsed
+from pipelines.driver import run_of
 from rm_robust.config.loading import load_config
 from rm_robust.errors import ConfigError
 from rm_robust.runs import directory as run_directory
@@ -65,7 +66,14 @@ def test_the_last_of_two_overrides_wins(config_path: Path) -> None:
     [
         ("rloo.num_steps", ["--set 'rloo.num_steps'", "dotted.name=value"]),
         ("=3", ["--set '=3'"]),
-        ("rloo.typo=3", ["rloo.typo", "3", "check the spelling"]),
+        ("rloo.xyz=3", ["rloo.xyz: unknown key (value 3)", "spelling. `rm-robust settings rloo` lists the settings"]),
+        (
+            "rloo.num_stepz=3",
+            ["rloo.num_stepz: unknown key", "The nearest is rloo.num_steps. `rm-robust settings rloo`"],
+        ),
+        ("rlo.num_steps=3", ["rlo: unknown key", "The nearest is rloo. `rm-robust settings` lists"]),
+        ("num_engines=3", ["num_engines: unknown key", "rloo.num_engines"]),
+        ('data.train=[{path="a", wieght=2}]', ["data.train.0.wieght: unknown key", "data.train.weight"]),
         ("rloo.num_steps=many", ["rloo.num_steps", "'many'", "valid integer"]),
         ("rloo.num_steps=0", ["rloo.num_steps", "0", "greater than or equal to 1"]),
         ("rloo.num_steps.deep=1", ["rloo.num_steps.deep=1", "num_steps is a value, not a section"]),
@@ -131,20 +139,21 @@ def test_the_job_variable_is_the_one_that_rays_job_supervisor_sets() -> None:
 
 def test_parsing_a_command_line_does_not_claim_the_run_directory(config_path: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "mine"
-    run = parse_run("", config_path, ["--run-dir", str(run_dir)])
+    arguments = ["--config", str(config_path), "--run-dir", str(run_dir)]
+    run = run_of(parsed(BY_NAME["run"], arguments))
     assert (run.run_dir, run.config.rloo.num_steps) == (run_dir, 7)
     assert list(run_dir.iterdir()) == []
     claim_run_dir(run_dir, run.config)
     resolved = json.loads((run_dir / RESOLVED_NAME).read_text())
     assert (resolved["rloo"]["num_steps"], resolved["rloo"]["trainers"]["num_workers"]) == (7, 1)
     assert [path.name for path in run_dir.iterdir()] == [RESOLVED_NAME]
-    parse_run("", config_path, ["--run-dir", str(run_dir), "--set", "rloo.num_steps=8"])
+    run_of(parsed(BY_NAME["run"], [*arguments, "--set", "rloo.num_steps=8"]))
     assert json.loads((run_dir / RESOLVED_NAME).read_text()) == resolved, (
         "a job that is refused later must not replace the config of another job"
     )
     (run_dir / "world").mkdir()
     with pytest.raises(ConfigError, match=r"rloo.num_steps: 7 there, 8 now"):
-        parse_run("", config_path, ["--run-dir", str(run_dir), "--set", "rloo.num_steps=8"])
+        run_of(parsed(BY_NAME["run"], [*arguments, "--set", "rloo.num_steps=8"]))
 
 
 def test_a_changed_config_is_refused_with_every_change_and_both_values(config_path: Path, tmp_path: Path) -> None:

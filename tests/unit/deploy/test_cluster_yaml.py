@@ -387,8 +387,8 @@ def test_everything_that_is_mounted_exists_and_the_whole_repository_is_not() -> 
 
 
 def test_the_file_names_the_ray_version_that_the_package_pins() -> None:
-    dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
-    (version,) = [entry.split("==")[1] for entry in dependencies if entry.startswith("ray[")]
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (version,) = [entry.split("==")[1] for entry in extras["pipeline"] if entry.startswith("ray[")]
     text = (REPOSITORY / "cluster.yaml").read_text()
     assert f"rayproject/ray:{version}-py311-gpu" in text
     assert f"Ray {version.rsplit('.', 1)[0]}" in text

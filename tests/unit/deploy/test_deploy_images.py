@@ -112,7 +112,10 @@ def test_docker_sees_no_more_than_an_image_needs() -> None:
 @pytest.mark.parametrize(("lock", "extra"), [("cpu.lock", "cpu"), ("gpu.lock", "gpu")])
 def test_a_lock_has_a_version_that_pyproject_allows_for_everything_it_asks_for(lock: str, extra: str) -> None:
     pinned = dict(line.split("==") for line in (REPOSITORY / "requirements" / lock).read_text().splitlines())
-    asked = [Requirement(entry) for entry in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra])]
+    extras = PROJECT["optional-dependencies"]
+    itself, *others = extras[extra]
+    assert itself == "rm-robust[pipeline]"
+    asked = [Requirement(entry) for entry in (*PROJECT["dependencies"], *extras["pipeline"], *others)]
     assert [
         str(requirement)
         for requirement in asked

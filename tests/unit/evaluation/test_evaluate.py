@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines import evaluate_reward_model as command
+from pipelines import evaluate_suite as command
+from pipelines.command import main
 from rm_robust.data.chat import ChatFormat
 from rm_robust.errors import ConfigError, DataError, RefusedInputError, ScorerUnavailableError, ScoringError
 from rm_robust.evaluation import evaluate as evaluate_module
@@ -318,7 +319,7 @@ def test_mistakes_get_one_message_before_anything_is_scored(
     options = [
         functools.reduce(lambda text, name: text.replace(name, str(names[name])), names, option) for option in options
     ]
-    assert command.evaluate_suite("", [*options, "--suite=preferences", f"--out={data.parent / 'out'}"]) == 2
+    assert main(["evaluate", *options, "--suite=preferences", f"--out={data.parent / 'out'}"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -328,10 +329,7 @@ def test_inside_a_ray_job_a_relative_out_is_refused(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert (
-        command.evaluate_suite("", ["--url=http://127.0.0.1:9", f"--data={data}", "--suite=preferences", "--out=out"])
-        == 2
-    )
+    assert main(["evaluate", "--url=http://127.0.0.1:9", f"--data={data}", "--suite=preferences", "--out=out"]) == 2
     assert (
         "--out out is relative, and a Ray job's working directory is an unpacked copy that vanishes with the job"
         in capsys.readouterr().err

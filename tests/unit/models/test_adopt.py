@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.command import main
 from rm_robust.config.training import LoraConfig
 from rm_robust.data.records import TokenGroup
 from rm_robust.errors import ChatTemplateError, CheckpointError, RmRobustError
-from rm_robust.models.adopt import adopt, main
+from rm_robust.models.adopt import adopt
 from rm_robust.models.checkpoint import MANIFEST_NAME, verify_checkpoint
 from rm_robust.models.lora import add_adapters
 from rm_robust.models.scorer import RewardScorer
@@ -96,12 +97,12 @@ def test_a_folder_of_the_hubs_cache_is_adopted_without_its_links_and_hidden_file
 
 def test_the_command_prints_the_identity_that_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = save_tiny_armorm(tmp_path / "source"), tmp_path / "target"
-    assert main([str(source), str(target)]) == 0
+    assert main(["adopt", str(source), str(target)]) == 0
     assert (
         RewardScorer.load(target, device="cpu", dtype="float32", max_length_tokens=64).checkpoint_id
         in capsys.readouterr().out
     )
-    assert main([str(source), str(target)]) == 1
+    assert main(["adopt", str(source), str(target)]) == 1
     assert f"error: {target} exists already" in capsys.readouterr().err
 
 
@@ -110,7 +111,7 @@ def test_inside_a_ray_job_a_relative_target_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert main([str(save_tiny_armorm(tmp_path / "source")), "target"]) == 1
+    assert main(["adopt", str(save_tiny_armorm(tmp_path / "source")), "target"]) == 1
     assert "TARGET target is relative" in capsys.readouterr().err
     assert not (tmp_path / "target").exists()
 

@@ -9,7 +9,8 @@ from ray import cloudpickle
 from ray.exceptions import NodeDiedError, RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from pipelines.driver import exit_code_of, parse_run, stages_ahead
+from pipelines.command import BY_NAME, parsed
+from pipelines.driver import exit_code_of, run_of, stages_ahead
 from pipelines.stages import ALL_STAGES, REWARD_MODEL_STAGES, Stage
 from rm_robust.config.loading import load_config
 from rm_robust.errors import DataError, StorageError
@@ -120,10 +121,10 @@ def test_a_defect_is_raised_whole() -> None:
 
 def test_a_judge_may_be_served_elsewhere_and_its_address_may_hold_no_password(tmp_path: Path) -> None:
     arguments = ["--config", str(SMOKE), "--run-dir", str(tmp_path / "run"), "--set"]
-    run = parse_run("", SMOKE, [*arguments, 'serve.gold="http://127.0.0.1:8000/gold"'])
+    run = run_of(parsed(BY_NAME["run"], [*arguments, 'serve.gold="http://127.0.0.1:8000/gold"']))
     assert run.config.serve.gold_url == "http://127.0.0.1:8000/gold"
     for address in ("http://me:secret@127.0.0.1:8000", "s3://me:secret@bucket/runs/gold"):
         with pytest.raises(DataError, match="holds a password, which would be written"):
-            parse_run("", SMOKE, [*arguments, f'serve.gold="{address}"'])
+            run_of(parsed(BY_NAME["run"], [*arguments, f'serve.gold="{address}"']))
     with pytest.raises(DataError, match="hdfs://host/gold cannot hold a run"):
-        parse_run("", SMOKE, [*arguments, 'serve.gold="hdfs://host/gold"'])
+        run_of(parsed(BY_NAME["run"], [*arguments, 'serve.gold="hdfs://host/gold"']))

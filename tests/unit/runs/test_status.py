@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import status as status_command
+from pipelines.command import main
 from rm_robust.config.loading import load_config
 from rm_robust.errors import DataError
 from rm_robust.runs.directory import claim_run_dir
@@ -119,9 +119,9 @@ def test_a_folder_of_runs_shows_the_latest_first_and_one_without_any_is_refused(
     claim_run_dir(other, load_config(SMOKE, ["name=other"]))
     write_metrics(run_dir, [])
     assert set(runs_in(tmp_path / "runs")) == {run_dir, other}
-    assert status_command.main("", ["--json", str(tmp_path / "runs")]) == 0
+    assert main(["status", "--json", str(tmp_path / "runs")]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {str(run_dir), str(other)}
     with pytest.raises(DataError, match="There is no run in"):
         runs_in(run_dir / "stages")
-    assert status_command.main("", [str(run_dir / "stages")]) == 2
+    assert main(["status", str(run_dir / "stages")]) == 2
     assert "There is no run in" in capsys.readouterr().err

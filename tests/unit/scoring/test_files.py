@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.command import main
 from rm_robust.scoring import files as score_files
-from rm_robust.scoring.files import main
 from tests.unit.scoring.test_client import CHECKPOINT_A, CHECKPOINT_B, Answer, refused, right_scores, scored, serving
 
 NUM_LINES = 30

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from starlette.types import Scope
 
+from pipelines.command import main
 from rm_robust.errors import ConfigError
 from serve.__main__ import curl_example, keys_from
 from serve.http.middleware import Guard, RateLimit, matching_key
-from serve.keys import KEYS_VARIABLE, ApiKey, main, new_key, parse_keys, read_keys
+from serve.keys import KEYS_VARIABLE, ApiKey, new_key, parse_keys, read_keys
 from serve.settings import ModelSettings, ServiceSettings
 
 ALICE, ALICE_ENTRY = new_key("alice")
@@ -140,7 +141,7 @@ def test_one_keys_limit_is_not_anothers() -> None:
 
 
 def test_a_new_key_is_printed_once_with_a_line_that_accepts_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["alice"]) == 0
+    assert main(["keys", "alice"]) == 0
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
     (key,) = [line for line in printed if line.startswith("rmk_")]
     (line,) = [line for line in printed if line.startswith("alice = ")]
@@ -151,7 +152,7 @@ def test_a_new_key_is_printed_once_with_a_line_that_accepts_it(capsys: pytest.Ca
 
 def test_a_name_that_the_file_cannot_hold_gets_no_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["a b"])
+        main(["keys", "a b"])
     assert "rmk_" not in capsys.readouterr().out
 
 

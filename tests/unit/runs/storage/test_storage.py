@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import status as status_command
+from pipelines.command import main as rm_robust
 from rm_robust.config.run import PipelineConfig
 from rm_robust.errors import CheckpointError, ConfigError, DataError, StorageError
 from rm_robust.models.checkpoint import commit_checkpoint, verify_checkpoint
@@ -445,7 +445,7 @@ def test_who_only_looks_leaves_the_copies_of_a_run_alone(
         writer.write(1, {"sft/loss": 1.0})
         writer.persist()
         writer.write(2, {"sft/loss": 0.5})
-        assert status_command.main("", [RUN]) == 0
+        assert rm_robust(["status", RUN]) == 0
         assert "step 1 of 3" in capsys.readouterr().out
         with copies_of_ones_own():
             assert local_path(RUN) != run_dir

@@ -1,0 +1,168 @@
+"""The terminal shows a line for each stage and every warning; the log has every line of every process."""
+
+import importlib
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rm_robust.cluster import log_lines, terminal, worker_lines
+from rm_robust.cluster.log_lines import LogLine, TextLines, line_of, lines_are_of, parse_text_line
+from rm_robust.cluster.terminal import BEGINS, Terminal, log_stage
+from rm_robust.errors import ConfigError
+from rm_robust.runs.metrics import log_step
+
+logger = logging.getLogger("rm_robust.some_module")
+
+
+class Watched(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _own_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(log_lines, "_about", {})
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
+
+
+def step_of_a_worker(stage: str, step: int) -> str:
+    """Return the line that a worker logs after a step."""
+    records: list[logging.LogRecord] = []
+    worker = logging.Logger("rm_robust.training.loop")
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    worker.addHandler(handler)
+    log_step(worker, stage, step, 9, {f"{stage}/loss": 1 / step}, [f"{stage}/loss", f"{stage}/eval_loss"])
+    return TextLines().format(records[0])
+
+
+def test_a_text_line_is_parsed_to_what_it_was_made_of() -> None:
+    lines_are_of("mine/bt_twin", "reward_model", "rank 1")
+    record = logging.makeLogRecord(
+        {"name": "rm_robust.x", "levelno": logging.WARNING, "levelname": "WARNING", "msg": "a [b] c: %d", "args": (3,)}
+    )
+    parsed = parse_text_line(TextLines().format(record))
+    assert parsed == LogLine(logging.WARNING, "mine/bt_twin", "reward_model", "rm_robust.x", "a [b] c: 3")
+    assert parsed == line_of(record)
+    assert parse_text_line("WARNING 12-01 02:07:40 [vllm.py:12] not ours") is None
+
+
+def test_where_nobody_watches_a_stage_prints_its_line_now_and_then_and_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock_s = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock_s[0])
+    shown = io.StringIO()
+    with Terminal(is_verbose=False, stream=shown) as screen:
+        logger.info("before the log has a place")
+        screen.log_to(tmp_path / "logs" / "run.log")
+        lines_are_of("mine", "sft")
+        log_stage("sft", BEGINS)
+        for step in range(1, 9):
+            screen.take_worker_line("(RayTrainWorker pid=7) ", step_of_a_worker("sft", step))
+            screen.draw()
+            clock_s[0] += 4
+        screen.take_worker_line("(Engine pid=8) ", "a banner of vLLM")
+        log_stage("sft", "done in 32 s")
+        log_stage("preferences", "already committed, skipped")
+    assert shown.getvalue().splitlines() == [
+        f"every log line goes to {tmp_path}/logs/run.log",
+        "sft                    step 5 of 9, about 16 s left, loss 0.2",
+        "sft                    done in 32 s, loss 0.125",
+        "stage preferences: already committed, skipped",
+    ]
+    log = (tmp_path / "logs" / "run.log").read_text()
+    assert log.index("before the log has a place") < log.index("(RayTrainWorker pid=7) ") < log.index("vLLM")
+    assert log.count("sft step") == 8
+
+
+def test_a_warning_of_any_process_is_shown_once_and_repeats_are_counted(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    record = logging.makeLogRecord({"name": "rm_robust.x", "levelname": "ERROR", "msg": "an engine is lost"})
+    with Terminal(is_verbose=False, stream=shown) as screen:
+        screen.log_to(tmp_path / "run.log")
+        for _ in range(3):
+            screen.take_worker_line("(Engine pid=8) ", TextLines().format(record))
+        logger.warning("the disk is nearly full")
+        logger.info("nobody needs this")
+    assert shown.getvalue().splitlines()[1:] == [
+        "error: an engine is lost",
+        "warning: the disk is nearly full",
+        f"2 repeated warnings are in {tmp_path}/run.log",
+    ]
+
+
+@pytest.mark.parametrize("library", ["ray", "ray.data", "ray.serve"])
+def test_what_ray_logs_here_goes_to_the_log_and_its_warnings_to_the_terminal(
+    library: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module(library)  # this sets up its printing
+    log = logging.getLogger(library).getChild("some_module")
+    with Terminal(is_verbose=False) as screen:
+        screen.log_to(tmp_path / "run.log")
+        log.warning("no CPU is free")
+        log.info("a detail")
+    assert capfd.readouterr().err.splitlines()[1:] == ["warning: no CPU is free"]
+    assert "a detail" in (tmp_path / "run.log").read_text()
+
+
+def test_verbose_prints_every_line(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    with Terminal(is_verbose=True, stream=shown) as screen:
+        screen.log_to(tmp_path / "run.log")
+        logger.info("a detail")
+        screen.take_worker_line("(Engine pid=8) ", "a banner")
+    assert "a detail" in shown.getvalue()
+    assert shown.getvalue() == (tmp_path / "run.log").read_text()
+    assert "(Engine pid=8) a banner\n" in shown.getvalue()
+
+
+def test_json_lines_are_all_printed_and_an_unknown_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setenv(log_lines.FORMAT_VARIABLE, "json")
+    with Terminal(is_verbose=False, stream=shown):
+        logger.info("a detail")
+    assert '"message": "a detail"' in shown.getvalue()
+    monkeypatch.setenv(log_lines.FORMAT_VARIABLE, "yaml")
+    with pytest.raises(ConfigError, match="RM_ROBUST_LOG_FORMAT = 'yaml'"):
+        Terminal(is_verbose=False)
+
+
+def test_a_bar_is_drawn_in_place_for_a_person_and_gone_when_the_stage_is_done(tmp_path: Path) -> None:
+    shown = Watched()
+    with Terminal(is_verbose=False, stream=shown) as screen:
+        screen.log_to(tmp_path / "run.log")
+        lines_are_of("mine/bt_twin", "reward_model")
+        log_stage("reward_model", BEGINS)
+        screen.take_worker_line("", f"{step_of_a_worker('reward_model', 3)}")
+        screen.draw()
+        assert "\n" not in shown.getvalue().partition("run.log\n")[2]
+        log_stage("reward_model", "done in 7 s")
+    drawn, _, last = shown.getvalue().rpartition("\r")
+    assert last == "bt_twin/reward_model   done in 7 s, loss 0.3333\n"
+    assert "bt_twin/reward_model" in drawn
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_does_not_end_the_run(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    (tmp_path / "logs").write_text("a file is in the way")
+    with Terminal(is_verbose=False, stream=shown) as screen:
+        screen.log_to(tmp_path / "logs" / "run.log")
+        logger.info("one")
+        logger.info("two")
+    assert shown.getvalue().count("from here on, log lines are lost") == 1
+
+
+def test_after_the_run_logging_and_rays_printing_are_as_before() -> None:
+    before = logging.getLogger().handlers[:]
+    with Terminal(is_verbose=False, stream=io.StringIO()):
+        assert logging.getLogger().handlers != before
+    assert logging.getLogger().handlers == before
+    assert worker_lines.is_taken() is False
