@@ -265,6 +265,7 @@ def parsed(command: Command, arguments: Sequence[str]) -> argparse.Namespace:
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog="\n".join(["examples:", *(f"  rm-robust {command.name} {example}" for example in command.examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     named(command.arguments)(parser)
     if command.settings is None:

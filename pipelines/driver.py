@@ -1,10 +1,10 @@
 """Run the stages one after the other: checks before any work, where the driver runs, exit codes."""
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ STOPPING = "Stopping. The same command goes on from the last committed state. Ct
 
 
 def run_of(options: argparse.Namespace) -> Run:
-    """Return the run that the options of pipelines.arguments.run_options name.
+    """Return the run that the options of a command name: `config`, `run_dir` and `overrides`.
 
     Raises ConfigError, with the path, the value and the fix, for a wrong config, and for a run directory that holds a
     run of another config.
@@ -82,6 +82,7 @@ def main(options: argparse.Namespace) -> int:
 
 def work_on(options: argparse.Namespace, stages: Sequence[Stage]) -> int:
     """Check what can be checked without a cluster, run the stages, print the summary, and return the exit code."""
+    table: list[str] = []
 
     def work(terminal: Terminal) -> None:
         quieten_libraries()
@@ -90,9 +91,12 @@ def work_on(options: argparse.Namespace, stages: Sequence[Stage]) -> int:
         run_stages(run, stages, terminal)
         if REPORT in stages:
             run_files.refresh_records(run.run_dir)
-            print("\n".join(summary_lines(read_summary(run.run_dir))), flush=True)
+            table.extend(summary_lines(read_summary(run.run_dir)))
 
-    return on_a_terminal(work, is_verbose=options.verbose)
+    exit_code = on_a_terminal(work, is_verbose=options.verbose)
+    if table:
+        print("\n".join(table))
+    return exit_code
 
 
 def on_a_terminal(work: Callable[[Terminal], None], *, is_verbose: bool) -> int:
@@ -103,7 +107,11 @@ def on_a_terminal(work: Callable[[Terminal], None], *, is_verbose: bool) -> int:
 
     def work_in_terminal() -> None:
         with Terminal(is_verbose=is_verbose) as terminal, interruptible(terminal.say, STOPPING):
-            work(terminal)
+            try:
+                work(terminal)
+            except Exception:
+                terminal.save(traceback.format_exc())
+                raise
 
     try:
         return exit_code_of(work_in_terminal)
@@ -131,8 +139,7 @@ def drive_elsewhere(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage], t
     check_capacity(requests_of(run.config, ahead), beside=[ResourceRequest("the driver", 1, {"CPU": DRIVER_CPUS})])
     keep_ray_datas_actors_here()
     claim_run_dir(run.run_dir, run.config)
-    log = new_log(run.run_dir)
-    terminal.log_to(log)
+    terminal.log_to(new_log(run.run_dir))
     remote: Any = ray.remote(drive_in_task)
     task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(
         run, stages
@@ -143,8 +150,6 @@ def drive_elsewhere(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage], t
         ray.cancel(task)
         ray.wait([task], timeout=DRIVER_ENDS_S)
         raise
-    finally:
-        run_files.persist(log)
 
 
 def drive_in_task(run: Run, stages: Sequence[Stage]) -> None:
@@ -175,12 +180,10 @@ def drive(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage], terminal: T
     The cluster is first asked whether it can ever run the stages that are `ahead`. `terminal` is the one of this
     process, if it has one.
     """
-    with only_writer(run.run_dir), contextlib.ExitStack() as stack:
+    with only_writer(run.run_dir):
         claim_run_dir(run.run_dir, run.config)
         if terminal is not None:
-            log = new_log(run.run_dir)
-            stack.callback(run_files.persist, log)
-            terminal.log_to(log)
+            terminal.log_to(new_log(run.run_dir))
         check_inputs(run, stages)
         if ahead:
             connect_to_ray()

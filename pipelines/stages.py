@@ -18,7 +18,7 @@ import torch
 from rm_robust.cluster.capacity import ResourceRequest, request_of, request_of_replicas, request_of_workers
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.cluster.session import connect_to_ray
-from rm_robust.cluster.terminal import BEGINS, log_stage
+from rm_robust.cluster.terminal import BEGINS, DONE, log_stage
 from rm_robust.cluster.workers import quieten_libraries, run_on_workers
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.demonstrations import prepare_sft
@@ -176,7 +176,7 @@ def _run_unless_done(layout: RunLayout, stage: str, work: Callable[[], dict[str,
     if layout.run_stage(stage, work):
         result = layout.stage_result(stage)
         figures = [f"{name} {row['value']:.3f}" for name, row in result.get("evaluation", {}).items()]
-        log_stage(stage, ", ".join([f"done in {duration(result['seconds'])}", *figures]))
+        log_stage(stage, ", ".join([f"{DONE} in {duration(result['seconds'])}", *figures]))
 
 
 def sft_requests(config: PipelineConfig) -> list[ResourceRequest]:

@@ -81,10 +81,10 @@ progress() {
 uv_install() {
     local status=0
     echo "+ uv pip install $*" >>"$log"
-    touch "$unfinished"
+    [[ $1 == --dry-run ]] || touch "$unfinished"
     "$environment/bin/uv" pip install --python "$python" "${uv_options[@]}" "$@" 2>&1 | tee -a "$log" | progress ||
         status=$?
-    rm "$unfinished"
+    ((status > 128)) || rm -f "$unfinished" # above 128: uv was killed
     return "$status"
 }
 

@@ -4,11 +4,11 @@ A hard end loses nothing: whatever a run commits is whole at every moment (rm_ro
 command continues from there.
 """
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -27,7 +27,7 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-@contextmanager
+@contextlib.contextmanager
 def interruptible(say: Callable[[str], None], message: str, *, ends_within_s: float = ENDS_WITHIN_S) -> Iterator[None]:
     """Raise Interrupted at the first Ctrl-C or SIGTERM in the body, after `say(message)`; a second signal ends hard.
 
@@ -49,7 +49,7 @@ def interruptible(say: Callable[[str], None], message: str, *, ends_within_s: fl
         signal.signal(number, handler)
 
 
-@contextmanager
+@contextlib.contextmanager
 def signals_kept() -> Iterator[None]:
     """Keep this process's own handlers of Ctrl-C and SIGTERM from what a library does in the body.
 
@@ -76,10 +76,11 @@ class _Interrupts:
         if self.number is not None:
             end_hard(128 + number)
         self.number = number
-        self._say(self._message)
         timer = threading.Timer(self._ends_within_s, end_hard, [128 + number])
         timer.daemon = True
         timer.start()
+        with contextlib.suppress(OSError, RuntimeError):  # nobody reads stderr, or a print to it was interrupted
+            self._say(self._message)
         raise Interrupted(number)
 
 

@@ -66,7 +66,7 @@ def line_of(record: logging.LogRecord) -> LogLine:
 def parse_text_line(text: str) -> LogLine | None:
     """Parse a line of TextLines, from any process; None for what is no such line, or a later line of its message."""
     match = _TEXT_LINE.fullmatch(text)
-    if match is None:
+    if match is None or match["level"] not in logging.getLevelNamesMapping():
         return None
     about = (match["about"] or "").split(" ")
     run, stage = (about[0], about[1]) if len(about) > 1 else (None, None)

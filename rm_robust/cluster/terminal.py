@@ -1,51 +1,60 @@
 """What a person sees while a run works: a line for each stage, warnings, and nothing else.
 
     sft                     ██████▍             step 93 of 563, about 50 s left, loss 0.5924
-    preferences             12 s
+    preferences             done in 12 s
 
 Where nobody watches (stderr is no terminal), a stage prints its line at most every PRINTED_EVERY_S seconds. Every log
 line of every process of the run goes to a file, from this process's logging and from what Ray forwards. So nothing is
 read back from the run's files, which may lie in an object store or on another node.
 """
 
+import contextlib
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self, TextIO
 
+import ray
 from tqdm import tqdm
 
 from rm_robust.cluster import worker_lines
 from rm_robust.cluster.log_lines import LogLine, formatter, is_json, line_of, parse_text_line
-from rm_robust.runs.files import shown
+from rm_robust.errors import StorageError
+from rm_robust.runs.files import persist, shown
 from rm_robust.runs.metrics import LoggedStep, parse_logged_step
 from rm_robust.runs.status import SHOWN, duration
 
 PRINTED_EVERY_S = 15.0
 DRAWN_EVERY_S = 0.5
-BAR = "{desc:22} {bar:20} {postfix}"
-BAR_WITHOUT_STEPS = "{desc:22} {postfix}"
+FORWARDED_WITHIN_S = 0.6
+"""Seconds after which Ray has forwarded what a worker printed (Ray itself waits 0.5 s at its end)."""
 STAGE_LOGGER = "rm_robust.stage"
 """The logger that says that a stage begins, is done, or was done before."""
 BEGINS = "begins"
+DONE = "done"
 
 
 def log_stage(name: str, event: str) -> None:
-    """Log what happens to a whole stage: BEGINS, or how it ended."""
+    """Log what happens to a whole stage: BEGINS, DONE with the result, or why there was nothing to do."""
     logging.getLogger(STAGE_LOGGER).info("stage %s: %s", name, event)
+
+
+def _restore(log: logging.Logger, handlers: list[logging.Handler], level: int) -> None:
+    log.handlers = handlers
+    log.setLevel(level)
 
 
 def _prints(handler: logging.Handler) -> bool:
     return isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
 
 
-@contextmanager
+@contextlib.contextmanager
 def rays_own_log_taken_over() -> Iterator[None]:
     """Let what Ray's libraries log in this process go where all log lines go; Ray 2.60 prints it on stderr."""
     import ray.data  # each library sets up its printing when it is imported
@@ -108,11 +117,11 @@ class Terminal:
     """
 
     def __init__(self, *, is_verbose: bool, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._is_verbose = is_verbose or is_json()
+        self._stream = stream or sys.stderr or open(os.devnull, "w")  # stderr is None where it was closed  # noqa: SIM115
+        self._is_json = is_json()
+        self._is_verbose = is_verbose or self._is_json
         self._handler = _Records(self)
-        self._earlier_handlers: list[logging.Handler] = []
-        self._exits = ExitStack()
+        self._exits = contextlib.ExitStack()
         self._lock = threading.RLock()
         self._unsaved: list[str] | None = []
         self._file: TextIO | None = None
@@ -125,8 +134,11 @@ class Terminal:
 
     def __enter__(self) -> Self:
         root = logging.getLogger()
-        self._earlier_handlers, root.handlers = root.handlers, [self._handler]
+        self._exits.callback(_restore, root, root.handlers, root.level)
+        root.handlers = [self._handler]
         root.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        self._exits.callback(logging.captureWarnings, False)
         self._exits.enter_context(rays_own_log_taken_over())
         worker_lines.take_over(self.take_worker_line)
         threading.Thread(target=self._tick, daemon=True).start()
@@ -135,17 +147,22 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if ray.is_initialized():
+            time.sleep(FORWARDED_WITHIN_S)
         self._is_over.set()
         worker_lines.take_over(None)
         with self._lock:
             self._close_stage()
             if self._num_repeated:
                 self.say(f"{self._num_repeated} repeated warnings are in {self.log_path}")
-            logging.getLogger().handlers = self._earlier_handlers
             self._exits.close()
-            if self._file is not None:
+            if self._file is not None and self.log_path is not None:
                 self._file.close()
                 self._file = None
+                try:
+                    persist(self.log_path)
+                except StorageError as error:  # which must not hide how the run ended
+                    self.say(f"warning: {error}")
 
     def log_to(self, path: Path) -> None:
         """Append all log lines to the file, also those before this call. A file that cannot be written is said once."""
@@ -160,20 +177,28 @@ class Terminal:
             for line in lines:
                 self._save(line)
             if not self._is_verbose:
-                self.say(f"every log line goes to {shown(path)}")
+                stored = "" if shown(path) == str(path) else f", and in the end to {shown(path)}"
+                self.say(f"every log line goes to {path}{stored}")
 
     def say(self, text: str) -> None:
         """Print a line, above the bar of the stage that works."""
         with self._lock:
             if self._bar is not None:
                 self._bar.clear()
-            print(text, file=self._stream, flush=True)
+            with contextlib.suppress(OSError):  # a pipe whose reader has gone
+                print(text, file=self._stream, flush=True)
             if self._bar is not None:
                 self._bar.refresh()
 
     def take_worker_line(self, prefix: str, text: str) -> None:
-        """Take a line that a worker printed."""
-        self.take(prefix + text, parse_text_line(text))
+        """Take a line that a worker, the raylet or the autoscaler printed."""
+        if self._is_json and text.startswith("{"):
+            prefix = ""  # the object names its process
+        with self._lock:
+            self.take(prefix + text, parse_text_line(text))
+            news = None if self._is_verbose else worker_lines.rays_news(prefix, text)
+            if news is not None:
+                self._warn(news)
 
     def take(self, text: str, line: LogLine | None) -> None:
         """Save a line, and show what it says of the stage; `line` is None for output that is no log line of ours."""
@@ -183,6 +208,11 @@ class Terminal:
                 self.say(text)
             elif line is not None:
                 self._show(line)
+
+    def save(self, text: str) -> None:
+        """Write text into the log alone."""
+        with self._lock:
+            self._save(text)
 
     def _save(self, text: str) -> None:
         if self._unsaved is not None:
@@ -221,10 +251,10 @@ class Terminal:
             self._close_stage()
             self._stage = StageView(name, label, time.monotonic(), time.monotonic())
             self.draw()
-        elif self._stage is not None:
-            result = ", ".join([event, *self._stage.shown_figures()])
+        elif event.startswith(DONE):
+            figures = [] if self._stage is None else self._stage.shown_figures()
             self._close_stage()
-            self.say(f"{label:22} {result}")
+            self.say(f"{label:22} {', '.join([event, *figures])}")
         else:
             self.say(line.message)
 
@@ -251,10 +281,11 @@ class Terminal:
             return
         if self._bar is None:
             self._bar = tqdm(total=1, desc=stage.label, file=self._stream, leave=False, dynamic_ncols=True)
-        self._bar.bar_format = BAR_WITHOUT_STEPS if stage.step is None else BAR
+        text = stage.text(now_s).replace("{", "{{").replace("}", "}}")
+        self._bar.bar_format = f"{{desc:22}} {text}" if stage.step is None else f"{{desc:22}} {{bar:20}} {text}"
         if stage.step is not None:
             self._bar.total, self._bar.n = stage.step.num_steps, stage.step.step
-        self._bar.set_postfix_str(stage.text(now_s))
+        self._bar.refresh()
 
 
 class _Records(logging.Handler):

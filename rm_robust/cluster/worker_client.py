@@ -14,7 +14,10 @@ def main(name: str, arguments: list[str]) -> int:
     """Ask for a worker with this process's environment, folder and output files, and return its exit code."""
     request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(f"\0{name}")
+        try:
+            connection.connect(f"\0{name}")
+        except ConnectionRefusedError:  # the server has been killed
+            os.execv(sys.executable, [sys.executable, *arguments])
         socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
         connection.sendall(request)
         reply = connection.recv(1)

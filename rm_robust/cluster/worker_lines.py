@@ -3,22 +3,26 @@
 Ray prints these lines itself, each with a coloured prefix. A terminal of ours (terminal.py) takes them over.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private.worker import filter_autoscaler_events
 
 TakeLine = Callable[[str, str], None]
 """Called with a prefix that names the process, such as "(RayTrainWorker pid=17) ", and one line of its output."""
 RAYS_OWN = "ray_print_logs"
 """The name under which ray.init adds the handler that prints the lines."""
 
+_RAYLET_ERROR = re.compile(r"\[\S+ \S+ [EF] ")
+"""How a line of level error or fatal begins in the raylet's log."""
 _take_line: TakeLine | None = None
 
 
 def take_over(take_line: TakeLine | None) -> None:
-    """Give every line that workers print from now on to `take_line`; None leaves them to Ray again."""
+    """Give every line that workers print from now on to `take_line`; None drops them, for a process that ends."""
     global _take_line
     _take_line = take_line
     if ray.is_initialized():
@@ -35,15 +39,25 @@ def keep_from_ray() -> None:
     global_worker_stdstream_dispatcher.remove_handler(__name__)
     if is_taken():
         global_worker_stdstream_dispatcher.remove_handler(RAYS_OWN)
-        global_worker_stdstream_dispatcher.add_handler(__name__, _take)
+        global_worker_stdstream_dispatcher.add_handler(__name__, take_batch)
 
 
-def _take(batch: dict[str, Any]) -> None:
+def take_batch(batch: dict[str, Any]) -> None:
+    """Take lines of one process, as Ray hands them to its handlers."""
     if _take_line is None:
         return
-    prefix = prefix_of(batch)
-    for line in batch.get("lines", []):
+    prefix, lines = prefix_of(batch), batch.get("lines", [])
+    for line in filter_autoscaler_events(lines) if batch.get("pid") == "autoscaler" else lines:
         _take_line(prefix, line.rstrip("\n"))
+
+
+def rays_news(prefix: str, text: str) -> str | None:
+    """Return what people want to know of a line of Ray's own processes; None for other lines.
+
+    That is an event of the autoscaler, such as a request that no node type can fulfil, or an error of the raylet.
+    """
+    is_news = prefix.startswith("(autoscaler") or (prefix.startswith("(raylet") and _RAYLET_ERROR.match(text))
+    return prefix + text if is_news else None
 
 
 def prefix_of(batch: dict[str, Any]) -> str:

@@ -6,12 +6,13 @@ A smoke run starts some twenty workers. Each of them would import torch and tran
 seconds; a fork takes a hundredth of one, and the copies share the memory of what is loaded. The server never imports
 Ray, whose native library reads its worker's environment when it is loaded. Other libraries that read variables when
 they are loaded see the server's, so a process that needs others is started as usual (`runtime_env_of`), and whoever
-computes with torch says with how many threads. A worker lives no longer than its client, and the server no longer than
-the driver.
+computes with torch says with how many threads. The server ends a worker whose client has gone, and lives no longer than
+the driver. A client that finds no server starts its worker as usual.
 
 On a cluster, workers are started as usual. So are those of a machine with a GPU, because CUDA does not survive a fork.
 """
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -48,6 +49,9 @@ PRELOADED = (
 )
 """What a run's workers import, as far as it does not import Ray."""
 GPU_DEVICE = Path("/dev/nvidiactl")
+OOM_SCORE = Path("/proc/self/oom_score_adj")
+RAYS_OOM_SCORE = "1000"
+"""What Ray 2.60 gives a worker that it starts, so that the kernel ends a worker first when memory runs out."""
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h: the signal that a process gets when its parent ends."""
 
@@ -132,7 +136,13 @@ class Server:
             return None
         header, files, _, _ = socket.recv_fds(connection, 8, 3)
         request = _received(connection, int.from_bytes(header, "big"))
-        process_id = os.fork() if request is not None else 0
+        process_id = 0
+        if request is not None:
+            try:
+                process_id = os.fork()
+            except OSError as error:  # no memory, or too many processes: the client ends, and Ray tries again
+                print(f"A worker cannot be forked: {error}", file=sys.stderr)
+                request = None
         if request is not None and process_id == 0:
             self._forget(connection)
             for number, file in enumerate(files):
@@ -153,6 +163,7 @@ class Server:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray starts a worker: Ctrl-C is for the driver
         self._selector.close()
         clients = [client for client in self._clients.values() if client is not None]
         for inherited in (connection, self._listener, self._woken, self._waker, *clients):
@@ -169,13 +180,15 @@ class Server:
             if connection is not None:
                 self._selector.unregister(connection)
                 code = os.waitstatus_to_exitcode(status)
-                connection.send(bytes([code if code >= 0 else 128 - code]), socket.MSG_NOSIGNAL)
+                with contextlib.suppress(OSError):  # the client has just gone too
+                    connection.send(bytes([code if code >= 0 else 128 - code]), socket.MSG_NOSIGNAL)
                 connection.close()
 
     def _end(self, process_id: int) -> None:
         """Kill the worker of a client that has gone."""
-        connection = self._clients[process_id]
-        assert connection is not None, "a connection that is closed reads no more"
+        connection = self._clients.get(process_id)
+        if connection is None:  # the worker has ended too
+            return
         self._selector.unregister(connection)
         connection.close()
         self._clients[process_id] = None
@@ -207,6 +220,8 @@ def become(request: Mapping[str, Any]) -> None:
     np.random.seed()  # every copy has the server's state; Python's own generator is seeded anew by a fork
     os.environ.clear()
     os.environ.update(request["environment"])
+    with contextlib.suppress(OSError):
+        OOM_SCORE.write_text(RAYS_OOM_SCORE)
     os.chdir(request["folder"])
     script, *_ = sys.argv = request["arguments"]
     sys.path[0] = os.path.dirname(script)

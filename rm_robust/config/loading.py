@@ -28,9 +28,7 @@ def load_section(path: Path, overrides: list[str], kind: type[Config]) -> Config
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"There is no config file at {path.absolute()}. Correct --config, or leave it out for the default."
-        ) from error
+        raise ConfigError(f"There is no config file at {path.absolute()}. Correct --config.") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     for override in overrides:

@@ -84,19 +84,19 @@ def run_rloo(
 ) -> dict[str, Any]:
     """Train the policy, commit it as the policy checkpoint, and return what the stage reports about itself.
 
-    Training resumes from the last committed state. Ray must be up. Everything may start at the same time: a caller may
-    have begun to start the `first_actors`, and both scorers must answer only once `wait_for_scorers` has returned,
-    which is called when the actors are up. Lost engines and trainers are replaced. Raises what `wait_for_scorers`
-    raises, RolloutError when more than rloo.max_restarts of either are lost without a committed step between them, and
-    ClusterError when the nodes that they need do not come.
+    Training resumes from the last committed state. Ray must be up. A caller may have begun to start the `first_actors`,
+    and both scorers must answer once `wait_for_scorers` has returned, so that all can start at the same time. Lost
+    engines and trainers are replaced. Raises what `wait_for_scorers` raises, RolloutError when more than
+    rloo.max_restarts of either are lost without a committed step between them, and ClusterError when the nodes that
+    they need do not come.
     """
     faults, resumed_from, num_restarts = Faults(), None, 0
     next_actors = first_actors or RlooActors(config, run_dir)
+    wait_for_scorers()
     while True:
         controller = None
         try:
             with next_actors as actors, RewardSources(config.rloo, proxy=proxy, gold=gold) as rewards:
-                wait_for_scorers()
                 resumed_from = actors.num_steps_done if resumed_from is None else resumed_from
                 controller = Controller(config, run_dir, actors, rewards, gold, faults)
                 return {"num_steps": controller.run(), "resumed_from_step": resumed_from, **vars(faults)}

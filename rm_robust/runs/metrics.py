@@ -25,7 +25,7 @@ from rm_robust.runs.storage.transfer import put_file
 
 logger = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
-_LOGGED_STEP = re.compile(r"\w+ step (?P<step>\d+)/(?P<num_steps>\d+) (?P<fields>(\S+=\S+ ?)*)")
+_LOGGED_STEP = re.compile(r"\w+ step (?P<step>\d+)/(?P<num_steps>\d+) (?P<fields>.*)")
 MetricsLine = dict[str, str | int | float]
 """One line of `metrics.jsonl`: `stage`, `step` (from 1), `time` (Unix seconds) and "area/name" metrics."""
 
@@ -178,8 +178,11 @@ def parse_logged_step(message: str) -> LoggedStep | None:
     match = _LOGGED_STEP.fullmatch(message)
     if match is None:
         return None
-    fields = dict(field.split("=", 1) for field in match["fields"].split() if not field.endswith("=-"))
-    return LoggedStep(int(match["step"]), int(match["num_steps"]), fields)
+    fields = [field.partition("=") for field in match["fields"].split()]
+    if not all(name and value for name, _, value in fields):
+        return None
+    values = {name: value for name, _, value in fields if value != "-"}
+    return LoggedStep(int(match["step"]), int(match["num_steps"]), values)
 
 
 def _check_metric(stage: str, step: int, key: str, value: int | float) -> None:

@@ -1,12 +1,19 @@
 """The terminal shows a line for each stage and every warning; the log has every line of every process."""
 
+import contextlib
 import importlib
 import io
+import json
 import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private import worker
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray.autoscaler.v2 import utils as autoscaler_utils
 
 from rm_robust.cluster import log_lines, terminal, worker_lines
 from rm_robust.cluster.log_lines import LogLine, TextLines, line_of, lines_are_of, parse_text_line
@@ -71,12 +78,13 @@ def test_where_nobody_watches_a_stage_prints_its_line_now_and_then_and_its_resul
             clock_s[0] += 4
         screen.take_worker_line("(Engine pid=8) ", "a banner of vLLM")
         log_stage("sft", "done in 32 s")
-        log_stage("preferences", "already committed, skipped")
+        log_stage("preferences", BEGINS)
+        log_stage("sft", "already committed, skipped")  # by a driver that Ray has started again
     assert shown.getvalue().splitlines() == [
         f"every log line goes to {tmp_path}/logs/run.log",
         "sft                    step 5 of 9, about 16 s left, loss 0.2",
         "sft                    done in 32 s, loss 0.125",
-        "stage preferences: already committed, skipped",
+        "stage sft: already committed, skipped",
     ]
     log = (tmp_path / "logs" / "run.log").read_text()
     assert log.index("before the log has a place") < log.index("(RayTrainWorker pid=7) ") < log.index("vLLM")
@@ -127,9 +135,10 @@ def test_verbose_prints_every_line(tmp_path: Path) -> None:
 def test_json_lines_are_all_printed_and_an_unknown_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setenv(log_lines.FORMAT_VARIABLE, "json")
-    with Terminal(is_verbose=False, stream=shown):
+    with Terminal(is_verbose=False, stream=shown) as screen:
         logger.info("a detail")
-    assert '"message": "a detail"' in shown.getvalue()
+        screen.take_worker_line("(Engine pid=8) ", '{"worker": "engine 0", "message": "up"}')
+    assert [json.loads(line)["message"] for line in shown.getvalue().splitlines()] == ["a detail", "up"]
     monkeypatch.setenv(log_lines.FORMAT_VARIABLE, "yaml")
     with pytest.raises(ConfigError, match="RM_ROBUST_LOG_FORMAT = 'yaml'"):
         Terminal(is_verbose=False)
@@ -146,8 +155,8 @@ def test_a_bar_is_drawn_in_place_for_a_person_and_gone_when_the_stage_is_done(tm
         assert "\n" not in shown.getvalue().partition("run.log\n")[2]
         log_stage("reward_model", "done in 7 s")
     drawn, _, last = shown.getvalue().rpartition("\r")
+    assert re.search(r"\rbt_twin/reward_model   \S+ *step 3 of 9, loss 0.3333", drawn)
     assert last == "bt_twin/reward_model   done in 7 s, loss 0.3333\n"
-    assert "bt_twin/reward_model" in drawn
 
 
 def test_a_log_that_cannot_be_written_is_said_once_and_does_not_end_the_run(tmp_path: Path) -> None:
@@ -160,9 +169,57 @@ def test_a_log_that_cannot_be_written_is_said_once_and_does_not_end_the_run(tmp_
     assert shown.getvalue().count("from here on, log lines are lost") == 1
 
 
-def test_after_the_run_logging_and_rays_printing_are_as_before() -> None:
-    before = logging.getLogger().handlers[:]
+def test_after_the_run_logging_is_as_before() -> None:
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
     with Terminal(is_verbose=False, stream=io.StringIO()):
-        assert logging.getLogger().handlers != before
-    assert logging.getLogger().handlers == before
+        assert root.handlers != before[0]
+    assert (root.handlers, root.level) == before
     assert worker_lines.is_taken() is False
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "news"),
+    [
+        ("(autoscaler) ", "No node type can fulfill {'GPU': 8}", "No node type"),
+        ("(raylet) ", "[2026-12-01 02:38:07,459 E 17 17] (raylet) worker_pool.cc:660: not registered", "[2026-12-01"),
+        ("(raylet) ", "[2026-12-01 02:38:07,459 W 17 17] gcs_client.cc:210: a warning", None),
+        ("(Engine pid=8) ", "2026-01-01 00:00:00,123 TRACE x: a level of its own", None),
+        ("(Engine pid=8) ", "[2026-12-01 02:38:07,459 E 17 17] an error of a library", None),
+    ],
+)
+def test_ray_says_why_a_run_waits(prefix: str, text: str, news: str | None, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    with Terminal(is_verbose=False, stream=shown) as screen:
+        screen.log_to(tmp_path / "run.log")
+        screen.take_worker_line(prefix, text)
+    lines = shown.getvalue().splitlines()[1:]
+    assert len(lines) == (0 if news is None else 1)
+    assert news is None or lines[0].startswith(prefix + news)
+    assert prefix + text in (tmp_path / "run.log").read_text()
+
+
+def test_of_the_autoscalers_lines_only_events_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscaler_utils, "cached_is_autoscaler_v2", False)  # what Ray would look up in its cluster
+    monkeypatch.setattr(worker, "autoscaler_log_fyi_printed", True)  # a tip that Ray gives once
+    taken: list[str] = []
+    worker_lines.take_over(lambda prefix, text: taken.append(prefix + text))
+    lines = ["2026-12-01 INFO a.py -- The autoscaler took 1 s", "2026-12-01 INFO b.py -- :event_summary:No node fits"]
+    global_worker_stdstream_dispatcher.add_handler(__name__, worker_lines.take_batch)
+    global_worker_stdstream_dispatcher.emit({"pid": "autoscaler", "lines": lines})
+    global_worker_stdstream_dispatcher.emit({"pid": 7, "actor_name": "A", "ip": "a", "localhost": "b", "lines": ["up"]})
+    global_worker_stdstream_dispatcher.remove_handler(__name__)
+    worker_lines.take_over(None)
+    assert taken == ["(autoscaler) No node fits", "(A pid=7, ip=a) up"]
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = open(writing, "w")  # noqa: SIM115
+    with Terminal(is_verbose=True, stream=stream) as screen:
+        screen.log_to(tmp_path / "run.log")
+        logger.info("a detail")
+    with contextlib.suppress(BrokenPipeError):  # what it has not written yet
+        stream.close()
+    assert "a detail" in (tmp_path / "run.log").read_text()

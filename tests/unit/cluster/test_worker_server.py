@@ -28,6 +28,8 @@ report = {
     "ray": "ray" in sys.modules,
     "path": sys.path[0],
     "threads": torch.get_num_threads(),
+    "oom_score": open("/proc/self/oom_score_adj").read().strip(),
+    "blocked": [number.name for number in __import__("signal").pthread_sigmask(0, [])],
     "random": [__import__("random").random(), __import__("numpy").random.random()],
 }
 print(json.dumps(report), flush=True)
@@ -92,6 +94,8 @@ def test_a_worker_is_what_its_client_would_have_been(command: list[str], script:
         "ray": False,
         "path": str(script.parent),
         "threads": 1,
+        "oom_score": "1000",
+        "blocked": ["SIGINT"],
     }
 
 
@@ -107,6 +111,28 @@ def test_a_worker_ends_with_its_client_and_the_server_goes_on(command: list[str]
     waiting.kill()
     wait_until_gone(worker.pid)
     assert client(command, script).wait(DEADLINE_S) == 7
+
+
+def test_a_worker_and_its_client_that_end_together_leave_the_server_whole(command: list[str], script: Path) -> None:
+    waiting = client(command, script, "wait")
+    assert waiting.stdout is not None
+    waiting.stdout.readline()
+    (server,) = [process for process in psutil.Process().children() if process.pid != waiting.pid]
+    (worker,) = server.children()
+    server.suspend()
+    worker.kill()
+    waiting.kill()
+    waiting.wait()
+    server.resume()
+    assert client(command, script).wait(DEADLINE_S) == 7
+
+
+def test_without_its_server_a_client_starts_its_worker_as_usual(command: list[str], script: Path) -> None:
+    *python, _ = command
+    process = client([*python, "rm_robust-of-nobody"], script)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 7
+    assert json.loads(output)["preloaded_by"] == os.getpid()
 
 
 def test_a_killed_worker_is_reported_as_its_client(command: list[str], script: Path) -> None:

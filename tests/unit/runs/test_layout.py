@@ -70,7 +70,7 @@ def test_the_record_names_stage_seconds_and_end(tmp_path: Path) -> None:
 
 
 def test_asking_for_a_stage_that_has_not_run_says_which_and_how(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"'sft' has not run in {tmp_path}.*full_rlhf.py"):
+    with pytest.raises(DataError, match=f"'sft' has not run in {tmp_path}.*rm-robust run"):
         RunLayout(tmp_path).stage_result("sft")
 
 
