@@ -18,6 +18,8 @@ from rm_robust.cluster.interrupts import signals_kept
 from rm_robust.errors import ClusterError
 
 logger = logging.getLogger(__name__)
+TRAIN_IS_POLLED_EVERY_S = "0.2"
+"""Seconds after which Ray Train's controller looks again whether its workers are done; by default it waits two."""
 WORKERS_END_S = 10
 REACHED_WITHIN_S = 10.0
 HEAD_RESOURCE = "node:__internal_head__"
@@ -44,6 +46,7 @@ def connect_to_ray() -> None:
     environment = worker_environment()
     if not on_cluster:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody reclaims this machine
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", TRAIN_IS_POLLED_EVERY_S)
         # Ray warns there that token authentication is on.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         make_own_token()
