@@ -2,7 +2,7 @@
 
     .venv/bin/python examples/01_score_in_process.py [RUN_DIR]
 
-`make demo` makes the default run, runs/tiny_cpu, in about 7 minutes; the script itself takes seconds. You see four
+`make demo` makes the default run, runs/tiny_cpu, in about 5 minutes; the script itself takes seconds. You see four
 answers to one question, the highest score first. A score has no unit: it ranks the answers to one prompt.
 """
 

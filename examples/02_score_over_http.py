@@ -5,7 +5,8 @@
 
 The service starts within half a minute, and the script takes a second. You see the scores of two prompts, one of them
 a conversation, from one request, and the hash of the checkpoint that gave them. The client needs neither torch nor Ray:
-the wheel alone (`make wheel`) is enough. A service with keys takes the key from RM_ROBUST_API_KEY.
+the wheel alone (`make wheel`) is enough. A service with keys takes the key from RM_ROBUST_API_KEY. The demo's model
+knows only its own toy world of such prompts; its scores of other text mean nothing.
 """
 
 import sys
@@ -18,7 +19,7 @@ CONVERSATION = [
     {"role": "user", "content": "Today Tom found a red horse. Please tell me only the thing."},
 ]
 INPUTS = [
-    ScoreInput(prompt="Today Anna bought a red horse. Please tell me only the thing.", completions=["Horse.", "Red."]),
+    ScoreInput(prompt=CONVERSATION[0]["content"], completions=["The answer is pear.", "It is brown."]),
     ScoreInput(prompt=CONVERSATION, completions=["The answer is horse.", "The answer is pear."]),
 ]
 

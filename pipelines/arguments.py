@@ -13,6 +13,8 @@ from rm_robust.config.shared import Section
 from rm_robust.errors import ConfigError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny_cpu.toml"
+STAGE_NAMES = ("world", "sft", "preferences", "reward_model", "evaluation", "rloo")
+"""The names of rm_robust.runs.layout.STAGES, which loads much."""
 SUITE_NAMES = ("preferences", "constant_answers", "rm_bench", "reward_bench", "reward_bench_2")
 """The names of rm_robust.evaluation.suites.SUITES, which loads torch."""
 
@@ -53,6 +55,13 @@ def _add_run_dir_and_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run-dir",
         help="where this run's files go: a path, or a URI (s3://…, gs://…); the same directory again resumes the run",
+    )
+    parser.add_argument(
+        "--again",
+        action="append",
+        default=[],
+        choices=STAGE_NAMES,
+        help="do this stage anew, from its first step, though the run has committed it; may be repeated",
     )
     _add_verbose_and_settings(parser, "--rloo.num_steps 200", "`rm-robust settings` lists the settings.")
 

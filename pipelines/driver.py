@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from pipelines.stages import ALL_STAGES, BT_TWIN, REPORT, RLOO, STAGES_OF_TWIN, Stage, requests_of
+from pipelines.checks import check_inputs, refuse_glob_characters
+from pipelines.stages import ALL_STAGES, BT_TWIN, REPORT, STAGES_OF_TWIN, Stage, requests_of, stages_of
 from rm_robust.cluster.capacity import ResourceRequest, check_capacity
 from rm_robust.cluster.failures import LOST, origin_of
 from rm_robust.cluster.interrupts import Interrupted, interruptible
@@ -23,10 +25,7 @@ from rm_robust.cluster.terminal import Terminal
 from rm_robust.cluster.workers import quieten_libraries
 from rm_robust.config.loading import load_config
 from rm_robust.config.run import PipelineConfig
-from rm_robust.data.chat import ChatFormat
-from rm_robust.data.preferences import check_preference_sources
-from rm_robust.errors import ConfigError, RmRobustError
-from rm_robust.models.checkpoint import verify_checkpoint
+from rm_robust.errors import RmRobustError
 from rm_robust.report.summary import read_summary, summary_lines
 from rm_robust.runs import files as run_files
 from rm_robust.runs.claim import claim_for_job, only_writer
@@ -37,10 +36,10 @@ from rm_robust.runs.directory import (
     choose_run_dir,
     claim_run_dir,
     new_log,
+    reopened_by,
     require_shared,
 )
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +60,9 @@ def run_of(options: argparse.Namespace) -> Run:
     config = load_config(options.config, options.overrides)
     check_gold_address(config)
     run_dir = choose_run_dir(config.name, options.run_dir)
-    check_run_dir(run_dir, config)
-    return Run(config, run_dir)
+    refuse_glob_characters(run_dir, "--run-dir")
+    check_run_dir(run_dir, config, options.again)
+    return Run(config, run_dir, tuple(options.again))
 
 
 def check_gold_address(config: PipelineConfig) -> None:
@@ -88,7 +88,7 @@ def work_on(options: argparse.Namespace, stages: Sequence[Stage]) -> int:
         quieten_libraries()
         run = run_of(options)
         logger.info("run directory %s", run.run_dir)
-        run_stages(run, stages, terminal)
+        run_stages(run, stages_of(run.config, stages), terminal)
         if REPORT in stages:
             run_files.refresh_records(run.run_dir)
             table.extend(summary_lines(read_summary(run.run_dir)))
@@ -138,7 +138,8 @@ def drive_elsewhere(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage], t
     claim_for_job(run.run_dir)  # at once: the driver's task may have to wait for a node
     check_capacity(requests_of(run.config, ahead), beside=[ResourceRequest("the driver", 1, {"CPU": DRIVER_CPUS})])
     keep_ray_datas_actors_here()
-    claim_run_dir(run.run_dir, run.config)
+    claim_run_dir(run.run_dir, run.config, run.again)
+    run = replace(run, again=())  # a driver that Ray starts again goes on
     terminal.log_to(new_log(run.run_dir))
     remote: Any = ray.remote(drive_in_task)
     task = remote.options(num_cpus=DRIVER_CPUS, max_retries=DRIVER_RESTARTS, name=f"driver {run.config.name}").remote(
@@ -167,7 +168,12 @@ def stages_ahead(run: Run, stages: Sequence[Stage]) -> list[Stage]:
     """
     run_files.refresh_records(run.run_dir)
     layout = RunLayout(run.run_dir)
-    ahead = [stage for stage in stages if stage.requests is not None and not layout.is_done(stage.name)]
+    reopened = {*run.again, *reopened_by(run.run_dir, run.config, run.again)}
+    ahead = [
+        stage
+        for stage in stages
+        if stage.requests is not None and (stage.name in reopened or not layout.is_done(stage.name))
+    ]
     if BT_TWIN in stages and run.config.reward_model.bt_twin:
         twin = RunLayout(layout.bt_twin)
         ahead += [stage for stage in STAGES_OF_TWIN if stage not in ahead and not twin.is_done(stage.name)]
@@ -181,7 +187,7 @@ def drive(run: Run, stages: Sequence[Stage], ahead: Sequence[Stage], terminal: T
     process, if it has one.
     """
     with only_writer(run.run_dir):
-        claim_run_dir(run.run_dir, run.config)
+        claim_run_dir(run.run_dir, run.config, run.again)
         if terminal is not None:
             terminal.log_to(new_log(run.run_dir))
         check_inputs(run, stages)
@@ -217,23 +223,3 @@ def exit_code_of(work: Callable[[], None]) -> int:
 def repository_root() -> Path:
     """Return the folder that holds pipelines/."""
     return Path(__file__).resolve().parent.parent
-
-
-def check_inputs(run: Run, stages: Sequence[Stage]) -> None:
-    """Check the inputs before any work.
-
-    Raises an RmRobustError for missing or empty files, for models that would make scores wrong, and where RLOO would
-    have no prompts.
-    """
-    config = run.config
-    check_trackers(config.tracking)
-    check_preference_sources(config, run.run_dir)
-    for path in {config.model.path, config.reward_model.base_path} - {None}:
-        ChatFormat.load(str(path))
-    if config.serve.gold != "embedded" and config.serve.gold_url is None:
-        verify_checkpoint(run_files.locate(config.serve.gold), "reward_model")
-    if RLOO in stages and config.data.source != "embedded" and not config.data.rloo_prompts:
-        raise ConfigError(
-            "data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the reward "
-            "model one by one."
-        )

@@ -6,7 +6,8 @@ rm-robust settings [SECTION] [--toml | --markdown]
 import argparse
 import sys
 
-from rm_robust.config.reference import as_markdown, as_text, as_toml, below, tables_of
+from rm_robust.config.loading import nearest
+from rm_robust.config.reference import as_markdown, as_text, as_toml, below, nearest_names, tables_of
 from rm_robust.config.run import PipelineConfig
 from rm_robust.errors import ConfigError
 from rm_robust.responses.config import ResponsesConfig
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "section",
         nargs="?",
         metavar="SECTION",
-        help="print only what begins with this, e.g. rloo, rloo.optimizer or rloo.num_steps",
+        help="print only what begins with this, e.g. rloo, rloo.optimizer, rloo.num_steps or reward_model.bsr",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
@@ -89,7 +90,10 @@ def printed(section: str | None, *, toml: bool, markdown: bool) -> str:
     chosen = tables if section is None else below(tables, section)
     if not chosen:
         known = [name for name in PipelineConfig.model_fields if below(tables, name)]
-        raise ConfigError(f"No setting begins with {section!r}. The sections are {', '.join(known)}.")
+        raise ConfigError(
+            f"No setting begins with {section!r}. {nearest(nearest_names(section or '', PipelineConfig))}"
+            f"The sections are {', '.join(known)}."
+        )
     return TOML_TOP + as_toml(chosen, GIVEN) if toml else as_text(chosen)
 
 
@@ -97,10 +101,9 @@ def page() -> str:
     """Return docs/reference/settings.md."""
     from serve.settings import ServiceSettings  # it loads pyarrow, which only this page needs
 
-    service = [table for table in tables_of(ServiceSettings) if table.name != "api_keys"]  # serve/keys.py has these
     top = "Top of the file"
     return PAGE.format(
         run=as_markdown(tables_of(PipelineConfig), top=top),
         responses=as_markdown(tables_of(ResponsesConfig), top=top),
-        service=as_markdown(service, top=top),
+        service=as_markdown(tables_of(ServiceSettings), top=top),
     )

@@ -7,8 +7,9 @@ report
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,29 @@ import torch
 from rm_robust.cluster.capacity import ResourceRequest, request_of, request_of_replicas, request_of_workers
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.cluster.session import connect_to_ray
-from rm_robust.cluster.terminal import BEGINS, DONE, log_stage
+from rm_robust.cluster.terminal import BEGINS, DONE
 from rm_robust.cluster.workers import quieten_libraries, run_on_workers
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.demonstrations import prepare_sft
-from rm_robust.data.preferences import prepare_preferences, token_limits
+from rm_robust.data.preferences import prepare_preferences, prepare_rloo_prompts, token_limits
 from rm_robust.data.world.corpus import write_world
 from rm_robust.evaluation.scenarios import evaluate_scenarios
 from rm_robust.report.summary import write_summary
 from rm_robust.rloo.actors import RlooActors
 from rm_robust.rloo.controller import run_rloo
+from rm_robust.rloo.proxy import check_proxy, record_proxy, require_policy
+from rm_robust.runs import files as run_files
 from rm_robust.runs.directory import Run, claim_run_dir
 from rm_robust.runs.layout import TWIN_STAGES, RunLayout, share_stages
+from rm_robust.runs.metrics import log_stage
+from rm_robust.runs.resume import delete_states_of_done
 from rm_robust.runs.status import duration
+from rm_robust.scoring.find_checkpoint import find_reward_model
 from rm_robust.training.reward_model.training import train_reward_model
 from rm_robust.training.sft import train_sft
 from serve.run_service import served_scorers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ def sft_stage(run: Run) -> None:
         )
 
     _run_unless_done(layout, "sft", work)
+    delete_states_of_done(layout, config, "sft")
 
 
 def preferences_stage(run: Run) -> None:
@@ -96,6 +105,7 @@ def reward_model_stage(run: Run) -> None:
         )
 
     _run_unless_done(RunLayout(run.run_dir), "reward_model", work)
+    delete_states_of_done(RunLayout(run.run_dir), config, "reward_model")
 
 
 def evaluation_stage(run: Run) -> None:
@@ -148,12 +158,16 @@ def rloo_stage(run: Run) -> None:
     """Serve the reward model and the gold judge, and train the policy against them."""
 
     def work() -> dict[str, Any]:
+        proxy_dir: Path | None = RunLayout(run.run_dir).reward_model_checkpoint
+        counts: dict[str, Any] = {}
+        if run.config.rloo.proxy is not None:
+            proxy_dir, counts = _prepare_for_given_proxy(run)
         connect_to_ray()
         actors = RlooActors(run.config, run.run_dir)  # they start while the scorers are deployed
         with contextlib.ExitStack() as stack:
             stack.callback(actors.kill)  # where serving fails
-            served = stack.enter_context(served_scorers(run))
-            return run_rloo(
+            served = stack.enter_context(served_scorers(run, proxy_dir=proxy_dir))
+            return counts | run_rloo(
                 run.config,
                 run.run_dir,
                 proxy=served.proxy,
@@ -163,6 +177,23 @@ def rloo_stage(run: Run) -> None:
             )
 
     _run_unless_done(RunLayout(run.run_dir), "rloo", work)
+    delete_states_of_done(RunLayout(run.run_dir), run.config, "rloo")
+
+
+def _prepare_for_given_proxy(run: Run) -> tuple[Path | None, dict[str, Any]]:
+    """Check and record rloo.proxy, and tokenise the prompts: the stages of the run's own reward model are left out.
+
+    Returns the proxy's checkpoint (None: a service has it), and the counts.
+    """
+    config = run.config
+    identity = check_proxy(config, run.run_dir, policy_dir=require_policy(config, run.run_dir))
+    record_proxy(run.run_dir, identity)
+    proxy_dir = None if config.rloo.proxy_url else find_reward_model(identity.proxy).absolute()
+    counts: dict[str, Any] = {"proxy": asdict(identity)}
+    if not run_files.is_reachable(RunLayout(run.run_dir).rloo_prompts):
+        connect_to_ray()
+        counts |= prepare_rloo_prompts(config, run.run_dir)
+    return proxy_dir, counts
 
 
 def report_stage(run: Run) -> None:
@@ -172,7 +203,10 @@ def report_stage(run: Run) -> None:
 
 def _run_unless_done(layout: RunLayout, stage: str, work: Callable[[], dict[str, Any]]) -> None:
     """Do the work of a stage and record its result, unless the run has done it before; log which."""
-    log_stage(stage, "already committed, skipped" if layout.is_done(stage) else BEGINS)
+    is_done = layout.is_done(stage)
+    if not is_done and layout.stage_record(stage).exists():
+        logger.warning("%s is missing or damaged, so stage %s runs again", layout.damaged_file(stage), stage)
+    log_stage(stage, "already committed, skipped" if is_done else BEGINS)
     if layout.run_stage(stage, work):
         result = layout.stage_result(stage)
         figures = [f"{name} {row['value']:.3f}" for name, row in result.get("evaluation", {}).items()]
@@ -203,8 +237,9 @@ def rloo_requests(config: PipelineConfig) -> list[ResourceRequest]:
         request_of(
             "rloo.num_engines", rloo.num_engines, rloo.engine_num_cpus, rloo.engine_num_gpus, rloo.engine_resources
         ),
-        request_of_replicas("serve.proxy_replica.num_replicas", serve.proxy_replica),
     ]
+    if rloo.proxy_url is None:
+        requests.append(request_of_replicas("serve.proxy_replica.num_replicas", serve.proxy_replica))
     if serve.gold_url is None:
         requests.append(request_of_replicas("serve.gold_replica.num_replicas", serve.gold_replica))
     return requests
@@ -222,6 +257,13 @@ REPORT = Stage("report", report_stage)
 ALL_STAGES = (WORLD, SFT, PREFERENCES, REWARD_MODEL, EVALUATION, BT_TWIN, RLOO, REPORT)
 REWARD_MODEL_STAGES = tuple(stage for stage in ALL_STAGES if stage is not RLOO)
 STAGES_OF_TWIN = tuple(stage for stage in ALL_STAGES if stage.name in TWIN_STAGES)
+
+
+def stages_of(config: PipelineConfig, stages: Sequence[Stage]) -> list[Stage]:
+    """Return the `stages` without those of the run's own reward model, where RLOO trains against another one."""
+    if config.rloo.proxy is None or RLOO not in stages:
+        return list(stages)
+    return [stage for stage in stages if stage not in (PREFERENCES, REWARD_MODEL, EVALUATION, BT_TWIN)]
 
 
 def requests_of(config: PipelineConfig, stages: Sequence[Stage] = ALL_STAGES) -> dict[str, list[ResourceRequest]]:

@@ -2,7 +2,8 @@
 
     from rm_robust import RewardModel
 
-    RewardModel.load("runs/tiny_cpu").score("Name a colour.", ["Blue.", "Seven."])  # [1.3, -0.2]
+    prompt = "Today Mia bought a brown pear. Please tell me only the thing."
+    RewardModel.load("runs/tiny_cpu").score(prompt, ["The answer is pear.", "It is brown."])
 
 Importing this package loads neither torch nor Ray.
 """

@@ -21,28 +21,31 @@ import signal
 import sys
 import tomllib
 from pathlib import Path
-from random import Random
 
 import ray
-import ray.serve as ray_serve
 import uvicorn
 
 from rm_robust.cluster.environment import KEEPS_FREED_MEMORY, free_port
 from rm_robust.cluster.log_lines import lines_are_of, start_logging
 from rm_robust.cluster.session import make_own_token
-from rm_robust.data.world.corpus import distinct_prompts
 from rm_robust.errors import CheckpointError, ConfigError, RmRobustError
 from rm_robust.models.checkpoint import read_json, read_manifest
 from rm_robust.runs import files as run_files
 from rm_robust.scoring.client import KEY_VARIABLE
-from rm_robust.scoring.contract import SCORE_PATH
+from rm_robust.scoring.contract import EXAMPLE_INPUT, SCORE_PATH
 from serve.app import without_checkpoint
 from serve.arguments import MOST_TOKENS_BY_DEFAULT, add_arguments
 from serve.batching.front import DESCRIPTION_IS_FRESH_S, NO_ANSWER, Front
 from serve.http.middleware import Guard, ReadWholeBody
 from serve.http.routes import scoring_api
 from serve.keys import KEYS_VARIABLE, ApiKey, keys_from_environment, read_keys
-from serve.launch import deploy_models, refuse_open_host, refuse_taken_port, start_serve_without_http
+from serve.launch import (
+    delete_all_services,
+    deploy_models,
+    refuse_open_host,
+    refuse_taken_port,
+    start_serve_without_http,
+)
 from serve.settings import ServiceSettings, checked_service
 
 logger = logging.getLogger(__name__)
@@ -159,6 +162,7 @@ def num_positions(checkpoint_dir: Path) -> int:
     """Return the longest input that the model can read, in tokens."""
     read_manifest(checkpoint_dir)
     config = read_json(checkpoint_dir / "config.json")
+    config = config.get("text_config", config)
     if "max_position_embeddings" not in config:
         raise CheckpointError(
             f"{checkpoint_dir}/config.json does not say max_position_embeddings; give --max-length-tokens."
@@ -203,7 +207,7 @@ async def serve_until_interrupted(arguments: argparse.Namespace) -> None:
     finally:
         for stop in (signal.SIGINT, signal.SIGTERM):  # a second signal must not leave processes behind
             signal.signal(stop, signal.SIG_IGN)
-        ray_serve.shutdown()
+        delete_all_services()
         ray.shutdown()
 
 
@@ -267,9 +271,8 @@ def with_any_checkpoints(settings: ServiceSettings) -> ServiceSettings:
 
 
 def curl_example(base_url: str, settings: ServiceSettings) -> str:
-    """Return a curl command that the first model answers with 200. The judge knows only its own world's prompts."""
-    prompt = next(distinct_prompts(Random(0))) if settings.models[0].embedded_judge else "Name a colour."
-    body = json.dumps({"inputs": [{"prompt": prompt, "completions": ["Blue.", "Seven."]}]}).replace("'", r"\u0027")
+    """Return a curl command that the first model answers with 200; the demo's models know only their own world."""
+    body = json.dumps({"inputs": [EXAMPLE_INPUT]})
     key = f' -H "authorization: Bearer ${KEY_VARIABLE}"' if settings.api_keys else ""
     return f"  curl -s {base_url}{SCORE_PATH}{key} -H 'content-type: application/json' -d '{body}'"
 

@@ -4,7 +4,7 @@
     bob = { sha256 = "…", requests_per_minute = 600 }
 
 Each line is one key. RM_ROBUST_API_KEYS may hold the same text instead. `rm-robust keys alice` prints a new key,
-which is not shown again, and its line.
+which is not shown again, and its line; `rm-robust keys alice >> keys.toml` writes the line into the file.
 
 Keys have 256 random bits, so a plain hash gives nothing away. To withdraw a key, delete its line; then send SIGHUP to
 `python -m serve`, or deploy again on a Ray cluster. A run makes a key of its own for its scorers (run_service.py), so
@@ -34,9 +34,10 @@ NAME_PATTERN = r"^[A-Za-z0-9_-]+$"
 class ApiKey(BaseModel):
     """One key that is accepted. The server knows only its hash."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(pattern=NAME_PATTERN)
+    """Whose key it is; each name is given once."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """The SHA-256 of the key's bytes, in hex."""
     requests_per_minute: int | None = Field(default=None, ge=1)
@@ -47,6 +48,10 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """Return the keys of a file. Raises ConfigError when the file cannot be read, and what parse_keys raises."""
     try:
         text = path.read_text()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"There is no keys file {path}. `rm-robust keys NAME >> {path}` makes a key and writes its line."
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The keys file {path} cannot be read: {error}.") from error
     return parse_keys(text, source=str(path))
@@ -107,12 +112,18 @@ def key_name(text: str) -> str:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Make a key, print it and its line for the keys file, and return the exit code."""
+    """Make a key, print it and its line for the keys file, and return the exit code.
+
+    The line alone goes to stdout, so that `>> keys.toml` writes it; the key goes to stderr, never into the file.
+    """
     key, entry = new_key(options.name)
     print(
         f"The key, for its owner; it is not shown again:\n\n  {key}\n\n"
-        f'Its line for the keys file:\n\n  {entry.name} = {{ sha256 = "{entry.sha256}" }}'
+        "Its line for the keys file (`>> keys.toml` appends it):\n",
+        file=sys.stderr,
+        flush=True,
     )
+    print(f'{entry.name} = {{ sha256 = "{entry.sha256}" }}')
     return 0
 
 

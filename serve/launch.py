@@ -14,6 +14,7 @@ HAProxy is the faster ingress, and the same application runs behind it.
 Without keys, a service listens on loopback only: Ray's own token does not guard Serve's port.
 """
 
+import contextlib
 import logging
 import socket
 import time
@@ -124,6 +125,18 @@ def deploy_models(settings: ServiceSettings, *, deadline_s: float = 180.0) -> "d
 def delete_service(app_name: str) -> None:
     """Take one service down once it has answered the requests it is working on. Other services stay."""
     ray_serve.delete(app_name)
+
+
+def delete_all_services() -> None:
+    """Take everything down that Serve runs, before its Ray ends.
+
+    ray.serve.shutdown would also kill Serve's controller, and Ray 2.60 reports each call that then waits for it as a
+    failed task that is tried again for ever.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        with contextlib.suppress(TimeoutError):  # after a minute; the end of Ray ends the rest
+            client.delete_all_apps()
 
 
 def with_verified_checkpoints(settings: ServiceSettings) -> ServiceSettings:

@@ -18,11 +18,10 @@ import ray
 import ray.serve as ray_serve
 
 from rm_robust.cluster.session import HEAD_RESOURCE, is_local
-from rm_robust.config.run import ReplicaConfig
+from rm_robust.config.run import PipelineConfig, ReplicaConfig
 from rm_robust.runs import files as run_files
 from rm_robust.runs.claim import living_job
 from rm_robust.runs.directory import Run
-from rm_robust.runs.layout import RunLayout
 from rm_robust.scoring.client import RewardClient
 from rm_robust.scoring.contract import Scorer
 from serve.cluster_scorer import ClusterScorer
@@ -50,23 +49,29 @@ class ServedScorers:
 
 
 @contextlib.contextmanager
-def served_scorers(run: Run) -> Iterator[ServedScorers]:
+def served_scorers(run: Run, *, proxy_dir: Path | None) -> Iterator[ServedScorers]:
     """Begin to serve the proxy reward model and the gold judge in this cluster, and yield a scorer for each.
 
-    The scorers work without HTTP, except for a gold judge elsewhere, which is reached over HTTP. The service is deleted
-    afterwards. It has no route in Serve's HTTP proxy, and nobody could use one: its single key is thrown away.
+    `proxy_dir` is the proxy's checkpoint; None where rloo.proxy is a service. The scorers work without HTTP, except for
+    a proxy or a judge elsewhere, which is reached over HTTP. The service is deleted afterwards. It has no route in
+    Serve's HTTP proxy, and nobody could use one: its single key is thrown away.
     """
     # This loads FastAPI, which only the driver of an RLOO stage needs.
     from serve.launch import begin_to_deploy_inside, delete_service, start_serve_without_http, wait_until_up
 
     config = run.config
-    proxy = served_model(config.serve.proxy_replica, "proxy", RunLayout(run.run_dir).reward_model_checkpoint)
-    models = [proxy]
+    models = [] if proxy_dir is None else [served_model(config.serve.proxy_replica, "proxy", proxy_dir)]
     gold_url, timeout_s = config.serve.gold_url, config.serve.request_timeout_s
     if gold_url is None:
         is_embedded = config.serve.gold == "embedded"
         gold_dir = None if is_embedded else run_files.locate(config.serve.gold).absolute()
         models.append(served_model(config.serve.gold_replica, "gold", gold_dir))
+    if not models:
+        with scorers_elsewhere(config) as (proxy, gold):
+            assert proxy is not None, "without a service of its own, the run has a proxy elsewhere"
+            assert gold is not None, "and a judge elsewhere"
+            yield ServedScorers(proxy, gold, lambda: None)
+        return
     app_name, is_on_cluster = service_name(run), not is_local()
     start_serve_without_http()
     settings = ServiceSettings(
@@ -79,18 +84,27 @@ def served_scorers(run: Run) -> Iterator[ServedScorers]:
     try:
         begin_to_deploy_inside(settings, app_name=app_name)
         is_up = partial(wait_until_up, [app_name], deadline_s=SERVED_WITHIN_S)
-        with contextlib.ExitStack() as stack:
-            gold: Scorer
-            if gold_url:
-                gold = stack.enter_context(RewardClient(gold_url, timeout_s=timeout_s))
-            else:
-                gold = ClusterScorer(app_name, "gold")
-            yield ServedScorers(ClusterScorer(app_name, "proxy"), gold, is_up)
+        with scorers_elsewhere(config) as (proxy, gold):
+            yield ServedScorers(
+                proxy or ClusterScorer(app_name, "proxy"), gold or ClusterScorer(app_name, "gold"), is_up
+            )
     finally:
         delete_service(app_name)
         if is_on_cluster:
             forget_job(app_name)
             end_unused_serve()
+
+
+@contextlib.contextmanager
+def scorers_elsewhere(config: PipelineConfig) -> Iterator[tuple[RewardClient | None, RewardClient | None]]:
+    """Yield clients of the proxy and of the judge; None for one that this run serves itself."""
+    timeout_s = config.serve.request_timeout_s
+    with contextlib.ExitStack() as stack:
+        clients = [
+            None if url is None else stack.enter_context(RewardClient(url, timeout_s=timeout_s))
+            for url in (config.rloo.proxy_url, config.serve.gold_url)
+        ]
+        yield clients[0], clients[1]
 
 
 def service_name(run: Run) -> str:

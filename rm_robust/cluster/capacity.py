@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import ray
 import yaml
+from ray.util.debug import log_once
 
 from rm_robust.cluster.session import is_on_head
 from rm_robust.config.run import ReplicaConfig
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 """The file in which Kubernetes writes a pod's namespace."""
+WAITING_SAID_EVERY_S = 30.0
 NOT_FOR_WORK = ("memory", "object_store_memory")
 """Resources of a node that no stage asks for."""
 
@@ -193,6 +196,32 @@ def kubernetes_config() -> dict[str, Any] | None:
         return None
     config: dict[str, Any] = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)
     return config
+
+
+def wait_for_a_cpu(what: str, resources: Mapping[str, float]) -> None:
+    """Wait until Ray has started a task that asks for a CPU and these resources; say now and then what is waited for.
+
+    `what` needs them next. Ray Data 2.60 warns that a job "will hang" if no CPU is free when it begins, which is so for
+    a moment after each stage, until its workers have ended. After this wait that warning is false, so it is turned off.
+    """
+    remote: Any = ray.remote(_do_nothing)
+    task = remote.options(num_cpus=1, resources=dict(resources), name=f"a CPU for {what}").remote()
+    begun_s = time.monotonic()
+    while not ray.wait([task], timeout=WAITING_SAID_EVERY_S)[0]:
+        logger.warning(
+            "%s: waiting since %.0f s for a node with %s free; of the cluster's %s, %s is free",
+            what,
+            time.monotonic() - begun_s,
+            _shown({"CPU": 1, **resources}),
+            _shown(_resources_for_work(ray.cluster_resources())),
+            _shown(_resources_for_work(ray.available_resources())),
+        )
+    ray.get(task)
+    log_once("cpu_warning")  # Ray Data logs its warning where this key is new
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def autoscaler_config() -> Path | None:

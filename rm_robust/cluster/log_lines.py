@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from rm_robust.errors import ConfigError
@@ -25,7 +25,7 @@ ABOUT_VARIABLE = "RM_ROBUST_LOG_ABOUT"
 """The environment variable that tells a process its run, stage and worker, as for an actor of RLOO."""
 
 _TEXT_LINE = re.compile(
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) "
+    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[A-Z]+) "
     r"(\[(?P<about>[^]]*)\] )?(?P<logger>[\w.]+): (?P<message>.*)"
 )
 
@@ -55,12 +55,16 @@ class LogLine:
     stage: str | None
     logger: str
     message: str
+    time_s: float = field(compare=False)
+    """When it was logged, in Unix seconds; a line of text has milliseconds."""
 
 
 def line_of(record: logging.LogRecord) -> LogLine:
     """Return the line of a record of this process."""
     about = _about_this_process()
-    return LogLine(record.levelno, about.get("run"), about.get("stage"), record.name, record.getMessage())
+    return LogLine(
+        record.levelno, about.get("run"), about.get("stage"), record.name, record.getMessage(), record.created
+    )
 
 
 def parse_text_line(text: str) -> LogLine | None:
@@ -70,7 +74,8 @@ def parse_text_line(text: str) -> LogLine | None:
         return None
     about = (match["about"] or "").split(" ")
     run, stage = (about[0], about[1]) if len(about) > 1 else (None, None)
-    return LogLine(logging.getLevelNamesMapping()[match["level"]], run, stage, match["logger"], match["message"])
+    level, time_s = logging.getLevelNamesMapping()[match["level"]], datetime.fromisoformat(match["time"]).timestamp()
+    return LogLine(level, run, stage, match["logger"], match["message"], time_s)
 
 
 class JsonLines(logging.Formatter):

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self, TextIO
@@ -25,24 +24,17 @@ from tqdm import tqdm
 
 from rm_robust.cluster import worker_lines
 from rm_robust.cluster.log_lines import LogLine, formatter, is_json, line_of, parse_text_line
+from rm_robust.cluster.stage_view import StageView
 from rm_robust.errors import StorageError
 from rm_robust.runs.files import persist, shown
-from rm_robust.runs.metrics import LoggedStep, parse_logged_step
-from rm_robust.runs.status import SHOWN, duration
+from rm_robust.runs.metrics import STAGE_LOGGER, parse_logged_step
 
 PRINTED_EVERY_S = 15.0
 DRAWN_EVERY_S = 0.5
 FORWARDED_WITHIN_S = 0.6
 """Seconds after which Ray has forwarded what a worker printed (Ray itself waits 0.5 s at its end)."""
-STAGE_LOGGER = "rm_robust.stage"
-"""The logger that says that a stage begins, is done, or was done before."""
 BEGINS = "begins"
 DONE = "done"
-
-
-def log_stage(name: str, event: str) -> None:
-    """Log what happens to a whole stage: BEGINS, DONE with the result, or why there was nothing to do."""
-    logging.getLogger(STAGE_LOGGER).info("stage %s: %s", name, event)
 
 
 def _restore(log: logging.Logger, handlers: list[logging.Handler], level: int) -> None:
@@ -70,42 +62,6 @@ def rays_own_log_taken_over() -> Iterator[None]:
     finally:
         for log, handlers, propagates in earlier:
             log.handlers, log.propagate = handlers, propagates
-
-
-@dataclass
-class StageView:
-    """The line of the stage that now works."""
-
-    name: str
-    label: str
-    begun_at_s: float
-    printed_at_s: float
-    step: LoggedStep | None = None
-    first_step: int = 0
-    first_step_at_s: float = 0.0
-    figures: dict[str, str] = field(default_factory=dict)
-    """The latest value of each figure that a person wants to see."""
-
-    def take(self, step: LoggedStep, now_s: float) -> None:
-        if self.step is None:
-            self.first_step, self.first_step_at_s = step.step, now_s
-        self.step = step
-        names = [name.partition("/")[2] for name in SHOWN.get(self.name, ())]
-        self.figures |= {name: step.fields[name] for name in names if name in step.fields}
-
-    def text(self, now_s: float) -> str:
-        """Return the line without its label."""
-        if self.step is None:
-            return duration(now_s - self.begun_at_s)
-        parts = [f"step {self.step.step} of {self.step.num_steps}"]
-        num_timed = self.step.step - self.first_step
-        if num_timed:
-            pace_s = (now_s - self.first_step_at_s) / num_timed
-            parts.append(f"about {duration(pace_s * (self.step.num_steps - self.step.step))} left")
-        return ", ".join([*parts, *self.shown_figures()])
-
-    def shown_figures(self) -> list[str]:
-        return [f"{name} {value}" for name, value in self.figures.items()]
 
 
 class Terminal:
@@ -234,7 +190,7 @@ class Terminal:
         elif line.logger == STAGE_LOGGER:
             self._show_stage(line)
         elif step is not None and self._stage is not None and line.stage == self._stage.name:
-            self._stage.take(step, time.monotonic())
+            self._stage.take(step, line.time_s)
 
     def _warn(self, text: str) -> None:
         if text in self._warned:

@@ -6,7 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rm_robust.config.shared import Section
+from rm_robust.config.shared import Section, WhereItRuns
+
+LOST_FRACTION_TO_WARN_OF = 0.1
+"""The share of a source's rows that may be lost unsaid."""
 
 
 class Overlong(StrEnum):
@@ -51,10 +54,11 @@ class DataConfig(Section):
     of the hub is written as "hub:owner/name[:split]".
     """
 
-    source: Literal["embedded", "responses", "scenarios"] = "embedded"
+    source: Literal["embedded", "responses", "scenarios", "prompts"] = "embedded"
     """Where preferences come from. `embedded`: the run makes its own world ([world]). `responses`: responses of named
     models with gold scores, from which the four scenarios are built; it needs responses and unseen_models. `scenarios`:
-    ready-made files (pairs, or K completions with gold scores); it needs train and in_domain."""
+    ready-made files (pairs, or K completions with gold scores); it needs train and in_domain. `prompts`: there are no
+    preferences, only rloo_prompts, because rloo.proxy names a reward model that exists already."""
     responses: list[str] = []
     """Files with rows of prompt, model, completion and gold_score; hub names are refused (source = "responses"
     only)."""
@@ -77,14 +81,18 @@ class DataConfig(Section):
     mutual_disjoint: list[str] = []
     """Files of the mutual-disjoint scenario: new prompts, answered by unseen models. Empty: the run goes without it."""
     sft: list[str] = []
-    """Demonstrations, with prompt and completion, or with messages. They are needed unless sft.enabled = false or the
-    source is embedded."""
+    """Demonstrations, with prompt and completion, or with messages; or pairs, whose chosen completions are imitated
+    (the files of data.train may be named here again). They are needed unless sft.enabled = false or the source is
+    embedded."""
     rloo_prompts: list[str] = []
     """Rows with a prompt (text or messages). RLOO needs them unless the source is embedded, and then serve.gold must be
     another judge than `embedded`. A run that only trains a reward model does not need them."""
     max_dropped_fraction: float = Field(default=0.01, ge=0, le=1)
     """Largest share of a source's rows that may be malformed; the run fails when there are more. Pairs that are
-    over-long, identical or tied are counted separately, and do not make the run fail."""
+    over-long, identical or tied are counted separately (see max_lost_fraction)."""
+    max_lost_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of a source's rows that may be dropped for any reason but tied scores; the run fails when there are
+    more. Above 0.1 there is a warning, on the terminal and in the report."""
     max_prompt_tokens: int = Field(default=96, ge=4)
     """Largest number of tokens of a prompt, with chat template and assistant header; `overlong` says what happens to
     longer ones."""
@@ -95,7 +103,7 @@ class DataConfig(Section):
     max_completion_tokens: int = Field(default=96, ge=2)
     """Largest number of tokens of a completion, the end-of-turn token included. Longer ones are dropped and counted. A
     model from scratch must take prompt and completion together (model.max_position_embeddings)."""
-    task_resources: dict[str, float] = {}
+    task_resources: WhereItRuns[dict[str, float]] = {}
     """Custom Ray resources, as named in cluster.yaml, that each task of Ray Data asks for beside its one CPU. These
     tasks read, tokenise and write."""
 
@@ -105,8 +113,18 @@ class DataConfig(Section):
             "embedded": {},
             "responses": {"responses": self.responses, "unseen_models": self.unseen_models},
             "scenarios": {"train": self.train, "in_domain": self.in_domain},
+            "prompts": {"rloo_prompts": self.rloo_prompts},
         }
         empty = [f"data.{name}" for name, values in needed[self.source].items() if not values]
         if empty:
             raise ValueError(f'data.source = "{self.source}" needs {" and ".join(empty)}, which must not be empty')
+        return self
+
+    @model_validator(mode="after")
+    def _responses_are_files(self) -> Self:
+        for path in self.responses:
+            if path.startswith("hub:"):
+                raise ValueError(
+                    f"data.responses names {path!r}: it takes files only. Download the data set, and name its files"
+                )
         return self

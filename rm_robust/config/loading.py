@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from rm_robust.config.reference import names_of, nearest_names
+from rm_robust.config.reference import names_of, nearest_names, section_in
 from rm_robust.config.run import PipelineConfig
 from rm_robust.config.shared import Section
 from rm_robust.errors import ConfigError
@@ -23,7 +23,8 @@ def load_config(path: Path, overrides: list[str]) -> PipelineConfig:
 def load_section(path: Path, overrides: list[str], kind: type[Config]) -> Config:
     """Read and validate a config file.
 
-    Raises ConfigError, which lists every wrong key as `dotted.name = value: what is wrong`.
+    Raises ConfigError, which lists every wrong key as `dotted.name = value: what is wrong`, and says which of them the
+    command line gives.
     """
     try:
         values = tomllib.loads(path.read_text())
@@ -31,13 +32,25 @@ def load_section(path: Path, overrides: list[str], kind: type[Config]) -> Config
         raise ConfigError(f"There is no config file at {path.absolute()}. Correct --config.") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
-    for override in overrides:
-        _apply_override(values, override)
+    given = [_apply_override(values, override, kind) for override in overrides]
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(problem, kind) for problem in error.errors()]
-        raise ConfigError(f"{path} is not a valid config:\n  " + "\n  ".join(problems)) from error
+        raise ConfigError(_all_problems(path, error, given, kind)) from error
+
+
+def _all_problems(path: Path, error: ValidationError, given: Sequence[str], kind: type[Section]) -> str:
+    """Return the message for all that is wrong; `given` are the names of the settings of the command line."""
+    lines, are_given = [], []
+    for problem in error.errors():
+        dotted = ".".join(str(part) for part in problem["loc"])
+        are_given.append(any(f"{dotted}.".startswith(f"{name}.") for name in given))
+        lines.append(_describe(problem, kind) + (" (given on the command line)" if are_given[-1] else ""))
+    if all(are_given):
+        top = "The command line gives what is not valid"
+    else:
+        top = f"{path}{' with the settings of the command line' if given else ''} is not a valid config"
+    return f"{top}:\n  " + "\n  ".join(lines)
 
 
 def overrides_of(arguments: Sequence[str], kind: type[Section]) -> list[str]:
@@ -77,12 +90,13 @@ def _check_name(name: str, kind: type[Section]) -> None:
         return
     near = [f"--{candidate}" for candidate in nearest_names(name, kind)]
     raise ConfigError(
-        f"--{name} is neither an option nor a setting. {_nearest(near)}{_where_all_are(name, kind)} lists the "
+        f"--{name} is neither an option nor a setting. {nearest(near)}{_where_all_are(name, kind)} lists the "
         "settings, --help the options."
     )
 
 
-def _nearest(names: Sequence[str]) -> str:
+def nearest(names: Sequence[str]) -> str:
+    """Return a sentence that names the nearest names, with a space after it; nothing where there are none."""
     return f"The nearest {'is' if len(names) == 1 else 'are'} {', '.join(names)}. " if names else ""
 
 
@@ -94,7 +108,8 @@ def _where_all_are(name: str, kind: type[Section]) -> str:
     return f"`rm-robust settings {section}`" if section in names_of(kind)[1] else "`rm-robust settings`"
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str, kind: type[Section]) -> str:
+    """Set what an override gives, and return the name of its setting."""
     dotted, separator, text = override.partition("=")
     if not separator or not dotted.strip():
         raise ConfigError(f"--set {override!r} must look like dotted.name=value, e.g. --set rloo.num_steps=10.")
@@ -102,6 +117,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
+    if not isinstance(value, str) and _is_text(dotted.strip(), kind):
+        value = text  # --name 2024
     *parents, last = dotted.strip().split(".")
     target = values
     for parent in parents:
@@ -109,13 +126,25 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section.")
     target[last] = value
+    return dotted.strip()
+
+
+def _is_text(name: str, kind: type[BaseModel]) -> bool:
+    """Return whether the setting of a dotted name is text, or text that may be left out."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        section = section_in(kind.model_fields[parent].annotation) if parent in kind.model_fields else None
+        if section is None:
+            return False
+        kind = section
+    return last in kind.model_fields and kind.model_fields[last].annotation in (str, str | None)
 
 
 def _describe(problem: Any, kind: type[Section]) -> str:
     dotted = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         name = ".".join(part for part in problem["loc"] if isinstance(part, str))  # without places in lists
-        near = _nearest(nearest_names(name, kind))
+        near = nearest(nearest_names(name, kind))
         return (
             f"{dotted}: unknown key (value {problem['input']!r}); check the spelling. {near}"
             f"{_where_all_are(name, kind)} lists the settings"

@@ -19,12 +19,23 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rm_robust.config.changes import on_resume
+from rm_robust.config.shared import OnResume
+
 TEXT_COLUMNS = 100
 PAGE_COLUMNS = 110
 NUM_NEAREST = 3
+ON_RESUME = {
+    OnResume.DECIDES_RESULTS: "",
+    OnResume.MAY_GROW: "A resumed run may raise it.",
+    OnResume.WHERE_IT_RUNS: "A resumed run may change it.",
+}
+"""What the meaning of a setting says about a resumed run. Most settings decide results, and a change is refused."""
 LEAST_LIKENESS = 0.75
 """Least ratio of difflib at which a name counts as near to a misspelt one. 0.6 would also take names of one section
 that have nothing else in common."""
+LEAST_WORD = 3
+"""Least number of letters of a word that is looked for within the names of settings."""
 WORDS: dict[object, tuple[str, str]] = {
     bool: ("true or false", "booleans"),
     int: ("integer", "integers"),
@@ -90,23 +101,31 @@ def names_of(kind: type[BaseModel]) -> tuple[set[str], set[str]]:
 def nearest_names(name: str, kind: type[BaseModel]) -> list[str]:
     """Return the settings and tables that somebody may have meant who wrote this name, at most NUM_NEAREST.
 
-    Those that only lie in another table come first, then those whose dotted names are most like it.
+    Those that only lie in another table come first, then those whose dotted names are most like it. Where there are
+    none, they are those that have the last word of the name in their own last word, as bsr_scale has bsr.
     """
     settings, tables = names_of(kind)
-    known = sorted(settings | tables)
-    elsewhere = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    known, word = sorted(settings | tables), name.rpartition(".")[2]
+    elsewhere = [other for other in known if other.rpartition(".")[2] == word]
     near = [
         *difflib.get_close_matches(name, elsewhere, NUM_NEAREST, 0.0),
         *difflib.get_close_matches(name, known, NUM_NEAREST, LEAST_LIKENESS),
-    ]
+    ] or [other for other in known if len(word) >= LEAST_WORD and word in other.rpartition(".")[2]]
     return list(dict.fromkeys(near))[:NUM_NEAREST]
 
 
 def below(tables: Sequence[Table], name: str) -> list[Table]:
-    """Return the tables with those settings alone that are `name` or below it, and without empty tables."""
+    """Return the tables with those settings alone that are `name` or below it, and without empty tables.
+
+    Where there are none, a dotted `name` may be the beginning of names, as reward_model.bsr is of four.
+    """
+    return _holding(tables, f"{name}.") or (_holding(tables, name) if "." in name else [])
+
+
+def _holding(tables: Sequence[Table], beginning: str) -> list[Table]:
     chosen = []
     for table in tables:
-        settings = tuple(s for s in table.settings if f"{s.name}.".startswith(f"{name}."))
+        settings = tuple(s for s in table.settings if f"{s.name}.".startswith(beginning))
         if settings:
             chosen.append(Table(table.name, table.header, table.is_left_out, table.meaning, settings))
     return chosen
@@ -127,7 +146,7 @@ def _tables(kind: type[BaseModel], defaults: BaseModel | None, around: Table) ->
     for field_name, field in kind.model_fields.items():
         name = f"{around.name}.{field_name}".removeprefix(".")
         default = field.default if defaults is None else getattr(defaults, field_name)
-        section = _section_in(field.annotation)
+        section = section_in(field.annotation)
         if section is not None and isinstance(default, section):
             meaning = f"{paragraph(field.description)} {paragraph(section.__doc__)}"
             inner.append((section, default, Table(name, f"[{name}]", around.is_left_out, meaning, ())))
@@ -141,7 +160,7 @@ def _tables(kind: type[BaseModel], defaults: BaseModel | None, around: Table) ->
         yield from _tables(section, default, table)
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
     """Return the section that a type is, or that it holds (optional, or in a list)."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -156,7 +175,7 @@ def _setting(name: str, field: FieldInfo, default: Any) -> Setting:
         f"{type_in_words(field.annotation)}{_bounds(field)}",
         toml_value(default) if has_word else None,
         default is PydanticUndefined,
-        paragraph(field.description),
+        paragraph(f"{field.description or ''} {ON_RESUME[on_resume(field)]}"),
     )
 
 

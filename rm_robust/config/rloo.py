@@ -1,10 +1,22 @@
 """Every setting of the RLOO stage."""
 
+import re
+from collections.abc import Mapping
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rm_robust.config.shared import ComputeConfig, OptimizerConfig, Section, StrategyConfig, WorkersConfig
+from rm_robust.config.shared import (
+    DEEPSPEED_STATE,
+    ComputeConfig,
+    MayGrow,
+    OptimizerConfig,
+    Section,
+    StrategyConfig,
+    WhereItRuns,
+    WorkersConfig,
+)
 
 
 class RewardSourceConfig(Section):
@@ -19,7 +31,19 @@ class RewardSourceConfig(Section):
     """http(s) URL of a scoring service. Its first model is asked, with the key in RM_ROBUST_API_KEY. Either url or
     function must be set, and not both."""
     function: str | None = None
-    """`package.module:function`. The driver calls it as function(prompt: list[Message], completion: str) -> float."""
+    """`package.module:function`, which the driver calls. A function with a parameter `completions` is called as TRL
+    calls it, function(prompts=…, completions=…, completion_ids=…, trainer_state=…, **columns) -> list of scores; any
+    other as function(prompt: list[Message], completion: str) -> score, with the columns that it names. It may be async,
+    and None instead of a score abstains. docs/trainer/policy.md has the details."""
+    num_concurrent_calls: WhereItRuns[int | None] = Field(default=None, ge=1)
+    """Most calls (requests to a url) at the same time. A function for whole lists gets as many lists of whole prompts.
+    Above 1 the function must be safe to call from several threads, unless it is async. None: 1 for a function, 8 for a
+    url."""
+    timeout_s: WhereItRuns[float] = Field(default=60, gt=0)
+    """Seconds after which a call of the function, or one attempt of a request, counts as failed."""
+    num_retries: WhereItRuns[int | None] = Field(default=None, ge=0, le=100)
+    """Further attempts after a call that raised or did not answer in time. None: 0 for a function; 18 for a url, with
+    growing pauses."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -32,7 +56,22 @@ class RewardSourceConfig(Section):
             raise ValueError(
                 f"a reward source may not be called {self.name!r}; that is the reward model's or the judge's own name"
             )
+        if self.url is not None and not is_web_address(self.url):
+            raise ValueError(
+                f"reward source {self.name!r}: url = {self.url!r} is no address of a service; write it as "
+                "http://host:port or https://host"
+            )
         return self
+
+
+def is_web_address(url: str) -> bool:
+    """Return whether a text is the address of a service: http or https, a host, and a port that can be one."""
+    try:
+        parts = urlsplit(url)
+        is_port = parts.port is None or parts.port > 0  # `port` raises ValueError when it is none
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and is_port and not re.search(r"\s", url)
 
 
 class MonitorConfig(Section):
@@ -72,7 +111,14 @@ class PolicyEvaluationConfig(Section):
 class RlooConfig(Section):
     """Settings of REINFORCE leave-one-out against the served reward model."""
 
-    num_steps: int = Field(default=60, ge=1)
+    proxy: str | None = Field(default=None, min_length=1)
+    """A reward model that exists already: a committed checkpoint directory, a run directory (its reward model), either
+    also as a URI in an object store, or the http(s) URL of a scoring service, whose first model is asked. The run then
+    trains no reward model, and keeps to this one when it resumes. None: the run's own reward model."""
+    proxy_template: Literal["same", "own"] = "same"
+    """`same`: the chat template of `proxy` must be the policy's. `own`: it may be another one; the proxy gets the texts
+    of prompt and completion, and applies its own template (proxy only)."""
+    num_steps: MayGrow[int] = Field(default=60, ge=1)
     """Number of steps. A step samples completions, scores them and updates the policy."""
     num_prompts_per_step: int = Field(default=32, ge=1)
     """Number of prompts of a step. It must be a multiple of num_minibatches_per_epoch * trainers.num_workers."""
@@ -140,9 +186,9 @@ class RlooConfig(Section):
     """Watch for over-optimisation."""
     evaluation: PolicyEvaluationConfig = PolicyEvaluationConfig()
     """Test of the policy on held-out prompts."""
-    generation_silence_s: float = Field(default=600, gt=0)
+    generation_silence_s: WhereItRuns[float] = Field(default=600, gt=0)
     """Seconds after which an engine that has finished no prompt counts as lost, and is replaced."""
-    max_restarts: int = Field(default=3, ge=0)
+    max_restarts: WhereItRuns[int] = Field(default=3, ge=0)
     """Most restarts of lost engines and trainers without a committed step between them. If one more is needed, the run
     ends with an error."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.05, schedule="constant")
@@ -153,35 +199,35 @@ class RlooConfig(Section):
     """Number format and memory of the training."""
     trainers: WorkersConfig = WorkersConfig(num_workers=1, num_threads_per_worker=2)
     """Workers that train the policy."""
-    max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    max_tokens_per_micro_batch: WhereItRuns[int] = Field(default=8192, ge=64)
     """Largest number of tokens (padding included) of one forward and backward pass of a trainer; a longer group has a
     pass of its own. It changes memory and speed, not the gradient."""
-    num_engines: int = Field(default=1, ge=1)
+    num_engines: WhereItRuns[int] = Field(default=1, ge=1)
     """Number of vLLM engines that sample completions side by side."""
-    engine_num_cpus: float = Field(default=0.5, ge=0)
+    engine_num_cpus: WhereItRuns[float] = Field(default=0.5, ge=0)
     """CPUs that Ray sets aside for one engine. They decide how many engines a node takes, not how many threads
     compute."""
-    engine_num_gpus: float = Field(default=0, ge=0)
+    engine_num_gpus: WhereItRuns[float] = Field(default=0, ge=0)
     """GPUs that Ray sets aside for one engine. 0: the engine computes on the CPU."""
-    engine_num_threads: int = Field(default=2, ge=1)
+    engine_num_threads: WhereItRuns[int] = Field(default=2, ge=1)
     """Threads of one engine on the CPU."""
-    engine_resources: dict[str, float] = {}
+    engine_resources: WhereItRuns[dict[str, float]] = {}
     """Custom Ray resources of one engine, as named in cluster.yaml."""
     engine_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of an engine's weights and computation. The trainer's weights stay float32."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: WhereItRuns[int] = Field(default=1, ge=1)
     """Number of GPUs over which an engine splits every layer. It must be 1 on CPUs."""
-    kv_cache_memory_bytes: int = Field(default=64 * 2**20, ge=2**20)
+    kv_cache_memory_bytes: WhereItRuns[int] = Field(default=64 * 2**20, ge=2**20)
     """Bytes of an engine's key-value cache on the CPU. On a GPU, vLLM takes its usual share of the memory."""
-    max_num_sequences: int = Field(default=128, ge=1)
+    max_num_sequences: WhereItRuns[int] = Field(default=128, ge=1)
     """Largest number of completions that an engine samples at the same time; the others wait in it."""
-    weight_transfer_backend: Literal["gloo", "nccl"] = "gloo"
+    weight_transfer_backend: WhereItRuns[Literal["gloo", "nccl"]] = "gloo"
     """How new weights reach the engines. `gloo`: over the network or shared memory of CPUs. `nccl`: from GPU to GPU; it
     needs engine_num_gpus and trainers.num_gpus_per_worker above 0."""
-    checkpoint_every_steps: int = Field(default=10, ge=1)
+    checkpoint_every_steps: WhereItRuns[int] = Field(default=10, ge=1)
     """Steps between two committed training states. A stopped run resumes from the last one; the last step is always
     committed."""
-    num_sample_prompts: int = Field(default=4, ge=0)
+    num_sample_prompts: WhereItRuns[int] = Field(default=4, ge=0)
     """Number of prompts whose completions are kept for the report at every checkpoint."""
 
     @field_validator("num_completions_per_prompt")
@@ -193,6 +239,26 @@ class RlooConfig(Section):
                 "Set rloo.num_completions_per_prompt >= 2"
             )
         return value
+
+    @model_validator(mode="after")
+    def _there_is_a_reward(self) -> Self:
+        names = [source.name for source in self.reward_sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"rloo.reward_sources has {', '.join(twice)} more than once; give each source its own name"
+            )
+        if not self.proxy_weight and not any(source.weight for source in self.reward_sources):
+            raise ValueError(
+                "rloo.proxy_weight = 0 leaves no reward: no source of rloo.reward_sources has a weight either; "
+                "set one of them"
+            )
+        if self.score_clip_range is not None and self.score_clip_range[0] >= self.score_clip_range[1]:
+            raise ValueError(
+                f"rloo.score_clip_range = {list(self.score_clip_range)}: the lowest score must be below the highest; "
+                "swap them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _levels_and_held_out_prompts_fit(self) -> Self:
@@ -207,6 +273,27 @@ class RlooConfig(Section):
                 f"{self.trainers.num_workers} trainers idle; raise it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _proxy_settings_have_a_proxy(self) -> Self:
+        if self.proxy_template != "same" and self.proxy is None:
+            raise ValueError(
+                f"rloo.proxy_template = {self.proxy_template!r} is not read without rloo.proxy; set both, or neither"
+            )
+        return self
+
+    def held_on_resume(self) -> Mapping[str, str]:
+        held = dict(super().held_on_resume())
+        if self.strategy.kind == "deepspeed":
+            held["trainers.num_workers"] = DEEPSPEED_STATE
+        elif self.num_minibatches_per_epoch > 1:
+            held["trainers.num_workers"] = "each trainer draws the minibatches of its own completions"
+        return held
+
+    @property
+    def proxy_url(self) -> str | None:
+        """The address of a proxy that somebody else serves; None for a checkpoint, and for the run's own one."""
+        return self.proxy if self.proxy is not None and self.proxy.startswith(("http://", "https://")) else None
 
     @model_validator(mode="after")
     def _workers_fit(self) -> Self:

@@ -1,8 +1,33 @@
 """Sections that several stages have in common: workers, optimiser, strategy, precision."""
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Value = TypeVar("Value")
+
+
+class OnResume(StrEnum):
+    """What a resumed run does when a setting has another value than before.
+
+    A field has it in its annotation (`MayGrow[int]`). A field without it decides results.
+    """
+
+    DECIDES_RESULTS = "decides results"
+    """Another value is refused."""
+    MAY_GROW = "may grow"
+    """A larger value continues a stage that was done; a smaller one is refused."""
+    WHERE_IT_RUNS = "where it runs"
+    """Another value is taken: results stay equal, but for the order in which numbers are added."""
+
+
+DEEPSPEED_STATE = "DeepSpeed's state is cut for one number of workers"
+"""Why another number of workers cannot continue from a state."""
+
+MayGrow = Annotated[Value, OnResume.MAY_GROW]
+WhereItRuns = Annotated[Value, OnResume.WHERE_IT_RUNS]
 
 
 class Section(BaseModel):
@@ -27,31 +52,43 @@ class Section(BaseModel):
                 given[name] = {**field.default.model_dump(exclude_unset=True), **given[name]}
         return given
 
+    def held_on_resume(self) -> Mapping[str, str]:
+        """Return the settings below this section that decide results here, though they say where it runs elsewhere.
+
+        The keys are dotted names below this section, the values say why.
+        """
+        return {
+            f"{name}.{setting}": reason
+            for name, section in self
+            if isinstance(section, Section)
+            for setting, reason in section.held_on_resume().items()
+        }
+
 
 class WorkersConfig(Section):
     """What a group of workers asks of the cluster."""
 
-    num_workers: int = Field(default=2, ge=1)
+    num_workers: WhereItRuns[int] = Field(default=2, ge=1)
     """Number of worker processes. They share each batch, which must have at least one row (or group) for each of
     them."""
-    min_workers: int | None = Field(default=None, ge=1)
+    min_workers: WhereItRuns[int | None] = Field(default=None, ge=1)
     """Fewest workers of elastic training, at most `num_workers`. When nodes are lost, training continues from the last
     committed state as long as this many workers have room, and grows again when nodes return; the batches stay the
     same. None: always `num_workers`. DeepSpeed refuses this setting, because its state is cut for one number of
     workers; so does RLOO, which replaces a lost trainer."""
-    resize_every_s: float = Field(default=60, gt=0)
+    resize_every_s: WhereItRuns[float] = Field(default=60, gt=0)
     """Seconds after which a group that is too small looks for room to grow again (elastic training only)."""
-    num_cpus_per_worker: float = Field(default=1, ge=0)
+    num_cpus_per_worker: WhereItRuns[float] = Field(default=1, ge=0)
     """CPUs that Ray sets aside for one worker. They decide how many workers a node takes, not how many threads
     compute."""
-    num_gpus_per_worker: float = Field(default=0, ge=0)
+    num_gpus_per_worker: WhereItRuns[float] = Field(default=0, ge=0)
     """GPUs that Ray sets aside for one worker. 0: the worker computes on the CPU."""
-    num_threads_per_worker: int = Field(default=1, ge=1)
+    num_threads_per_worker: WhereItRuns[int] = Field(default=1, ge=1)
     """Threads that torch uses on the CPU in one worker."""
-    peak_flops_per_worker: float | None = Field(default=None, gt=0)
+    peak_flops_per_worker: WhereItRuns[float | None] = Field(default=None, gt=0)
     """Floating-point operations a second of one worker's device at the precision in use (H100, bfloat16, dense:
     989e12). None: the utilisation is not computed."""
-    resources_per_worker: dict[str, float] = {}
+    resources_per_worker: WhereItRuns[dict[str, float]] = {}
     """Custom Ray resources of one worker, as named in cluster.yaml."""
 
     @model_validator(mode="after")
@@ -114,7 +151,7 @@ class ComputeConfig(Section):
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the decoder's matrix products. `bfloat16`: the decoder runs under torch's autocast."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: WhereItRuns[bool] = False
     """Keep one activation of each decoder layer, and compute the others again in the backward pass. This takes less
     memory, and about a third more time."""
     compile: bool = False

@@ -1,11 +1,21 @@
 """Settings of the stages before RLOO: the language model, SFT and the reward model."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rm_robust.config.objectives import BsrScale, BsrScope, Objective
-from rm_robust.config.shared import ComputeConfig, OptimizerConfig, Section, StrategyConfig, WorkersConfig
+from rm_robust.config.shared import (
+    DEEPSPEED_STATE,
+    ComputeConfig,
+    MayGrow,
+    OptimizerConfig,
+    Section,
+    StrategyConfig,
+    WhereItRuns,
+    WorkersConfig,
+)
 
 
 class ModelConfig(Section):
@@ -79,9 +89,9 @@ class SftConfig(Section):
     """Train this stage. False: model.path, which must then be set, is fine-tuned already and is used as it is."""
     batch_size: int = Field(default=64, ge=1)
     """Number of demonstrations of an optimiser step, over all workers. It must be at least workers.num_workers."""
-    num_epochs: float = Field(default=1.0, gt=0)
+    num_epochs: MayGrow[float] = Field(default=1.0, gt=0)
     """Passes over the demonstrations; a fraction is allowed. The number of steps is rounded up."""
-    max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    max_tokens_per_micro_batch: WhereItRuns[int] = Field(default=8192, ge=64)
     """Largest number of tokens (padding included) of one forward and backward pass of a worker; a longer group has a
     pass of its own. It changes memory and speed, not the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, schedule="cosine")
@@ -92,9 +102,13 @@ class SftConfig(Section):
     """Number format and memory of the training."""
     workers: WorkersConfig = WorkersConfig()
     """Workers of the fine-tuning."""
-    checkpoint_every_steps: int = Field(default=100, ge=1)
+    checkpoint_every_steps: WhereItRuns[int] = Field(default=100, ge=1)
     """Steps between two committed training states. A stopped run resumes from the last one; the last step is always
     committed."""
+
+    def held_on_resume(self) -> Mapping[str, str]:
+        held = dict(super().held_on_resume())
+        return held | ({"workers.num_workers": DEEPSPEED_STATE} if self.strategy.kind == "deepspeed" else {})
 
     @model_validator(mode="after")
     def _every_worker_has_a_row(self) -> Self:
@@ -134,7 +148,8 @@ class RewardModelConfig(Section):
     bsr_scale = "pairs"; set bsr_micro_pairs to that code's per-device batch. None: the two settings have their own
     values."""
     bsr_coefficient: float = Field(default=1e-3, ge=0)
-    """Weight of BSR's penalty (objective = "bsr" only); lambda of paper Eq. 24."""
+    """Weight of BSR's penalty (objective = "bsr" only); lambda of paper Eq. 24. Times bsr_scale it is the effective
+    coefficient, which every step reports as reward_model/effective_coefficient."""
     bsr_scale: BsrScale = BsrScale.PAIRS
     """Factor of BSR's penalty (objective = "bsr" only). `pairs`: bsr_coefficient times the number of pairs in scope, as
     in the released code. `none`: bsr_coefficient alone, as the paper prints it."""
@@ -159,9 +174,9 @@ class RewardModelConfig(Section):
     batches in the same order. It is refused with objective = "bt", which is the baseline."""
     batch_size: int = Field(default=64, ge=1)
     """Number of preference pairs of an optimiser step, over all workers. It must be at least workers.num_workers."""
-    num_epochs: float = Field(default=1.0, gt=0)
+    num_epochs: MayGrow[float] = Field(default=1.0, gt=0)
     """Passes over the training pairs; a fraction is allowed. The number of steps is rounded up."""
-    max_tokens_per_micro_batch: int = Field(default=8192, ge=64)
+    max_tokens_per_micro_batch: WhereItRuns[int] = Field(default=8192, ge=64)
     """Largest number of tokens (padding included) of one forward and backward pass of a worker; a longer group has a
     pass of its own. It changes memory and speed, not the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
@@ -189,10 +204,10 @@ class RewardModelConfig(Section):
     early_stopping_evaluations: int | None = Field(default=None, ge=1)
     """Number of evaluations without a new best of best_metric, which must be set, after which training stops. None:
     training does not stop early."""
-    checkpoint_every_steps: int = Field(default=25, ge=1)
+    checkpoint_every_steps: WhereItRuns[int] = Field(default=25, ge=1)
     """Steps between two committed training states. A stopped run resumes from the last one; the last step is always
     committed."""
-    num_kept_checkpoints: int = Field(default=1, ge=1)
+    num_kept_checkpoints: WhereItRuns[int] = Field(default=1, ge=1)
     """Number of latest training states that are kept for resuming, beside the best one."""
 
     @model_validator(mode="before")
@@ -220,6 +235,14 @@ class RewardModelConfig(Section):
                 "choose another objective, or leave it out"
             )
         return self
+
+    def held_on_resume(self) -> Mapping[str, str]:
+        held = dict(super().held_on_resume())
+        if self.strategy.kind == "deepspeed":
+            held["workers.num_workers"] = DEEPSPEED_STATE
+        elif self.bsr_scope is BsrScope.MICRO:
+            held["workers.num_workers"] = "the blocks of bsr_micro_pairs are cut from each worker's pairs"
+        return held
 
     def as_bt_twin(self) -> "RewardModelConfig":
         """Return these settings with the Bradley-Terry objective, and without those that only other objectives read."""

@@ -1,27 +1,32 @@
 """Apply chat templates. No other file does: training, evaluation, serving and RLOO all get their token ids here.
 
-A conversation becomes `prompt_ids` (every turn before the completion, plus the assistant header) and `completion_ids`
-(the completion's text plus the template's end-of-turn token). The end-of-turn token is the scored position. What a
-template writes after it (ChatML: a newline) is not part of the completion.
+A conversation is rendered with its assistant turn and encoded once, as a whole. Its ids are cut into `prompt_ids`,
+which are those of the prompt with the assistant header, and `completion_ids`, which end with the end-of-turn token.
+That token is the scored position. What a template writes after it (ChatML: a newline) is not part of the completion.
 
+- Where a token begins in the header and ends in a completion, no cut gives the prompt its own ids. The prompt then ends
+  before that token, so that the ids of the conversation stay those of its text. `has_whole_header` tells.
 - No begin-of-sequence token is added to the one that the template may write.
-- The text of a special token inside a message is encoded as plain text.
+- The text of a special token inside a message is encoded as plain text (control_tokens.py).
 - A conversation that a caller has rendered gets the same ids. It must end with the end-of-turn token and have the
   begin-of-sequence token as often as the template writes it.
 - A template that writes today's date is refused, because the same text would have different ids tomorrow.
-- A conversation is refused when the template leaves out one of its turns.
+- A conversation is refused when the template leaves out one of its turns, or rewrites the completion.
 """
 
+import bisect
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rm_robust.data.records import Message
+from rm_robust.data.control_tokens import ControlTokens
+from rm_robust.data.records import Message, TokenGroup
 from rm_robust.errors import ChatTemplateError, DataError
 
 ROLES = ("system", "user", "assistant")
@@ -69,14 +74,18 @@ class ChatFormat:
                 f"The tokenizer in {source} has no pad token. Set tokenizer.pad_token to a token that never occurs in "
                 "text, and save it."
             )
+        if not tokenizer.is_fast:
+            raise ChatTemplateError(
+                f"The tokenizer in {source} has no tokenizer.json, which its token ids are read from. "
+                "Convert it (tokenizer.save_pretrained with its fast class), and save it."
+            )
         self.template_sha256 = "sha256:" + hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-        # A tokenizer file may list control tokens (Llama 3: <|start_header_id|>) that all_special_tokens leaves out.
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special_texts = sorted({*map(str, tokenizer.all_special_tokens), *added})
+        self._control = ControlTokens(tokenizer)
         self.pad_id: int = tokenizer.pad_token_id
         self._refuse_dates()
         self.end_of_turn_id, self.text_after_turn = self._find_end_of_turn()
         """The scored token, and what the template writes after it (ChatML: a newline)."""
+        self.end_of_turn = str(tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
         if self.pad_id == self.end_of_turn_id:
             raise ChatTemplateError(
                 f"In {source} the pad token {tokenizer.pad_token!r} is also the end-of-turn token, so every end of "
@@ -105,26 +114,35 @@ class ChatFormat:
         Raises DataError for a malformed conversation, and for one with a turn that the template leaves out.
         """
         messages = as_messages(prompt)
-        rendered = self._render(messages, add_generation_prompt=True)
-        if len(messages) > 1:
-            self._refuse_dropped_turns(messages)
-        if not any(special in message["content"] for message in messages for special in self._special_texts):
-            return self._encode(rendered, control_tokens=True)
-        return self._encode_with_inert_contents(messages, rendered)
+        text, _, hidden = self._texts(messages, [])
+        return self._control.encode([text], hidden=hidden)[0]
+
+    def token_group(self, prompt: str | list[Message], completions: Sequence[str]) -> TokenGroup:
+        """Return the ids of a prompt and of its completions: those of each whole conversation, cut in two.
+
+        Raises DataError as prompt_ids does, for text that is not valid Unicode, and for a completion that the template
+        rewrites.
+        """
+        for completion in completions:
+            check_text(completion, "The completion")
+        text, answers, hidden = self._texts(as_messages(prompt), completions)
+        return self._encoded(text, answers, hidden=hidden)
 
     def completion_ids(self, completion: str) -> list[int]:
-        """Return the token ids of one completion, its end-of-turn token (the scored position) last.
+        """Return the token ids of one completion after a prompt of one short turn; see token_group."""
+        return self.token_group(_PROBE, [completion]).completion_ids[0]
 
-        Raises DataError for text that is not valid Unicode.
-        """
-        check_text(completion, "The completion")
-        return [*self._encode(completion, control_tokens=False), self.end_of_turn_id]
+    def has_whole_header(self, prompt_ids: list[int]) -> bool:
+        """Return whether a prompt ends with the assistant header, and so where its text ends."""
+        return prompt_ids[len(prompt_ids) - len(self.header_ids) :] == self.header_ids
 
     def completion_text(self, token_ids: list[int]) -> str:
         """Return the text of sampled token ids, without the end-of-turn token that ends a whole completion."""
         if token_ids and token_ids[-1] == self.end_of_turn_id:
             token_ids = token_ids[:-1]
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        # Many tokenizers drop the space at the beginning of what they decode, so the header is decoded before it.
+        header, whole = self._decode(self.header_ids), self._decode(self.header_ids + token_ids)
+        return whole.removeprefix(header)
 
     def rendered_text(self, text: str) -> RenderedConversation:
         """Tokenise a conversation that a caller has rendered to text.
@@ -136,7 +154,7 @@ class ChatFormat:
         fewer begin-of-sequence tokens than the template writes: such text would get a wrong score.
         """
         check_text(text, "The conversation")
-        end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
+        end = self.end_of_turn
         was_cut = bool(self.text_after_turn) and text.endswith(end + self.text_after_turn)
         text = text.removesuffix(self.text_after_turn) if was_cut else text
         if not text.endswith(end):
@@ -151,42 +169,82 @@ class ChatFormat:
             raise DataError(
                 f"The conversation has no assistant turn: the chat template writes {self.header_text!r} before it."
             )
-        prompt_ids = self._encode(before + header, control_tokens=True)
-        self._check_begin(prompt_ids)
-        return RenderedConversation(prompt_ids, self.completion_ids(completion), was_cut)
+        prompt, hidden = before + header, self._control.spelled_in(completion)
+        if hidden:
+            prompt, completion = self._control.keep(prompt), self._control.hide(completion)
+        group = self._encoded(prompt, [completion + end], hidden=hidden)
+        self._check_begin(group.prompt_ids)
+        return RenderedConversation(group.prompt_ids, group.completion_ids[0], was_cut)
 
     def rendered_ids(self, token_ids: list[int]) -> RenderedConversation:
         """Split a conversation that a caller has rendered and tokenised into its prompt and its completion.
 
-        Every id stays as it is, so the completion may hold further control tokens.
+        Every id stays as it is.
 
-        Raises DataError as rendered_text does, and for an id that the tokenizer does not have.
+        Raises DataError as rendered_text does, for an id that the tokenizer does not have, and for a control token in
+        the completion.
         """
         num_tokens = len(self.tokenizer)  # a slow call, so it is made once
         unknown = [token_id for token_id in token_ids if not 0 <= token_id < num_tokens]
         if unknown:
             raise DataError(f"Token id {unknown[0]} is not one of the tokenizer's {num_tokens}.")
-        after = self._encode(self.text_after_turn, control_tokens=True)
+        after = self._encode(self.text_after_turn)
         was_cut = bool(after) and token_ids[-len(after) - 1 :] == [self.end_of_turn_id, *after]
         token_ids = token_ids[: -len(after)] if was_cut else token_ids
         if token_ids[-1:] != [self.end_of_turn_id]:
-            end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)
             raise DataError(
-                f"The token ids do not end with {self.end_of_turn_id}, {end!r}, the end of turn where the score is "
-                "read; add it."
+                f"The token ids do not end with {self.end_of_turn_id}, {self.end_of_turn!r}, the end of turn where the "
+                "score is read; add it."
             )
         self._check_begin(token_ids)
-        header, num_header = self.header_ids, len(self.header_ids)
-        starts = (
-            [i for i in range(len(token_ids) - 1, num_header - 1, -1) if token_ids[i - num_header : i] == header]
-            if header
-            else []
-        )
-        if not starts:
+        start = self._end_of_header(token_ids)
+        if not start:
             raise DataError(
                 f"The token ids have no assistant turn: the chat template writes {self.header_ids} before it."
             )
-        return RenderedConversation(token_ids[: starts[0]], token_ids[starts[0] :], was_cut)
+        self.check_completion_ids(token_ids[start:-1], "The completion")
+        return RenderedConversation(token_ids[:start], token_ids[start:], was_cut)
+
+    def check_completion_ids(self, token_ids: list[int], name: str) -> None:
+        """Raise DataError, with the ids' `name`, for a control token before the end of turn.
+
+        Such text would be plain text in a completion that is given as text, and would have another score.
+        """
+        control = next((token_id for token_id in token_ids if token_id in self._control.ids), None)
+        if control is not None and control != self.tokenizer.unk_token_id:
+            raise DataError(
+                f"{name} holds the control token {control}, {self.tokenizer.convert_ids_to_tokens(control)!r}, before "
+                "its end of turn. Encode the completion's text as plain text (split_special_tokens=True)."
+            )
+
+    def _end_of_header(self, token_ids: list[int]) -> int:
+        """Return the index where the last assistant header ends; 0 if there is none.
+
+        A token may begin in the header and end in the completion. The index is then that of this token.
+        """
+        num_space = next((n for n, i in enumerate(self.header_ids[::-1]) if self._decode([i]).strip()), 0)
+        core, space = self.header_ids[: len(self.header_ids) - num_space], self.header_ids[-num_space:]
+        ends = range(len(token_ids) - 1, len(core) - 1, -1) if core else ()
+        end = next((end for end in ends if token_ids[end - len(core) : end] == core), 0)
+        end = end or self._end_of_header_text(token_ids)
+        return end + num_space if num_space and token_ids[end : end + num_space] == space else end
+
+    def _end_of_header_text(self, token_ids: list[int]) -> int:
+        """Return where the text of the last assistant header ends in ids that have other tokens for it; 0 for nowhere.
+
+        Decoders add and drop white space, so it is left out.
+        """
+
+        def length_of(end: int) -> int:
+            return len("".join(self._decode(token_ids[:end]).split()))
+
+        header = "".join(self.header_text.split())
+        before, found, _ = "".join(self._decode(token_ids).split()).rpartition(header)
+        if not header or not found:
+            return 0
+        num_characters = len(before) + len(found)
+        end = bisect.bisect_left(range(len(token_ids)), num_characters, key=length_of)
+        return end if length_of(end) == num_characters else end - 1
 
     def _check_begin(self, token_ids: list[int]) -> None:
         """Raise DataError unless the ids begin with the begin-of-sequence tokens that the template writes (0 or 1)."""
@@ -198,10 +256,67 @@ class ChatFormat:
                 f"the chat template writes {len(self.bos_ids)}."
             )
 
-    def _encode(self, text: str, *, control_tokens: bool) -> list[int]:
-        """Return the ids of a text, in which the text of a special token is that token or, if not set, plain text."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control_tokens)
-        return list(encoded["input_ids"])
+    def _encode(self, text: str) -> list[int]:
+        """Return the ids of text that a template wrote."""
+        return self._control.encode([text], hidden=False)[0]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _encoded(self, prompt: str, answers: list[str], *, hidden: bool) -> TokenGroup:
+        """Encode each conversation, prompt + answer, as a whole and cut off the ids that are the prompt's.
+
+        What lies before the last control token of the prompt is encoded once, because it cannot change any later id.
+        """
+        last = prompt[self._control.last_break(prompt) :]
+        prompt_ids, last_ids, *conversations = self._control.encode(
+            [prompt, last, *(last + answer for answer in answers)], hidden=hidden
+        )
+        num_own = min((len(os.path.commonprefix([last_ids, ids])) for ids in conversations), default=len(last_ids))
+        kept = prompt_ids[: len(prompt_ids) - len(last_ids) + num_own]
+        if not kept:
+            raise DataError("No token ends where the prompt ends, so the prompt has no token ids of its own.")
+        return TokenGroup(kept, [ids[num_own:] for ids in conversations])
+
+    def _texts(self, messages: list[Message], completions: Sequence[str]) -> tuple[str, list[str], bool]:
+        """Return the rendered prompt, what follows it with each completion, and whether special-token text is hidden.
+
+        Raises DataError for a turn that the template leaves out and a completion that it rewrites.
+        """
+        if len(messages) > 1:
+            self._refuse_dropped_turns(messages)
+        prompt, answers = self._rendered(messages, completions)
+        if not any(map(self._control.spelled_in, [*(m["content"] for m in messages), *completions])):
+            return prompt, answers, False
+        hide, show = self._control.hide, self._control.show
+        hidden_prompt, hidden_answers = self._rendered(
+            [{**message, "content": hide(message["content"])} for message in messages], [*map(hide, completions)]
+        )
+        if [show(text) for text in (hidden_prompt, *hidden_answers)] != [prompt, *answers]:
+            raise DataError(
+                f"The chat template of {self.source} rewrites or drops messages, so the special-token text in them "
+                "cannot be made inert; remove it from the prompt."
+            )
+        return hidden_prompt, hidden_answers, True
+
+    def _rendered(self, messages: list[Message], completions: Sequence[str]) -> tuple[str, list[str]]:
+        """Return the rendered prompt, and what each conversation has after it up to its end of turn."""
+        prompt = self._render(messages, add_generation_prompt=True)
+        return prompt, [self._answer(prompt, messages, completion) for completion in completions]
+
+    def _answer(self, prompt: str, messages: list[Message], completion: str) -> str:
+        conversation = self._render(
+            [*messages, {"role": "assistant", "content": completion}], add_generation_prompt=False
+        )
+        answer = conversation.removeprefix(prompt).removesuffix(self.text_after_turn)
+        body = answer.removesuffix(self.end_of_turn)
+        if not conversation.startswith(prompt) or body == answer or body.strip() != completion.strip():
+            raise DataError(
+                f"The chat template of {self.source} rewrites the completion {completion!r:.{MOST_QUOTED}}: it writes "
+                f"{conversation[len(os.path.commonprefix([conversation, prompt])) :]!r:.{MOST_QUOTED}}. "
+                "Set model.chat_template to a template that writes it as it is, or remove the row."
+            )
+        return answer
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool, **variables: Any) -> str:
         arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **variables}
@@ -212,49 +327,23 @@ class ChatFormat:
                 f"The chat template of {self.source} refuses these turns ({_roles(messages)}): {error}."
             ) from error
 
-    def _encode_with_inert_contents(self, messages: list[Message], rendered: str) -> list[int]:
-        """Return a prompt's ids where a content spells a special token.
-
-        The template's own text and the contents are encoded separately, so that no content gives a control token.
-        """
-        pieces, written = self._template_pieces(messages)
-        contents = [m["content"] for m in messages]
-        # A template writes the contents as they are, or without the white space at their ends.
-        for candidate in (contents, [content.strip() for content in contents]):
-            filled = [
-                part for piece, content in zip(pieces, [*candidate, ""], strict=False) for part in (piece, content)
-            ]
-            if written == list(range(len(messages))) and "".join(filled) == rendered:
-                return [
-                    token_id
-                    for index, part in enumerate(filled)
-                    for token_id in self._encode(part, control_tokens=index % 2 == 0)
-                ]
-        raise DataError(
-            f"The chat template of {self.source} rewrites or drops messages, so the special-token text in them cannot "
-            "be made inert; remove it from the prompt."
-        )
-
-    def _template_pieces(self, messages: list[Message]) -> tuple[list[str], list[int]]:
-        """Return the texts that the template writes around the contents, and the indices of the contents between them.
+    def _written_contents(self, messages: list[Message]) -> set[int]:
+        """Return the indices of the messages whose contents the template writes.
 
         One rendering finds them all, because a request may hold a hundred thousand short messages.
         """
         marked = self._render(
             [{**m, "content": f"\ue000{index}\ue001"} for index, m in enumerate(messages)], add_generation_prompt=True
         )
-        parts = re.split("\ue000([0-9]+)\ue001", marked)
-        return parts[::2], [int(number) for number in parts[1::2]]
+        return {int(number) for number in re.findall("\ue000([0-9]+)\ue001", marked)}
 
     def _refuse_dropped_turns(self, messages: list[Message]) -> None:
         """Raise DataError for a turn that the template leaves out.
 
         Two prompts that differ only in such a turn would have the same ids and the same scores.
         """
-        _, written = self._template_pieces(messages)
-        dropped = [
-            f"{messages[index]['role']} turn {index}" for index in sorted(set(range(len(messages))) - set(written))
-        ]
+        written = self._written_contents(messages)
+        dropped = [f"{message['role']} turn {i}" for i, message in enumerate(messages) if i not in written]
         if dropped:
             raise DataError(
                 f"The chat template of {self.source} leaves out {', '.join(dropped):.{MOST_QUOTED}} of these turns "
@@ -302,21 +391,23 @@ class ChatFormat:
             raise ChatTemplateError(
                 f"{error} Use a template that renders one user turn and one assistant turn."
             ) from error
-        if not conversation.startswith(prompt + _PROBE):
+        before, found, tail = conversation.removeprefix(prompt).partition(_PROBE)
+        if not conversation.startswith(prompt) or not found or before.strip():
             raise ChatTemplateError(
                 f"The chat template of {self.source} does not continue its own generation prompt: an answer is "
                 f"rendered as {conversation[-60:]!r} after a prompt that ends in {prompt[-30:]!r}. Use a template "
                 "whose training and generation forms agree."
             )
-        tail = conversation[len(prompt + _PROBE) :]
-        tail_ids = self._encode(tail, control_tokens=True)
-        if not tail_ids or self.tokenizer.convert_ids_to_tokens(tail_ids[0]) not in self._special_texts:
+        longest_first = sorted(self._control.texts, key=len, reverse=True)
+        end = next((text for text in longest_first if tail.lstrip().startswith(text)), None)
+        if end is None:
             raise ChatTemplateError(
                 f"The chat template of {self.source} does not end an assistant turn with a special token (it writes "
                 f"{tail!r}). The score is read there: end the turn with the model's end-of-turn token."
             )
-        _, _, after = tail.partition(str(self.tokenizer.convert_ids_to_tokens(tail_ids[0])))
-        return tail_ids[0], after
+        _, _, after = tail.partition(end)
+        [end_id] = self._control.ids_of([end])
+        return end_id, after
 
 
 def _roles(messages: list[Message]) -> str:

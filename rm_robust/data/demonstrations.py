@@ -3,7 +3,6 @@
 The tokenizer is trained on the run's own text and the model has random weights, so such a run needs no download.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rm_robust.config.run import PipelineConfig
 from rm_robust.config.training import ModelConfig
-from rm_robust.data.files import HUB, list_files, read_lines, read_parquet_rows
 from rm_robust.data.pipeline import DataSource, tokenise_sources
-from rm_robust.data.rows import RowKind, parse_demonstration
+from rm_robust.data.row_texts import texts_of_path
+from rm_robust.data.rows import RowKind, parse_demonstration, row_of
 from rm_robust.data.token_rows import TokenLimits
 from rm_robust.errors import DataError
 from rm_robust.runs import files as run_files
@@ -52,7 +51,12 @@ def prepare_sft(config: PipelineConfig, run_dir: Path, limits: TokenLimits) -> d
         )
     chat_dir, resources = Path(layout.base_model_dir(config)), config.data.task_resources
     report = tokenise_sources(
-        [source], chat_dir=chat_dir, out_dir=layout.sft_tokens, limits=limits, task_resources=resources
+        [source],
+        chat_dir=chat_dir,
+        out_dir=layout.sft_tokens,
+        limits=limits,
+        max_lost_fraction=config.data.max_lost_fraction,
+        task_resources=resources,
     )
     return {"sft": asdict(report)}
 
@@ -63,32 +67,17 @@ def _texts(source: DataSource) -> list[str]:
     Malformed rows are skipped here and counted later, by the pipeline.
     """
     texts: list[str] = []
-    for path in source.paths:
-        if path.startswith(HUB):
-            raise DataError(
-                f"A tokenizer from scratch needs files, got {path}. Set model.path, or download the data set."
-            )
-        for file in list_files(path):
-            rows = read_parquet_rows(file) if file.suffix == ".parquet" else map(_json_or_empty, read_lines(file))
-            for row in rows:
-                try:
-                    group = parse_demonstration(row)
-                except DataError:
-                    continue
-                texts += [message["content"] for message in group.prompt] + group.completions
+    for text in (text for path in source.paths for text in texts_of_path(path, source.columns)):
+        try:
+            group = parse_demonstration(row_of(text))
+        except DataError:
+            continue
+        texts += [message["content"] for message in group.prompt] + group.completions
     if not texts:
         raise DataError(
             f"No demonstration in {', '.join(source.paths)} can be read: rows need prompt and completion, or messages."
         )
     return texts
-
-
-def _json_or_empty(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
 
 
 def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

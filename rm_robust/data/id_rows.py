@@ -109,3 +109,4 @@ def _check_completion(completion: list[int], name: str, chat: ChatFormat) -> Non
             f"{name} goes on for {num_after} tokens after the end-of-turn token ({end}), where the score is read; "
             "cut it there"
         )
+    chat.check_completion_ids(completion[:-1], name)

@@ -13,10 +13,11 @@ from typing import Any
 
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import as_messages, check_text
-from rm_robust.data.files import list_files, read_rows
+from rm_robust.data.files import list_files
 from rm_robust.data.pipeline import DataSource, check_sources, tokenise_sources
 from rm_robust.data.records import NamedResponse
-from rm_robust.data.rows import RowKind, finite_number
+from rm_robust.data.row_texts import read_rows
+from rm_robust.data.rows import COLUMNS, RowKind, finite_number
 from rm_robust.data.scenarios import SCENARIOS, Scenarios, build_scenarios, choose_validation_prompts, manifest
 from rm_robust.data.token_rows import TokenLimits
 from rm_robust.errors import DataError
@@ -38,22 +39,31 @@ def prepare_preferences(config: PipelineConfig, run_dir: Path) -> dict[str, Any]
         run_files.commit(layout.scenarios, lambda folder: _write_scenarios(folder, scenarios))
     report = tokenise_sources(
         preference_sources(config, layout),
-        chat_dir=Path(reward_model_base_dir(config, layout)),
+        chat_dir=Path(layout.reward_model_base_dir(config)),
         out_dir=layout.preference_tokens,
         limits=limits,
+        max_lost_fraction=data.max_lost_fraction,
         task_resources=data.task_resources,
     )
     counts = {"preferences": asdict(report)}
-    if prompt_source := rloo_prompt_source(config, layout):
-        prompts = tokenise_sources(
-            [prompt_source],
-            chat_dir=Path(layout.sft_model_dir(config)),
-            out_dir=layout.rloo_prompts,
-            limits=limits,
-            task_resources=data.task_resources,
-        )
-        counts["rloo_prompts"] = asdict(prompts)
-    return counts
+    return counts | prepare_rloo_prompts(config, run_dir)
+
+
+def prepare_rloo_prompts(config: PipelineConfig, run_dir: Path) -> dict[str, Any]:
+    """Tokenise the RLOO prompts for the policy, if the run has any, and return the counts."""
+    layout = RunLayout(run_dir)
+    prompt_source = rloo_prompt_source(config, layout)
+    if prompt_source is None:
+        return {}
+    prompts = tokenise_sources(
+        [prompt_source],
+        chat_dir=Path(layout.sft_model_dir(config)),
+        out_dir=layout.rloo_prompts,
+        limits=token_limits(config),
+        max_lost_fraction=config.data.max_lost_fraction,
+        task_resources=config.data.task_resources,
+    )
+    return {"rloo_prompts": asdict(prompts)}
 
 
 def check_preference_sources(config: PipelineConfig, run_dir: Path) -> None:
@@ -106,11 +116,6 @@ def rloo_prompt_source(config: PipelineConfig, layout: RunLayout) -> DataSource 
     return DataSource("rloo_prompts", paths, RowKind.PROMPT) if paths else None
 
 
-def reward_model_base_dir(config: PipelineConfig, layout: RunLayout) -> str:
-    """Return the model that the reward model starts from. Its tokenizer tokenises the preferences."""
-    return config.reward_model.base_path or layout.sft_model_dir(config)
-
-
 def _build(config: PipelineConfig, layout: RunLayout) -> Scenarios:
     if config.data.source == "embedded":
         responses = read_named_responses([str(layout.world / "responses.jsonl")])
@@ -152,7 +157,7 @@ def read_named_responses(paths: list[str]) -> list[NamedResponse]:
         _parse(row, f"{file.path}, {'row' if file.suffix == '.parquet' else 'line'} {number}")
         for path in paths
         for file in list_files(path)
-        for number, row in read_rows(file)
+        for number, row in read_rows(file, COLUMNS)
     ]
     if not responses:
         raise DataError(f"{', '.join(paths)} hold no response: there is nothing to build scenarios from.")

@@ -3,12 +3,18 @@
 Pure. A row that cannot be read raises DataError with the reason. What a row of each kind holds:
 
 pair            prompt + chosen + rejected, each as text or messages; optional margin, chosen_model, rejected_model
-                or chosen + rejected as conversations that include the prompt; a text prompt beside them is not read
+                or chosen + rejected as conversations that include the prompt; a text prompt beside them is not read,
+                and a list prompt must be their beginning
+                or chosen + rejected as texts "\\n\\nHuman: …\\n\\nAssistant: …" of hh-rlhf, with or without a prompt
                 or token ids (id_rows.py)
 ranked          prompt + completions + gold_scores; or ranks, 1 for the best, instead of gold_scores; optional models
                 or instruction + response_1_text, response_2_text, … + all_scores, as in the paper's released files
-demonstration   prompt + completion; or messages that end with the assistant's message
+demonstration   prompt + completion; or messages that end with the assistant's message; or a pair, whose chosen
+                completion is imitated
 prompt          prompt
+
+Everywhere, ShareGPT's column conversations may stand for messages and for prompt, and a message may be written as
+{"from": "system" | "human" | "gpt", "value": text}. A single message may stand for a list of one.
 """
 
 import hashlib
@@ -43,6 +49,41 @@ ID_COLUMNS = (
 """The columns of pre-tokenised pairs in TRL's RewardTrainer: of today, of 0.24 and later, and of earlier versions."""
 
 
+ID_LIKE_COLUMNS = frozenset({"pair_id", "prompt_id", "id"})
+COLUMNS = ID_LIKE_COLUMNS | {
+    *("prompt", "chosen", "rejected", "margin", "chosen_model", "rejected_model"),
+    *("completions", "gold_scores", "ranks", "models", "instruction", "all_scores"),
+    *("completion", "messages", "conversations", "system", "tools"),
+    *("model", "gold_score"),
+    *("prompt_ids", *(name for pair in ID_COLUMNS for name in pair)),
+}
+"""The columns that the rows of a source are read from; those of RELEASED_RESPONSE are read too."""
+RELEASED_RESPONSE = re.compile(r"response_[0-9]+_text")
+UNREADABLE = "unreadable: "
+"""The beginning of a text that stands for a row that could not be read; the reason follows."""
+
+
+def row_of(text: str) -> dict[str, Any]:
+    """Return the row that a JSON text holds. Raises DataError with the reason for any other text."""
+    if text.startswith(UNREADABLE):
+        raise DataError(text.removeprefix(UNREADABLE))
+    try:
+        row = json.loads(text, object_pairs_hook=_without_twins)
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, DataError) else DataError(f"not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"a row must be a JSON object, got a {type(row).__name__}")
+    return row
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DataError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return row
+
+
 def kind_of(columns: set[str]) -> RowKind:
     """Return the kind of a scenario's row from its columns that are not null. Raises DataError that names them."""
     if any(set(pair) <= columns for pair in (("chosen", "rejected"), *ID_COLUMNS)):
@@ -56,10 +97,8 @@ def kind_of(columns: set[str]) -> RowKind:
 
 
 def is_ranked(columns: set[str]) -> bool:
-    return ({"prompt", "completions"} <= columns and bool({"gold_scores", "ranks"} & columns)) or {
-        "instruction",
-        "all_scores",
-    } <= columns
+    is_own_form = bool({"prompt", "conversations"} & columns) and bool({"gold_scores", "ranks"} & columns)
+    return ("completions" in columns and is_own_form) or {"instruction", "all_scores"} <= columns
 
 
 def parse_row(row: Mapping[str, Any], kind: RowKind | None) -> ConversationGroup:
@@ -82,15 +121,18 @@ def resolved_kind(row: Mapping[str, Any], kind: RowKind | None) -> RowKind:
 
 def parse_pair(row: Mapping[str, Any]) -> ConversationGroup:
     """Parse a pair: the chosen completion first, with gold scores 1 and 0."""
-    chosen, rejected, prompt = _required(row, "chosen"), _required(row, "rejected"), row.get("prompt")
+    prompt = _given_prompt(row)
+    begin = _DIALOGUE_BEGIN if prompt is None else "\n\nHuman:"
+    chosen, rejected = (_dialogue_or_turns(_required(row, name), begin) for name in ("chosen", "rejected"))
     if prompt is None and isinstance(chosen, str):
         raise DataError(
             "chosen is text and there is no prompt, so it is not known where the prompt ends; add a prompt column, or "
-            "give conversations as messages"
+            "give conversations as messages or in the form of hh-rlhf (\\n\\nHuman: …\\n\\nAssistant: …)"
         )
-    if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1):
+    if prompt is None or (isinstance(chosen, list) and len(chosen) > 1):
         prompt, chosen, rejected = _split_conversations(
-            _conversation(chosen, "chosen"), _conversation(rejected, "rejected")
+            _conversation(_with_prompt(prompt, chosen, "chosen"), "chosen"),
+            _conversation(_with_prompt(prompt, rejected, "rejected"), "rejected"),
         )
     else:
         prompt = as_messages(prompt)
@@ -112,7 +154,7 @@ def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
     A rank r (1 is the best) becomes the gold score -r.
     """
     if row.get("all_scores") is not None:
-        names = sorted(filter(_RELEASED_RESPONSE.fullmatch, row), key=lambda name: int(name.split("_")[1]))
+        names = sorted(filter(RELEASED_RESPONSE.fullmatch, row), key=lambda name: int(name.split("_")[1]))
         prompt, raw_completions, raw_scores = (
             as_messages(_required(row, "instruction")),
             [row[name] for name in names],
@@ -120,7 +162,7 @@ def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
         )
     else:
         prompt, raw_completions, raw_scores = (
-            as_messages(_required(row, "prompt")),
+            as_messages(_required_prompt(row)),
             _list(row, "completions"),
             _raw_scores(row),
         )
@@ -140,13 +182,17 @@ def parse_ranked(row: Mapping[str, Any]) -> ConversationGroup:
 
 
 def parse_demonstration(row: Mapping[str, Any]) -> ConversationGroup:
-    """Parse a prompt with one completion to imitate. Its gold score is unknown and set to 0."""
-    if row.get("messages") is not None:
-        turns = _conversation(row["messages"], "messages")
+    """Parse a prompt with one completion to imitate, of a pair the chosen one. Its gold score is unknown, and is 0."""
+    name = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if row.get("completion") is None and row.get("messages") is None and row.get("chosen") is not None:
+        pair = parse_pair(row)
+        prompt, completion = pair.prompt, pair.completions[0]
+    elif name is not None and (name == "messages" or row.get("completion") is None):
+        turns = _conversation(row[name], name)
         prompt, completion = as_messages(turns[:-1]), turns[-1]["content"]
     else:
         prompt, completion = (
-            as_messages(_required(row, "prompt")),
+            as_messages(_required_prompt(row)),
             _completion(_required(row, "completion"), "completion"),
         )
     return ConversationGroup(given_id(row, "id", [prompt, [completion]]), prompt, [completion], [0.0], [""], None)
@@ -154,7 +200,7 @@ def parse_demonstration(row: Mapping[str, Any]) -> ConversationGroup:
 
 def parse_prompt(row: Mapping[str, Any]) -> ConversationGroup:
     """Parse a prompt without completions (K = 0)."""
-    prompt = as_messages(_required(row, "prompt"))
+    prompt = as_messages(_required_prompt(row))
     return ConversationGroup(given_id(row, "prompt_id", [prompt, []]), prompt, [], [], [], None)
 
 
@@ -173,7 +219,13 @@ def given_id(row: Mapping[str, Any], column: str, content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-_RELEASED_RESPONSE = re.compile(r"response_[0-9]+_text")
+_SHARED_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "Human": "user", "Assistant": "assistant"}
+"""The usual names of the roles of ShareGPT and hh-rlhf; "system", "user" and "assistant" stay as they are."""
+_DIALOGUE_BEGIN = r"\s*Human:"
+"""The beginning of a text in the form of hh-rlhf."""
+_DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
+_DIALOGUE_HEADER = re.compile(r"\n\nAssistant:\s*\Z")
+"""The end of a prompt in the form of hh-rlhf."""
 _PARSERS: dict[RowKind, Callable[[Mapping[str, Any]], ConversationGroup]] = {
     RowKind.PAIR: parse_pair,
     RowKind.RANKED: parse_ranked,
@@ -186,6 +238,59 @@ def _required(row: Mapping[str, Any], name: str) -> Any:
     if row.get(name) is None:
         raise DataError(f"column {name!r} is missing or null (columns: {sorted(k for k in row if row[k] is not None)})")
     return row[name]
+
+
+def _given_prompt(row: Mapping[str, Any]) -> Any:
+    """Return the prompt of a row as text or messages; None where the row has none."""
+    prompt: Any = row["prompt"] if row.get("prompt") is not None else row.get("conversations")
+    header = _DIALOGUE_HEADER.search(prompt) if isinstance(prompt, str) else None
+    if header is None or not re.match(_DIALOGUE_BEGIN, prompt):
+        return _turns(prompt)
+    return _dialogue_or_turns(prompt[: header.start()], _DIALOGUE_BEGIN)
+
+
+def _required_prompt(row: Mapping[str, Any]) -> Any:
+    prompt = _given_prompt(row)
+    return _required(row, "prompt") if prompt is None else prompt
+
+
+def _dialogue_or_turns(value: Any, begin: str) -> Any:
+    """Return the messages of a text in the form of hh-rlhf that matches `begin`, or else what `_turns` returns."""
+    if not isinstance(value, str) or not re.match(begin, value):
+        return _turns(value)
+    parts = _DIALOGUE_TURN.split("\n\n" + value.lstrip())
+    return [{"role": _SHARED_ROLES[name], "content": text} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _turns(value: Any) -> Any:
+    """Return messages in their usual form, also from ShareGPT's form. Any other value stays as it is."""
+    if isinstance(value, dict):
+        value = [value]
+    return [_turn(turn) for turn in value] if isinstance(value, list) else value
+
+
+def _turn(turn: Any) -> Any:
+    if not isinstance(turn, dict) or turn.get("role") is not None or not {"from", "value"} <= set(turn):
+        return turn
+    others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    role = turn["from"]
+    return others | {"role": _SHARED_ROLES.get(role, role) if isinstance(role, str) else role, "content": turn["value"]}
+
+
+def _with_prompt(prompt: Any, turns: Any, name: str) -> Any:
+    """Return a conversation that begins with the messages of `prompt`, where there are any."""
+    if not isinstance(prompt, list) or not isinstance(turns, list):
+        return turns
+    said, begin = ([_said(turn) for turn in part] for part in (prompt, turns[: len(prompt)]))
+    if said == begin:
+        return turns
+    if turns and _said(turns[0])[0] == "assistant":
+        return [*prompt, *turns]
+    raise DataError(f"{name} is a conversation that does not begin with the prompt's messages; correct one of them")
+
+
+def _said(turn: Any) -> tuple[Any, Any]:
+    return (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, turn)
 
 
 def _raw_scores(row: Mapping[str, Any]) -> list[Any]:
@@ -204,6 +309,7 @@ def _list(row: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _completion(value: Any, name: str) -> str:
+    value = _turns(value)
     if (
         isinstance(value, list)
         and len(value) == 1
@@ -217,6 +323,7 @@ def _completion(value: Any, name: str) -> str:
 
 
 def _conversation(value: Any, name: str) -> list[Message]:
+    value = _turns(value)
     if (
         not isinstance(value, list)
         or len(value) < 2

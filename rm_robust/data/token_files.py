@@ -1,8 +1,9 @@
 """Define and read the tokenised parquet between stages. Each row is a prompt with its K completions, as token ids."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -20,6 +21,7 @@ TOKEN_SCHEMA = pa.schema(
         ("models", pa.list_(pa.string())),
         ("margin", pa.float64()),
         ("weight", pa.float64()),
+        ("columns_json", pa.string()),
     ]
 )
 
@@ -36,6 +38,9 @@ class TokenisedGroup:
     margin: float | None
     weight: float = 1.0
     """The weight of a training pair in the loss: its source's weight divided by the number of pairs kept of its row."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Every column of an RLOO prompt's row as it was given, for reward functions; empty for other rows. All rows of a
+    folder have the same columns, with None where a row lacks one."""
 
 
 def read_token_groups(folder: Path) -> list[TokenisedGroup]:
@@ -50,6 +55,10 @@ def read_token_groups(folder: Path) -> list[TokenisedGroup]:
     table = pads.dataset(str(folder), format="parquet").to_table()
     if not table.num_rows:
         raise DataError(f"{folder} holds no row: nothing is left to train or evaluate on.")
+    rows = table.to_pylist()
+    # Rows that an earlier version wrote have no such column.
+    columns = [json.loads(row.get("columns_json") or "{}") for row in rows]
+    names = sorted({name for row in columns for name in row})
     groups = [
         TokenisedGroup(
             group_id=row["group_id"],
@@ -58,7 +67,8 @@ def read_token_groups(folder: Path) -> list[TokenisedGroup]:
             gold_scores=row["gold_scores"],
             margin=row["margin"],
             weight=row["weight"],
+            columns={name: given.get(name) for name in names},
         )
-        for row in table.to_pylist()
+        for row, given in zip(rows, columns, strict=True)
     ]
     return sorted(groups, key=lambda group: (group.group_id, group.tokens.completion_ids))

@@ -16,9 +16,9 @@ from rm_robust.config.data import Overlong
 from rm_robust.data.chat import ChatFormat
 from rm_robust.data.id_rows import holds_ids, parse_id_pair
 from rm_robust.data.records import Message, TokenGroup
-from rm_robust.data.rows import RowKind, given_id, margin_and_models, parse_row, resolved_kind
+from rm_robust.data.rows import RowKind, given_id, margin_and_models, parse_row, resolved_kind, row_of
 from rm_robust.data.token_files import TOKEN_SCHEMA
-from rm_robust.errors import DataError, RmRobustError
+from rm_robust.errors import RmRobustError
 
 MALFORMED = "malformed"
 IDENTICAL = "identical completions"
@@ -37,13 +37,16 @@ STAGED_SCHEMA = pa.schema(
         ("num_rows_read", pa.int32()),
         ("drop_reason", pa.string()),
         ("truncation", pa.string()),
+        ("is_merged", pa.bool_()),
         ("row_text", pa.string()),
     ]
 )
 """The columns of kept and dropped token rows.
 
 `num_rows_read` is 1 for the first token row of a source's row and 0 for its others. `drop_reason` is "" for a kept row.
-`truncation` is "" for a prompt that is not cut. `row_text` is the beginning of a dropped or truncated row's text.
+`truncation` is "" for a prompt that is not cut. `is_merged` tells of a kept row in which a token begins in the
+assistant header and ends in a completion, so that the prompt ends before it. `row_text` is the beginning of a dropped
+or truncated row's text.
 """
 
 
@@ -81,7 +84,7 @@ def tokenise_text(
     """
     truncation = ""
     try:
-        row = _json_object(text)
+        row = row_of(text)
         row_kind = resolved_kind(row, kind)
         group = _tokenised(row, row_kind, chat)
     except RmRobustError as error:
@@ -107,7 +110,9 @@ def tokenise_text(
             "scenario": scenario,
             "num_rows_read": int(number == 0),
             "truncation": truncation,
+            "is_merged": bool(token_row["prompt_ids"]) and not chat.has_whole_header(token_row["prompt_ids"]),
             "row_text": "" if is_whole else text[:_MAX_TEXT],
+            "columns_json": text if kind is RowKind.PROMPT and not token_row["drop_reason"] else "",
         }
     return staged
 
@@ -136,9 +141,7 @@ def _tokenised(row: dict[str, Any], kind: RowKind, chat: ChatFormat) -> _Group:
             given_id(row, "pair_id", [tokens.prompt_ids, tokens.completion_ids]), [], tokens, [1.0, 0.0], models, margin
         )
     group = parse_row(row, kind)
-    tokens = TokenGroup(
-        chat.prompt_ids(group.prompt), [chat.completion_ids(completion) for completion in group.completions]
-    )
+    tokens = chat.token_group(group.prompt, group.completions)
     return _Group(group.group_id, group.prompt, tokens, group.gold_scores, group.models, group.margin)
 
 
@@ -199,13 +202,3 @@ def _dropped(reason: str) -> dict[str, Any]:
         "margin": None,
     }
     return {**empty, "weight": 0.0, "drop_reason": reason[:_MAX_TEXT]}
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"a row must be a JSON object, got a {type(row).__name__}")
-    return row

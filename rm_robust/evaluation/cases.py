@@ -13,11 +13,16 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from rm_robust.data.chat import as_messages, check_text
-from rm_robust.data.files import DataFile, list_files, open_file, read_rows
+from rm_robust.data.files import DataFile, find_files, list_files, open_file
 from rm_robust.data.records import Message
+from rm_robust.data.row_texts import read_rows
+from rm_robust.data.rows import COLUMNS
 from rm_robust.errors import DataError
 from rm_robust.evaluation.bootstrap import Stratum
 from rm_robust.scoring.contract import ScoreInput
+
+CASE_COLUMNS = COLUMNS | {"subset", "source", "domain"}
+"""The columns that the suites read."""
 
 
 class CaseFacts(Protocol):
@@ -116,20 +121,27 @@ class HashedFile:
     sha256: str
 
 
-def read_cases(paths: list[str], parse: Callable[[Mapping[str, Any]], Case]) -> Iterator[Case]:
-    """Yield the cases of all rows of all files, in order.
+def read_cases(
+    paths: list[str], parse: Callable[[Mapping[str, Any]], Case], columns: frozenset[str] = CASE_COLUMNS
+) -> Iterator[Case]:
+    """Yield the cases of all rows of all files, in order. Of a parquet file only `columns` are read.
 
     Raises DataError that names the file and row of the first row that cannot be read. No row is skipped, because a
     benchmark without some of its rows is another benchmark.
     """
     for file in _files(paths):
-        for number, row in read_rows(file):
+        for number, row in read_rows(file, columns):
             yield _case(row, parse, f"{PurePosixPath(file.path).name}:{number}")
 
 
 def hashed_files(paths: list[str]) -> list[HashedFile]:
     """Return all files with their sizes and hashes, in order."""
     return [HashedFile(file.path, file.num_bytes, _sha256(file)) for file in _files(paths)]
+
+
+def skipped_files(paths: list[str]) -> list[str]:
+    """Return the files in the paths' folders that are not evaluated, each with the reason."""
+    return [f"{file.path}: {file.reason}" for path in paths for file in find_files(path).skipped]
 
 
 def _files(paths: list[str]) -> list[DataFile]:

@@ -8,7 +8,7 @@ rows ─parse─► cases ─Scorer, some cases at a time─► scores.jsonl ─
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice, zip_longest
@@ -26,7 +26,7 @@ from rm_robust.evaluation.bootstrap import (
     estimates,
     resampled_figures,
 )
-from rm_robust.evaluation.cases import Case, CaseFacts, HashedFile, KnownCase, hashed_files, read_cases
+from rm_robust.evaluation.cases import Case, CaseFacts, HashedFile, KnownCase, hashed_files, read_cases, skipped_files
 from rm_robust.evaluation.score_log import Outcome, ScoreLog, read_log, require_same
 from rm_robust.evaluation.suites import Suite
 from rm_robust.runs import files as run_files
@@ -58,6 +58,10 @@ class EvaluationPlan:
     scored_with: Mapping[str, Any] = field(default_factory=dict)
     """Settings that decide which cases have scores. A stopped evaluation goes on only under the same settings."""
 
+    def read_cases(self) -> Iterator[Case]:
+        """Yield the cases of the plan's files, in order. Raises DataError for a row that cannot be read."""
+        return read_cases(self.paths, self.suite.parse, self.suite.columns)
+
 
 @dataclass(frozen=True)
 class Data:
@@ -75,7 +79,7 @@ def read_data(plan: EvaluationPlan) -> Data:
     Raises DataError for a row that cannot be read, for files without rows, and when the evaluation in `against` is of
     other data or not finished.
     """
-    cases = [case.without_texts for case in read_cases(plan.paths, plan.suite.parse)]
+    cases = [case.without_texts for case in plan.read_cases()]
     if not cases:
         raise DataError(f"There are no rows in {', '.join(plan.paths)}.")
     files = hashed_files(plan.paths)
@@ -111,7 +115,7 @@ def evaluate(
     """
     cases = data.cases
     # The checkpoint is asked for before anything is written.
-    checkpoint = _checkpoint_of(scorer, list(islice(read_cases(plan.paths, plan.suite.parse), CASES_AT_A_TIME)), plan)
+    checkpoint = _checkpoint_of(scorer, list(islice(plan.read_cases(), CASES_AT_A_TIME)), plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     setup = {
         "checkpoint": checkpoint,
@@ -122,7 +126,7 @@ def evaluate(
     with tqdm(
         desc=f"evaluate {plan.suite_name}", unit=" prompts", total=len(cases), initial=len(log.outcomes), mininterval=2
     ) as bar:
-        waiting = islice(read_cases(plan.paths, plan.suite.parse), len(log.outcomes), None)
+        waiting = islice(plan.read_cases(), len(log.outcomes), None)
         while part := list(islice(waiting, cases_at_a_time)):
             _require_unchanged(part, cases[len(log.outcomes) : len(log.outcomes) + len(part)])
             outcomes = score_part(scorer, part, checkpoint=checkpoint)
@@ -272,6 +276,8 @@ def _result(plan: EvaluationPlan, data: Data, outcomes: Sequence[Outcome], check
     notes = plan.suite.notes(cases)
     if refused:
         notes.append(f"{len(refused)} of {len(data.cases)} cases have no scores and are left out")
+    if skipped := skipped_files(plan.paths):
+        notes.append(f"{len(skipped)} files in the folders are not read, such as {skipped[0]}")
     num_tied = sum(len(set(case_scores)) == 1 for case_scores in scores)
     if num_tied:
         notes.append(

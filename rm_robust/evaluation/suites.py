@@ -7,7 +7,7 @@ from typing import Any
 
 from rm_robust.evaluation import constant_answers, preferences, reward_bench, rm_bench
 from rm_robust.evaluation.bootstrap import Combine, Stratum
-from rm_robust.evaluation.cases import Case, CaseFacts
+from rm_robust.evaluation.cases import CASE_COLUMNS, Case, CaseFacts
 
 Scores = Sequence[Sequence[float]]
 
@@ -23,6 +23,8 @@ class Suite:
     """Returns the notes that a reader of the figures must know."""
     details: Callable[[Sequence[CaseFacts], Scores], dict[str, Any]] = lambda _cases, _scores: {}
     """Returns what the pictures show besides the figures; the result holds it under its own names."""
+    columns: frozenset[str] = CASE_COLUMNS
+    """The columns that are read of a parquet file."""
     without_interval: frozenset[str] = frozenset()
     """The figures, by the part of their name after the last dot, that get neither an interval nor a comparison."""
 
@@ -37,6 +39,7 @@ def preferences_by(column: str | None) -> Suite:
         preferences.strata,
         preferences.combine,
         details=preferences.reliability,
+        columns=CASE_COLUMNS | {column} if column else CASE_COLUMNS,
         without_interval=preferences.BIASED_BY_RESAMPLING,
     )
 

@@ -1,11 +1,13 @@
 """Turn a reward model from elsewhere into a checkpoint to serve: `python -m rm_robust.models.adopt SOURCE TARGET`.
 
 SOURCE is a Hugging Face directory on this machine. It is loaded once to check that its head, its weights and its chat
-template are known and complete. Its files are then committed to TARGET unchanged, as hard links where the file system
-allows them, with the manifest that the checkpoints of rm_robust have.
+template are known and complete, and that a short conversation gets the scores of the model's own code. Its files are
+then committed to TARGET unchanged, as hard links where the file system allows them, with the manifest that the
+checkpoints of rm_robust have.
 """
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -16,9 +18,16 @@ import torch
 from rm_robust.data.chat import ChatFormat
 from rm_robust.errors import CheckpointError, RmRobustError
 from rm_robust.models.adopt_arguments import add_arguments
-from rm_robust.models.architectures import known_architecture, load_packed_reward_model, visible_files
+from rm_robust.models.architectures import (
+    is_left_by_training,
+    known_architecture,
+    load_packed_reward_model,
+    visible_files,
+)
 from rm_robust.models.checkpoint import MANIFEST_NAME, Manifest, commit_checkpoint, read_json
 from rm_robust.runs.directory import require_lasting
+
+logger = logging.getLogger(__name__)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -48,7 +57,10 @@ def adopt(source: Path, target: Path) -> Manifest:
     chat = ChatFormat.load(source)
     check_scored_position(source, chat)
     load_packed_reward_model(source, chat, dtype=torch.bfloat16, device=torch.device("cpu"))
-    files = visible_files(source)
+    files = [path for path in visible_files(source) if not is_left_by_training(path)]
+    for path in visible_files(source):
+        if path not in files:
+            logger.warning("%s is left out: it belongs to the training, and no score needs it", path)
 
     def write(folder: Path) -> None:
         for path in files:

@@ -12,6 +12,7 @@ from rm_robust.errors import CheckpointError
 from rm_robust.models import armorm
 from rm_robust.models.armorm import PackedArmoRM, load_armorm
 from rm_robust.models.checkpoint import read_json
+from rm_robust.models.own_forward import check_armorm, check_reward_model
 from rm_robust.models.packing import choose_layout
 from rm_robust.models.reward_model import PackedRewardModel, load_reward_model
 
@@ -21,6 +22,8 @@ ONE_SCORE = "ForSequenceClassification"
 """The ending of the names that transformers gives to decoders with one linear head."""
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """The endings of files that are read by unpickling, which can run code."""
+LEFT_BY_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+"""Pickled files that transformers' Trainer leaves beside a model, and that nothing reads to compute a score."""
 
 
 def load_packed_reward_model(
@@ -28,14 +31,19 @@ def load_packed_reward_model(
 ) -> ScoringModel:
     """Return the model that config.json names, ready to score on `device`.
 
-    Raises CheckpointError for a model that is not known or not complete.
+    Raises CheckpointError for a model that is not known or not complete, and for one whose scores here are not those of
+    its own code in transformers.
     """
     if known_architecture(checkpoint_dir) == armorm.ARCHITECTURE:
         multi_objective = load_armorm(checkpoint_dir, chat, dtype=dtype)
         layout = choose_layout(multi_objective.model.config, device)
-        return PackedArmoRM(multi_objective, layout, chat.header_ids).to(device).eval()
+        armorm_model = PackedArmoRM(multi_objective, layout, chat.header_ids).to(device).eval()
+        check_armorm(armorm_model, chat)
+        return armorm_model
     model = load_reward_model(checkpoint_dir, dtype=dtype)
-    return PackedRewardModel(model, choose_layout(model.config, device)).to(device).eval()
+    packed = PackedRewardModel(model, choose_layout(model.config, device)).to(device).eval()
+    check_reward_model(packed, chat)
+    return packed
 
 
 def known_architecture(checkpoint_dir: Path) -> str:
@@ -66,7 +74,11 @@ def known_architecture(checkpoint_dir: Path) -> str:
             f"The tokenizer in {checkpoint_dir} brings its own code, which is never run here. "
             "Save it as a fast tokenizer of transformers."
         )
-    pickled = [str(path.relative_to(checkpoint_dir)) for path in files if path.suffix in PICKLED]
+    pickled = [
+        str(path.relative_to(checkpoint_dir))
+        for path in files
+        if path.suffix in PICKLED and not is_left_by_training(path)
+    ]
     if pickled:
         raise CheckpointError(
             f"{checkpoint_dir} holds pickled files, which can run code when they are read: {', '.join(pickled)}. "
@@ -74,6 +86,11 @@ def known_architecture(checkpoint_dir: Path) -> str:
         )
     require_own_weights(checkpoint_dir)
     return architecture
+
+
+def is_left_by_training(path: Path) -> bool:
+    """Return whether a file is one of LEFT_BY_TRAINING."""
+    return any(path.match(pattern) for pattern in LEFT_BY_TRAINING)
 
 
 def require_own_weights(checkpoint_dir: Path) -> None:

@@ -15,7 +15,7 @@ Shapes: T columns of a row, Q queries, D features of a head.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
+
+from rm_robust.errors import CheckpointError
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """The operator that scaled_dot_product_attention calls on CPUs: query, key, value -> (out, log-sum-exp).
@@ -200,15 +202,31 @@ def segment_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     segments: tuple[Segment, ...] = (),
-    **_: object,
+    **further: object,
 ) -> tuple[Tensor, None]:
     """Run SegmentAttention for every column, in the form that transformers expects of an attention function.
 
-    query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D].
+    query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D]. Raises CheckpointError for a layer
+    that asks for more than softmax over the whole text before a token.
     """
+    require_plain_attention(module, further)
     assert segments, "segment attention needs its segments: the batch was laid out padded"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, segments, every_column(segments), scale=scale), None
+
+
+BEYOND_PLAIN_ATTENTION = ("softcap", "sliding_window", "s_aux", "position_bias")
+"""What transformers' layers ask of an attention function that our two kernels do not compute."""
+
+
+def require_plain_attention(module: object, arguments: Mapping[str, object]) -> None:
+    """Raise CheckpointError for a layer that asks for what BEYOND_PLAIN_ATTENTION lists."""
+    asked = [name for name in BEYOND_PLAIN_ATTENTION if arguments.get(name) is not None]
+    if asked:
+        raise CheckpointError(
+            f"{type(module).__name__} asks its attention for {', '.join(asked)}, which packed rows do not compute. "
+            "This family must run in padded rows (packing.choose_layout)."
+        )
 
 
 def in_autocast_dtype(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -253,12 +271,13 @@ def tree_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     tree_mask: BlockMask | None = None,
-    **_: object,
+    **further: object,
 ) -> tuple[Tensor, None]:
     """Compute the same as segment_attention, with one kernel.
 
     The kernel is compiled on CUDA. Elsewhere it is the slow reference that tests compare with.
     """
+    require_plain_attention(module, further)
     assert tree_mask is not None, "flex attention needs its mask: the batch was laid out padded"
     query, key, value = in_autocast_dtype(query, key, value)
     kernel = _compiled_flex_attention() if query.is_cuda else flex_attention

@@ -77,7 +77,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(
             f"{run_files.shown(folder)} has no {MANIFEST_NAME}: it was not committed by rm_robust, or only half of it "
-            "was copied. Copy the whole directory."
+            "was copied. Copy the whole directory; a reward model from elsewhere becomes a checkpoint with "
+            f"`rm-robust adopt {run_files.shown(folder)} NEW_DIRECTORY`."
         )
     try:
         return Manifest(**json.loads(path.read_text()))
@@ -98,7 +99,8 @@ def verify_checkpoint(folder: Path, kind: CheckpointKind) -> Manifest:
     if content_hash != manifest.content_sha256:
         raise CheckpointError(
             f"{folder} was altered after its commit: its content is {content_hash}, and the manifest says "
-            f"{manifest.content_sha256}. Restore it."
+            f"{manifest.content_sha256}. Restore it, or do the stage that commits it again: "
+            "`rm-robust run --again STAGE`."
         )
     return manifest
 

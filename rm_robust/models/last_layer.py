@@ -27,11 +27,14 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from rm_robust.models.attention import Segment, attend, last_columns
 
+LAST_LAYER_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "mixtral", "qwen2_moe", "qwen3_moe", "gemma")
+"""The decoder families whose layer is the one that `scored_columns` repeats."""
+
 
 def compute_last_layer_at_scored_columns(backbone: PreTrainedModel) -> None:
     """Make the last layer return [1, N, H] in a forward pass that gives its layers `scored_index_N`.
 
-    Other passes stay as they are. `backbone` must be a decoder that has segments (packing.SEGMENT_MODEL_TYPES). The
+    Other passes stay as they are. `backbone` must be of LAST_LAYER_MODEL_TYPES and run Layout.SEGMENTS. The
     layer keeps the names of its weights, its hooks and its type, so that checkpoints, FSDP2, ZeRO-3, adapters and
     gradient checkpointing find what they look for.
     """

@@ -14,25 +14,29 @@ Shapes: R rows, T columns, N completions, M completion tokens, H hidden. Indices
 import logging
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rm_robust.data.records import TokenGroup
-from rm_robust.errors import CheckpointError
 from rm_robust.models.attention import Segment, tree_mask
 
 logger = logging.getLogger(__name__)
 
-SEGMENT_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")
-"""Decoder families whose layers all have full causal attention with rotary positions.
+SEGMENT_MODEL_TYPES = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "phi3", "olmo", "olmo2"),
+    *("smollm3", "granite", "granitemoe", "cohere", "gpt_neox", "glm", "glm4", "starcoder2"),
+)
+"""Decoder families whose layers hand their keyword arguments on to transformers' attention interface.
 
-Tests compare each family with scores of one completion at a time.
+tests/unit/models/test_families.py compares each family with transformers' own eager forward pass.
 """
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Kinds of rotary positions that depend on the longest text of a batch."""
+"""Kinds of rotary positions that depend on the longest text of a batch, once it is longer than in pre-training."""
 
 
 class Layout(StrEnum):
@@ -83,21 +87,10 @@ class PackedBatch:
 def choose_layout(config: PretrainedConfig, device: torch.device) -> Layout:
     """Return a packed layout for full attention, where it is exact: segments on CPU, flex on CUDA.
 
-    Other models get the padded layout, and one log line says why. Raises CheckpointError for position encodings that
-    depend on the longest row of a batch, because then no layout can give one score to one text.
+    Other models get the padded layout, and one log line says why.
     """
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in LENGTH_DEPENDENT_ROPE:
-        raise CheckpointError(
-            f"rope_type = {rope_type!r} scales positions by the longest text of a batch, so a score would depend on "
-            "the other texts of its batch. Use a model with a fixed scaling (default, linear, yarn, llama3)."
-        )
-    full_attention = (
-        not getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None) is None
-    )
-    layer_types = getattr(config, "layer_types", None) or []
-    full_attention = full_attention and all(kind == "full_attention" for kind in layer_types)
-    if config.model_type in SEGMENT_MODEL_TYPES and full_attention:
+    config = config.get_text_config()
+    if config.model_type in SEGMENT_MODEL_TYPES and _has_full_attention(config):
         return Layout.FLEX if device.type == "cuda" else Layout.SEGMENTS
     reason = (
         "has sliding-window or hybrid layers"
@@ -110,6 +103,33 @@ def choose_layout(config: PretrainedConfig, device: torch.device) -> Layout:
         reason,
     )
     return Layout.PADDED
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Return the length, in tokens, of the longest text that a model takes; None where its config has no bound.
+
+    Positions that scale with the longest text of a batch (LENGTH_DEPENDENT_ROPE) begin to do so where pre-training
+    ended. A longer text would change the scores of the texts beside it, so it is not taken.
+    """
+    config = config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(part for part in rope.values() if isinstance(part, dict))]:  # one for each kind of layer
+        if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            limits.append(parameters.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _has_full_attention(config: PretrainedConfig) -> bool:
+    """Return whether every layer attends to the whole text before a token, and softmax is all that weighs it."""
+    has_window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or []
+    return not has_window and all(kind == "full_attention" for kind in layer_types) and not _caps_attention(config)
+
+
+def _caps_attention(config: PretrainedConfig) -> bool:
+    """Return whether the model caps its attention logits (Gemma 2), which transformers' sdpa leaves out."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def group_length(group: TokenGroup) -> int:
@@ -248,37 +268,65 @@ def _lay_out_padded(groups: list[TokenGroup], pad_id: int) -> PackedBatch:
 def prepare_backbone(backbone: nn.Module, layout: Layout) -> None:
     """Make a transformers decoder (the module without its head) run `layout`.
 
+    Padded rows run with the model's own attention: sdpa where transformers computes the same with it, else eager.
     Setting another attention implementation undoes it.
     """
     assert isinstance(backbone, PreTrainedModel)
-    backbone.config._attn_implementation = "sdpa" if layout is Layout.PADDED else str(layout)
+    if layout is not Layout.PADDED:
+        backbone.set_attn_implementation(str(layout))
+        return
+    has_sdpa = backbone._supports_sdpa and not _caps_attention(backbone.config.get_text_config())
+    backbone.set_attn_implementation("sdpa" if has_sdpa else "eager")
+
+
+def forward_arguments(backbone: nn.Module, batch: PackedBatch) -> dict[str, Any]:
+    """Return the arguments with which a decoder, or the whole model around it, computes a batch."""
+    layout: dict[str, Any] = {"segments": batch.segments} if batch.segments else {}
+    if getattr(backbone.config, "_attn_implementation", "") == Layout.FLEX:
+        layout["tree_mask"] = tree_mask(batch.segments, batch.input_ids_RT.device)  # once for all layers
+    return {
+        "input_ids": batch.input_ids_RT,
+        "position_ids": batch.position_ids_RT,
+        "attention_mask": batch.attention_mask_RT,
+        "use_cache": False,
+        **layout,
+    }
 
 
 def hidden_states(backbone: nn.Module, batch: PackedBatch, **for_layers: object) -> Tensor:
     """Return the last hidden states after the final norm, [R*T, H]. The decoder's layers get `for_layers` too."""
-    extra = {"segments": batch.segments, **for_layers} if batch.segments else for_layers
-    if getattr(backbone.config, "_attn_implementation", "") == Layout.FLEX:
-        extra["tree_mask"] = tree_mask(batch.segments, batch.input_ids_RT.device)  # once for all layers
-    output = backbone(
-        input_ids=batch.input_ids_RT,
-        position_ids=batch.position_ids_RT,
-        attention_mask=batch.attention_mask_RT,
-        use_cache=False,
-        **extra,
-    )
-    hidden_RTH: Tensor = output.last_hidden_state
+    hidden_RTH: Tensor = backbone(**forward_arguments(backbone, batch), **for_layers).last_hidden_state
     return hidden_RTH.flatten(0, 1)
 
 
-def token_logprobs(
-    head: nn.Module, hidden_TH: Tensor, batch: PackedBatch, *, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probability (nats) of every completion token and the entropy of its distribution.
+def completion_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Return the logits [M, V] with which a causal language model predicts every completion token.
 
-    Both are [M] float32. The head runs only on the columns that predict completion tokens.
+    The model's own forward pass computes them, with whatever it does to the logits after its output embeddings:
+    softcapping (Gemma 2), a scale (Granite, Cohere). Between the decoder and its head, the columns that predict no
+    completion token are left out.
     """
-    logits_MV = head(hidden_TH[batch.predictor_index_M]).float() / temperature
-    logprobs_MV = F.log_softmax(logits_MV, dim=-1)
+
+    def keep_predictors(_: nn.Module, __: object, output: BaseModelOutputWithPast) -> BaseModelOutputWithPast:
+        assert output.last_hidden_state is not None
+        predictors_1MH = output.last_hidden_state.flatten(0, 1)[None, batch.predictor_index_M]
+        output.last_hidden_state = predictors_1MH  # type: ignore[assignment]  # transformers names the CPU's float type
+        return output
+
+    handle = model.get_decoder().register_forward_hook(keep_predictors)
+    try:
+        logits_1MV: Tensor = model(**forward_arguments(model.base_model, batch)).logits
+    finally:
+        handle.remove()
+    assert logits_1MV.shape[:2] == (1, len(batch.predictor_index_M)), (
+        f"the head of {type(model).__name__} gave {tuple(logits_1MV.shape)} logits for {len(batch.predictor_index_M)}"
+    )
+    return logits_1MV[0]
+
+
+def token_logprobs(logits_MV: Tensor, target_ids_M: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the log-probability (nats) of every target token and the entropy of its distribution, [M] float32."""
+    logprobs_MV = F.log_softmax(logits_MV.float() / temperature, dim=-1)
     with torch.no_grad():
         entropy_M = -(logprobs_MV.exp() * logprobs_MV).sum(-1)
-    return logprobs_MV.gather(1, batch.target_ids_M[:, None]).squeeze(1), entropy_M
+    return logprobs_MV.gather(1, target_ids_M[:, None]).squeeze(1), entropy_M

@@ -15,7 +15,7 @@ from rm_robust.data.chat import ChatFormat
 from rm_robust.errors import CheckpointError
 from rm_robust.models.checkpoint import commit_checkpoint
 from rm_robust.models.compute import EXACT, autocast
-from rm_robust.models.packing import Layout, PackedBatch, hidden_states, prepare_backbone, token_logprobs
+from rm_robust.models.packing import Layout, PackedBatch, completion_logits, prepare_backbone, token_logprobs
 
 
 class PackedPolicy(nn.Module):
@@ -36,8 +36,8 @@ class PackedPolicy(nn.Module):
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         with autocast(batch.input_ids_RT.device, self.compute):
-            hidden_TH = hidden_states(self.model.base_model, batch)
-            return token_logprobs(self.model.get_output_embeddings(), hidden_TH, batch, temperature=self.temperature)
+            logits_MV = completion_logits(self.model, batch)
+            return token_logprobs(logits_MV, batch.target_ids_M, temperature=self.temperature)
 
 
 def load_policy(model_dir: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rm_robust.config.shared import ComputeConfig
 from rm_robust.errors import CheckpointError
 from rm_robust.models.compute import EXACT, autocast
-from rm_robust.models.last_layer import compute_last_layer_at_scored_columns
+from rm_robust.models.last_layer import LAST_LAYER_MODEL_TYPES, compute_last_layer_at_scored_columns
 from rm_robust.models.packing import Layout, PackedBatch, hidden_states, prepare_backbone
 
 
@@ -101,7 +101,7 @@ def load_reward_model(checkpoint_dir: str | Path, *, dtype: torch.dtype) -> PreT
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
     """Return the H -> 1 linear layer that is trained and read. Raises CheckpointError for a head of another shape."""
-    head = model.score
+    head = getattr(model, "score", None)  # encoders (BERT) call their head otherwise
     if not isinstance(head, nn.Linear):
         from peft.utils.other import ModulesToSaveWrapper  # slow to import, and only adapters need it
 
@@ -109,7 +109,8 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
             head = head.modules_to_save[str(head.active_adapter)]
     if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
         raise CheckpointError(
-            f"{type(model).__name__} has the head {head}; only one bias-free linear layer to a single score is known."
+            f"{type(model).__name__} has the head {head}; only one bias-free linear layer `score` to a single score is "
+            "known."
         )
     return head
 
@@ -126,10 +127,13 @@ class PackedRewardModel(nn.Module):
         self.model = model
         self.layout = layout
         self.compute = compute
+        head = score_head(model)
         prepare_backbone(self.backbone, layout)
-        if layout is Layout.SEGMENTS:
+        final_norm_name(self.backbone)  # a decoder without one is refused now, not at its first batch
+        self.scores_last_layer_alone = layout is Layout.SEGMENTS and model.config.model_type in LAST_LAYER_MODEL_TYPES
+        if self.scores_last_layer_alone:
             compute_last_layer_at_scored_columns(self.backbone)
-        score_head(model).float()
+        head.float()
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -138,8 +142,12 @@ class PackedRewardModel(nn.Module):
         return backbone
 
     def forward(self, batch: PackedBatch) -> ScoredBatch:
-        with autocast(batch.input_ids_RT.device, self.compute):
-            if self.layout is Layout.SEGMENTS:
+        return self.score(batch, self.compute)
+
+    def score(self, batch: PackedBatch, compute: ComputeConfig) -> ScoredBatch:
+        """Return the scores and hidden states of a batch, computed in the precision that `compute` names."""
+        with autocast(batch.input_ids_RT.device, compute):
+            if self.scores_last_layer_alone:
                 before_NH, scored_NH = states_around_final_norm(
                     self.backbone, batch, scored_index_N=batch.scored_index_N
                 )
@@ -152,6 +160,25 @@ class PackedRewardModel(nn.Module):
         return ScoredBatch(scores_N, before_NH.float(), scored_NH.detach().float())
 
 
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "language_model.norm", "decoder.final_layer_norm")
+"""The names that transformers' decoders give to the norm after their last layer."""
+
+
+def final_norm_name(backbone: PreTrainedModel) -> str:
+    """Return the name of the decoder's norm after its last layer.
+
+    Raises CheckpointError for a decoder that has none under the names that transformers uses.
+    """
+    modules = dict(backbone.named_modules())
+    found = [name for name in FINAL_NORMS if name in modules]
+    if not found:
+        raise CheckpointError(
+            f"{type(backbone).__name__} has no final norm under a known name ({', '.join(FINAL_NORMS)}), at which the "
+            "norms of hidden states are read. Use another decoder family."
+        )
+    return found[0]
+
+
 def states_around_final_norm(
     backbone: PreTrainedModel, batch: PackedBatch, **for_layers: object
 ) -> tuple[Tensor, Tensor]:
@@ -160,8 +187,7 @@ def states_around_final_norm(
     Both are [R*T, H], or have one row for each column that the last layer computed.
     """
     before: list[Tensor] = []
-    final_norm = backbone.norm
-    assert isinstance(final_norm, nn.Module), f"{type(backbone).__name__} has no final norm to read hidden norms at"
+    final_norm = backbone.get_submodule(final_norm_name(backbone))
     handle = final_norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     try:
         hidden_TH = hidden_states(backbone, batch, **for_layers)

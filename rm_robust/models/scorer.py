@@ -10,7 +10,7 @@ from rm_robust.data.records import TokenGroup
 from rm_robust.errors import CheckpointError, ScoringError
 from rm_robust.models.architectures import ScoringModel, load_packed_reward_model
 from rm_robust.models.checkpoint import verify_checkpoint
-from rm_robust.models.packing import lay_out, micro_batches
+from rm_robust.models.packing import lay_out, micro_batches, num_positions
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,14 @@ class RewardScorer:
                 f"its tokenizer now has {chat.template_sha256}."
             )
         model = load_packed_reward_model(checkpoint_dir, chat, dtype=getattr(torch, dtype), device=torch.device(device))
-        limit = model.backbone.config.max_position_embeddings
+        limit = num_positions(model.backbone.config)
         if max_length_tokens is None:
             max_length_tokens = limit
-        if max_length_tokens > limit:
+        if max_length_tokens is None:
+            raise CheckpointError(
+                f"{checkpoint_dir}/config.json does not say max_position_embeddings; give max_length_tokens."
+            )
+        if limit is not None and max_length_tokens > limit:
             raise CheckpointError(
                 f"max_length_tokens={max_length_tokens} exceeds the {limit} positions of {checkpoint_dir}; lower it."
             )

@@ -15,12 +15,21 @@ from pathlib import Path
 
 import matplotlib
 
+from rm_robust.config.data import LOST_FRACTION_TO_WARN_OF
 from rm_robust.data.scenarios import SCENARIOS
 from rm_robust.report import policy_figures, reward_model_figures
 from rm_robust.report.figure_style import STYLE, Panel
 from rm_robust.report.html import inline_png, render
 from rm_robust.report.policy import EVALUATION_HEADS, MonitorFinding, evaluation_rows, monitor_finding
-from rm_robust.report.record import RunRecord, Sample, first_and_last_tenth, gold_gain, metric_series, read_run
+from rm_robust.report.record import (
+    RunRecord,
+    Sample,
+    SourceRows,
+    first_and_last_tenth,
+    gold_gain,
+    metric_series,
+    read_run,
+)
 from rm_robust.report.reward_model_figures import metric_label, scenario_label
 from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
@@ -60,6 +69,8 @@ def write_report(run_dir: Path) -> Path:
         verdict=_verdict(run),
         monitor=monitor,
         scenarios=_scenario_table(run),
+        source_rows=[_source_row(source) for source in run.sources],
+        losses=[source for source in run.sources if source.lost_fraction > LOST_FRACTION_TO_WARN_OF],
         num_without_score=sum(int((part.scores != part.scores).sum()) for part in run.scores.values()),  # NaN != NaN
         pictures=_pictures(run),
         not_logged={
@@ -165,6 +176,14 @@ def _scenario_table(run: RunRecord) -> ScenarioTable:
         have_only_pairs=set(metrics) == {"accuracy"} and len(metrics) > 1,
         max_prompts=run.config.get("evaluation.max_prompts_per_scenario"),
     )
+
+
+def _source_row(source: SourceRows) -> tuple[str, str, str, list[str]]:
+    """Return a source's scenario, its paths, what was dropped or skipped and why, and its numbers."""
+    reasons = [f"{num} {reason}" for reason, num in source.num_dropped.items()]
+    skipped = [f"{num} files not read: {reason}" for reason, num in source.num_skipped_files.items()]
+    numbers = [str(source.num_read), str(source.num_kept), str(source.num_truncated), f"{source.lost_fraction:.1%}"]
+    return source.scenario, ", ".join(source.paths), ", ".join(reasons + skipped), numbers
 
 
 def _not_logged(lines: list[MetricsLine], panels: Sequence[Panel]) -> str:

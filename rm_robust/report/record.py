@@ -33,6 +33,22 @@ class ScenarioScores:
 
 
 @dataclass(frozen=True)
+class SourceRows:
+    """The counts of one data source, as the report.json of its tokens has them (data/pipeline.py)."""
+
+    scenario: str
+    paths: list[str]
+    num_read: int
+    num_kept: int
+    num_truncated: int
+    num_merged: int
+    num_dropped: dict[str, int]
+    num_skipped_files: dict[str, int]
+    skipped_files: list[str]
+    lost_fraction: float
+
+
+@dataclass(frozen=True)
 class ResponseModels:
     """Mean gold score of every response model of the embedded world, by name."""
 
@@ -62,6 +78,8 @@ class RunRecord:
     name: str
     config: dict[str, object]
     """The settings by their dotted names, such as "rloo.learning_rate"."""
+    sources: list[SourceRows]
+    """The data sources of the stages that have run."""
     metrics: dict[str, list[MetricsLine]]
     evaluation: dict[str, ScenarioResult]
     scores: dict[str, ScenarioScores]
@@ -114,6 +132,11 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(
         name=run_dir.resolve().name,
         config=_flatten(_read_json(run_dir / RESOLVED_NAME) or {}),
+        sources=[
+            source
+            for folder in (layout.sft_tokens, layout.preference_tokens, layout.rloo_prompts)
+            for source in _read_sources(folder / "report.json")
+        ],
         metrics={stage: read_metrics(run_dir, stage) for stage in STAGES_WITH_STEPS},
         evaluation=_read_evaluation(layout.evaluation_table),
         scores=_read_scores(layout.evaluation_scores),
@@ -190,7 +213,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}). Delete it and run the stage that writes it again.") from error
+        raise DataError(f"{path} is not JSON ({error}). The same command writes it again.") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} should hold one JSON object, got {type(content).__name__}.")
     return content
@@ -198,7 +221,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _malformed(path: Path, error: Exception) -> DataError:
     return DataError(
-        f"{path} does not have the expected fields ({error!r}). Delete it and run the stage that writes it again."
+        f"{path} does not have the expected fields ({error!r}). Do the stage that writes it again: "
+        "`rm-robust run --again STAGE`."
     )
 
 
@@ -207,6 +231,17 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, object]:
     for key, value in config.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _read_sources(path: Path) -> list[SourceRows]:
+    try:
+        return [
+            SourceRows(**{field: row[field] for field in SourceRows.__annotations__})
+            for row in (_read_json(path) or {"sources": []})["sources"]
+            if "lost_fraction" in row  # the reports of earlier versions have other counts
+        ]
+    except (KeyError, TypeError) as error:
+        raise _malformed(path, error) from error
 
 
 def _read_evaluation(path: Path) -> dict[str, ScenarioResult]:

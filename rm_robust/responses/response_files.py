@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rm_robust.data.chat import as_messages, check_text
-from rm_robust.data.files import list_files, read_rows
+from rm_robust.data.files import list_files
 from rm_robust.data.records import Message
+from rm_robust.data.row_texts import read_rows
 from rm_robust.data.rows import parse_prompt
 from rm_robust.errors import DataError
 from rm_robust.responses.config import ResponsesConfig

@@ -61,7 +61,7 @@ class RlooActors:
         shares = split_evenly(len(completions), len(self.trainers))
         return self._call_trainers("measure", [((completions[share],), {"keep_graph": keep_graph}) for share in shares])
 
-    def update(self, advantages_PK: Tensor, *, step: int, learning_rate_factor: float) -> dict[str, float]:
+    def update(self, advantages_PK: Tensor, *, step: int, learning_rate: float) -> dict[str, float]:
         """Run the optimiser steps of RLOO step `step` on all trainers and return the metrics of the update.
 
         `advantages_PK` is in the order of the completions that `measure` got.
@@ -70,7 +70,7 @@ class RlooActors:
         common = {
             "step": step,
             "num_completions_all_ranks": advantages_PK.numel(),
-            "learning_rate_factor": learning_rate_factor,
+            "learning_rate": learning_rate,
         }
         updates: list[Update] = self._call_trainers(
             "update", [((advantages_PK[share].flatten().tolist(),), common) for share in shares]

@@ -1,11 +1,11 @@
 """Turn the scores of the reward sources into rewards, KL costs and leave-one-out advantages. Pure functions of tensors.
 
-Shapes: P prompts, K completions per prompt, N = P*K completions, M tokens. A failed score is NaN and stays NaN in every
-function here: it never becomes 0 or a mean.
+Shapes: S reward sources, P prompts, K completions per prompt, N = P*K completions, M tokens. A failed score is NaN and
+stays NaN in every function here: it never becomes 0 or a mean.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class StepScores:
     """The checkpoint that each served source and the gold judge scored with last; functions have none."""
     num_checkpoint_changes: int
     """Number of replies that name another checkpoint than the reply before from the same source."""
+    num_abstained: dict[str, int] = field(default_factory=dict)
+    """Number of completions from which a reward function abstained, for every function that did. Their score is NaN."""
 
     def of_completion(self, p: int, k: int) -> dict[str, float | None]:
         """Return the scores of one completion as `<source>_score`; None where one failed or the judge was not asked."""
@@ -41,19 +43,28 @@ class StepScores:
         return {"gold_score": None} | known
 
 
-def weighted_scores(source_scores: dict[str, list[list[float]]], weights: dict[str, float]) -> Tensor:
+def weighted_scores(
+    source_scores: dict[str, list[list[float]]],
+    weights: dict[str, float],
+    *,
+    abstained: dict[str, list[list[bool]]] | None = None,
+) -> Tensor:
     """Return the sum of weight * score over the reward sources, [P, K] float32.
 
-    The sum is NaN where a source with a weight other than 0 has no score. TRL's reward_weights are the same except for
-    failed scores: TRL 1.16 leaves them out of the sum (nansum), which makes the rewards of a prompt incomparable.
+    It is a sum and not a mean: a source that abstained (`abstained`, [P][K] for each source that did) adds nothing, and
+    the weights of the others stay as they are. The sum is NaN where a source with a weight other than 0 failed, and
+    where all of them abstained. TRL's reward_weights are the same except for failed scores: TRL 1.16 leaves them out of
+    the sum (nansum), which makes the rewards of a prompt incomparable.
     """
-    weighted = [
-        weight * torch.tensor(source_scores[name], dtype=torch.float64)
-        for name, weight in weights.items()
-        if weight != 0
-    ]
-    assert weighted, "every weight is 0"
-    return torch.stack(weighted).sum(0).float()
+    names = [name for name, weight in weights.items() if weight != 0]
+    assert names, "every weight is 0"
+    scores_SPK = torch.stack([weights[name] * torch.tensor(source_scores[name], dtype=torch.float64) for name in names])
+    abstained_SPK = torch.zeros_like(scores_SPK, dtype=torch.bool)
+    for number, name in enumerate(names):
+        if abstained is not None and name in abstained:
+            abstained_SPK[number] = torch.tensor(abstained[name])
+    rewards_PK = scores_SPK.masked_fill(abstained_SPK, 0.0).sum(0).masked_fill(abstained_SPK.all(0), torch.nan)
+    return rewards_PK.float()
 
 
 def normalised_scores(scores_PK: Tensor) -> Tensor:

@@ -39,15 +39,17 @@ from rm_robust.rloo.rollout import (
     check_completions,
     generation_requests,
     held_prompts,
+    prompt_row,
     prompts_of_step,
     score_input,
 )
 from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
 from rm_robust.runs.lines import append_rows, as_line, rows_of
-from rm_robust.runs.metrics import MetricsWriter, log_step, read_metrics
+from rm_robust.runs.metrics import MetricsWriter, log_step, planned_steps, read_metrics
 from rm_robust.runs.trackers import open_trackers
 from rm_robust.scoring.contract import Scorer
+from rm_robust.training.engines.engine import learning_rate_at
 from rm_robust.training.loop import BestStep
 
 logger = logging.getLogger(__name__)
@@ -141,6 +143,7 @@ class Controller:
         self.version = self.num_steps_committed = self.first_step = actors.num_steps_done
         self.chat = ChatFormat.load(self.layout.sft_model_dir(config))
         self.prompts, evaluation_prompts = self.prompts_and_held()
+        rewards.check_columns(set(self.prompts[0].columns))
         self.evaluation = PolicyEvaluation(
             self.layout,
             evaluation_prompts,
@@ -156,6 +159,7 @@ class Controller:
         self.kl_coefficient = self.settings.kl_coefficient
         self.under_way: deque[Sampled] = deque()
         self.num_lost_since_commit = 0
+        self.num_planned_steps = self.settings.num_steps
         self.times: dict[str, float] = {}
 
     def prompts_and_held(self) -> tuple[list[TokenisedGroup], list[TokenisedGroup]]:
@@ -216,9 +220,7 @@ class Controller:
         )
         advantages = advantages_of(shaped_PK, kl_PK, truncated_PK, self.settings, kl_coefficient=self.kl_coefficient)
         with self.timed("time/update_s"):
-            update = self.actors.update(
-                advantages.advantages_PK, step=step, learning_rate_factor=self.monitor.learning_rate_factor
-            )
+            update = self.actors.update(advantages.advantages_PK, step=step, learning_rate=self.learning_rate(step))
         self.version = step + 1
         with self.timed("time/weight_sync_s"):
             self.update_engines()
@@ -234,6 +236,12 @@ class Controller:
             )
         return metrics | {"rloo/policy_version": step, "time/step_s": time.perf_counter() - started}
 
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step `step`."""
+        return self.monitor.learning_rate_factor * learning_rate_at(
+            step, self.num_planned_steps, self.settings.optimizer
+        )
+
     def sampled_for(self, step: int) -> Sampled:
         """Return the step with its rollout, after starting every rollout that max_policy_lag allows by now."""
         first_new_step = self.under_way[-1].step + 1 if self.under_way else step
@@ -245,15 +253,22 @@ class Controller:
                 prompts, self.settings, step=new_step, seed=self.config.seed, stop_token_id=self.chat.end_of_turn_id
             )
             scoring = self.rewards.begin(with_gold=new_step % self.settings.gold_every_steps == 0)
-            submit = partial(self.submit, scoring, prompts)
+            submit = partial(self.submit, scoring, prompts, new_step)
             self.under_way.append(Sampled(new_step, prompts, self.start(requests, on_finished=submit), scoring))
         return self.under_way.popleft()
 
     def submit(
-        self, scoring: StepInProgress, prompts: list[TokenisedGroup], position: int, completions: PromptCompletions
+        self,
+        scoring: StepInProgress,
+        prompts: list[TokenisedGroup],
+        step: int,
+        position: int,
+        completions: PromptCompletions,
     ) -> None:
         """Ask for the scores of one prompt's completions while other prompts of the step are still being sampled."""
-        self.rewards.submit(scoring, position, score_input(prompts[position], completions, self.chat))
+        prompt = prompts[position]
+        item, row = score_input(prompt, completions, self.chat), prompt_row(prompt, completions, step=step)
+        self.rewards.submit(scoring, position, item, row)
 
     def sample(self, requests: list[GenerationRequest]) -> list[PromptCompletions]:
         """Return completions from the current policy version without asking for their scores."""
@@ -340,6 +355,9 @@ class Controller:
         _drop_samples_after(self.layout.rloo_samples, self.version)
         self.monitor.resume(self.layout.run_dir, self.version)
         self.best.resume(self.layout.run_dir, "rloo", self.version)
+        self.num_planned_steps = planned_steps(
+            self.layout.run_dir, "rloo", first_step=self.version, num_steps=self.settings.num_steps
+        )
         if self.settings.target_kl is not None:
             for line in read_metrics(self.layout.run_dir, "rloo"):
                 if line["step"] == self.version:

@@ -109,6 +109,7 @@ class RolloutEngine:
         self._update = _Update.NONE
         self._probe_logprobs: list[float] | None = None
         self._policy_version: int | None = None
+        self._has_confirmed = False
 
     def generate(self, requests: list[GenerationRequest]) -> Iterator[list[tuple[int, PromptCompletions]]]:
         """Sample completions of each prompt and yield (position in `requests`, completions) as prompts finish.
@@ -231,7 +232,7 @@ class RolloutEngine:
         if trainer_logprobs is not None:
             self._compare_probe(version, trainer_logprobs)
         self._llm.update_weight_version(str(version))
-        self._policy_version = version
+        self._policy_version, self._has_confirmed = version, True
         return version
 
     def shutdown(self) -> None:
@@ -268,9 +269,20 @@ class RolloutEngine:
             raise RolloutError(
                 f"This engine does not compute with policy version {version}: its log-probabilities of the probe "
                 f"differ from the trainer's by up to {max(differences):.3g} nats; {self._probe_tolerance} are allowed. "
-                "The bytes arrived, but a layer still uses older weights. Recreate the engine."
+                f"The bytes arrived. {self._likely_cause()}"
             )
         self._update = _Update.FINISHED
+
+    def _likely_cause(self) -> str:
+        if self._has_confirmed:
+            return (
+                "The engine computed earlier versions right, so a layer still uses older weights. Recreate the engine."
+            )
+        return (
+            "It is the engine's first version: either vLLM computes this model otherwise than transformers (another "
+            "head, attention or number format), and another vLLM version or model family is needed, or a layer still "
+            "uses the weights that the engine loaded at its start."
+        )
 
     def _require_finished(self, purpose: str) -> None:
         if self._update is not _Update.FINISHED:

@@ -5,8 +5,10 @@ of completions (each completion of one policy with each of the other's, prompt b
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -19,10 +21,13 @@ from rm_robust.data.chat import ChatFormat
 from rm_robust.data.token_files import TokenisedGroup
 from rm_robust.errors import RolloutError
 from rm_robust.rloo.actors import RlooActors
+from rm_robust.rloo.reward_requests import PromptRow, ask_in_parts, ask_scorer, completions_of, too_many_failed
 from rm_robust.rloo.rollout import GenerationRequest, PromptCompletions, generation_requests, score_input
 from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
 from rm_robust.scoring.contract import Scorer
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 RIDGE = 0.01
@@ -164,6 +169,7 @@ class PolicyEvaluation:
             sample,
             actors,
         )
+        self._max_failed_fraction = settings.max_failed_score_fraction
         self._requests = generation_requests(
             prompts, settings, step=BASELINE_STEP, seed=seed, stop_token_id=chat.end_of_turn_id, num_completions=1
         )
@@ -180,21 +186,49 @@ class PolicyEvaluation:
                 f"{self._path} is missing, and the policy is already at step {version}. Restore the file, or start the "
                 "RLOO stage again from its beginning."
             )
-        judged, _ = self._judged()
+        judged, _, _ = self._judged()
         run_files.write_json(self._path, {"gold_scores": judged.gold_scores, "num_tokens": judged.num_tokens})
 
     def metrics(self) -> dict[str, float]:
         """Return the rloo/eval/… metrics of the current policy."""
-        judged, completions = self._judged()
+        judged, completions, num_failed = self._judged()
         baseline = json.loads(self._path.read_text())
         comparison = compare_policies(judged, JudgedCompletions(baseline["gold_scores"], baseline["num_tokens"]))
         kl = [value for measurement in self._actors.measure(completions, keep_graph=False) for value in measurement.kl]
-        return comparison.metrics() | {"rloo/eval/kl_mean": fmean(kl)}
+        return comparison.metrics() | {"rloo/eval/kl_mean": fmean(kl), "rloo/eval/num_failed_gold_scores": num_failed}
 
-    def _judged(self) -> tuple[JudgedCompletions, list[PromptCompletions]]:
+    def _judged(self) -> tuple[JudgedCompletions, list[PromptCompletions], int]:
+        """Sample one completion of each prompt and judge it; return the judgement, the completions, and the failures.
+
+        Raises RolloutError when more than max_failed_score_fraction of them have no gold score.
+        """
         completions = self._sample(self._requests)
-        inputs = [
-            score_input(prompt, answer, self._chat) for prompt, answer in zip(self._prompts, completions, strict=True)
+        asked = [
+            at
+            for index, (prompt, answer) in enumerate(zip(self._prompts, completions, strict=True))
+            for at in completions_of(index, score_input(prompt, answer, self._chat), PromptRow(prompt.group_id))
         ]
-        lengths = [[len(c.token_ids) for c in answer.completions] for answer in completions]
-        return JudgedCompletions(self._gold.score(inputs).scores, lengths), completions
+        scores: list[list[float]] = [[] for _ in completions]
+        lengths: list[list[int]] = [[] for _ in completions]
+        reasons: list[str] = []
+        for part, answer in ask_in_parts(partial(ask_scorer, self._gold), asked):
+            for at, score in zip(part, answer.scores, strict=True):
+                if isinstance(score, float):
+                    scores[at.index].append(score)
+                    lengths[at.index].append(len(completions[at.index].completions[at.k].token_ids))
+                else:
+                    reasons.append(str(score))
+        self._refuse_too_many(reasons, len(asked))
+        return JudgedCompletions(scores, lengths), completions, len(reasons)
+
+    def _refuse_too_many(self, reasons: list[str], num_asked: int) -> None:
+        if not reasons:
+            return
+        logger.warning(
+            "%d of %d gold scores of the evaluation failed and are left out; the last one: %s",
+            *(len(reasons), num_asked, reasons[-1]),
+        )
+        if len(reasons) / num_asked > self._max_failed_fraction:
+            raise too_many_failed(
+                "gold", len(reasons), of=num_asked, max_fraction=self._max_failed_fraction, reason=reasons[-1]
+            )

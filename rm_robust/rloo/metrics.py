@@ -47,8 +47,9 @@ def rollout_metrics(
 def score_metrics(scores: StepScores) -> dict[str, float]:
     """Return mean and population deviation of each reward source's known raw scores, and the counts of failures.
 
-    The failures are the failed scores of all sources together, and the fraction of completions without a reward. A
-    judge that was not asked has no metrics.
+    The failures are the failed scores of all sources together, and the fraction of completions without a reward, also
+    where every source abstained. A judge that was not asked has no metrics, and a function that abstained from all
+    completions has neither mean nor deviation.
     """
     prefixes = {name: f"rloo/reward/{name}" for name in scores.source_scores} | {
         "proxy": "rloo/proxy_score",
@@ -59,7 +60,9 @@ def score_metrics(scores: StepScores) -> dict[str, float]:
     for name, rows in rows_by_name.items():
         known = [score for row in rows for score in row if not math.isnan(score)]
         prefix = prefixes[name]
-        metrics |= {f"{prefix}_mean": statistics.fmean(known), f"{prefix}_std": statistics.pstdev(known)}
+        if known:  # a function may abstain from every completion of a step
+            metrics |= {f"{prefix}_mean": statistics.fmean(known), f"{prefix}_std": statistics.pstdev(known)}
+    metrics |= {f"{prefixes[name]}_num_abstained": number for name, number in scores.num_abstained.items()}
     return metrics | {
         "rloo/num_failed_scores": sum(scores.num_failed.values()),
         "rloo/failed_score_fraction": float(scores.rewards_PK.isnan().double().mean()),

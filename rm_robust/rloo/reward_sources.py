@@ -2,60 +2,45 @@
 
     submit ─► each reward source has a queue and a thread: take all that wait, score them in one call, repeat ─► collect
 
-Batches form by themselves while a call is running. No source waits for another, and each makes one call at a time. A
-call that fails is made again in parts, so that only completions that fail alone have no score. When a source does not
-answer in spite of all retries, it is not asked about the same completions again.
+Batches form by themselves while a call is running. No source waits for another. reward_functions.py calls what users
+write; reward_requests.py makes a failed call again in parts. A function may abstain (None): its score is then left out
+of the weighted sum, and counted.
 """
 
 import contextlib
-import importlib
 import logging
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from queue import SimpleQueue
 from typing import Self
 
 from rm_robust.config.rloo import RewardSourceConfig, RlooConfig
-from rm_robust.data.records import Message
-from rm_robust.errors import ConfigError, RolloutError, ScorerUnavailableError, ScoringError
+from rm_robust.errors import RolloutError
 from rm_robust.rloo.advantages import StepScores, weighted_scores
-from rm_robust.scoring.client import RewardClient
+from rm_robust.rloo.reward_functions import FunctionSource
+from rm_robust.rloo.reward_requests import (
+    Ask,
+    CompletionAt,
+    PromptRow,
+    ask_in_parts,
+    ask_scorer,
+    completions_of,
+    too_many_failed,
+)
+from rm_robust.scoring.client import ClientOptions, RewardClient
 from rm_robust.scoring.contract import ScoreInput, Scorer
 
 logger = logging.getLogger(__name__)
 
 GATHER_S = 0.005
 """Seconds that a call waits after its first prompt, because the completions of several prompts finish together."""
-NUM_PARTS = 4
-"""Number of parts that a failed call is split into.
-
-With two parts, as many calls would find one bad completion, but the good ones beside it would be scored more often.
-"""
 CLOSED_WITHIN_S = 5.0
 """Seconds that `close` waits for the threads to end."""
-
-RewardFunction = Callable[[list[Message], str], float]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer of a reward source: one score for each completion, in order, or a text that says why it has none.
-
-    `checkpoint` is that of a served source; functions have none.
-    """
-
-    scores: list[float | str]
-    checkpoint: str | None
-
-
-Ask = Callable[[Sequence[ScoreInput]], Answer]
-"""A call to a reward source; it raises ScoringError when there is no answer at all."""
 
 
 class RewardSources:
@@ -67,29 +52,30 @@ class RewardSources:
     def __init__(self, settings: RlooConfig, *, proxy: Scorer, gold: Scorer | None) -> None:
         """Open all reward sources and start their threads.
 
-        Raises ConfigError for a function that cannot be imported or called, a URL that is not HTTP, two sources with
-        the same name, and when every weight is 0.
+        Raises ConfigError for a function that cannot be imported or called.
         """
         self._settings = settings
         self._weights = {"proxy": settings.proxy_weight} | {
             source.name: source.weight for source in settings.reward_sources
         }
-        if len(self._weights) <= len(settings.reward_sources):
-            raise ConfigError(
-                f"rloo.reward_sources: names must differ, got {[source.name for source in settings.reward_sources]}."
-            )
-        if not any(self._weights.values()):
-            raise ConfigError(
-                "The reward would always be 0: rloo.proxy_weight and all of rloo.reward_sources have the weight 0, "
-                f"got {self._weights}."
-            )
         asks: dict[str, Ask] = {"proxy": partial(ask_scorer, proxy)}
         with contextlib.ExitStack() as clients:
-            asks |= {source.name: open_source(source, clients) for source in settings.reward_sources}
+            self._functions = [
+                FunctionSource(source, num_steps=settings.num_steps)
+                for source in settings.reward_sources
+                if source.function is not None
+            ]
+            asks |= {source.name: source.ask for source in self._functions}
+            asks |= {
+                source.name: served_source(source, clients)
+                for source in settings.reward_sources
+                if source.url is not None
+            }
             if gold is not None:
                 asks["gold"] = partial(ask_scorer, gold)
             self._clients = clients.pop_all()
         self._begun: set[StepInProgress] = set()
+        self._has_warned_of_mixture: set[str] = set()
         self._sources = {name: SourceThread(name, ask) for name, ask in asks.items()}
 
     def begin(self, *, with_gold: bool) -> "StepInProgress":
@@ -101,14 +87,19 @@ class RewardSources:
         self._begun.add(step)
         return step
 
-    def submit(self, step: "StepInProgress", index: int, item: ScoreInput) -> None:
+    def check_columns(self, names: set[str]) -> None:
+        """Raise ConfigError when a reward function needs a column that the rows of the RLOO prompts do not have."""
+        for function in self._functions:
+            function.check_columns(names)
+
+    def submit(self, step: "StepInProgress", index: int, item: ScoreInput, row: PromptRow) -> None:
         """Ask for the scores of prompt `index` of the step, in any order but each once.
 
         Returns at once; may be called from any thread.
         """
         step.expect(index, item)
         for name in step.scores:
-            self._sources[name].queue.put(Job(step, index, item))
+            self._sources[name].queue.put(Job(step, index, item, row))
 
     def collect(self, step: "StepInProgress", count: int) -> StepScores:
         """Wait until each score of prompts 0 to count - 1 is there or has failed, and return the scores.
@@ -130,12 +121,15 @@ class RewardSources:
                     name,
                     step.last_reason[name],
                 )
+        self._warn_of_mixtures(step)
         num_lost, num_completions = int(scores.rewards_PK.isnan().sum()), scores.rewards_PK.numel()
         if num_lost / num_completions > step.max_failed_fraction:
             failed = {name: number for name, number in scores.num_failed.items() if number and name != "gold"}
             reasons = "; ".join(step.last_reason[name] for name in failed)
+            if abstaining := [name for name, number in scores.num_abstained.items() if number]:
+                reasons = "; ".join(filter(None, [reasons, f"{' and '.join(abstaining)} abstained"]))
             raise too_many_failed(
-                " and ".join(failed),
+                " and ".join(failed or abstaining),
                 num_lost,
                 of=num_completions,
                 max_fraction=step.max_failed_fraction,
@@ -157,6 +151,8 @@ class RewardSources:
         deadline_s = time.monotonic() + CLOSED_WITHIN_S
         for source in self._sources.values():
             source.thread.join(max(0.0, deadline_s - time.monotonic()))
+        for function in self._functions:
+            function.close()
         self._clients.close()
 
     def __enter__(self) -> Self:
@@ -165,16 +161,34 @@ class RewardSources:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _warn_of_mixtures(self, step: "StepInProgress") -> None:
+        """Warn once of each source that abstained from some completions of a prompt and scored others."""
+        for name in step.abstained.keys() - self._has_warned_of_mixture:
+            prompts = {index for index, _ in step.abstained[name]}
+            mixed = [
+                index
+                for index in prompts
+                if any((index, k) not in step.abstained[name] for k in range(len(step.inputs[index].completions)))
+            ]
+            if mixed and self._weights.get(name):
+                self._has_warned_of_mixture.add(name)
+                logger.warning(
+                    "%s abstained from some completions of %d prompts and scored their others. An abstention adds "
+                    "nothing to the reward, so beside these scores it counts like 0. This is said once.",
+                    *(name, len(mixed)),
+                )
+
     def _scores_of(self, step: "StepInProgress") -> StepScores:
         rows = {name: step.rows(name) for name in step.scores}
         gold = rows.pop("gold", None)
         return StepScores(
             source_scores=rows,
             gold=gold,
-            rewards_PK=weighted_scores(rows, self._weights),
+            rewards_PK=weighted_scores(rows, self._weights, abstained=step.abstained_rows()),
             num_failed={name: step.num_failed[name] for name in step.scores},
             checkpoints=step.checkpoints,
             num_checkpoint_changes=step.num_checkpoint_changes,
+            num_abstained={name: len(places) for name, places in step.abstained.items()},
         )
 
 
@@ -190,6 +204,8 @@ class StepInProgress:
         self.inputs: dict[int, ScoreInput] = {}
         self.num_missing = 0
         self.scores: dict[str, dict[tuple[int, int], float]] = {name: {} for name in names}
+        self.abstained: dict[str, set[tuple[int, int]]] = {}
+        """Where each function abstained; the score there is NaN."""
         self.num_failed: Counter[str] = Counter()
         self.last_reason: dict[str, str] = {}
         self.checkpoints: dict[str, str] = {}
@@ -202,14 +218,16 @@ class StepInProgress:
             self.inputs[index] = item
             self.num_missing += len(self.scores) * len(item.completions)
 
-    def put(self, name: str, completions: "Sequence[CompletionAt]", scores: Sequence[float | str]) -> None:
+    def put(self, name: str, completions: Sequence[CompletionAt], scores: Sequence[float | str | None]) -> None:
         """Store the scores of source `name`; end the step when this source has failed too often."""
         with self.changed:
             for completion, score in zip(completions, scores, strict=True):
                 if isinstance(score, str):
                     self.num_failed[name] += 1
                     self.last_reason[name] = score
-                self.scores[name][completion.index, completion.k] = math.nan if isinstance(score, str) else score
+                if score is None:
+                    self.abstained.setdefault(name, set()).add((completion.index, completion.k))
+                self.scores[name][completion.index, completion.k] = score if isinstance(score, float) else math.nan
             self.num_missing -= len(completions)
             if self.num_failed[name] / self.num_completions > self.max_failed_fraction:
                 num_failed, reason = self.num_failed[name], self.last_reason[name]
@@ -251,6 +269,16 @@ class StepInProgress:
             for index in sorted(self.inputs)
         ]
 
+    def abstained_rows(self) -> dict[str, list[list[bool]]]:
+        """Return where each source that abstained did so, [P][K]."""
+        return {
+            name: [
+                [(index, k) in places for k in range(len(self.inputs[index].completions))]
+                for index in sorted(self.inputs)
+            ]
+            for name, places in self.abstained.items()
+        }
+
 
 @dataclass(frozen=True)
 class Job:
@@ -259,15 +287,7 @@ class Job:
     step: StepInProgress
     index: int
     item: ScoreInput
-
-
-@dataclass(frozen=True)
-class CompletionAt:
-    """Completion k of prompt `index`; `item` is the prompt with all its completions."""
-
-    index: int
-    k: int
-    item: ScoreInput
+    row: PromptRow
 
 
 class SourceThread:
@@ -285,10 +305,7 @@ class SourceThread:
         while jobs := self._take():
             for step in dict.fromkeys(job.step for job in jobs):  # the earlier step first
                 completions = [
-                    CompletionAt(job.index, k, job.item)
-                    for job in jobs
-                    if job.step is step
-                    for k in range(len(job.item.completions))
+                    at for job in jobs if job.step is step for at in completions_of(job.index, job.item, job.row)
                 ]
                 try:
                     self._score(step, completions)
@@ -311,16 +328,7 @@ class SourceThread:
         return [] if None in jobs else [job for job in jobs if job is not None]
 
     def _score(self, step: StepInProgress, completions: list[CompletionAt]) -> None:
-        waiting = [completions]
-        while waiting and not step.is_over:
-            part = waiting.pop()
-            try:
-                answer = self._ask(inputs_of(part))
-            except ScoringError as error:
-                if len(part) > 1 and not isinstance(error, ScorerUnavailableError):
-                    waiting += reversed(split(part))
-                    continue
-                answer = Answer([str(error)] * len(part), None)
+        for part, answer in ask_in_parts(self._ask, completions, is_over=lambda: step.is_over):
             if answer.checkpoint is not None:
                 self._note_checkpoint(step, answer.checkpoint)
             step.put(self.name, part, answer.scores)
@@ -339,88 +347,12 @@ class SourceThread:
         step.note_checkpoint(self.name, checkpoint, is_change=is_change)
 
 
-def inputs_of(completions: Sequence[CompletionAt]) -> list[ScoreInput]:
-    """Return one input for each prompt, with only those of its completions that are among `completions`."""
-    groups = [list(group) for _, group in groupby(completions, key=lambda at: at.index)]
-    return [
-        group[0].item.model_copy(update={"completions": [at.item.completions[at.k] for at in group]})
-        for group in groups
-    ]
-
-
-def split(completions: list[CompletionAt]) -> list[list[CompletionAt]]:
-    """Split into at most NUM_PARTS consecutive parts of equal length, of which the last may be shorter."""
-    part_length = math.ceil(len(completions) / NUM_PARTS)
-    return [completions[start : start + part_length] for start in range(0, len(completions), part_length)]
-
-
-def open_source(source: RewardSourceConfig, clients: contextlib.ExitStack) -> Ask:
-    """Return the call to a reward source of the config; `clients` closes its HTTP client, if it has one."""
-    if source.url is not None:
-        return partial(ask_scorer, clients.enter_context(RewardClient(source.url)))
-    assert source.function is not None
-    return partial(ask_function, load_function(source))
-
-
-def load_function(source: RewardSourceConfig) -> RewardFunction:
-    """Import `package.module:function`. Raises ConfigError when it does not exist or cannot be called."""
-    assert source.function is not None
-    label = f"rloo.reward_sources: {source.name}.function = {source.function!r}"
-    module, _, name = source.function.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ConfigError(
-            f'{label} cannot be imported ({type(error).__name__}: {error}). Write "package.module:function", and '
-            "install the package or add its folder to PYTHONPATH."
-        ) from error
-    if not callable(function):
-        raise ConfigError(
-            f"{label} is {function!r:.100}, which cannot be called. Name a function(prompt, completion) -> float."
-        )
-    return function  # type: ignore[no-any-return]
-
-
-def ask_scorer(scorer: Scorer, inputs: Sequence[ScoreInput]) -> Answer:
-    """Ask a served scorer; a score that is not finite counts as failed."""
-    reply = scorer.score(inputs)
-    return Answer([finite_or_reason(score) for scores in reply.scores for score in scores], reply.checkpoint)
-
-
-def ask_function(function: RewardFunction, inputs: Sequence[ScoreInput]) -> Answer:
-    """Call a reward function once for each completion."""
-    return Answer(
-        [call_function(function, item.prompt, completion) for item in inputs for completion in item.completions], None
-    )
-
-
-def call_function(function: RewardFunction, prompt: str | list[Message], completion: str) -> float | str:
-    """Return the function's score, or a text that says why there is none.
-
-    The function gets a copy of the messages, which it may change.
-    """
-    messages = (
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
-    )
-    try:
-        score = function(messages, completion)
-        if isinstance(score, bool) or not isinstance(score, int | float):
-            return f"it returned {score!r:.100}, not a float"
-        return finite_or_reason(score)
-    except Exception as error:  # a rule may raise anything; its completion is left out and counted
-        return f"{type(error).__name__}: {error}"
-
-
-def finite_or_reason(score: float) -> float | str:
-    """Return the score if it is finite, else a text that says that it is not."""
-    return float(score) if math.isfinite(score) else f"the score is {score}"
-
-
-def too_many_failed(names: str, num_failed: int, *, of: int, max_fraction: float, reason: str) -> RolloutError:
-    """Return the error for more than `max_fraction` failed scores among `of` completions."""
-    num_allowed = math.floor(max_fraction * of + 1e-9)
-    return RolloutError(
-        f"{names} gave no score to {num_failed} of the step's {of} completions; "
-        f"rloo.max_failed_score_fraction = {max_fraction} allows {num_allowed}. The last reason: {reason}. "
-        "Repair the reward source and start the run again; it resumes."
-    )
+def served_source(source: RewardSourceConfig, clients: contextlib.ExitStack) -> Ask:
+    """Return the call to a scoring service elsewhere; `clients` closes its HTTP client."""
+    assert source.url is not None
+    options = ClientOptions(timeout_s=source.timeout_s)
+    if source.num_concurrent_calls is not None:
+        options["max_concurrent_requests"] = source.num_concurrent_calls
+    if source.num_retries is not None:
+        options["max_retries"] = source.num_retries
+    return partial(ask_scorer, clients.enter_context(RewardClient(source.url, **options)))

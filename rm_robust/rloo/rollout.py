@@ -18,6 +18,7 @@ from rm_robust.config.rloo import RlooConfig
 from rm_robust.data.chat import ChatFormat
 from rm_robust.data.token_files import TokenisedGroup
 from rm_robust.errors import ConfigError, RolloutError
+from rm_robust.rloo.reward_requests import PromptRow
 from rm_robust.scoring.contract import ScoreInput
 from rm_robust.training.loop import batch_indices
 
@@ -256,6 +257,11 @@ def check_completions(
 def score_input(prompt: TokenisedGroup, answer: PromptCompletions, chat: ChatFormat) -> ScoreInput:
     """Return the input with which a scorer scores a prompt's completions."""
     return ScoreInput(prompt=prompt.prompt, completions=[chat.completion_text(c.token_ids) for c in answer.completions])
+
+
+def prompt_row(prompt: TokenisedGroup, answer: PromptCompletions, *, step: int) -> PromptRow:
+    """Return what reward functions get beside the texts."""
+    return PromptRow(prompt.group_id, step, prompt.columns, [c.token_ids for c in answer.completions])
 
 
 def split_evenly(num_items: int, num_parts: int) -> list[slice]:

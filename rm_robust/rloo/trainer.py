@@ -26,6 +26,7 @@ from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import ChatFormat
 from rm_robust.data.records import TokenGroup
 from rm_robust.models.compute import EXACT, prepare_for_training
+from rm_robust.models.own_forward import check_policy
 from rm_robust.models.packing import PackedBatch, choose_layout, lay_out, micro_batches
 from rm_robust.models.policy import PackedPolicy, commit_policy, load_policy
 from rm_robust.rloo.advantages import sequence_kl, token_kl
@@ -37,7 +38,7 @@ from rm_robust.rloo.weights.publisher import SyncReport, WeightPublisher
 from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
 from rm_robust.training.engines import create_engine
-from rm_robust.training.engines.engine import largest_over_ranks, learning_rate_at
+from rm_robust.training.engines.engine import largest_over_ranks
 from rm_robust.training.state import load_state, save_state
 
 
@@ -97,6 +98,7 @@ class PolicyTrainer:
         model = load_policy(sft_dir, dtype=torch.float32)
         layout = choose_layout(model.config, self.device)
         self.policy = PackedPolicy(model, layout, temperature=temperature, compute=self.settings.compute)
+        check_policy(self.policy, self.chat)
         prepare_for_training(model, self.settings.compute)
         reference = PackedPolicy(
             load_policy(sft_dir, dtype=torch.float32), layout, temperature=temperature, compute=self.settings.compute
@@ -191,7 +193,7 @@ class PolicyTrainer:
         )
 
     def update(
-        self, advantages: list[float], *, step: int, num_completions_all_ranks: int, learning_rate_factor: float
+        self, advantages: list[float], *, step: int, num_completions_all_ranks: int, learning_rate: float
     ) -> Update:
         """Do the optimiser steps of RLOO step `step` on the completions that `measure` got.
 
@@ -199,7 +201,6 @@ class PolicyTrainer:
         """
         measured = self._measured
         assert measured is not None, "measure first"
-        learning_rate = learning_rate_factor * learning_rate_at(step, self.settings.num_steps, self.settings.optimizer)
         losses, norms, clipped = [], [], []
         for epoch in range(self.settings.num_epochs_per_step):
             for members in self._minibatches(len(measured.groups), step, epoch):

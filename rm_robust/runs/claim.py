@@ -3,7 +3,6 @@ same files."""
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from ray._private.state import jobs
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from rm_robust.errors import ClusterError, ConfigError
-from rm_robust.runs.storage.copies import LOCK, shown
+from rm_robust.runs.lock import lock_path, this_process
+from rm_robust.runs.storage.copies import shown
 
 NAMESPACE = "rm_robust_writers"
 """Namespace of the cluster's own key-value store that holds, for each run directory, the job that writes it."""
@@ -42,7 +42,7 @@ def only_writer(run_dir: Path) -> Iterator[None]:
 def _only_process(run_dir: Path) -> Iterator[None]:
     """Hold the lock file of the run directory, which says which process holds it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / f".writer{LOCK}"
+    path = lock_path(run_dir)
     try:
         lock = FileLock(path, blocking=False).acquire()
     except Timeout as error:
@@ -52,7 +52,7 @@ def _only_process(run_dir: Path) -> Iterator[None]:
             "with --run-dir."
         ) from error
     with lock:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        path.write_text(this_process())
         yield
 
 

@@ -1,25 +1,35 @@
 """Where a run's directory is, and which config it belongs to. Nothing here starts Ray."""
 
 import json
+import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from rm_robust.config.changes import Change, changes_between
 from rm_robust.config.run import PipelineConfig
-from rm_robust.config.shared import Section
+from rm_robust.config.shared import OnResume, Section
 from rm_robust.errors import ConfigError
+from rm_robust.runs.files import refresh_records
+from rm_robust.runs.layout import SHARED_NAME
+from rm_robust.runs.resume import grown_stages, reopen
 from rm_robust.runs.storage.commits import write_json_atomic
 from rm_robust.runs.storage.copies import LOG, local_path, shown, uri_of
 from rm_robust.runs.storage.generations import names_in, read_text
 from rm_robust.runs.storage.transfer import require_writable
 
+logger = logging.getLogger(__name__)
+
 RUN_ROOT_VARIABLE = "RM_ROBUST_RUN_ROOT"
 RESOLVED_NAME = "config.resolved.json"
+COPY_NAME = ".config.resolved.json"
+"""A second copy of the config, for a run whose first one is lost."""
 LOGS_NAME = "logs"
 SEEN_WITHIN_S = 60.0
 """Seconds for which a node may remember that a name was not there (acdirmax of NFS)."""
@@ -31,6 +41,8 @@ class Run:
 
     config: PipelineConfig
     run_dir: Path
+    again: tuple[str, ...] = ()
+    """Stages that begin anew, though they may be done."""
 
 
 def choose_run_dir(name: str, run_dir: str | None) -> Path:
@@ -75,40 +87,94 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def claim_run_dir(run_dir: Path, config: Section) -> None:
-    """Write the resolved config into the run directory, or check that it is the one already there.
+def claim_run_dir(run_dir: Path, config: Section, again: Sequence[str] = ()) -> None:
+    """Write the resolved config into the run directory, or take over the settings that may change.
 
-    Raises what `check_run_dir` raises.
+    Every change is logged. Stages that get more steps go on, and the stages in `again` begin anew. Raises what
+    `check_run_dir` raises.
     """
-    if not check_run_dir(run_dir, config):
-        write_json_atomic(run_dir / RESOLVED_NAME, _resolved(config))
+    changes = changes_in(run_dir, config, again)
+    if changes is not None:
+        for change in changes:
+            logger.warning("setting changed since this run began: %s", change)
+        grown = grown_stages(run_dir, config, changes, again) if isinstance(config, PipelineConfig) else []
+        reopen(run_dir, grown, again)
+    for name in (COPY_NAME, RESOLVED_NAME):
+        if changes != [] or _settings_in(run_dir, name) is None:
+            write_json_atomic(run_dir / name, _resolved(config))
 
 
-def check_run_dir(run_dir: Path, config: Section) -> bool:
-    """Return whether a run of this config has begun in the directory.
+def check_run_dir(run_dir: Path, config: Section, again: Sequence[str] = ()) -> bool:
+    """Return whether a run of this config has begun in the directory. Raises what `changes_in` raises."""
+    return changes_in(run_dir, config, again) is not None
+
+
+def changes_in(run_dir: Path, config: Section, again: Sequence[str] = ()) -> list[Change] | None:
+    """Return the settings that differ from those of the run in the directory; None when no run has begun there.
 
     A directory that holds nothing but a config and logs accepts another config: the earlier run was refused before it
     began. A setting that an earlier version did not have is no difference while it has its default. Raises ConfigError
-    when a run of another config has begun there, or when nothing can be written.
+    when a setting that decides results differs, when one that may grow cannot, when a run has lost its config, or when
+    nothing can be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         require_writable(run_dir)
-        names = {name for name in names_in(run_dir) if not name.startswith(".")} - {LOGS_NAME}
-        if RESOLVED_NAME not in names or names == {RESOLVED_NAME}:
-            return False
-        earlier = json.loads(read_text(run_dir / RESOLVED_NAME))
-    except (OSError, ValueError) as error:
+        names = {name for name in names_in(run_dir) if not name.startswith(".")} - {LOGS_NAME, RESOLVED_NAME}
+        if not names:
+            return None
+        earlier = _earlier_settings(run_dir)
+    except OSError as error:
         raise ConfigError(
             f"The run directory {shown(run_dir)} cannot be used: {error}. Choose another with --run-dir."
         ) from error
-    changes = _differences(with_new_settings(earlier, type(config)), _resolved(config))
-    if changes:
+    if earlier is None:
+        return None
+    changes = changes_between(with_new_settings(earlier, type(config)), _resolved(config), config)
+    refused = [str(change) for change in changes if change.on_resume is OnResume.DECIDES_RESULTS]
+    if refused:
         raise ConfigError(
-            f"{shown(run_dir)} holds a run of another config:\n  " + "\n  ".join(changes) + "\n"
+            f"{shown(run_dir)} holds a run of another config:\n  " + "\n  ".join(refused) + "\n"
             "Give this config its own --run-dir, or remove that directory to start again."
         )
-    return True
+    if isinstance(config, PipelineConfig):
+        refresh_records(run_dir)
+        grown_stages(run_dir, config, changes, again)
+    return changes
+
+
+def reopened_by(run_dir: Path, config: PipelineConfig, again: Sequence[str]) -> list[str]:
+    """Return the stages that `claim_run_dir` will let go on because they get more steps."""
+    if all(_settings_in(run_dir, name) is None for name in (RESOLVED_NAME, COPY_NAME)):
+        return []
+    return grown_stages(run_dir, config, changes_in(run_dir, config, again) or [], again)
+
+
+def _earlier_settings(run_dir: Path) -> dict[str, Any] | None:
+    """Return the settings of the run in the directory, from its config or from the copy of it; None without a run.
+
+    Raises ConfigError when both are gone and the run has committed something.
+    """
+    for name in (RESOLVED_NAME, COPY_NAME):
+        settings = _settings_in(run_dir, name)
+        if settings is not None:
+            return settings
+    has_stages = any((run_dir / "stages").glob("*.json")) and not (run_dir / SHARED_NAME).exists()
+    if has_stages or RESOLVED_NAME in names_in(run_dir) or any(run_dir.glob("*/state/step-*")):
+        raise ConfigError(
+            f"The run directory {shown(run_dir)} cannot be used: {RESOLVED_NAME} is missing or damaged, so nobody "
+            "knows which config this run has. Restore it, or choose another directory with --run-dir."
+        )
+    return None
+
+
+def _settings_in(run_dir: Path, name: str) -> dict[str, Any] | None:
+    """Return the settings in a file; None when it is missing or holds none."""
+    try:
+        settings = json.loads(read_text(run_dir / name))
+    except (FileNotFoundError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def new_log(run_dir: Path) -> Path:
@@ -147,13 +213,3 @@ def _resolved(config: Section) -> dict[str, Any]:
     """Return every setting as config.resolved.json has it."""
     settings: dict[str, Any] = json.loads(config.model_dump_json())
     return settings
-
-
-def _differences(earlier: Any, now: Any, at: str = "") -> list[str]:
-    """Return a line for each setting below `at` that differs."""
-    if isinstance(earlier, dict) and isinstance(now, dict):
-        keys = sorted(set(earlier) | set(now))
-        return [
-            line for key in keys for line in _differences(earlier.get(key), now.get(key), f"{at}.{key}" if at else key)
-        ]
-    return [] if earlier == now else [f"{at}: {earlier!r} there, {now!r} now"]

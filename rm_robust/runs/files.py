@@ -9,6 +9,7 @@ file itself or this node's copy of an object; the functions here do what each ca
              commit, commit_from_every_rank          a folder: whole or not at all, written by one process or all ranks
              written_by_any_node                     a folder that tasks on all nodes write, for `commit`
              committed_folders, delete, release      older folders
+             delete_file                             a file
     begin    begin, forget_uncommitted               delete what a killed process left
 
 Ray Train's own checkpoints (`ray.train.report`, `storage_path`, `num_to_keep`) do not serve here. Ray 2.60 copies the
@@ -47,7 +48,7 @@ from rm_robust.runs.storage.generations import (
     put_part,
     sha256,
 )
-from rm_robust.runs.storage.transfer import delete_uncommitted, forget_uncommitted, pull_anew
+from rm_robust.runs.storage.transfer import delete_file, delete_uncommitted, forget_uncommitted, pull_anew
 from rm_robust.runs.storage.transfer import pull as refresh
 from rm_robust.runs.storage.transfer import pull_files as refresh_records
 from rm_robust.runs.storage.transfer import pull_folder as fetch
@@ -62,6 +63,7 @@ __all__ = [
     "commit_from_every_rank",
     "committed_folders",
     "delete",
+    "delete_file",
     "fetch",
     "fetch_source",
     "filesystem_of",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -11,10 +12,17 @@ from typing import Any
 
 from rm_robust.config.run import PipelineConfig
 from rm_robust.errors import DataError
-from rm_robust.runs.metrics import METRICS_NAME
+from rm_robust.runs.metrics import METRICS_NAME, read_metrics
 from rm_robust.runs.storage.commits import storage_errors, write_json_atomic
 from rm_robust.runs.storage.copies import uri_of
+from rm_robust.runs.storage.generations import sha256
 from rm_robust.runs.storage.transfer import pull, pull_anew, put_file, put_folder
+
+SHARED_NAME = ".shared_stages"
+"""The file of a run directory that began with the stages of another run."""
+HASHED_BYTES = 2**20
+"""Largest file whose hash is in the record of its stage."""
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class StageRecord:
 STAGES = (
     StageRecord("world", ("world",)),
     StageRecord("sft", ("checkpoints/sft",), has_steps=True),
-    StageRecord("preferences", ("preferences", "rloo/prompts")),
+    StageRecord("preferences", ("preferences", "rloo/prompts", "models")),
     StageRecord("reward_model", ("checkpoints/reward_model",), has_steps=True, is_of_twin=True),
     StageRecord("evaluation", ("evaluation", "evaluation.json"), is_of_twin=True),
     StageRecord("rloo", ("checkpoints/policy",), has_steps=True),
@@ -114,6 +122,11 @@ class RunLayout:
         return self.run_dir / "checkpoints" / "policy_best_gold"
 
     @property
+    def rloo_proxy(self) -> Path:
+        """Which reward model the run trains against, where it is not its own (rm_robust/rloo/proxy.py)."""
+        return self.run_dir / "rloo" / "proxy.json"
+
+    @property
     def rloo_baseline(self) -> Path:
         """Gold scores and lengths of the SFT policy's answers to the held prompts."""
         return self.run_dir / "rloo" / "baseline.json"
@@ -154,18 +167,57 @@ class RunLayout:
 
     def base_model_dir(self, config: PipelineConfig) -> str:
         """Return what SFT starts from: the user's model, or the one made from scratch."""
-        return config.model.path or str(self.base_model)
+        return self.model_dir(config.model.path) if config.model.path else str(self.base_model)
 
     def sft_model_dir(self, config: PipelineConfig) -> str:
         """Return the policy before RLOO: the SFT stage's output, or the user's model when that stage is off."""
         if config.sft.enabled:
             return str(self.sft_checkpoint)
         assert config.model.path is not None
-        return config.model.path
+        return self.model_dir(config.model.path)
+
+    def reward_model_base_dir(self, config: PipelineConfig) -> str:
+        """Return the model that the reward model starts from. Its tokenizer tokenises the preferences."""
+        base = config.reward_model.base_path
+        return self.model_dir(base) if base else self.sft_model_dir(config)
+
+    def model_dir(self, name: str) -> str:
+        """Return the directory of a model that the config names: the user's own, or the run's copy of a hub's model."""
+        return str(self.run_dir / "models" / name.replace("/", "--")) if is_hub_name(name) else name
+
+    def training_state(self, stage: str) -> Path:
+        """Return the folder of a training stage's states."""
+        return self.run_dir / stage / "state"
 
     def is_done(self, stage: str) -> bool:
-        """Return whether this run has recorded the stage as done."""
-        return self.stage_record(stage).exists()
+        """Return whether this run has recorded the stage as done, and its files are as they were then."""
+        return self.stage_record(stage).exists() and self.damaged_file(stage) is None
+
+    def damaged_file(self, stage: str) -> Path | None:
+        """Return a file of a stage with a record that is missing or has other bytes than when it was recorded.
+
+        None: there is none, or the run lies in an object store, where every folder is checked when it is fetched.
+        """
+        record = self.stage_record(stage)
+        if uri_of(self.run_dir) is not None:
+            return None
+        try:
+            files: dict[str, tuple[int, str | None]] = json.loads(record.read_text()).get("files", {})
+        except (ValueError, AttributeError):
+            return record
+        for name, recorded in files.items():
+            path = self.run_dir / name
+            if not path.is_file() or list(_identity(path)) != list(recorded):
+                return path
+        return None
+
+    def _files_of(self, stage: str) -> dict[str, tuple[int, str | None]]:
+        """Return the identity of every file that a stage has left, by its path below the run directory."""
+        if uri_of(self.run_dir) is not None:
+            return {}
+        left = [self.run_dir / name for name in FILES_OF[stage] if name != "models"]  # models/ is brought before a run
+        paths = [path for top in left for path in ([top] if top.is_file() else sorted(top.rglob("*")))]
+        return {str(path.relative_to(self.run_dir)): _identity(path) for path in paths if path.is_file()}
 
     def run_stage(self, stage: str, work: Callable[[], dict[str, Any]]) -> bool:
         """Do `work` unless the stage is done, and record its result (plain JSON) with the seconds it took.
@@ -182,9 +234,21 @@ class RunLayout:
         with storage_errors(record):
             record.parent.mkdir(exist_ok=True)
         write_json_atomic(
-            record, {"stage": stage, "seconds": time.time() - started, "finished_at": time.time(), **result}
+            record,
+            {
+                "stage": stage,
+                "seconds": time.time() - started + self._earlier_seconds(stage, started),
+                "finished_at": time.time(),
+                "files": self._files_of(stage),
+                **result,
+            },
         )
         return True
+
+    def _earlier_seconds(self, stage: str, started: float) -> float:
+        """Return the seconds of the steps that earlier commands did, and that this one went on from."""
+        lines = read_metrics(self.run_dir, stage)
+        return sum(float(line.get("time/step_s", 0)) for line in lines if float(line.get("time", 0)) < started)
 
     def stage_result(self, stage: str) -> dict[str, Any]:
         """Return what a finished stage recorded. Raises DataError when it has not run."""
@@ -195,6 +259,17 @@ class RunLayout:
             )
         result: dict[str, Any] = json.loads(path.read_text())
         return result
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a model is named as on the hub (`owner/name`, or `name` alone), and no such folder is here."""
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
+
+
+def _identity(path: Path) -> tuple[int, str | None]:
+    """Return the bytes of a file, and its SHA-256 where it is small; readers check the hashes of large ones."""
+    num_bytes = path.stat().st_size
+    return num_bytes, sha256(path) if num_bytes <= HASHED_BYTES else None
 
 
 def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
@@ -222,6 +297,7 @@ def share_stages(source: Path, run_dir: Path, stages: list[str]) -> None:
             _link(path, target)
     lines = (source / METRICS_NAME).read_text().splitlines()
     (staging / METRICS_NAME).write_text("".join(line + "\n" for line in lines if json.loads(line)["stage"] in stages))
+    (staging / SHARED_NAME).touch()
     staging.rename(run_dir)
     if uri_of(run_dir) is not None:
         put_stages(run_dir, stages)

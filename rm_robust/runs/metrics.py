@@ -25,6 +25,8 @@ from rm_robust.runs.storage.transfer import put_file
 
 logger = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
+STAGE_LOGGER = "rm_robust.stage"
+"""The logger of what happens to a whole stage, which a terminal shows."""
 _LOGGED_STEP = re.compile(r"\w+ step (?P<step>\d+)/(?P<num_steps>\d+) (?P<fields>.*)")
 MetricsLine = dict[str, str | int | float]
 """One line of `metrics.jsonl`: `stage`, `step` (from 1), `time` (Unix seconds) and "area/name" metrics."""
@@ -69,6 +71,9 @@ class MetricsWriter:
         self._sinks = sinks
         self._resume_step = resume_step
         self._path, self._tensorboard_dir = run_dir / METRICS_NAME, run_dir / "tensorboard" / stage
+        if resume_step:
+            of = "" if num_steps is None else f" of {num_steps}"
+            log_stage(stage, f"goes on from step {resume_step}{of}")
         with storage_errors(self._path):
             run_dir.mkdir(parents=True, exist_ok=True)
             _drop_uncommitted(self._path, stage, resume_step)
@@ -142,6 +147,20 @@ def read_metrics(run_dir: Path, stage: str) -> list[MetricsLine]:
     A torn last line is left out. Raises DataError when any other line is not a JSON object with a stage and a step.
     """
     return [line for line in _parse_lines(run_dir / METRICS_NAME) if line["stage"] == stage]
+
+
+def log_stage(name: str, event: str) -> None:
+    """Log what happens to a stage: that it begins, where it goes on, its result, or why there is nothing to do."""
+    logging.getLogger(STAGE_LOGGER).info("stage %s: %s", name, event)
+
+
+def planned_steps(run_dir: Path, stage: str, *, first_step: int, num_steps: int) -> int:
+    """Return the number of steps over which a stage plans its learning rate: what it had when its first step was done.
+
+    A stage that got more steps later keeps the warm-up that it had. `first_step` is the number of steps done.
+    """
+    lines = read_metrics(run_dir, stage) if first_step else []
+    return int(lines[0].get("num_steps", num_steps)) if lines else num_steps
 
 
 def log_step(

@@ -5,6 +5,7 @@ only once it begins, and the pace of an earlier run belongs to other machines. S
 the run has none.
 """
 
+import itertools
 import json
 import statistics
 import time
@@ -15,12 +16,16 @@ from pathlib import Path
 from rm_robust.errors import DataError
 from rm_robust.runs.directory import RESOLVED_NAME
 from rm_robust.runs.layout import STAGES, TWIN_STAGES, RunLayout
+from rm_robust.runs.lock import is_written
 from rm_robust.runs.metrics import MetricsLine, read_metrics
 from rm_robust.runs.storage.copies import shown
 
 RECENT_STEPS = 20
 """Number of latest steps that give the pace. It is the median time between their lines, so that a single evaluation or
 restart among them does not count."""
+QUIET_S = 600.0
+"""Seconds without a step after which a run that has no lock here (a job of a cluster, or of another machine) counts as
+stopped."""
 SHOWN = {
     "sft": ("sft/loss", "sft/eval_loss"),
     "reward_model": ("reward_model/loss", "reward_model/accuracy", "reward_model/in_domain_accuracy"),
@@ -34,7 +39,7 @@ class StageStatus:
 
     stage: str
     state: str
-    """done, begun or waiting. Files do not say whether a begun stage still runs: see `seconds_since_last_step`."""
+    """done, begun, stopped or waiting; or "not run": it would come next, and nobody writes the run."""
     seconds: float | None
     """How long the stage took; None while it is not done."""
     step: int | None
@@ -56,13 +61,29 @@ def status_of(run_dir: Path) -> list[StageStatus]:
         )
     config, layout = json.loads((run_dir / RESOLVED_NAME).read_text()), RunLayout(run_dir)
     is_left_out = {"world": config["data"]["source"] != "embedded", "sft": not config["sft"]["enabled"]}
+    is_left_out["rloo"] = config["data"]["source"] != "embedded" and not config["data"]["rloo_prompts"]
     stages = [_stage_status(layout, stage.name) for stage in STAGES if not is_left_out.get(stage.name)]
     if config["reward_model"]["bt_twin"]:
         twin = RunLayout(layout.bt_twin)
-        stages[-1:-1] = [
+        at = 1 + [stage.stage for stage in stages].index("evaluation")
+        stages[at:at] = [
             replace(_stage_status(twin, stage), stage=f"{twin.run_dir.name}/{stage}") for stage in TWIN_STAGES
         ]
-    return stages
+    return stages if _goes_on(run_dir, stages) else [_as_stopped(stage) for stage in stages]
+
+
+def _goes_on(run_dir: Path, stages: Sequence[StageStatus]) -> bool:
+    """Return whether somebody writes the run, by its lock, or else by the age of its last step."""
+    written = is_written(run_dir)
+    if written is not None:
+        return written
+    ages_s = [stage.seconds_since_last_step for stage in stages if stage.seconds_since_last_step is not None]
+    return not ages_s or min(ages_s) < QUIET_S
+
+
+def _as_stopped(stage: StageStatus) -> StageStatus:
+    state = {"begun": "stopped", "waiting": "not run"}.get(stage.state, stage.state)
+    return replace(stage, state=state, seconds_left=None)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -96,7 +117,7 @@ def _stage_status(layout: RunLayout, stage: str) -> StageStatus:
     last = lines[-1] if lines else None
     is_done = layout.is_done(stage)
     step, num_steps = (int(last["step"]), _as_int(last.get("num_steps"))) if last else (None, None)
-    pace_s = seconds_a_step(lines)
+    left_s = None if step is None or num_steps is None else seconds_left(_times_s(lines), num_steps - step)
     # The preferences stage already makes the folder rloo/, for its prompts.
     begins_with = layout.rloo_samples if stage == "rloo" else layout.run_dir / stage
     return StageStatus(
@@ -106,19 +127,24 @@ def _stage_status(layout: RunLayout, stage: str) -> StageStatus:
         step=step,
         num_steps=num_steps,
         seconds_since_last_step=None if last is None or is_done else max(0.0, time.time() - float(last["time"])),
-        seconds_left=None if is_done or None in (step, num_steps, pace_s) else pace_s * max(0, num_steps - step),  # type: ignore[operator]
+        seconds_left=None if is_done else left_s,
         metrics={name: _latest(lines, name) for name in SHOWN.get(stage, ()) if any(name in line for line in lines)},
     )
 
 
-def seconds_a_step(lines: Sequence[MetricsLine]) -> float | None:
-    """Return the median seconds of the latest steps; None with fewer than two lines."""
-    times = [float(line["time"]) for line in lines[-RECENT_STEPS - 1 :]]
-    return (
-        statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
-        if len(times) > 1
-        else None
-    )
+def _times_s(lines: Sequence[MetricsLine]) -> list[float]:
+    return [float(line["time"]) for line in lines[-RECENT_STEPS - 1 :]]
+
+
+def seconds_left(times_s: Sequence[float], num_steps_left: int) -> float | None:
+    """Return the seconds that the steps ahead take at the median pace of the latest steps, which ended at these times.
+
+    None with fewer than two times.
+    """
+    if len(times_s) < 2:
+        return None
+    pace_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(times_s))
+    return pace_s * max(0, num_steps_left)
 
 
 def _latest(lines: Sequence[MetricsLine], name: str) -> float:
@@ -132,7 +158,8 @@ def _as_int(value: str | float | None) -> int | None:
 def _details(status: StageStatus) -> str:
     parts = []
     if status.step is not None:
-        parts.append(f"step {status.step}" + (f" of {status.num_steps}" if status.num_steps else ""))
+        at = "at " if status.state == "stopped" else ""
+        parts.append(f"{at}step {status.step}" + (f" of {status.num_steps}" if status.num_steps else ""))
     if status.seconds is not None:
         parts.append(f"{duration(status.seconds)}")
     if status.seconds_since_last_step is not None:

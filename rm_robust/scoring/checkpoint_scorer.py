@@ -15,7 +15,6 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from rm_robust.data.records import TokenGroup
 from rm_robust.errors import ConfigError, DataError, RefusedInputError, RmRobustError, ScoringError
 from rm_robust.models.scorer import RewardScorer
 from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
@@ -57,10 +56,7 @@ class CheckpointScorer:
         """Score the inputs. Raises RefusedInputError when one is too long or invalid, or its score is not finite."""
         chat = self._scorer.chat
         try:
-            groups = [
-                TokenGroup(chat.prompt_ids(item.prompt), [chat.completion_ids(text) for text in item.completions])
-                for item in inputs
-            ]
+            groups = [chat.token_group(item.prompt, item.completions) for item in inputs]
             scores = self._scorer.score_groups(groups, max_tokens_per_batch=self._max_tokens_per_batch)
         except (DataError, ScoringError) as error:
             raise RefusedInputError(str(error)) from error

@@ -1,7 +1,7 @@
 """The clients of the scoring service, without torch and Ray, for other teams too. contract.py has the contract.
 
 with RewardClient("http://127.0.0.1:8000/proxy") as client:
-    client.score([ScoreInput(prompt="Name a colour.", completions=["Blue.", "Seven."])]).scores  # [[1.3, -0.2]]
+    client.score([ScoreInput(prompt="Name a colour.", completions=["Blue.", "Seven."])]).scores  # [[float, float]]
 """
 
 import asyncio
@@ -286,6 +286,9 @@ class Retries:
 def describe_failure(response: httpx.Response) -> str:
     """Return the status and the server's message, or the start of a body that is not ours (a proxy's page)."""
     try:
-        return f"HTTP {response.status_code}: {ErrorReply.model_validate_json(response.content).error.message}"
+        said = ErrorReply.model_validate_json(response.content).error.message
     except ValidationError:
-        return f"HTTP {response.status_code}: {response.text[:200]}"
+        said = response.text[:200]
+    had_key = "authorization" in response.request.headers
+    fix = f". Set {KEY_VARIABLE} to a key of the service" if response.status_code == 401 and not had_key else ""
+    return f"HTTP {response.status_code}: {said.rstrip('.') if fix else said}{fix}"

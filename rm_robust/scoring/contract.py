@@ -58,7 +58,11 @@ class ScoreInput(BaseModel):
     """Texts to score as the assistant's next turn; an empty one is scored too."""
 
 
-EXAMPLE_INPUT: dict[str, JsonValue] = {"prompt": "Name a colour.", "completions": ["Blue.", "Seven."]}
+EXAMPLE_PROMPT = "Today Mia bought a brown pear. Please tell me only the thing."
+EXAMPLE_COMPLETIONS = ("The answer is pear.", "It is brown.")
+"""A prompt of the embedded world, which the demo's models know, with a good answer and a bad one. An apostrophe would
+end the body of a curl command."""
+EXAMPLE_INPUT: dict[str, JsonValue] = {"prompt": EXAMPLE_PROMPT, "completions": [*EXAMPLE_COMPLETIONS]}
 
 
 class ScoreRequest(BaseModel):

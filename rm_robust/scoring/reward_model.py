@@ -3,12 +3,14 @@
     from rm_robust import RewardModel
 
     reward_model = RewardModel.load("runs/tiny_cpu")
-    reward_model.score("Name a colour.", ["Blue.", "Seven."])  # [1.3, -0.2]
+    prompt = "Today Mia bought a brown pear. Please tell me only the thing."
+    reward_model.score(prompt, ["The answer is pear.", "It is brown."])  # the better answer has the higher score
 
 torch, transformers and Ray are imported when a reward model is loaded, and not before.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -47,12 +49,13 @@ class RewardModel:
         except ModuleNotFoundError as error:
             raise _not_installed(error) from error
         checkpoint_scorer.require_device(device, f"device={device!r}", fix='Use device="cpu", or a machine with a GPU.')
-        scorer = checkpoint_scorer.CheckpointScorer(
-            find_reward_model(str(path)),
-            device=device,
-            max_length_tokens=None,
-            max_tokens_per_batch=MOST_TOKENS_PER_BATCH,
-        )
+        with _without_progress_bars():
+            scorer = checkpoint_scorer.CheckpointScorer(
+                find_reward_model(str(path)),
+                device=device,
+                max_length_tokens=None,
+                max_tokens_per_batch=MOST_TOKENS_PER_BATCH,
+            )
         return cls(scorer)
 
     def score(self, prompt: str | list[Message], completions: Sequence[str]) -> list[float]:
@@ -74,6 +77,20 @@ class RewardModel:
         item = ScoreInput(prompt=as_messages(prompt), completions=list(completions))
         (scores,) = self._scorer.score([item]).scores
         return scores
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Turn off the bars of transformers in the body; what the caller's program has chosen holds again afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    were_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:

@@ -16,8 +16,9 @@ import numpy as np
 import torch.distributed as dist
 
 from rm_robust.config.shared import OptimizerConfig
-from rm_robust.runs.metrics import MetricsSink, MetricsWriter, log_step, read_metrics
+from rm_robust.runs.metrics import MetricsSink, MetricsWriter, log_step, planned_steps, read_metrics
 from rm_robust.training.engines.engine import TrainEngine, learning_rate_at
+from rm_robust.training.state import from_every_rank
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,10 @@ def run_loop(
     `evaluate(n)` returns metrics, and an empty dict where none are due. Rank 0 alone writes metrics, also to
     `trackers()`.
     """
+    num_planned = 0
+    if engine.rank == 0:
+        num_planned = planned_steps(run_dir, settings.stage, first_step=first_step, num_steps=settings.num_steps)
+    num_planned = from_every_rank(num_planned)[0]
     writer = None
     if engine.rank == 0:
         writer = MetricsWriter(
@@ -147,7 +152,7 @@ def run_loop(
             step = num_done
             started = time.perf_counter()
             metrics = train_step(step)
-            learning_rate = learning_rate_at(step, settings.num_steps, settings.optimizer)
+            learning_rate = learning_rate_at(step, num_planned, settings.optimizer)
             metrics[f"{settings.stage}/gradient_norm"] = engine.step(learning_rate)
             metrics[f"{settings.stage}/learning_rate"] = learning_rate
             metrics["time/step_s"] = time.perf_counter() - started

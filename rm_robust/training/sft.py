@@ -11,8 +11,10 @@ from rm_robust.data.chat import ChatFormat
 from rm_robust.data.records import TokenGroup
 from rm_robust.data.token_files import read_token_groups
 from rm_robust.models.compute import prepare_for_training
+from rm_robust.models.own_forward import check_policy
 from rm_robust.models.packing import choose_layout, group_length, lay_out, micro_batches
 from rm_robust.models.policy import PackedPolicy, commit_policy, load_policy
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
 from rm_robust.runs.trackers import open_trackers
 from rm_robust.training.engines import create_engine
@@ -30,12 +32,13 @@ def train_sft(config: PipelineConfig, run_dir: Path) -> dict[str, float]:
     """
     layout, sft = RunLayout(run_dir), config.sft
     device = worker_device()
-    base_dir = layout.base_model_dir(config)
+    base_dir = str(run_files.fetch(Path(layout.base_model_dir(config))))
     chat = ChatFormat.load(base_dir)
     groups = [row.tokens for row in read_token_groups(layout.sft_tokens / "scenario=sft")]
     torch.manual_seed(config.seed)
     model = load_policy(base_dir, dtype=torch.float32)
     policy = PackedPolicy(model, choose_layout(model.config, device), temperature=1.0, compute=sft.compute)
+    check_policy(policy, chat)
     prepare_for_training(model, sft.compute)
     engine = create_engine(policy, strategy=sft.strategy, optimizer=sft.optimizer, device=device)
     num_steps = steps_in(len(groups), sft.batch_size, sft.num_epochs)

@@ -38,7 +38,14 @@ from pydantic import (
     model_validator,
 )
 
-from rm_robust.scoring.contract import NOT_EMPTY_TEXT, ScoreInput, Texts, Turns
+from rm_robust.scoring.contract import (
+    EXAMPLE_COMPLETIONS,
+    EXAMPLE_PROMPT,
+    NOT_EMPTY_TEXT,
+    ScoreInput,
+    Texts,
+    Turns,
+)
 from serve.http.dialect_replies import (
     ClassifyReply,
     OpenRlhfReply,
@@ -66,11 +73,13 @@ OnlyFalse = Annotated[bool, AfterValidator(must_be_false), WithJsonSchema({"type
 """A field that must be false. Literal[False] would take 0 too."""
 OneOrTwoTexts = Annotated[Texts, Field(min_length=1, max_length=2)]
 SomeTexts = Annotated[Texts, Field(min_length=1)]
-EXAMPLE_RENDERED = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\nBlue.<|im_end|>\n"
+EXAMPLE_RENDERED = (
+    f"<|im_start|>user\n{EXAMPLE_PROMPT}<|im_end|>\n<|im_start|>assistant\n{EXAMPLE_COMPLETIONS[0]}<|im_end|>\n"
+)
 """A rendered conversation in ChatML; a model with another template needs its own form."""
 EXAMPLE_MESSAGES: list[JsonValue] = [
-    {"role": "user", "content": "Name a colour."},
-    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": EXAMPLE_PROMPT},
+    {"role": "assistant", "content": EXAMPLE_COMPLETIONS[0]},
 ]
 TEI_ERROR_TYPES = {401: "Unauthorized", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
 
@@ -230,7 +239,7 @@ class TeiPredictBody(BaseModel):
 
     model_config = STRICT | ConfigDict(
         json_schema_extra={
-            "examples": [{"inputs": [["Name a colour.", "Blue."], ["Name a colour.", "Seven."]], "raw_scores": True}]
+            "examples": [{"inputs": [[EXAMPLE_PROMPT, text] for text in EXAMPLE_COMPLETIONS], "raw_scores": True}]
         }
     )
 
@@ -271,7 +280,7 @@ class TeiRerankBody(BaseModel):
     """The request of TEI's /rerank. The reply is sorted, the best completion first."""
 
     model_config = STRICT | ConfigDict(
-        json_schema_extra={"examples": [{"query": "Name a colour.", "texts": ["Blue.", "Seven."], "raw_scores": True}]}
+        json_schema_extra={"examples": [{"query": EXAMPLE_PROMPT, "texts": [*EXAMPLE_COMPLETIONS], "raw_scores": True}]}
     )
 
     query: Annotated[str, NOT_EMPTY_TEXT]

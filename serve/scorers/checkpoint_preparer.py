@@ -37,7 +37,8 @@ class CheckpointPreparer:
                 f"{folder} has the template {self._chat.template_sha256}, its replica loaded {served.template}."
             )
         self._max_length_tokens, self._max_batch_tokens = served.max_length_tokens, served.max_batch_tokens
-        self._vocab_size = int(read_json(folder / "config.json")["vocab_size"])
+        config = read_json(folder / "config.json")
+        self._vocab_size = int(config.get("text_config", config)["vocab_size"])
         """The number of tokens that the model knows; its tokenizer may know more."""
 
     def prepare(self, request: ScoringRequest) -> Prepared | Refusal:
@@ -85,9 +86,7 @@ class CheckpointPreparer:
         """Return the part's token ids, and whether text after its end of turn was cut off. Raises DataError."""
         chat, content, was_cut = self._chat, part.content, False
         if isinstance(content, ScoreInput):
-            group = TokenGroup(
-                chat.prompt_ids(content.prompt), [chat.completion_ids(completion) for completion in content.completions]
-            )
+            group = chat.token_group(content.prompt, content.completions)
         else:
             rendered = chat.rendered_text(content) if isinstance(content, str) else chat.rendered_ids(content)
             group, was_cut = TokenGroup(rendered.prompt_ids, [rendered.completion_ids]), rendered.was_cut

@@ -1,6 +1,8 @@
 """Check that Ray Data reads, tokenises and writes every row, or counts it as dropped, for all kinds of files."""
 
 import json
+import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from rm_robust.cluster import capacity
 from rm_robust.config.data import Overlong
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import ChatFormat
@@ -251,3 +254,23 @@ def test_sft_is_prepared_from_the_users_demonstrations_alone(tmp_path: Path) -> 
     assert [group.tokens.completion_ids for group in groups] == [
         [chat.completion_ids(f"green\u2028{i}")] for i in range(30)
     ]
+
+
+def test_a_wait_for_a_cpu_is_said_while_it_lasts_and_ray_datas_own_warning_never(
+    tmp_path: Path, chat_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(capacity, "WAITING_SAID_EVERY_S", 0.5)
+    monkeypatch.setattr(logging.getLogger("ray.data"), "propagate", True)
+    ray.util.debug.reset_log_once("cpu_warning")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(lines(range(4))))
+    holds = ray.remote(num_cpus=2)(lambda: time.sleep(2.0)).remote()
+    time.sleep(0.5)  # until it holds both CPUs
+    report = tokenise(tmp_path, chat_dir, rows)
+    ray.get(holds)
+    assert report.num_kept == {"train": 4}
+    waits = [text for text in caplog.messages if "for a node with {CPU: 1} free" in text]
+    assert len(waits) >= 2
+    assert waits[0].startswith("the rows of train: waiting since ")
+    assert "of the cluster's {CPU: 2}, {} is free" in waits[0]
+    assert [text for text in caplog.messages if "will hang" in text] == []

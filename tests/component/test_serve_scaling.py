@@ -495,3 +495,4 @@ def test_the_service_process_reloads_on_sighup_and_answers_what_it_has_before_it
         for reply in asyncio.run(stop_while_busy()):
             assert_right(reply, inputs, checkpoints)
         assert process.running.wait(DEADLINE_S) == 0, process.running.output()[-4000:]
+        assert "(raylet)" not in process.running.output(), "Ray reports a failed task of a service that ended well"

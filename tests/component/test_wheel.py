@@ -67,7 +67,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
     source, environment = folder / "repository", folder / "environment"
     source.mkdir()
-    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(REPOSITORY / name, source)
     for name in ("rm_robust", "serve", "pipelines", "research", "tests"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -92,7 +92,7 @@ def test_the_wheel_holds_what_runs_and_neither_research_nor_tests(installed: Ins
     ours = {
         path.relative_to(REPOSITORY)
         for folder in ("rm_robust", "serve", "pipelines")
-        for kind in ("*.py", "*.toml", "*.jinja", "*.html", "*.yaml")
+        for kind in ("*.py", "*.toml", "*.jinja", "*.html", "*.yaml", "py.typed")
         for path in (REPOSITORY / folder).rglob(kind)
     }
     assert ours - files == set()
@@ -105,9 +105,9 @@ def test_it_installs_none_of_the_heavy_packages(installed: Installed) -> None:
 
 
 def test_a_key_is_made_and_scores_come_over_http_for_a_file_and_in_python(installed: Installed, tmp_path: Path) -> None:
-    printed = installed.prints("rm-robust", "keys", "alice")
-    (key,) = re.findall(r"^  (rmk_\S+)$", printed, re.MULTILINE)
-    (line,) = re.findall(r"^  (alice = .*)$", printed, re.MULTILINE)
+    made = installed.run("rm-robust", "keys", "alice")
+    (key,) = re.findall(r"^  (rmk_\S+)$", made.stderr, re.MULTILINE)
+    keys_file = made.stdout
     rows = [
         {"prompt": prompt, "completions": ["Anna and Ben.", prompt, ""]}
         for prompt in islice(distinct_prompts(Random(0)), 20)
@@ -116,11 +116,14 @@ def test_a_key_is_made_and_scores_come_over_http_for_a_file_and_in_python(instal
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
     settings = ServiceSettings(
-        models=(ModelSettings(model_name="judge", embedded_judge=True),), api_keys=parse_keys(line, source="printed")
+        models=(ModelSettings(model_name="judge", embedded_judge=True),),
+        api_keys=parse_keys(keys_file, source="printed"),
     )
     with local_ray(num_cpus=2), local_service(settings) as service:
         command = ("rm-robust", "score", str(tmp_path / "data.jsonl"), "--url", service.url)
-        assert "HTTP 401" in installed.run(*command).stderr
+        refused = installed.run(*command).stderr
+        assert "HTTP 401" in refused
+        assert "Set RM_ROBUST_API_KEY to a key of the service" in refused
         assert "20 lines" in installed.prints(*command, key=key)
         in_python = installed.prints("python", "-c", SCORE_IN_PYTHON, service.url, *lines, key=key)
     written = [json.loads(line) for line in (tmp_path / "data.scores.jsonl").read_text().splitlines()]

@@ -162,7 +162,7 @@ def test_a_data_file_of_an_unknown_format(refusal: Callable[[list[str]], str], u
     csv = user_files.train.rename(user_files.folder / "train.csv")
     user_files.config.write_text(user_files.config.read_text().replace("train.jsonl", "train.csv"))
     message = refusal(user_files.arguments())
-    assert f"{csv} must be a .jsonl or .parquet file" in message
+    assert f"{csv} must be a .jsonl, .json or .parquet file" in message
 
 
 def test_a_model_that_is_not_there(refusal: Callable[[list[str]], str], user_files: UserFiles) -> None:

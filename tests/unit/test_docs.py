@@ -14,7 +14,8 @@ from serve.settings import ServiceSettings
 from tests.unit.test_layers import LAYERS
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")])
+TOP_PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
+PAGES = sorted([*TOP_PAGES, *(REPOSITORY / "docs").rglob("*.md")])
 IDS = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 MOST_README_LINES = 150
 MOST_COLUMNS = 110
@@ -74,7 +75,7 @@ def test_every_module_that_a_command_runs_exists(page: Path) -> None:
 def arguments_of(line: str) -> list[str]:
     """Return what follows `rm-robust` on a line of a shell, up to a comment, a redirection or another command."""
     words = shlex.split(line.partition("rm-robust ")[2], comments=True)
-    ends = [index for index, word in enumerate(words) if word in (">", "|", "&", "&&")]
+    ends = [index for index, word in enumerate(words) if word in (">", ">>", "|", "&", "&&")]
     return words[: min(ends, default=len(words))]
 
 

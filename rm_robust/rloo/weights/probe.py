@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from rm_robust.data.records import TokenGroup
-from rm_robust.models.packing import PackedBatch, hidden_states, lay_out, token_logprobs
+from rm_robust.models.packing import PackedBatch, completion_logits, lay_out, token_logprobs
 from rm_robust.models.policy import PackedPolicy
 
 NUM_PROBE_TOKENS = 8
@@ -58,8 +58,8 @@ def policy_probe(policy: PackedPolicy) -> Probe:
     @torch.no_grad()
     def trainer_logprobs() -> list[float]:
         device_batch = batch.to(policy.model.device)
-        hidden_TH = hidden_states(policy.model.base_model, device_batch)
-        logprobs_M, _ = token_logprobs(policy.model.get_output_embeddings(), hidden_TH, device_batch, temperature=1.0)
+        logits_MV = completion_logits(policy.model, device_batch)
+        logprobs_M, _ = token_logprobs(logits_MV, device_batch.target_ids_M, temperature=1.0)
         values: list[float] = logprobs_M.tolist()
         return values
 

@@ -177,6 +177,15 @@ def put_file(path: Path) -> None:
         os.utime(path, ns=(stored.mtime_ns, stored.mtime_ns))  # a pull compares size and time
 
 
+def delete_file(path: Path) -> None:
+    """Delete a file, in the store too. A file that is not there is no error. Raises StorageError."""
+    if uri_of(path) is not None:
+        with reached(path), contextlib.suppress(FileNotFoundError):
+            filesystem, inner = object_of(path)
+            filesystem.delete_file(inner)
+    path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def put_folder(written: Path, folder: Path) -> Iterator[None]:
     """Commit the files below `written` as `folder`, in the store; the body then makes the copy the same. Raises

@@ -15,8 +15,10 @@ from rm_robust.errors import DataError
 from rm_robust.models.compute import flops_per_token, prepare_for_training
 from rm_robust.models.export import commit_reward_model
 from rm_robust.models.lora import add_adapters
+from rm_robust.models.own_forward import check_reward_model
 from rm_robust.models.packing import choose_layout
 from rm_robust.models.reward_model import PackedRewardModel, new_reward_model, score_head
+from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
 from rm_robust.runs.trackers import open_trackers
 from rm_robust.training.engines import create_engine
@@ -41,7 +43,7 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     """
     layout, settings = RunLayout(run_dir), config.reward_model
     device = worker_device()
-    base_dir = settings.base_path or layout.sft_model_dir(config)
+    base_dir = str(run_files.fetch(Path(layout.reward_model_base_dir(config))))
     chat = ChatFormat.load(base_dir)
     pairs = training_pairs(read_token_groups(layout.preference_tokens / "scenario=train"), settings)
     held_out = {
@@ -52,8 +54,9 @@ def train_reward_model(config: PipelineConfig, run_dir: Path) -> dict[str, float
     model = new_reward_model(base_dir, pad_id=chat.pad_id, seed=config.seed)
     if settings.lora:
         add_adapters(model, settings.lora)
-    prepare_for_training(model, settings.compute)
     packed = PackedRewardModel(model, choose_layout(model.config, device), settings.compute)
+    check_reward_model(packed, chat)
+    prepare_for_training(model, settings.compute)
     engine = create_engine(packed, strategy=settings.strategy, optimizer=settings.optimizer, device=device)
     num_steps = steps_in(len(pairs), settings.batch_size, settings.num_epochs)
     step_settings = StepSettings(settings, settings.max_tokens_per_micro_batch, chat.pad_id)

@@ -17,9 +17,10 @@ from ray.autoscaler.v2 import utils as autoscaler_utils
 
 from rm_robust.cluster import log_lines, terminal, worker_lines
 from rm_robust.cluster.log_lines import LogLine, TextLines, line_of, lines_are_of, parse_text_line
-from rm_robust.cluster.terminal import BEGINS, Terminal, log_stage
+from rm_robust.cluster.stage_view import StageView
+from rm_robust.cluster.terminal import BEGINS, Terminal
 from rm_robust.errors import ConfigError
-from rm_robust.runs.metrics import log_step
+from rm_robust.runs.metrics import LoggedStep, MetricsWriter, log_stage, log_step
 
 logger = logging.getLogger("rm_robust.some_module")
 
@@ -39,14 +40,15 @@ def _own_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.getLogger().setLevel(level)
 
 
-def step_of_a_worker(stage: str, step: int) -> str:
-    """Return the line that a worker logs after a step."""
+def step_of_a_worker(stage: str, step: int, *, at_s: float = 1.8e9) -> str:
+    """Return the line that a worker logs after a step, at this Unix time."""
     records: list[logging.LogRecord] = []
     worker = logging.Logger("rm_robust.training.loop")
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     worker.addHandler(handler)
     log_step(worker, stage, step, 9, {f"{stage}/loss": 1 / step}, [f"{stage}/loss", f"{stage}/eval_loss"])
+    records[0].created, records[0].msecs = at_s, 1000 * (at_s % 1)
     return TextLines().format(records[0])
 
 
@@ -56,8 +58,10 @@ def test_a_text_line_is_parsed_to_what_it_was_made_of() -> None:
         {"name": "rm_robust.x", "levelno": logging.WARNING, "levelname": "WARNING", "msg": "a [b] c: %d", "args": (3,)}
     )
     parsed = parse_text_line(TextLines().format(record))
-    assert parsed == LogLine(logging.WARNING, "mine/bt_twin", "reward_model", "rm_robust.x", "a [b] c: 3")
+    assert parsed == LogLine(logging.WARNING, "mine/bt_twin", "reward_model", "rm_robust.x", "a [b] c: 3", 0.0)
     assert parsed == line_of(record)
+    assert parsed is not None
+    assert parsed.time_s == pytest.approx(record.created, abs=1e-3)
     assert parse_text_line("WARNING 12-01 02:07:40 [vllm.py:12] not ours") is None
 
 
@@ -73,7 +77,7 @@ def test_where_nobody_watches_a_stage_prints_its_line_now_and_then_and_its_resul
         lines_are_of("mine", "sft")
         log_stage("sft", BEGINS)
         for step in range(1, 9):
-            screen.take_worker_line("(RayTrainWorker pid=7) ", step_of_a_worker("sft", step))
+            screen.take_worker_line("(RayTrainWorker pid=7) ", step_of_a_worker("sft", step, at_s=1.8e9 + 4 * step))
             screen.draw()
             clock_s[0] += 4
         screen.take_worker_line("(Engine pid=8) ", "a banner of vLLM")
@@ -157,6 +161,24 @@ def test_a_bar_is_drawn_in_place_for_a_person_and_gone_when_the_stage_is_done(tm
     drawn, _, last = shown.getvalue().rpartition("\r")
     assert re.search(r"\rbt_twin/reward_model   \S+ *step 3 of 9, loss 0.3333", drawn)
     assert last == "bt_twin/reward_model   done in 7 s, loss 0.3333\n"
+
+
+def test_the_time_left_is_by_the_median_of_the_latest_steps_and_not_by_when_their_lines_came() -> None:
+    view = StageView("sft", "sft", begun_at_s=0.0, printed_at_s=0.0)
+    ended_at_s = [1000 + 2.0 * step + (60 if step > 4 else 0) for step in range(1, 8)]  # one of them took a minute more
+    for step, at_s in enumerate(ended_at_s, start=1):
+        view.take(LoggedStep(step, 107, {}), at_s)
+    assert view.text(3.0) == "step 7 of 107, about 3 min 20 s left"  # 100 steps of 2 s, though all lines came at once
+
+
+def test_a_stage_that_goes_on_says_from_which_step(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    with Terminal(is_verbose=False, stream=shown) as screen:
+        screen.log_to(tmp_path / "run.log")
+        lines_are_of("mine", "reward_model", "rank 0")
+        MetricsWriter(tmp_path / "new", "reward_model", 0, num_steps=1250).close()
+        MetricsWriter(tmp_path / "old", "reward_model", 950, num_steps=1250).close()
+    assert shown.getvalue().splitlines()[1:] == ["stage reward_model: goes on from step 950 of 1250"]
 
 
 def test_a_log_that_cannot_be_written_is_said_once_and_does_not_end_the_run(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from rm_robust.config.loading import load_config
 from rm_robust.errors import ConfigError
 from rm_robust.runs import directory as run_directory
 from rm_robust.runs.directory import (
+    COPY_NAME,
     RESOLVED_NAME,
     RUN_ROOT_VARIABLE,
     choose_run_dir,
@@ -66,7 +67,7 @@ def test_the_last_of_two_overrides_wins(config_path: Path) -> None:
     [
         ("rloo.num_steps", ["--set 'rloo.num_steps'", "dotted.name=value"]),
         ("=3", ["--set '=3'"]),
-        ("rloo.xyz=3", ["rloo.xyz: unknown key (value 3)", "spelling. `rm-robust settings rloo` lists the settings"]),
+        ("rloo.qqq=3", ["rloo.qqq: unknown key (value 3)", "spelling. `rm-robust settings rloo` lists the settings"]),
         (
             "rloo.num_stepz=3",
             ["rloo.num_stepz: unknown key", "The nearest is rloo.num_steps. `rm-robust settings rloo`"],
@@ -91,8 +92,31 @@ def test_a_wrong_override_is_refused_with_its_path_and_value(
 
 
 def test_all_problems_are_listed_at_once(config_path: Path) -> None:
-    message = refusal(config_path, "seed=-1", "typo=1", "sft.batch_size=0")
-    assert all(part in message for part in (str(config_path), "seed = -1", "typo: unknown key", "sft.batch_size = 0"))
+    config_path.write_text('name = "mine"\nseed = -1\n[sft]\nbatch_size = 0\n')
+    message = refusal(config_path, "typo=1")
+    assert message.startswith(f"{config_path} with the settings of the command line is not a valid config:\n")
+    assert all(part in message for part in ("seed = -1", "typo: unknown key", "sft.batch_size = 0"))
+
+
+def test_what_the_command_line_gives_is_not_blamed_on_the_file(config_path: Path) -> None:
+    message = refusal(config_path, "seed=-1", "rloo.num_steps=many")
+    assert str(config_path) not in message
+    assert message.startswith("The command line gives what is not valid:\n  seed = -1: ")
+    assert message.count("(given on the command line)") == 2
+    config_path.write_text('name = "mine"\nseed = -1\n')
+    (of_file, of_command) = [line for line in refusal(config_path, "sft.batch_size=0").splitlines()[1:]]
+    assert of_file.startswith("  seed = -1")
+    assert "command line" not in of_file
+    assert of_command.startswith("  sft.batch_size = 0")
+    assert of_command.endswith("(given on the command line)")
+    assert refusal(config_path).startswith(f"{config_path} is not a valid config:\n")
+
+
+@pytest.mark.parametrize("value", ["2024", "1e3", "true", "1979-05-27", "nan"])
+def test_a_text_may_look_like_another_value(config_path: Path, value: str) -> None:
+    config = load_config(config_path, [f"name={value}", f"model.path={value}", f"serve.gold={value}"])
+    assert (config.name, config.model.path, config.serve.gold) == (value, value, value)
+    assert load_config(config_path, [f'name="{value}"']).name == value
 
 
 def test_a_missing_unreadable_or_nameless_file_is_refused_by_path(tmp_path: Path) -> None:
@@ -146,14 +170,14 @@ def test_parsing_a_command_line_does_not_claim_the_run_directory(config_path: Pa
     claim_run_dir(run_dir, run.config)
     resolved = json.loads((run_dir / RESOLVED_NAME).read_text())
     assert (resolved["rloo"]["num_steps"], resolved["rloo"]["trainers"]["num_workers"]) == (7, 1)
-    assert [path.name for path in run_dir.iterdir()] == [RESOLVED_NAME]
+    assert {path.name for path in run_dir.iterdir()} == {RESOLVED_NAME, COPY_NAME}
     run_of(parsed(BY_NAME["run"], [*arguments, "--set", "rloo.num_steps=8"]))
     assert json.loads((run_dir / RESOLVED_NAME).read_text()) == resolved, (
         "a job that is refused later must not replace the config of another job"
     )
     (run_dir / "world").mkdir()
-    with pytest.raises(ConfigError, match=r"rloo.num_steps: 7 there, 8 now"):
-        run_of(parsed(BY_NAME["run"], [*arguments, "--set", "rloo.num_steps=8"]))
+    with pytest.raises(ConfigError, match=r"seed: 0 there, 8 now"):
+        run_of(parsed(BY_NAME["run"], [*arguments, "--set", "seed=8"]))
 
 
 def test_a_changed_config_is_refused_with_every_change_and_both_values(config_path: Path, tmp_path: Path) -> None:
@@ -161,10 +185,10 @@ def test_a_changed_config_is_refused_with_every_change_and_both_values(config_pa
     claim_run_dir(run_dir, load_config(config_path, []))
     (run_dir / "world").mkdir()
     with pytest.raises(ConfigError) as refused:
-        claim_run_dir(run_dir, load_config(config_path, ["rloo.num_steps=8", "model.path=there", 'data.sft=["a"]']))
+        claim_run_dir(run_dir, load_config(config_path, ["seed=8", "model.path=there", 'data.sft=["a"]']))
     message = str(refused.value)
     for line in (
-        "rloo.num_steps: 7 there, 8 now",
+        "seed: 0 there, 8 now",
         "model.path: None there, 'there' now",
         "data.sft: [] there, ['a'] now",
         "its own --run-dir",
@@ -182,11 +206,11 @@ def test_a_setting_that_an_earlier_version_did_not_have_is_a_change_only_beyond_
     (run_dir / "stages").mkdir()
     resolved = run_dir / "config.resolved.json"
     earlier = json.loads(resolved.read_text())
-    del earlier["sft"]["workers"]["resize_every_s"]
+    del earlier["sft"]["optimizer"]["weight_decay"]
     resolved.write_text(json.dumps(earlier))
     claim_run_dir(run_dir, load_config(config_path, []))
-    with pytest.raises(ConfigError, match=r"sft.workers.resize_every_s: 60.0 there, 5.0 now"):
-        claim_run_dir(run_dir, load_config(config_path, ["sft.workers.resize_every_s=5"]))
+    with pytest.raises(ConfigError, match=r"sft.optimizer.weight_decay: 0.0 there, 0.5 now"):
+        claim_run_dir(run_dir, load_config(config_path, ["sft.optimizer.weight_decay=0.5"]))
     resolved.write_text(json.dumps(earlier | {"gone": 1}))
     with pytest.raises(ConfigError, match=r"gone: 1 there, None now"):
         claim_run_dir(run_dir, load_config(config_path, []))

@@ -91,8 +91,8 @@ def test_what_argparse_leaves_over_becomes_overrides() -> None:
         ),
         (["--sede=3"], "The nearest is --seed. `rm-robust settings` lists the settings, --help the options."),
         (
-            ["--rloo.xyz=3"],
-            "--rloo.xyz is neither an option nor a setting. `rm-robust settings rloo` lists the settings",
+            ["--rloo.qqq=3"],
+            "--rloo.qqq is neither an option nor a setting. `rm-robust settings rloo` lists the settings",
         ),
         (
             ["--rloo.num_steps"],

@@ -141,6 +141,10 @@ def test_what_is_below_a_name_is_chosen_by_whole_parts() -> None:
     (table,) = below(tables, "rloo.num_steps")
     assert [s.name for s in table.settings] == ["rloo.num_steps"]
     assert below(tables, "rlo") == []
+    (table,) = below(tables, "reward_model.bsr")  # the beginning of dotted names
+    names = [s.name for s in table.settings]
+    assert names == [f"reward_model.bsr_{name}" for name in ("coefficient", "scale", "scope", "micro_pairs")]
+    assert [table.name for table in below(tables, "rloo.optimizer")] == ["rloo.optimizer"]
 
 
 def test_near_names_are_near_and_others_are_none() -> None:
@@ -149,7 +153,11 @@ def test_near_names_are_near_and_others_are_none() -> None:
     assert set(nearest_names("learning_rate", PipelineConfig)) == {
         f"{stage}.optimizer.learning_rate" for stage in ("sft", "reward_model", "rloo")
     }
-    assert nearest_names("rloo.xyz", PipelineConfig) == []
+    assert nearest_names("rloo.qqq", PipelineConfig) == []
+    near = nearest_names("bsr", PipelineConfig)
+    assert len(near) == 3
+    assert all(name.startswith("reward_model.bsr_") for name in near)
+    assert nearest_names("xy", PipelineConfig) == []
 
 
 def test_text_has_short_lines_and_a_line_for_each_setting() -> None:

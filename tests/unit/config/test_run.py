@@ -168,7 +168,6 @@ def test_a_value_out_of_its_bounds_is_refused_by_its_path(values: dict[str, Any]
             "must be a multiple of model.num_kv_heads = 3",
         ),
         ({"data": {"max_prompt_tokens": 200}}, "exceeds model.max_position_embeddings = 256"),
-        ({"rloo": {"max_new_tokens": 200}}, "RLOO could sample completions that the scorers refuse"),
         ({"sft": {"enabled": False}}, "sft.enabled = false needs model.path"),
         (
             {"data": {"source": "responses", "responses": ["a.jsonl"]}},
@@ -194,6 +193,14 @@ def test_own_data_needs_its_own_judge_demonstrations_and_prompts() -> None:
     assert parse(data=FILES, serve={"gold": "judge"}).data.source == "scenarios"
     assert "judges only the embedded world" in problem_of(data=FILES)
     assert "needs data.sft" in problem_of(data={**FILES, "sft": []}, serve={"gold": "judge"})
+
+
+def test_all_that_does_not_fit_together_is_said_at_once() -> None:
+    own = {**FILES, "sft": [], "max_prompt_tokens": 512, "max_completion_tokens": 512}
+    message = problem_of(data=own)
+    assert "set model.max_position_embeddings = 1024" in message
+    assert "needs data.sft, which is empty; name demonstrations, or pairs" in message
+    assert "judges only the embedded world" in message
 
 
 def test_training_sources_are_paths_or_tables_with_a_weight() -> None:

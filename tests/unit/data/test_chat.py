@@ -164,8 +164,9 @@ def test_completion_text_undoes_completion_ids(text: str) -> None:
     for chat in (chatml(), llama()):
         ids = chat.completion_ids(text)
         assert control_ids(chat, ids) == [chat.end_of_turn_id]
-        assert chat.completion_text(ids) == text
-        assert chat.completion_text(ids[:-1]) == text
+        written = text if chat is chatml() else text.strip()  # the template of Llama 3 trims its contents
+        assert chat.completion_text(ids) == written
+        assert chat.completion_text(ids[:-1]) == written
 
 
 def test_a_saved_chat_format_loads_with_the_same_ids_and_template_hash(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from rm_robust.data.files import DataFile, lines_from, list_files, read_hub_table, read_lines, read_parquet_rows
+from rm_robust.data.files import DataFile, list_files
+from rm_robust.data.row_texts import lines_from, read_hub_table, read_lines, read_rows
 from rm_robust.errors import DataError
 from rm_robust.runs.storage.filesystems import filesystem_of
 from tests.support.s3_server import CREDENTIALS, s3_server
@@ -30,7 +31,7 @@ def test_lines_end_at_newlines_only_and_other_encodings_are_marked(tmp_path: Pat
     file.write_bytes("\n".join(LINES).encode() + b"\r\n\xff\xfe{}")
     lines = list(read_lines(data_file(file)))
     assert lines[:-1] == LINES
-    assert lines[-1].startswith("not UTF-8: ")
+    assert "not UTF-8" in lines[-1]
 
 
 @pytest.mark.parametrize("num_bytes", [1, 2, 7, 30, 52, 10_000])
@@ -60,7 +61,7 @@ def test_a_path_and_its_uri_name_the_same_files_with_their_sizes_and_contents(tm
     files = list_files(f"{scheme}{tmp_path}")
     assert [file.path for file in files] == [str(tmp_path / name) for name in ("a.parquet", "b.jsonl", "deep/c.jsonl")]
     assert [file.num_bytes for file in files] == [Path(file.path).stat().st_size for file in files]
-    assert read_parquet_rows(files[0]) == [{"file": "a.parquet"}]
+    assert [row for _, row in read_rows(files[0])] == [{"file": "a.parquet"}]
     assert [json.loads(line) for file in files[1:] for line in read_lines(file)] == [
         {"file": "b.jsonl"},
         {"file": "deep/c.jsonl"},
@@ -102,7 +103,7 @@ def test_a_bucket_is_listed_and_read_over_its_protocol(tmp_path: Path, monkeypat
             "rows/mine/deep/b.jsonl",
             len(text),
         )
-        assert read_parquet_rows(parquet) == [{"file": "a.parquet"}]
+        assert [row for _, row in read_rows(parquet)] == [{"file": "a.parquet"}]
         assert list(read_lines(jsonl)) == LINES
         assert [
             line
@@ -163,10 +164,7 @@ def test_files_of_another_format_and_folders_without_rows_are_refused(tmp_path: 
     for name in ("rows.csv", "folder"):
         with pytest.raises(DataError) as refused:
             list_files(f"{scheme}{tmp_path}/{name}")
-        assert (
-            str(refused.value)
-            == f"{scheme}{tmp_path}/{name} must be a .jsonl or .parquet file, or a folder with such files."
-        )
+        assert f"{scheme}{tmp_path}/{name} must be a .jsonl, .json or .parquet file" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +178,6 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_refused_by_name_with_the_reason
     (tmp_path / "train.jsonl").write_text('{"prompt": "red"}\n')
     name = "owner/no_such_data_set" if is_offline else str(tmp_path)  # a folder is loaded like what the hub has
     with pytest.raises(DataError, match=re.escape(f"hub:{name}{split} cannot be loaded: ")) as refused:
-        read_hub_table(f"hub:{name}{split}")
+        read_hub_table(f"hub:{name}{split}", None)
     assert reason in str(refused.value)
     assert "HF_TOKEN" in str(refused.value)

@@ -52,7 +52,7 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ([1], "must be an object"),
+        ([1], "must be a JSON object"),
         ({**ROW, "model": None}, r"lacks \['model'\]"),
         ({"prompt": "x"}, r"lacks \['model', 'completion', 'gold_score'\]"),
         ({**ROW, "gold_score": True}, "gold_score is True"),
@@ -74,7 +74,7 @@ def test_a_torn_line_a_foreign_encoding_and_an_empty_file_are_refused(tmp_path: 
     path = tmp_path / "a.jsonl"
     for content in (json.dumps(ROW).encode()[:-3], b"\xff" + json.dumps(ROW).encode()):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=f"{path}, line 1 is not JSON.*Fix or remove"):
+        with pytest.raises(DataError, match=f"{path}, line 1: not (JSON|UTF-8).*Fix or remove"):
             read_named_responses([str(path)])
     path.write_bytes(b"")
     with pytest.raises(DataError, match="hold no response"):

@@ -12,7 +12,6 @@ from rm_robust.data.pipeline import DataSource
 from rm_robust.data.preferences import (
     check_preference_sources,
     preference_sources,
-    reward_model_base_dir,
     rloo_prompt_source,
     token_limits,
 )
@@ -72,9 +71,9 @@ def test_prompts_for_rloo_come_from_the_world_or_from_the_user() -> None:
 
 
 def test_the_reward_model_grows_from_the_sft_model_unless_told_otherwise() -> None:
-    assert reward_model_base_dir(config_of(), LAYOUT) == "/runs/test/checkpoints/sft"
+    assert LAYOUT.reward_model_base_dir(config_of()) == "/runs/test/checkpoints/sft"
     other = PipelineConfig.model_validate({"name": "test", "reward_model": {"base_path": "my/model"}})
-    assert reward_model_base_dir(other, LAYOUT) == "my/model"
+    assert LAYOUT.reward_model_base_dir(other) == "/runs/test/models/my--model"
 
 
 def test_limits_are_the_configs() -> None:

@@ -126,6 +126,20 @@ def test_every_usual_form_of_a_demonstration_means_the_same_group(row: dict[str,
     assert (group.prompt, group.completions) == (PROMPT, ["red"])
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Name a colour.", "chosen": "red", "rejected": "seven"},
+        {"chosen": [USER, turn("red")], "rejected": [USER, turn("seven")]},
+    ],
+)
+def test_of_a_pair_the_chosen_completion_is_a_demonstration(row: dict[str, Any]) -> None:
+    group = parse_row(row, RowKind.DEMONSTRATION)
+    assert group == parse_row({"prompt": "Name a colour.", "completion": "red"}, RowKind.DEMONSTRATION)
+    with pytest.raises(DataError, match="'completion' is missing"):
+        parse_row({"prompt": "Name a colour."}, RowKind.DEMONSTRATION)
+
+
 def test_a_prompt_row_has_no_completion() -> None:
     group = parse_row({"prompt": "Name a colour.", "completion": "not read"}, RowKind.PROMPT)
     assert (group.prompt, group.completions, group.gold_scores) == (PROMPT, [], [])
@@ -265,3 +279,135 @@ def test_kinds_are_told_by_columns() -> None:
     assert kind_of({"instruction", "response_1_text", "all_scores"}) is RowKind.RANKED
     with pytest.raises(DataError, match=r"\['prompt', 'text'\] are neither pairs"):
         kind_of({"prompt", "text"})
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TALK = [USER, turn("Which one?"), {"role": "user", "content": "A warm one."}]
+HH_PROMPT = "\n\nHuman: Name a colour.\n\nAssistant: Which one?\n\nHuman: A warm one."
+
+
+def shared(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"from": sender, "value": text} for sender, text in turns]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completions"),
+    [
+        # Anthropic/hh-rlhf: chosen and rejected are whole dialogues
+        (
+            {"chosen": f"{HH_PROMPT}\n\nAssistant: red\n\nHuman!", "rejected": f"{HH_PROMPT}\n\nAssistant: seven"},
+            TALK,
+            ["red\n\nHuman!", "seven"],
+        ),
+        (
+            {"chosen": f"{HH_PROMPT}\n\nAssistant: red", "rejected": f"{HH_PROMPT}\n\nAssistant:"},
+            TALK,
+            ["red", ""],
+        ),
+        # a prompt beside them is their beginning
+        (
+            {
+                "prompt": f"{HH_PROMPT}\n\nAssistant:",
+                "chosen": f"{HH_PROMPT}\n\nAssistant: red",
+                "rejected": f"{HH_PROMPT}\n\nAssistant: seven",
+            },
+            TALK,
+            ["red", "seven"],
+        ),
+        # Dahoas/full-hh-rlhf: the prompt ends with the header
+        ({"prompt": f"{HH_PROMPT}\n\nAssistant:", "chosen": " red", "rejected": " seven"}, TALK, [" red", " seven"]),
+        # LLaMA-Factory's ShareGPT preference format
+        (
+            {
+                "conversations": shared(
+                    ("system", "Be brief."),
+                    ("human", "Name a colour."),
+                    ("gpt", "Which one?"),
+                    ("human", "A warm one."),
+                ),
+                "chosen": {"from": "gpt", "value": "red"},
+                "rejected": {"from": "gpt", "value": "seven"},
+            },
+            [SYSTEM, *TALK],
+            ["red", "seven"],
+        ),
+        (
+            {
+                "chosen": shared(("human", "Name a colour."), ("gpt", "red")),
+                "rejected": shared(("human", "Name a colour."), ("gpt", "seven")),
+            },
+            PROMPT,
+            ["red", "seven"],
+        ),
+        # a list prompt beside whole conversations, or beside what follows it
+        (
+            {"prompt": PROMPT, "chosen": [USER, turn("red")], "rejected": [USER, turn("seven")]},
+            PROMPT,
+            ["red", "seven"],
+        ),
+        (
+            {"prompt": PROMPT, "chosen": [*TALK[1:], turn("red")], "rejected": [*TALK[1:], turn("seven")]},
+            TALK,
+            ["red", "seven"],
+        ),
+        # text that only looks like a dialogue stays text
+        (
+            {"prompt": "Go on:\n\nAssistant:", "chosen": "yes", "rejected": "no"},
+            [{"role": "user", "content": "Go on:\n\nAssistant:"}],
+            ["yes", "no"],
+        ),
+        (
+            {"prompt": "Human: is it?", "chosen": "Human: yes", "rejected": "no"},
+            [{"role": "user", "content": "Human: is it?"}],
+            ["Human: yes", "no"],
+        ),
+    ],
+)
+def test_the_pairs_that_people_share_are_read(
+    row: dict[str, Any], prompt: list[dict[str, str]], completions: list[str]
+) -> None:
+    group = parse_row(row, RowKind.TRAINING_PAIRS)
+    assert (group.prompt, group.completions) == (prompt, completions)
+    assert parse_row(row, None) == group, "evaluation reads the same"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"chosen": HH_PROMPT, "rejected": f"{HH_PROMPT}\n\nAssistant: seven"},
+            "chosen must be .* ends with the assist",
+        ),
+        ({"chosen": f"{HH_PROMPT}\n\nAssistant: red", "rejected": "seven"}, "rejected must be"),
+        ({"chosen": "\n\nAssistant: red", "rejected": "\n\nAssistant: seven"}, "there is no prompt"),
+        (
+            {"chosen": f"{HH_PROMPT}\n\nAssistant: a", "rejected": "\n\nHuman: Other?\n\nAssistant: b"},
+            "differ before their last turn",
+        ),
+        (
+            {"conversations": shared(("human", "x"), ("gpt", "y")), "chosen": "a", "rejected": "b"},
+            "must end with a user message",
+        ),
+        ({"conversations": shared(("narrator", "x")), "chosen": "a", "rejected": "b"}, "narrator"),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [USER, turn("red")], "rejected": [USER, turn("seven")]},
+            "chosen is a conversation that does not begin with the prompt's messages",
+        ),
+    ],
+)
+def test_half_a_shared_format_is_malformed_with_the_reason(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        parse_row(row, RowKind.PAIR)
+
+
+def test_shared_conversations_are_demonstrations_and_prompts() -> None:
+    turns = shared(("system", "Be brief."), ("human", "Name a colour."), ("gpt", "red"))
+    group = parse_row({"conversations": turns}, RowKind.DEMONSTRATION)
+    assert (group.prompt, group.completions) == ([SYSTEM, USER], ["red"])
+    assert parse_row({"messages": turns}, RowKind.DEMONSTRATION) == group
+    assert parse_row({"conversations": turns[:2]}, RowKind.PROMPT).prompt == [SYSTEM, USER]
+    assert parse_row({"prompt": f"{HH_PROMPT}\n\nAssistant:"}, RowKind.PROMPT).prompt == TALK
+    with pytest.raises(DataError, match="conversations must be a list of messages that ends with the assistant"):
+        parse_row({"conversations": turns[:2]}, RowKind.DEMONSTRATION)
+    ranked = {"conversations": turns[:2], "completions": ["red", "blue"], "gold_scores": [2, 1]}
+    assert parse_row(ranked, None).prompt == [SYSTEM, USER]

@@ -7,9 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rm_robust.data.chat import ChatFormat
 from rm_robust.data.records import TokenGroup
+from rm_robust.data.rows import RowKind
 from rm_robust.data.token_files import TOKEN_SCHEMA, TokenisedGroup, read_token_groups
 from rm_robust.errors import DataError
+from tests.support.tiny_models import save_tiny_language_model, write_token_groups
 
 
 def write_rows(path: Path, group_ids: list[str]) -> None:
@@ -44,3 +47,23 @@ def test_missing_and_empty_folders_are_told_apart(tmp_path: Path) -> None:
     write_rows(tmp_path / "part-0.parquet", [])
     with pytest.raises(DataError, match="holds no row"):
         read_token_groups(tmp_path)
+
+
+def test_the_columns_of_a_prompts_row_are_kept_and_a_row_that_lacks_one_has_none(tmp_path: Path) -> None:
+    chat = ChatFormat.load(save_tiny_language_model(tmp_path / "model"))
+    rows: list[dict[str, object]] = [
+        {"prompt_id": "a", "prompt": "red", "answer": "4", "tests": [{"in": 1}]},
+        {"prompt_id": "b", "prompt": [{"role": "user", "content": "blue"}], "level": 2},
+    ]
+    write_token_groups(tmp_path / "rloo_prompts", rows, kind=RowKind.PROMPT, chat=chat)
+    names = ("answer", "level", "prompt", "prompt_id", "tests")
+    assert [group.columns for group in read_token_groups(tmp_path / "rloo_prompts")] == [
+        {name: row.get(name) for name in names} for row in rows
+    ]
+
+
+def test_rows_of_an_earlier_version_have_no_columns(tmp_path: Path) -> None:
+    write_rows(tmp_path / "part-0.parquet", ["a"])
+    table = pq.read_table(tmp_path / "part-0.parquet")
+    pq.write_table(table.drop_columns(["columns_json"]), tmp_path / "part-0.parquet")
+    assert read_token_groups(tmp_path)[0].columns == {}

@@ -6,10 +6,12 @@ A model that cannot become one is refused, and nothing is written.
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from pipelines.command import main
 from rm_robust.config.training import LoraConfig
@@ -81,6 +83,94 @@ def test_an_adopted_model_with_one_score_scores_as_transformers(tmp_path: Path) 
             for text in COMPLETIONS
         ]
     assert scores_of(tmp_path / "target") == pytest.approx(expected, abs=1e-4)
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "gemma3_text": {"head_dim": 16, "num_key_value_heads": 1},
+    "gemma3": {
+        "text_config": {
+            "vocab_size": 330,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 64,
+            "max_position_embeddings": 128,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    },
+    "bert": {},
+}
+
+
+def save_foreign(folder: Path, model_type: str) -> PreTrainedModel:
+    """Save a random classifier with one score of a family that we do not make."""
+    sizes = {
+        "vocab_size": 330,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    }
+    own = FOREIGN[model_type]
+    config = AutoConfig.for_model(model_type, **({} if "text_config" in own else sizes), **own, num_labels=1)
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(folder)
+    tokenizer = copy.deepcopy(llama().tokenizer)
+    tokenizer.chat_template = LLAMA_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2", "gemma3_text", "gemma3"])
+def test_an_adopted_model_of_another_family_scores_as_transformers(tmp_path: Path, model_type: str) -> None:
+    model = save_foreign(tmp_path / "source", model_type)
+    adopt(tmp_path / "source", tmp_path / "target")
+    chat = llama()
+    with torch.inference_mode():
+        expected = [
+            model(input_ids=torch.tensor([chat.prompt_ids(PROMPT) + chat.completion_ids(text)])).logits.item()
+            for text in COMPLETIONS
+        ]
+    assert scores_of(tmp_path / "target") == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_encoder_is_refused_in_one_line_and_nothing_is_written(tmp_path: Path) -> None:
+    save_foreign(tmp_path / "source", "bert")
+    with pytest.raises(CheckpointError, match="BertForSequenceClassification has the head None; only one bias-free"):
+        adopt(tmp_path / "source", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_what_training_left_beside_a_model_is_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = save_one_score(tmp_path / "source", template=LLAMA_TEMPLATE)
+    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth"):
+        (source / name).write_bytes(b"pickled")
+    with caplog.at_level("WARNING"):
+        adopt(source, tmp_path / "target")
+    assert not [path for path in (tmp_path / "target").iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth"):
+        assert f"{name} is left out" in caplog.text
+
+
+def test_serving_a_hugging_face_directory_names_the_command_that_adopts_it(tmp_path: Path) -> None:
+    source = save_one_score(tmp_path / "source", template=LLAMA_TEMPLATE)
+    with pytest.raises(CheckpointError, match=rf"`rm-robust adopt {source} NEW_DIRECTORY`"):
+        scores_of(source)
 
 
 def test_a_folder_of_the_hubs_cache_is_adopted_without_its_links_and_hidden_files(tmp_path: Path) -> None:

@@ -304,9 +304,7 @@ def test_a_weight_that_the_one_score_model_would_leave_unused_is_refused_by_its_
     assert "does not use: ['score.bias', 'value_head.weight']" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "training_args.bin", "original/consolidated.00.pth", "value_head.pt"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "original/consolidated.00.pth", "value_head.pt"])
 def test_pickled_files_are_refused_by_their_names(tmp_path: Path, name: str) -> None:
     for folder in (save_tiny_armorm(tmp_path / "armorm"), save_one_score(tmp_path / "one_score")):
         (folder / name).parent.mkdir(exist_ok=True)

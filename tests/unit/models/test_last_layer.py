@@ -1,24 +1,33 @@
-"""The last layer at the scored columns alone equals the whole layer, for every family that has segments."""
+"""The last layer at the scored columns alone equals the whole layer, for every family that has it."""
 
 import copy
 
 import pytest
 import torch
 from transformers import (
+    GemmaConfig,
+    GemmaForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForSequenceClassification,
+    MixtralConfig,
+    MixtralForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForSequenceClassification,
+    Qwen2MoeConfig,
+    Qwen2MoeForSequenceClassification,
     Qwen3Config,
     Qwen3ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForSequenceClassification,
 )
 
 from rm_robust.data.records import TokenGroup
-from rm_robust.models.packing import SEGMENT_MODEL_TYPES, Layout, lay_out
+from rm_robust.models.last_layer import LAST_LAYER_MODEL_TYPES
+from rm_robust.models.packing import Layout, lay_out
 from rm_robust.models.reward_model import PackedRewardModel, ScoredBatch
 
 SHAPE = {
@@ -29,18 +38,27 @@ SHAPE = {
     "vocab_size": 90,
     "initializer_range": 0.3,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "initializer_range": 0.15}
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel], dict[str, object]]] = {
     "qwen2": (Qwen2Config, Qwen2ForSequenceClassification, {}),
     "qwen3": (Qwen3Config, Qwen3ForSequenceClassification, {"head_dim": 16}),
     "llama": (LlamaConfig, LlamaForSequenceClassification, {"attention_bias": True, "mlp_bias": True}),
     "mistral": (MistralConfig, MistralForSequenceClassification, {"sliding_window": None}),
+    "mixtral": (
+        MixtralConfig,
+        MixtralForSequenceClassification,
+        {**EXPERTS, "num_local_experts": 4, "sliding_window": None},
+    ),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForSequenceClassification, {**EXPERTS, "num_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForSequenceClassification, {**EXPERTS, "num_experts": 4}),
+    "gemma": (GemmaConfig, GemmaForSequenceClassification, {"head_dim": 12, "initializer_range": 0.15}),
 }
 
 
 def random_model(family: str, *, num_layers: int) -> PreTrainedModel:
     torch.manual_seed(0)
     config_type, model_type, settings = FAMILIES[family]
-    config = config_type(**SHAPE, **settings, num_hidden_layers=num_layers, num_labels=1, pad_token_id=0)
+    config = config_type(**{**SHAPE, **settings}, num_hidden_layers=num_layers, num_labels=1, pad_token_id=0)
     model = model_type(config).eval()
     for name, weight in model.named_parameters():  # norms and biases begin as ones and zeros, which hide mistakes
         if weight.dim() == 1:
@@ -58,8 +76,8 @@ def random_groups() -> list[TokenGroup]:
     return [TokenGroup(ids(prompt), [ids(length) for length in completions]) for prompt, completions in shapes]
 
 
-def test_every_family_that_has_segments_is_checked() -> None:
-    assert set(FAMILIES) == set(SEGMENT_MODEL_TYPES)
+def test_every_family_that_has_this_last_layer_is_checked() -> None:
+    assert set(FAMILIES) == set(LAST_LAYER_MODEL_TYPES)
 
 
 def scored_with_gradients(model: PreTrainedModel, layout: Layout) -> tuple[ScoredBatch, dict[str, torch.Tensor]]:

@@ -27,15 +27,14 @@ from transformers import (
 
 from rm_robust.config.shared import ComputeConfig
 from rm_robust.data.records import TokenGroup
-from rm_robust.errors import CheckpointError
 from rm_robust.models.packing import (
-    SEGMENT_MODEL_TYPES,
     Layout,
     choose_layout,
     fill_bins,
     group_length,
     lay_out,
     micro_batches,
+    num_positions,
 )
 from rm_robust.models.policy import PackedPolicy
 from rm_robust.models.reward_model import PackedRewardModel
@@ -95,10 +94,6 @@ def assert_close_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor
         torch.testing.assert_close(
             actual[name], gradient, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
-
-
-def test_every_family_that_segments_are_for_is_checked_here() -> None:
-    assert set(SEGMENT_MODEL_TYPES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,12 +230,26 @@ def test_segments_are_chosen_only_for_full_attention_decoders_on_cpu() -> None:
     assert choose_layout(PretrainedConfig(), CPU) is Layout.PADDED
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_longest_row_are_refused(rope_type: str) -> None:
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 128),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}, 64),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+        ({"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 64}, 64),
+    ],
+)
+def test_texts_end_where_positions_would_begin_to_depend_on_the_longest_row(
+    rope: dict[str, object], expected: int
+) -> None:
     config = config_of("llama")
-    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(CheckpointError, match=f"rope_type = '{rope_type}' scales positions by the longest text"):
-        choose_layout(config, CPU)
+    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    assert num_positions(config) == expected
+
+
+def test_a_config_without_a_limit_of_positions_has_none() -> None:
+    assert num_positions(PretrainedConfig()) is None
 
 
 def test_a_packed_model_saves_as_a_plain_transformers_model(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from rm_robust.data.records import TokenGroup
 from rm_robust.errors import CheckpointError, ScoringError
 from rm_robust.models.checkpoint import MANIFEST_NAME, commit_checkpoint
+from rm_robust.models.own_forward import probe_conversation
 from rm_robust.models.scorer import RewardScorer
 from tests.support.tiny_models import random_group
 from tests.support.tiny_reward_model import NUM_POSITIONS, save_tiny_reward_model
@@ -77,17 +78,23 @@ def test_the_scorer_names_its_checkpoint(checkpoint_dir: Path, scorer: RewardSco
 
 
 def copy_with(
-    source: Path, target: Path, *, template_sha256: str | None = None, kind: str = "reward_model", poison: bool = False
+    source: Path,
+    target: Path,
+    *,
+    template_sha256: str | None = None,
+    kind: str = "reward_model",
+    poisoned: tuple[str, int] | None = None,
 ) -> Path:
+    """Commit the checkpoint again; `poisoned` names a weight and the row of it that becomes infinite."""
     manifest = json.loads((source / MANIFEST_NAME).read_text())
 
     def write(folder: Path) -> None:
         for path in source.iterdir():
             if path.name != MANIFEST_NAME:
                 (folder / path.name).write_bytes(path.read_bytes())
-        if poison:
+        if poisoned:
             state = load_file(folder / "model.safetensors")
-            state["score.weight"][0, 0] = torch.inf
+            state[poisoned[0]][poisoned[1]] = torch.inf
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     commit_checkpoint(
@@ -114,5 +121,14 @@ def test_a_longer_limit_than_the_model_has_positions_is_refused(checkpoint_dir: 
 
 
 def test_a_score_that_is_not_finite_is_an_error_that_names_its_input(checkpoint_dir: Path, tmp_path: Path) -> None:
+    probe = probe_conversation(load(checkpoint_dir).chat)
+    in_probe = {*probe.prompt_ids, *(token_id for ids in probe.completion_ids for token_id in ids)}
+    token_id = next(token_id for token_id in GROUPS[0].prompt_ids if token_id not in in_probe)
+    poisoned = copy_with(checkpoint_dir, tmp_path / "poisoned", poisoned=("model.embed_tokens.weight", token_id))
     with pytest.raises(ScoringError, match="Input 0 got the scores .*not finite"):
-        load(copy_with(checkpoint_dir, tmp_path / "poisoned", poison=True)).score_groups(GROUPS[:1])
+        load(poisoned).score_groups(GROUPS[:1])
+
+
+def test_a_model_that_gives_no_finite_score_at_all_is_refused_at_load(checkpoint_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="computes scores that are not finite, with its own code in transformers"):
+        load(copy_with(checkpoint_dir, tmp_path / "poisoned", poisoned=("score.weight", 0)))

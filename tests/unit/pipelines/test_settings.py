@@ -41,6 +41,10 @@ def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None
     assert printed(capsys, "--markdown") == PAGE.read_text()
 
 
+def test_the_page_has_the_settings_of_a_key() -> None:
+    assert "| `api_keys.requests_per_minute` | integer >= 1 | none | The most requests within any minute." in page()
+
+
 def test_the_page_shows_no_name_in_angle_brackets_as_html() -> None:
     outside_of_code = re.sub("`[^`]*`", "", page().partition("-->")[2])
     assert re.findall(r"<\w+>", outside_of_code) == []
@@ -63,7 +67,8 @@ def test_a_section_is_printed_alone(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rlo"], "error: No setting begins with 'rlo'. The sections are name, seed, world, data, model, sft, "),
+        (["rlo"], "error: No setting begins with 'rlo'. The nearest is rloo. The sections are name, seed, world, "),
+        (["bsr"], "error: No setting begins with 'bsr'. The nearest are reward_model.bsr_"),
         (["rloo", "--markdown"], "error: --markdown prints the whole page; leave out rloo."),
     ],
 )

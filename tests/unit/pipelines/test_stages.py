@@ -9,6 +9,7 @@ from ray import cloudpickle
 from ray.exceptions import NodeDiedError, RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from pipelines.arguments import STAGE_NAMES
 from pipelines.command import BY_NAME, parsed
 from pipelines.driver import exit_code_of, run_of, stages_ahead
 from pipelines.stages import ALL_STAGES, REWARD_MODEL_STAGES, Stage
@@ -39,6 +40,14 @@ def test_every_stage_that_records_itself_is_run_in_the_order_of_the_layout() -> 
 def test_stages_that_reach_another_node_are_the_same_stages() -> None:
     """The driver's task asks whether RLOO and the twin are among them."""
     assert pickle.loads(cloudpickle.dumps(ALL_STAGES)) == ALL_STAGES
+
+
+def test_a_stage_that_is_to_be_done_again_is_named_as_the_layout_names_it_and_is_ahead(tmp_path: Path) -> None:
+    assert tuple(stage.name for stage in STAGES) == STAGE_NAMES
+    arguments = ["--config", str(SMOKE), "--run-dir", str(tmp_path), "--again", "evaluation"]
+    run = run_of(parsed(BY_NAME["run"], arguments))
+    commit(tmp_path, *STAGE_NAMES)
+    assert names(stages_ahead(run, ALL_STAGES)) == ["evaluation"]
 
 
 def test_what_is_not_committed_is_ahead(tmp_path: Path) -> None:

@@ -166,6 +166,18 @@ def add_evaluation(run_dir: Path) -> None:
     pq.write_table(pa.concat_tables(tables), run_dir / "evaluation" / "scores.parquet")
 
 
+def add_sources(run_dir: Path) -> None:
+    """Add the counts of FIELD.md's run, which lost 93 % of its rows, and of a source that lost little."""
+    source: dict[str, object] = {
+        "scenario": "train", "paths": ["mine.jsonl"], "weight": 1.0, "num_read": 2600, "num_kept": 188,
+        "num_truncated": 7, "num_merged": 3, "num_dropped": {"prompt too long": 2400, "malformed": 12},
+        "num_skipped_files": {"another format": 3}, "skipped_files": ["a.csv: another format"],
+        "lost_fraction": 2412 / 2600,
+    }  # fmt: skip
+    small = {**source, "scenario": "in_domain", "num_dropped": {"tied scores": 5}, "lost_fraction": 0.0}
+    write_json(run_dir / "preferences" / "tokens" / "report.json", {"sources": [source, small]})
+
+
 def add_stages(run_dir: Path) -> None:
     seconds = {"world": 6.1, "sft": 81.0, "preferences": 22.4, "reward_model": 74.0, "evaluation": 31.5, "rloo": 171.2}
     for index, (stage, stage_seconds) in enumerate(seconds.items()):
@@ -208,6 +220,7 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_evaluation(run_dir)
     add_stages(run_dir)
     add_twin(run_dir)
+    add_sources(run_dir)
     write_json(run_dir / "world" / "response_models.json", RESPONSE_MODELS)
     write_report(run_dir)
     return run_dir
@@ -464,3 +477,22 @@ def test_a_file_that_cannot_be_understood_is_an_error_that_names_it(tmp_path: Pa
 def test_a_run_directory_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run directory"):
         write_report(tmp_path / "absent")
+
+
+def test_lost_rows_are_counted_and_large_losses_are_warned_of(full_run: Path, tmp_path: Path) -> None:
+    page = page_of(full_run)
+    text = " ".join(page.text.split())
+    assert "93 % of the rows of train (mine.jsonl) are lost: 188 kept of 2600 read." in text
+    assert "rows of in_domain" not in text
+    assert [row for row in page.rows if row[:2] == ["train", "mine.jsonl"]] == [
+        [
+            *("train", "mine.jsonl", "2400 prompt too long, 12 malformed, 3 files not read: another format"),
+            *("2600", "188", "7", "92.8%"),
+        ]
+    ]
+    write_report(tmp_path)
+    assert "No counts of rows" in page_of(tmp_path).text
+    old = {"sources": [{"scenario": "train", "num_read": 3}]}
+    write_json(tmp_path / "preferences" / "tokens" / "report.json", old)
+    write_report(tmp_path)
+    assert "No counts of rows" in page_of(tmp_path).text

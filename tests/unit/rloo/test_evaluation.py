@@ -1,6 +1,9 @@
 """Win rates worked out by hand; length-controlled ones against a closed form and another optimiser."""
 
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rm_robust.errors import RolloutError
+from rm_robust.data.chat import ChatFormat
+from rm_robust.data.token_files import read_token_groups
+from rm_robust.errors import RefusedInputError, RolloutError
+from rm_robust.rloo.actors import RlooActors
 from rm_robust.rloo.evaluation import (
     RIDGE,
     JudgedCompletions,
     PolicyComparison,
+    PolicyEvaluation,
     compare_policies,
     length_controlled_win_rate,
 )
+from rm_robust.rloo.rollout import Completion, PromptCompletions
+from rm_robust.runs.layout import RunLayout
+from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
+from tests.support.rloo_run import rloo_config, rloo_run_dir
 
 Floats = NDArray[np.float64]
 
@@ -192,3 +203,53 @@ def test_prompts_without_scores_of_both_are_left_out_of_the_count() -> None:
     assert (comparison.num_prompts, comparison.win_rate, comparison.gold_mean) == (2, 0.5, 2.0)
     with pytest.raises(RolloutError, match="of 1 only 1"):
         compare_policies(JudgedCompletions([[1.0]], [[5]]), JudgedCompletions([[1.0]], [[5]]))
+
+
+class RefusingJudge:
+    """A judge that refuses the texts in `refused`, as it refuses one that is too long; the others score 1."""
+
+    def __init__(self, refused: set[str]) -> None:
+        self.refused = refused
+
+    def score(self, inputs: Sequence[ScoreInput]) -> ScoreReply:
+        if self.refused & {completion for item in inputs for completion in item.completions}:
+            raise RefusedInputError("HTTP 413: too long")
+        results = [ScoreResult(scores=[1.0] * len(item.completions)) for item in inputs]
+        return ScoreReply(model="judge", checkpoint="judge", results=results)
+
+
+def evaluation_with(folder: Path, *, num_refused: int) -> PolicyEvaluation:
+    """Return an evaluation on 10 prompts, of which the judge refuses the answers to the first `num_refused`."""
+    config = rloo_config(folder)
+    layout = RunLayout(rloo_run_dir(config, folder / "run", num_prompts=10))
+    chat = ChatFormat.load(str(config.model.path))
+    prompts = read_token_groups(layout.rloo_prompts / "scenario=rloo_prompts")
+    ids = [chat.tokenizer(word, add_special_tokens=False)["input_ids"] for word in "abcdefghij"]
+    answers = [
+        PromptCompletions(prompt.group_id, [1], [Completion(given, [0.0] * len(given), False, 0)])
+        for prompt, given in zip(prompts, ids, strict=True)
+    ]
+    refused = {chat.completion_text(given) for given in ids[:num_refused]}
+    return PolicyEvaluation(
+        layout,
+        prompts,
+        config.rloo,
+        chat=chat,
+        seed=0,
+        gold=RefusingJudge(refused),
+        sample=lambda requests: answers,
+        actors=object.__new__(RlooActors),  # the baseline needs none
+    )
+
+
+def test_a_gold_answer_that_is_refused_is_left_out_and_counted_and_too_many_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """rloo.max_failed_score_fraction is 0.2: two of ten may fail, as in a step."""
+    evaluation_with(tmp_path / "two", num_refused=2).sample_baseline(0)
+    baseline = json.loads(RunLayout(tmp_path / "two" / "run").rloo_baseline.read_text())
+    assert [len(scores) for scores in baseline["gold_scores"]] == [0, 0] + [1] * 8
+    assert [len(lengths) for lengths in baseline["num_tokens"]] == [0, 0] + [1] * 8
+    assert "2 of 10 gold scores of the evaluation failed and are left out; the last one: HTTP 413" in caplog.text
+    with pytest.raises(RolloutError, match="gold gave no score to 3 of .* allows 2. The last reason: HTTP 413"):
+        evaluation_with(tmp_path / "three", num_refused=3).sample_baseline(0)

@@ -17,6 +17,7 @@ from rm_robust.config.rloo import RewardSourceConfig, RlooConfig
 from rm_robust.errors import ConfigError, RolloutError, ScorerUnavailableError, ScoringError
 from rm_robust.rloo.advantages import StepScores
 from rm_robust.rloo.metrics import score_metrics
+from rm_robust.rloo.reward_requests import PromptRow
 from rm_robust.rloo.reward_sources import RewardSources
 from rm_robust.scoring.contract import ScoreInput, ScoreReply, ScoreResult
 from tests.unit.scoring.test_client import Answer, scored, serving
@@ -81,7 +82,7 @@ def right(count: int) -> list[list[float]]:
 def one_step(sources: RewardSources, count: int, *, with_gold: bool = False) -> StepScores:
     step = sources.begin(with_gold=with_gold)
     for index in range(count):
-        sources.submit(step, index, prompt(index))
+        sources.submit(step, index, prompt(index), PromptRow())
     return sources.collect(step, count)
 
 
@@ -105,9 +106,9 @@ def picky(messages: list[dict[str, str]], completion: str) -> Any:
     failures: dict[str, Callable[[], Any]] = {
         "0.1": lambda: 1 / 0,
         "1.0": lambda: "good",
-        "1.1": lambda: True,
+        "1.1": lambda: "1",
         "2.2": lambda: NAN,
-        "2.3": lambda: None,
+        "2.3": lambda: [1.0, 2.0],
     }
     return failures[completion]() if completion in failures else 1
 
@@ -150,7 +151,7 @@ def test_prompts_that_come_in_any_order_are_collected_by_their_index() -> None:
     with RewardSources(settings(32), proxy=NumberScorer(), gold=NumberScorer()) as sources:
         step = sources.begin(with_gold=True)
         for index in order:
-            sources.submit(step, index, prompt(index))
+            sources.submit(step, index, prompt(index), PromptRow())
             time.sleep(0.001)
         scores = sources.collect(step, 32)
     assert scores.source_scores["proxy"] == right(32)
@@ -167,11 +168,11 @@ def test_prompts_that_come_while_a_call_is_running_are_one_call() -> None:
     proxy.before_reply = hold
     with RewardSources(settings(32), proxy=proxy, gold=None) as sources:
         step = sources.begin(with_gold=False)
-        sources.submit(step, 0, prompt(0))
+        sources.submit(step, 0, prompt(0), PromptRow())
         assert is_out.wait(30)
         started_s = time.monotonic()
         for index in range(1, 32):
-            sources.submit(step, index, prompt(index))
+            sources.submit(step, index, prompt(index), PromptRow())
         assert time.monotonic() - started_s < 1, "submit does not wait for the source"
         may_reply.set()
         assert sources.collect(step, 32).source_scores["proxy"] == right(32)
@@ -276,10 +277,10 @@ def test_a_source_that_is_unavailable_for_one_call_costs_only_the_completions_of
     proxy.before_reply = away_at_first
     with RewardSources(settings(8), proxy=proxy, gold=None) as sources:
         step = sources.begin(with_gold=False)
-        sources.submit(step, 0, prompt(0))
+        sources.submit(step, 0, prompt(0), PromptRow())
         assert first_is_asked.wait(30)
         for index in range(1, 8):
-            sources.submit(step, index, prompt(index))
+            sources.submit(step, index, prompt(index), PromptRow())
         others_wait.set()
         scores = sources.collect(step, 8)
     assert failed_places(scores.rewards_PK.tolist()) == {f"0.{k}" for k in range(K)}
@@ -343,13 +344,13 @@ def test_a_step_that_was_abandoned_is_forgotten_and_its_late_answers_are_ignored
     with RewardSources(settings(2), proxy=proxy, gold=None) as sources:
         step = sources.begin(with_gold=False)
         stale = ScoreInput(prompt="old", completions=["-1", "-1", "-1", "-1"])
-        sources.submit(step, 0, stale)
+        sources.submit(step, 0, stale, PromptRow())
         assert is_out.wait(30)
-        sources.submit(step, 1, stale)
+        sources.submit(step, 1, stale, PromptRow())
         sources.abandon(step)
         step = sources.begin(with_gold=False)
         for index in (1, 0):
-            sources.submit(step, index, prompt(index))
+            sources.submit(step, index, prompt(index), PromptRow())
         may_reply.set()
         assert sources.collect(step, 2).source_scores["proxy"] == right(2)
     assert [len(call) for call in proxy.calls] == [1, 2], "the waiting prompt of the abandoned step is not asked about"
@@ -375,8 +376,9 @@ def test_two_steps_under_way_at_once_each_have_their_own_scores() -> None:
     with RewardSources(settings(4), proxy=proxy, gold=NumberScorer()) as sources:
         early, late = sources.begin(with_gold=False), sources.begin(with_gold=True)
         for index in range(4):
-            sources.submit(late, index, ScoreInput(prompt="late", completions=[f"{10 + index}.{k}" for k in range(K)]))
-            sources.submit(early, 3 - index, prompt(3 - index))
+            item = ScoreInput(prompt="late", completions=[f"{10 + index}.{k}" for k in range(K)])
+            sources.submit(late, index, item, PromptRow())
+            sources.submit(early, 3 - index, prompt(3 - index), PromptRow())
         scores = sources.collect(early, 4)
         assert (scores.gold, failed_places(scores.source_scores["proxy"])) == (None, {"1.2"})
         assert same_numbers(scores.source_scores["proxy"], right(4), but={"1.2"})
@@ -395,7 +397,7 @@ def test_closing_ends_the_threads_and_does_not_wait_for_a_call_that_hangs(monkey
     before = set(threading.enumerate())
     with RewardSources(settings(1), proxy=proxy, gold=NumberScorer()) as sources:
         step = sources.begin(with_gold=False)
-        sources.submit(step, 0, prompt(0))
+        sources.submit(step, 0, prompt(0), PromptRow())
         assert is_out.wait(30)
         started_s = time.monotonic()
     assert time.monotonic() - started_s < 5
@@ -403,6 +405,109 @@ def test_closing_ends_the_threads_and_does_not_wait_for_a_call_that_hangs(monkey
     for thread in set(threading.enumerate()) - before:
         thread.join(5)
         assert not thread.is_alive()
+
+
+# Abstentions
+
+
+def abstains_of_prompt_1(messages: list[dict[str, str]], completion: str) -> float | None:
+    return None if completion.startswith("1.") else 10.0
+
+
+def abstains_of_0_0(messages: list[dict[str, str]], completion: str) -> float | None:
+    return None if completion == "0.0" else 10.0
+
+
+def abstains_always(messages: list[dict[str, str]], completion: str) -> None:
+    return None
+
+
+def test_a_source_that_abstains_is_left_out_of_the_sum_and_of_its_own_mean_and_is_no_failure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Prompt 1 gets 2 * proxy alone; the others get 2 * proxy + 0.5 * 10."""
+    chosen = settings(3, proxy_weight=2.0, reward_sources=(function_source("abstains_of_prompt_1", weight=0.5),))
+    with RewardSources(chosen, proxy=NumberScorer(), gold=None) as sources:
+        scores = one_step(sources, 3)
+    expected = [[2 * score + (0.0 if p == 1 else 5.0) for score in row] for p, row in enumerate(right(3))]
+    assert torch.equal(scores.rewards_PK, torch.tensor(expected, dtype=torch.float64).float())
+    assert (scores.num_failed, scores.num_abstained) == (
+        {"proxy": 0, "abstains_of_prompt_1": 0},
+        {"abstains_of_prompt_1": 4},
+    )
+    metrics = score_metrics(scores)
+    assert metrics["rloo/reward/abstains_of_prompt_1_mean"] == 10.0
+    assert metrics["rloo/reward/abstains_of_prompt_1_num_abstained"] == 4
+    assert (metrics["rloo/num_failed_scores"], metrics["rloo/failed_score_fraction"]) == (0, 0)
+    assert not [record for record in caplog.records if "counts like 0" in record.getMessage()]
+
+
+def test_a_source_that_abstains_from_a_part_of_a_prompt_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    with RewardSources(
+        settings(2, reward_sources=(function_source("abstains_of_0_0"),)), proxy=NumberScorer(), gold=None
+    ) as sources:
+        for _ in range(2):
+            assert one_step(sources, 2).rewards_PK[0].tolist() == pytest.approx([0.0, 10.1, 10.2, 10.3])
+    assert [
+        record.getMessage().startswith("abstains_of_0_0 abstained from some completions of 1 prompts")
+        for record in caplog.records
+    ] == [True]
+
+
+def test_a_completion_from_which_every_source_abstains_has_no_reward_and_counts_as_one_without() -> None:
+    one = settings(4, proxy_weight=0.0, reward_sources=(function_source("abstains_of_prompt_1"),))
+    quarter = one.model_copy(update={"max_failed_score_fraction": 0.25})
+    with RewardSources(quarter, proxy=NumberScorer(), gold=None) as sources:
+        scores = one_step(sources, 4)
+    assert failed_places(scores.rewards_PK.tolist()) == {f"1.{k}" for k in range(K)}
+    assert score_metrics(scores)["rloo/failed_score_fraction"] == 0.25
+    with (
+        RewardSources(one, proxy=NumberScorer(), gold=None) as sources,
+        pytest.raises(RolloutError, match=r"abstains_of_prompt_1 gave no score to 4 .*_1 abstained"),
+    ):
+        one_step(sources, 4)
+
+
+def test_a_source_that_abstains_from_a_whole_step_has_no_mean() -> None:
+    with RewardSources(
+        settings(2, reward_sources=(function_source("abstains_always"),)), proxy=NumberScorer(), gold=None
+    ) as sources:
+        scores = one_step(sources, 2)
+    metrics = score_metrics(scores)
+    assert metrics["rloo/reward/abstains_always_num_abstained"] == 2 * K
+    assert "rloo/reward/abstains_always_mean" not in metrics
+    assert scores.rewards_PK.tolist() == torch.tensor(right(2)).tolist()
+
+
+def hangs_for_ever(messages: list[dict[str, str]], completion: str) -> float:
+    threading.Event().wait(60)
+    return 0.0
+
+
+def test_a_function_that_hangs_ends_the_step_instead_of_stopping_the_run() -> None:
+    rule = RewardSourceConfig(name="rule", function=f"{RULES}:hangs_for_ever", timeout_s=0.05)
+    started_s = time.monotonic()
+    with (
+        RewardSources(settings(2, reward_sources=(rule,)), proxy=NumberScorer(), gold=None) as sources,
+        pytest.raises(RolloutError, match=r"rule gave no score to .* did not answer within timeout_s = 0\.05"),
+    ):
+        one_step(sources, 2)
+    assert time.monotonic() - started_s < 20
+
+
+def test_a_columns_value_and_the_steps_number_reach_a_function() -> None:
+    with RewardSources(
+        settings(1, reward_sources=(function_source("with_answer"),)), proxy=NumberScorer(), gold=None
+    ) as sources:
+        step = sources.begin(with_gold=False)
+        sources.submit(step, 0, prompt(0), PromptRow("p0", 3, {"answer": "0.2"}, [[1]] * K))
+        assert sources.collect(step, 1).source_scores["with_answer"] == [[0.0, 0.0, 1.0, 0.0]]
+        with pytest.raises(ConfigError, match="with_answer' needs"):
+            sources.check_columns({"prompt"})
+
+
+def with_answer(messages: list[dict[str, str]], completion: str, answer: str) -> int:
+    return int(completion == answer)
 
 
 # Checkpoints
@@ -462,14 +567,6 @@ def test_a_function_that_is_not_there_is_refused_before_anything_runs(
             gold=None,
         )
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("scores of")]
-
-
-def test_two_sources_with_the_same_name_and_a_reward_without_sources_are_refused() -> None:
-    twice = (function_source("picky", called="a"), function_source("length_in_prompt", called="a"))
-    with pytest.raises(ConfigError, match=r"names must differ, got \['a', 'a'\]"):
-        RewardSources(settings(1, reward_sources=twice), proxy=NumberScorer(), gold=None)
-    with pytest.raises(ConfigError, match="always be 0"):
-        RewardSources(settings(1, proxy_weight=0.0), proxy=NumberScorer(), gold=None)
 
 
 @contextmanager

@@ -82,9 +82,9 @@ def weights(trainer: PolicyTrainer) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor.clone() for name, tensor in trainer.engine.full_state_dict().items()}
 
 
-def update(trainer: PolicyTrainer, step: int = 0, *, learning_rate_factor: float = 1.0) -> Update:
+def update(trainer: PolicyTrainer, step: int = 0, *, learning_rate: float = LEARNING_RATE) -> Update:
     trainer.measure(sampled())
-    return trainer.update(ADVANTAGES, step=step, num_completions_all_ranks=6, learning_rate_factor=learning_rate_factor)
+    return trainer.update(ADVANTAGES, step=step, num_completions_all_ranks=6, learning_rate=learning_rate)
 
 
 def test_gloo_knows_the_interface_of_rays_address_when_a_trainer_has_started(
@@ -178,7 +178,7 @@ def test_a_step_of_two_epochs_of_minibatches_is_plain_ppo(model_dir: Path, tmp_p
 
 def test_the_learning_rate_is_the_schedules_times_the_factor(model_dir: Path, tmp_path: Path) -> None:
     trainer, _ = new_trainer(model_dir, tmp_path)
-    assert update(trainer, learning_rate_factor=0.25).learning_rate == LEARNING_RATE / 4
+    assert update(trainer, learning_rate=LEARNING_RATE / 4).learning_rate == LEARNING_RATE / 4
 
 
 def test_the_sampler_gap_is_the_distance_from_the_samplers_log_probabilities(model_dir: Path, tmp_path: Path) -> None:

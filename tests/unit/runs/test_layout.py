@@ -69,6 +69,13 @@ def test_the_record_names_stage_seconds_and_end(tmp_path: Path) -> None:
     assert record["finished_at"] > 1.7e9
 
 
+def test_the_seconds_of_a_resumed_stage_contain_the_steps_of_earlier_commands(tmp_path: Path) -> None:
+    lines = [{"stage": stage, "step": 1, "time": 1.7e9, "time/step_s": 40.0} for stage in ("sft", "rloo", "rloo")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    RunLayout(tmp_path).run_stage("rloo", dict)
+    assert 80 <= RunLayout(tmp_path).stage_result("rloo")["seconds"] < 90
+
+
 def test_asking_for_a_stage_that_has_not_run_says_which_and_how(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"'sft' has not run in {tmp_path}.*rm-robust run"):
         RunLayout(tmp_path).stage_result("sft")
@@ -76,19 +83,29 @@ def test_asking_for_a_stage_that_has_not_run_says_which_and_how(tmp_path: Path) 
 
 def test_stages_start_from_the_users_model_where_there_is_one(tmp_path: Path) -> None:
     layout = RunLayout(tmp_path)
-    own = PipelineConfig.model_validate({"name": "x", "model": {"path": "my/model"}})
-    tuned = PipelineConfig.model_validate({"name": "x", "model": {"path": "my/model"}, "sft": {"enabled": False}})
+    own = PipelineConfig.model_validate({"name": "x", "model": {"path": "./my/model"}})
+    tuned = PipelineConfig.model_validate({"name": "x", "model": {"path": "./my/model"}, "sft": {"enabled": False}})
     scratch = PipelineConfig(name="x")
     assert [layout.base_model_dir(config) for config in (own, tuned, scratch)] == [
-        "my/model",
-        "my/model",
+        "./my/model",
+        "./my/model",
         str(layout.base_model),
     ]
     assert [layout.sft_model_dir(config) for config in (own, tuned, scratch)] == [
         str(layout.sft_checkpoint),
-        "my/model",
+        "./my/model",
         str(layout.sft_checkpoint),
     ]
+
+
+def test_every_stage_gets_the_runs_own_copy_of_a_model_of_the_hub(tmp_path: Path) -> None:
+    layout, copy = RunLayout(tmp_path), str(tmp_path / "models" / "owner--model")
+    config = PipelineConfig.model_validate({"name": "x", "model": {"path": "owner/model"}, "sft": {"enabled": False}})
+    assert [
+        layout.base_model_dir(config),
+        layout.sft_model_dir(config),
+        layout.reward_model_base_dir(config),
+    ] == [copy] * 3
 
 
 def test_no_two_things_of_a_run_lie_at_one_place(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """A run's files say where it stands."""
 
 import json
+import os
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -9,9 +12,11 @@ import pytest
 from pipelines.command import main
 from rm_robust.config.loading import load_config
 from rm_robust.errors import DataError
+from rm_robust.runs.claim import only_writer
 from rm_robust.runs.directory import claim_run_dir
 from rm_robust.runs.layout import RunLayout
-from rm_robust.runs.status import runs_in, seconds_a_step, status_lines, status_of
+from rm_robust.runs.lock import is_written, lock_path, this_process
+from rm_robust.runs.status import runs_in, seconds_left, status_lines, status_of
 
 SMOKE = Path("pipelines/configs/smoke.toml")
 
@@ -98,7 +103,7 @@ def test_the_twin_is_shown_where_its_turn_is_and_at_work_while_it_trains(tmp_pat
 
 
 def test_one_step_alone_has_no_pace_and_a_run_before_its_first_step_has_none_left(run_dir: Path) -> None:
-    assert seconds_a_step([{"time": 1.0}]) is None
+    assert seconds_left([1.0], 7) is None
     write_metrics(run_dir, [{"stage": "reward_model", "step": 1, "time": time.time()}])
     (training,) = [own for own in status_of(run_dir) if own.stage == "reward_model"]
     assert (training.step, training.num_steps, training.seconds_left) == (1, None, None)
@@ -110,6 +115,44 @@ def test_the_lines_say_what_the_numbers_are(run_dir: Path) -> None:
     assert "reward_model         begun    step 30 of 50, last step" in lines[4]
     assert "about 40 s left, loss 0.03333, accuracy 0.7, in_domain_accuracy 0.625" in lines[4]
     assert lines[5].split() == ["evaluation", "waiting"]
+
+
+def states(run_dir: Path) -> list[str]:
+    return [own.state for own in status_of(run_dir)]
+
+
+def test_a_run_whose_process_has_ended_is_stopped_where_it_was_and_has_no_time_left(run_dir: Path) -> None:
+    with only_writer(run_dir):  # the process of this test writes
+        assert states(run_dir)[3:] == ["begun", "waiting", "waiting"]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    lock_path(run_dir).write_text(f"process {ended.pid} on {socket.gethostname()}\n")
+    assert states(run_dir)[3:] == ["stopped", "not run", "not run"]
+    line = status_lines(run_dir, status_of(run_dir))[4]
+    assert "reward_model         stopped  at step 30 of 50, last step" in line
+    assert "left" not in line
+
+
+def test_a_process_that_got_the_number_of_an_ended_one_does_not_write_its_run(run_dir: Path) -> None:
+    lock_path(run_dir).write_text(this_process())
+    os.utime(lock_path(run_dir), (1e9, 1e9))  # long before the process that has the number now
+    assert is_written(run_dir) is False
+
+
+def test_without_a_lock_of_this_machine_the_age_of_the_last_step_says_whether_a_run_is_stopped(run_dir: Path) -> None:
+    assert is_written(run_dir) is None
+    lock_path(run_dir).write_text("process 1 on another-machine\n")
+    assert is_written(run_dir) is None
+    assert states(run_dir)[3] == "begun"
+    write_metrics(run_dir, [{"stage": "reward_model", "step": 3, "num_steps": 50, "time": time.time() - 3600}])
+    assert states(run_dir)[3] == "stopped"
+
+
+def test_a_run_without_prompts_for_rloo_does_not_wait_for_it_and_its_twin_keeps_its_place(tmp_path: Path) -> None:
+    own_data = ["data.source=scenarios", 'data.train=["a"]', 'data.in_domain=["b"]', 'data.sft=["c"]']
+    claim_run_dir(tmp_path / "run", load_config(SMOKE, [*own_data, "reward_model.bt_twin=true"]))
+    names = [own.stage for own in status_of(tmp_path / "run")]
+    assert names[-4:] == ["reward_model", "evaluation", "bt_twin/reward_model", "bt_twin/evaluation"]
 
 
 def test_a_folder_of_runs_shows_the_latest_first_and_one_without_any_is_refused(

@@ -103,9 +103,11 @@ def serving(behaviour: Behaviour) -> Iterator[Server]:
         server = Server(f"http://127.0.0.1:{httpd.server_port}/prefix/")
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server
-        httpd.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            httpd.shutdown()
+            thread.join()
 
 
 def numbered_inputs(num_inputs: int, *, num_completions: int = 1) -> list[ScoreInput]:
@@ -257,6 +259,17 @@ def test_a_refusal_is_not_tried_again_and_its_reason_is_passed_on(status: int) -
         with pytest.raises(ScoringError, match=rf"HTTP {status}: inputs\[0\] is too long"):
             client.score(numbered_inputs(2))
         assert server.num_requests == 1
+
+
+def test_who_sends_no_key_to_a_guarded_service_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with serving(lambda *_: refused(401, "A key is needed.")) as server:
+        with RewardClient(server.url) as client, pytest.raises(ScoringError) as without:
+            client.score(numbered_inputs(1))
+        with RewardClient(server.url, api_key="wrong") as client, pytest.raises(ScoringError) as with_one:
+            client.score(numbered_inputs(1))
+    assert "HTTP 401: A key is needed. Set RM_ROBUST_API_KEY to a key of the service" in str(without.value)
+    assert "Set RM_ROBUST_API_KEY" not in str(with_one.value)
 
 
 def test_a_failure_names_the_chunk_that_failed_and_stops_the_others() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from rm_robust import RewardModel
 from rm_robust.data.records import Message
@@ -230,3 +231,18 @@ except ConfigError as error:
     assert re.match(r"RewardModel needs (ray|torch), which is not installed: this is the scoring client alone\. ", line)
     assert "`make install`" in line
     assert "EXTRA=gpu" in line
+
+
+def test_loading_shows_no_bar_and_leaves_the_bars_of_the_callers_program_as_they_are(
+    run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    transformers_logging.enable_progress_bar()
+    RewardModel.load(run_dir)
+    assert "Loading weights" not in capfd.readouterr().err
+    assert transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        RewardModel.load(run_dir)
+        assert not transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.enable_progress_bar()

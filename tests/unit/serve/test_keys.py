@@ -2,6 +2,8 @@
 
 import argparse
 import hashlib
+import json
+import shlex
 import tomllib
 import traceback
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 from starlette.types import Scope
 
 from pipelines.command import main
+from rm_robust.data.world.gold_judge import gold_score
 from rm_robust.errors import ConfigError
+from rm_robust.scoring.contract import EXAMPLE_COMPLETIONS, EXAMPLE_PROMPT
 from serve.__main__ import curl_example, keys_from
 from serve.http.middleware import Guard, RateLimit, matching_key
 from serve.keys import KEYS_VARIABLE, ApiKey, new_key, parse_keys, read_keys
@@ -68,9 +72,17 @@ def test_a_wrong_keys_file_is_refused_by_its_field_and_its_values_are_not_repeat
     assert "rmk_secret" not in "".join(traceback.format_exception(caught.value)).replace("text, message = wrong", "")
 
 
-def test_a_keys_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"keys\.toml cannot be read: .*No such file"):
-        read_keys(tmp_path / "keys.toml")
+def test_a_keys_file_that_is_missing_is_an_error_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    with pytest.raises(ConfigError, match="There is no keys file") as refused:
+        read_keys(path)
+    assert f"`rm-robust keys NAME >> {path}`" in str(refused.value)
+    with pytest.raises(ConfigError, match="cannot be read: .*Is a directory"):
+        read_keys(tmp_path)
+
+
+def test_git_ignores_the_keys_file_that_the_pages_name() -> None:
+    assert "/keys.toml" in Path(".gitignore").read_text().splitlines()
 
 
 WRONG_HEADERS: dict[str, list[str]] = {
@@ -142,9 +154,9 @@ def test_one_keys_limit_is_not_anothers() -> None:
 
 def test_a_new_key_is_printed_once_with_a_line_that_accepts_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "alice"]) == 0
-    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    (key,) = [line for line in printed if line.startswith("rmk_")]
-    (line,) = [line for line in printed if line.startswith("alice = ")]
+    printed = capsys.readouterr()
+    (key,) = [line.strip() for line in printed.err.splitlines() if line.strip().startswith("rmk_")]
+    line = printed.out  # all of it: `>> keys.toml` appends it, and never the key
     keys = parse_keys(line, source="keys.toml")
     assert matching_key([f"Bearer {key}".encode()], keys) == keys[0]
     assert set(tomllib.loads(line)) == {"alice"}
@@ -174,6 +186,14 @@ def test_the_command_line_needs_keys_or_the_word_that_there_are_none(
         keys_from(arguments(keys=path, insecure_no_auth=True))
     monkeypatch.setenv(KEYS_VARIABLE, path.read_text())
     assert keys_from(arguments()) == (ALICE_ENTRY,)
+
+
+def test_the_printed_example_is_of_the_embedded_world_and_its_first_answer_is_the_better() -> None:
+    first, second = (gold_score(EXAMPLE_PROMPT, completion) for completion in EXAMPLE_COMPLETIONS)
+    assert first > second + 0.5  # the judge's scores lie between 0 and 1
+    printed = curl_example("http://x", ServiceSettings(models=(ModelSettings(model_name="m", embedded_judge=True),)))
+    body = shlex.split(printed)[-1]
+    assert json.loads(body) == {"inputs": [{"prompt": EXAMPLE_PROMPT, "completions": [*EXAMPLE_COMPLETIONS]}]}
 
 
 def test_the_printed_example_sends_a_key_where_one_is_needed() -> None:

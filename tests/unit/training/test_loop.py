@@ -139,3 +139,32 @@ def test_a_machine_about_to_be_taken_away_commits_once_and_trains_on(tmp_path: P
 def test_a_loop_resumed_at_its_end_does_nothing(tmp_path: Path) -> None:
     run(tmp_path, first_step=0)
     assert run(tmp_path, first_step=5)[:2] == ([], [])
+
+
+def test_a_stage_that_gets_more_steps_goes_on_and_keeps_the_warm_up_that_was_planned(tmp_path: Path) -> None:
+    """Four steps warm up over three of them; of eight steps, six would warm up."""
+    optimizer = OptimizerConfig(
+        kind="sgd", learning_rate=0.1, max_gradient_norm=100, schedule="constant", warmup_fraction=0.75
+    )
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    engine = DdpEngine(module, optimizer=optimizer, device=torch.device("cpu"))
+
+    def train_step(step: int) -> dict[str, float]:
+        module.weight.grad = torch.ones(1, 1)
+        return {"sft/num_tokens": 1}
+
+    for first_step, num_steps in ((0, 4), (4, 8)):
+        run_loop(
+            engine,
+            LoopSettings("sft", num_steps, optimizer, 10, ()),
+            first_step=first_step,
+            run_dir=tmp_path,
+            train_step=train_step,
+            evaluate=None,
+            commit=lambda step: None,
+        )
+    lines = read_metrics(tmp_path, "sft")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["sft/learning_rate"] for line in lines] == pytest.approx([0.1 / 3, 0.2 / 3, *[0.1] * 6])
+    assert float(module.weight) == pytest.approx(-0.7)

@@ -419,7 +419,11 @@ def test_a_run_is_claimed_in_the_store_and_another_config_is_refused_on_every_no
     with pytest.raises(ConfigError, match=f"^{RUN} holds a run of another config:\n  seed: 0 there, 1 now"):
         claim_run_dir(run_dir, PipelineConfig(name="mine", seed=1))
     assert (run_dir / "metrics.jsonl").exists(), "who is refused leaves the copy alone"
-    assert server.keys("runs") == ["deep/mine/config.resolved.json", "deep/mine/stages/world.json"]
+    assert server.keys("runs") == [
+        "deep/mine/.config.resolved.json",
+        "deep/mine/config.resolved.json",
+        "deep/mine/stages/world.json",
+    ]
     assert choose_run_dir("mine", "s3://absent/mine") == local_path("s3://absent/mine")
     with pytest.raises(ConfigError, match="The run directory s3://absent/mine cannot be used"):
         claim_run_dir(local_path("s3://absent/mine"), PipelineConfig(name="mine"))
