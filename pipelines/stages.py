@@ -260,10 +260,14 @@ STAGES_OF_TWIN = tuple(stage for stage in ALL_STAGES if stage.name in TWIN_STAGE
 
 
 def stages_of(config: PipelineConfig, stages: Sequence[Stage]) -> list[Stage]:
-    """Return the `stages` without those of the run's own reward model, where RLOO trains against another one."""
+    """Return the stages to run where RLOO trains against another reward model than the run's own.
+
+    Those of the run's own are left out, and the embedded world, from which the prompts come, is made.
+    """
     if config.rloo.proxy is None or RLOO not in stages:
         return list(stages)
-    return [stage for stage in stages if stage not in (PREFERENCES, REWARD_MODEL, EVALUATION, BT_TWIN)]
+    world = [WORLD] if config.data.source == "embedded" and WORLD not in stages else []
+    return world + [stage for stage in stages if stage not in (PREFERENCES, REWARD_MODEL, EVALUATION, BT_TWIN)]
 
 
 def requests_of(config: PipelineConfig, stages: Sequence[Stage] = ALL_STAGES) -> dict[str, list[ResourceRequest]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import ChatFormat
 from rm_robust.errors import ChatTemplateError, CheckpointError, ConfigError, ScoringError
-from rm_robust.models.checkpoint import MANIFEST_NAME, read_manifest, verify_checkpoint
+from rm_robust.models.checkpoint import verify_checkpoint
+from rm_robust.models.export import ending_at_the_score
 from rm_robust.runs import files as run_files
 from rm_robust.runs.layout import RunLayout
 from rm_robust.scoring.client import RewardClient
@@ -85,20 +86,22 @@ def identity_of(proxy: str, *, url: str | None, timeout_s: float) -> ProxyIdenti
 
 def refuse_other_template(identity: ProxyIdentity, policy_dir: Path) -> None:
     """Raise ChatTemplateError when the proxy's chat template is not that of the policy in `policy_dir`."""
-    ours = template_of(policy_dir)
-    if identity.template is not None and identity.template != ours:
+    ours = templates_of(policy_dir)
+    if identity.template is not None and identity.template not in ours:
         raise ChatTemplateError(
             f"rloo.proxy = {identity.proxy} has the chat template {identity.template}, and the policy in {policy_dir} "
-            f'has {ours}. Name a reward model of the policy\'s family, or set rloo.proxy_template = "own": the proxy '
-            "then gets the texts, and applies its own template."
+            f'has {ours[0]}. Name a reward model of the policy\'s family, or set rloo.proxy_template = "own": the '
+            "proxy then gets the texts, and applies its own template."
         )
 
 
-def template_of(policy_dir: Path) -> str:
-    """Return the hash of the policy's chat template, from its manifest or from its tokenizer."""
-    if (run_files.fetch(policy_dir) / MANIFEST_NAME).is_file():
-        return read_manifest(policy_dir).template_sha256
-    return ChatFormat.load(policy_dir).template_sha256
+def templates_of(policy_dir: Path) -> tuple[str, str]:
+    """Return the hashes of the policy's chat template, and of the one with which its reward models are saved.
+
+    The saved one ends with the end of turn. Prompts and completions have the same ids with both.
+    """
+    chat = ChatFormat.load(policy_dir)
+    return chat.template_sha256, ending_at_the_score(chat).template_sha256
 
 
 def policy_dir_now(config: PipelineConfig, run_dir: Path, folders: dict[str, Path]) -> Path | None:

@@ -1,16 +1,18 @@
 """RLOO against a reward model that exists already: what may be named, what is refused, and what a resumed run keeps."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.stages import ALL_STAGES, REWARD_MODEL_STAGES, rloo_requests, stages_of
+from pipelines.stages import ALL_STAGES, REWARD_MODEL_STAGES, RLOO, rloo_requests, stages_of
 from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import ChatFormat
 from rm_robust.errors import ChatTemplateError, CheckpointError, ConfigError, DataError
 from rm_robust.models.checkpoint import commit_checkpoint, read_manifest
+from rm_robust.models.export import ending_at_the_score
 from rm_robust.rloo.proxy import ProxyIdentity, check_proxy, policy_dir_now, record_proxy, require_policy
 from rm_robust.runs.directory import RESOLVED_NAME
 from rm_robust.runs.layout import RunLayout
@@ -77,11 +79,14 @@ def test_a_checkpoint_with_a_changed_file_or_of_a_policy_is_refused(tmp_path: Pa
         check_proxy(with_proxy(tmp_path, tmp_path / "nothing"), tmp_path / "run", policy_dir=None)
 
 
-def with_another_template(checkpoint: Path) -> Path:
-    """Commit a copy of a reward model whose template greets."""
-    source = ChatFormat.load(checkpoint)
-    source.tokenizer.chat_template = "{{- '' -}}" + source.tokenizer.chat_template
-    other = ChatFormat(source.tokenizer, source="other")
+def greeting(chat: ChatFormat) -> ChatFormat:
+    chat.tokenizer.chat_template = "{{- '' -}}" + chat.tokenizer.chat_template
+    return ChatFormat(chat.tokenizer, source="other")
+
+
+def with_template(checkpoint: Path, change: Callable[[ChatFormat], ChatFormat]) -> Path:
+    """Commit a copy of a reward model with another template."""
+    other = change(ChatFormat.load(checkpoint))
 
     def write(folder: Path) -> None:
         for name in ("config.json", "model.safetensors"):
@@ -94,7 +99,7 @@ def with_another_template(checkpoint: Path) -> Path:
 
 
 def test_another_chat_template_than_the_policys_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:
-    other = with_another_template(save_tiny_reward_model(tmp_path / "rm"))
+    other = with_template(save_tiny_reward_model(tmp_path / "rm"), greeting)
     config = with_proxy(tmp_path, other)
     ours = ChatFormat.load(policy_of(config)).template_sha256
     with pytest.raises(ChatTemplateError, match=rf'the policy in .* has {ours}\. .* rloo.proxy_template = "own"'):
@@ -139,6 +144,7 @@ def names(stages: Any) -> list[str]:
 def test_a_run_with_a_proxy_trains_no_reward_model_and_asks_for_no_replica_of_a_service(tmp_path: Path) -> None:
     config = with_proxy(tmp_path, "http://127.0.0.1:1")
     assert names(stages_of(config, ALL_STAGES)) == ["world", "sft", "rloo", "report"]
+    assert names(stages_of(config, [RLOO])) == ["world", "rloo"], "RLOO's prompts come from the world"
     assert stages_of(config, REWARD_MODEL_STAGES) == list(REWARD_MODEL_STAGES), "they are asked for by their name"
     assert stages_of(rloo_config(tmp_path), ALL_STAGES) == list(ALL_STAGES)
     assert not [request for request in rloo_requests(config) if "proxy_replica" in request.setting]
@@ -156,3 +162,12 @@ def test_prompts_alone_are_enough_data_for_a_run_with_a_proxy() -> None:
     with pytest.raises(ValueError, match='data.source = "prompts" has no preferences .* set rloo.proxy'):
         PipelineConfig.model_validate(settings)
     assert PipelineConfig.model_validate(settings | {"rloo": {"proxy": "rm"}}).rloo.proxy == "rm"
+
+
+def test_a_reward_model_that_was_trained_from_the_policy_has_its_template(tmp_path: Path) -> None:
+    """A trained reward model is saved with a template that ends at the score; the policy's goes on with a newline."""
+    trained = with_template(save_tiny_reward_model(tmp_path / "rm"), ending_at_the_score)
+    config = with_proxy(tmp_path, trained)
+    assert ChatFormat.load(policy_of(config)).text_after_turn == "\n"
+    identity = check_proxy(config, tmp_path / "run", policy_dir=policy_of(config))
+    assert identity.template != ChatFormat.load(policy_of(config)).template_sha256
