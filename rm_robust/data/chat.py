@@ -314,7 +314,7 @@ class ChatFormat:
             raise DataError(
                 f"The chat template of {self.source} rewrites the completion {completion!r:.{MOST_QUOTED}}: it writes "
                 f"{conversation[len(os.path.commonprefix([conversation, prompt])) :]!r:.{MOST_QUOTED}}. "
-                "Set model.chat_template to a template that writes it as it is, or remove the row."
+                "Save a template that writes it as it is with the tokenizer, or remove the row."
             )
         return answer
 
