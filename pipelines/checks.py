@@ -17,7 +17,7 @@ from rm_robust.config.run import PipelineConfig
 from rm_robust.data.chat import ChatFormat
 from rm_robust.data.preferences import check_preference_sources
 from rm_robust.errors import ConfigError
-from rm_robust.models.adopt import link_or_copy
+from rm_robust.models.adopt import copy_files
 from rm_robust.models.checkpoint import verify_checkpoint
 from rm_robust.models.model_directory import check_language_model, unmatched_targets
 from rm_robust.models.packing import num_positions
@@ -96,17 +96,11 @@ def refuse_glob_characters(path: Path | str, given_as: str) -> None:
 
 def check_rloo(config: PipelineConfig) -> None:
     """Raise an RmRobustError for what only RLOO reads: prompts, the judge, the served lengths and reward functions."""
-    if config.data.source != "embedded":
-        if not config.data.rloo_prompts:
-            raise ConfigError(
-                "data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the "
-                "reward model with `rm-robust run-reward-model`."
-            )
-        if config.serve.gold == "embedded":
-            raise ConfigError(
-                'serve.gold = "embedded" judges only the embedded world; set serve.gold to a reward-model checkpoint '
-                "directory or to the URL of a scoring service."
-            )
+    if config.data.source != "embedded" and not config.data.rloo_prompts:
+        raise ConfigError(
+            "data.rloo_prompts is empty; name the prompts that RLOO samples from, or run the stages up to the "
+            "reward model with `rm-robust run-reward-model`."
+        )
     check_served_lengths(config)
     for source in config.rloo.reward_sources:
         if source.function is not None:
@@ -174,10 +168,7 @@ def from_hub(name: str, setting: str) -> Path:
 
 def copy_model(source: Path, folder: Path) -> None:
     """Put the files of a model into a folder, as hard links where the file system allows them."""
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        copy = folder / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(path.resolve(), copy)  # the hub's cache consists of symbolic links
+    copy_files(sorted(path for path in source.rglob("*") if path.is_file()), source, folder)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rm_robust.config.shared import OnResume, Section
+from rm_robust.config.shared import OnResume, Section, section_in
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ def changes_between(earlier: Mapping[str, Any], now: Mapping[str, Any], config: 
 
 
 def _changes(
-    earlier: Mapping[str, Any], now: Mapping[str, Any], kind: type[Section], held: Mapping[str, str], at: str
+    earlier: Mapping[str, Any], now: Mapping[str, Any], kind: type[BaseModel], held: Mapping[str, str], at: str
 ) -> Iterator[Change]:
     for key in sorted({*earlier, *now}):
         field, name = kind.model_fields.get(key), f"{at}{key}"
         before, after = earlier.get(key), now.get(key)
-        section = None if field is None else _section_in(field.annotation)
+        section = None if field is None else section_in(field.annotation)
         if section is not None and isinstance(before, dict) and isinstance(after, dict):
             yield from _changes(before, after, section, held, f"{name}.")
         elif section is not None and isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
@@ -51,9 +52,3 @@ def _changes(
         elif before != after:
             kind_of_change = OnResume.DECIDES_RESULTS if name in held else on_resume(field)
             yield Change(name, before, after, kind_of_change, held.get(name, ""))
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    """Return the section that a type is, or that it holds (optional, or in a list)."""
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rm_robust.config.reference import names_of, nearest_names, section_in
+from rm_robust.config.reference import names_of, nearest_names
 from rm_robust.config.run import PipelineConfig
-from rm_robust.config.shared import Section
+from rm_robust.config.shared import Section, section_in
 from rm_robust.errors import ConfigError
 
 Config = TypeVar("Config", bound=Section)

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rm_robust.config.changes import on_resume
-from rm_robust.config.shared import OnResume
+from rm_robust.config.shared import OnResume, section_in
 
 TEXT_COLUMNS = 100
 PAGE_COLUMNS = 110
@@ -158,14 +158,6 @@ def _tables(kind: type[BaseModel], defaults: BaseModel | None, around: Table) ->
     yield Table(around.name, around.header, around.is_left_out, around.meaning, tuple(settings))
     for section, default, table in inner:
         yield from _tables(section, default, table)
-
-
-def section_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a type is, or that it holds (optional, or in a list)."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
 
 
 def _setting(name: str, field: FieldInfo, default: Any) -> Setting:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -63,6 +63,14 @@ class Section(BaseModel):
             if isinstance(section, Section)
             for setting, reason in section.held_on_resume().items()
         }
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a type is, or that it holds (optional, or in a list)."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 class WorkersConfig(Section):

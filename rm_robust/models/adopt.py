@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -63,10 +64,7 @@ def adopt(source: Path, target: Path) -> Manifest:
             logger.warning("%s is left out: it belongs to the training, and no score needs it", path)
 
     def write(folder: Path) -> None:
-        for path in files:
-            copy = folder / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(path.resolve(), copy)  # the hub's cache consists of symbolic links
+        copy_files(files, source, folder)
 
     return commit_checkpoint(
         target, write, kind="reward_model", template_sha256=chat.template_sha256, training={"adopted_from": str(source)}
@@ -92,6 +90,14 @@ def check_scored_position(source: Path, chat: ChatFormat) -> None:
             "which the chat template writes into every conversation. The model's own code then reads the score before "
             f"that token, and rm_robust reads it at the last {end!r}. Set pad_token_id as it was in training."
         )
+
+
+def copy_files(files: Iterable[Path], source: Path, folder: Path) -> None:
+    """Put files of the directory `source` into `folder`, as hard links where the file system allows them."""
+    for path in files:
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(path.resolve(), copy)  # the hub's cache consists of symbolic links
 
 
 def link_or_copy(path: Path, copy: Path) -> None:

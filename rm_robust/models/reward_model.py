@@ -3,6 +3,7 @@
 Shapes: N completions, H hidden, T columns of a packed batch.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,7 +130,7 @@ class PackedRewardModel(nn.Module):
         self.compute = compute
         head = score_head(model)
         prepare_backbone(self.backbone, layout)
-        final_norm_name(self.backbone)  # a decoder without one is refused now, not at its first batch
+        final_norm_of(self.backbone)  # a decoder without one is refused now, not at its first batch
         self.scores_last_layer_alone = layout is Layout.SEGMENTS and model.config.model_type in LAST_LAYER_MODEL_TYPES
         if self.scores_last_layer_alone:
             compute_last_layer_at_scored_columns(self.backbone)
@@ -164,19 +165,18 @@ FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "language_
 """The names that transformers' decoders give to the norm after their last layer."""
 
 
-def final_norm_name(backbone: PreTrainedModel) -> str:
-    """Return the name of the decoder's norm after its last layer.
+def final_norm_of(backbone: PreTrainedModel) -> nn.Module:
+    """Return the decoder's norm after its last layer.
 
     Raises CheckpointError for a decoder that has none under the names that transformers uses.
     """
-    modules = dict(backbone.named_modules())
-    found = [name for name in FINAL_NORMS if name in modules]
-    if not found:
-        raise CheckpointError(
-            f"{type(backbone).__name__} has no final norm under a known name ({', '.join(FINAL_NORMS)}), at which the "
-            "norms of hidden states are read. Use another decoder family."
-        )
-    return found[0]
+    for name in FINAL_NORMS:
+        with contextlib.suppress(AttributeError):
+            return backbone.get_submodule(name)
+    raise CheckpointError(
+        f"{type(backbone).__name__} has no final norm under a known name ({', '.join(FINAL_NORMS)}), at which the "
+        "norms of hidden states are read. Use another decoder family."
+    )
 
 
 def states_around_final_norm(
@@ -187,8 +187,7 @@ def states_around_final_norm(
     Both are [R*T, H], or have one row for each column that the last layer computed.
     """
     before: list[Tensor] = []
-    final_norm = backbone.get_submodule(final_norm_name(backbone))
-    handle = final_norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+    handle = final_norm_of(backbone).register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     try:
         hidden_TH = hidden_states(backbone, batch, **for_layers)
     finally:

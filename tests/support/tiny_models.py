@@ -7,7 +7,14 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 from rm_robust.config.training import ModelConfig
 from rm_robust.data.chat import ChatFormat
@@ -123,6 +130,13 @@ def tiny_reward_model(*, seed: int = 0, num_positions: int = 128) -> Qwen2ForSeq
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen2ForSequenceClassification(config)
+
+
+def gradients_of(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of `loss` for every parameter that has one."""
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def save_tiny_language_model(folder: Path, *, seed: int = 0, num_positions: int = 128) -> Path:

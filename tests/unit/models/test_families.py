@@ -14,7 +14,7 @@ from rm_robust.data.records import TokenGroup
 from rm_robust.models.packing import SEGMENT_MODEL_TYPES, Layout, choose_layout, lay_out
 from rm_robust.models.policy import PackedPolicy
 from rm_robust.models.reward_model import PackedRewardModel
-from tests.support.tiny_models import random_group
+from tests.support.tiny_models import gradients_of, random_group
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -134,12 +134,6 @@ def with_clear_head(model: PreTrainedModel) -> PreTrainedModel:
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
-
-
-def gradients_of(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

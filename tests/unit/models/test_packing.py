@@ -38,7 +38,7 @@ from rm_robust.models.packing import (
 )
 from rm_robust.models.policy import PackedPolicy
 from rm_robust.models.reward_model import PackedRewardModel
-from tests.support.tiny_models import TRAINED_ON_CPU, random_group, tiny_reward_model
+from tests.support.tiny_models import TRAINED_ON_CPU, gradients_of, random_group, tiny_reward_model
 
 PAD = 0
 CPU = torch.device("cpu")
@@ -80,12 +80,6 @@ def single_scores(model: PreTrainedModel, groups: list[TokenGroup]) -> Tensor:
     """Score with plain transformers, one unpadded row at a time, pooled by transformers."""
     rows = [torch.tensor([group.prompt_ids + completion]) for group in groups for completion in group.completion_ids]
     return torch.cat([model(input_ids=row).logits[0] for row in rows])
-
-
-def gradients_of(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def assert_close_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
